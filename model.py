@@ -1,0 +1,423 @@
+"""What the trainers share and a test must pin: pack rows, load and shard the policy, log-probs, gradients, checkpoints.
+
+Letters in shapes: B rows, T tokens of a packed micro-batch, M tokens in the loss, H hidden size, V vocabulary.
+A packed row is one sequence (1, T) that holds several rows end to end; position ids restart at 0 at each of them, and
+attention never crosses a border. Only the M tokens whose mask is 1 go through the head.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+HEAD_CHUNK = 256  # tokens that pass the head at once: V = 152k in fp32 is 0.6 MB a token
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+
+def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
+    """Joins torchrun's process group, or starts a job of one; returns (rank, world size, device)."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **alone)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def meet(phase: str, group, timeout_s: float, error: BaseException | None = None) -> None:
+    """All ranks meet on the gloo `group` after `phase`; whoever is missing after `timeout_s` is named, by rank.
+
+    A rank that failed passes its `error`: then all stop together with that text instead of waiting for a dead peer.
+    """
+    try:
+        dist.monitored_barrier(group, timedelta(seconds=timeout_s), wait_all_ranks=True)
+    except RuntimeError as lost:
+        raise SystemExit(f"rank {dist.get_rank()} stops: a rank is missing after {phase}: {lost}") from error or lost
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, None if error is None else f"{type(error).__name__}: {error}", group=group)
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+    if failed:
+        raise SystemExit(f"{phase} failed on " + "; ".join(failed)) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# packing
+
+
+@dataclass
+class Row:
+    """One token row. `mask` is 1 at trained tokens (never at the first); `columns` hold one number for each of them."""
+
+    ids: list[int]
+    mask: list[int]
+    columns: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass
+class Batch:
+    """A packed micro-batch. Column tensors (M,) follow the order of the trained tokens."""
+
+    input_ids: torch.Tensor  # (1, T)
+    position_ids: torch.Tensor  # (1, T)
+    lengths: list[int]  # tokens of each row, sum T
+    index: torch.Tensor  # (M,) position in T of the token BEFORE each trained token
+    targets: torch.Tensor  # (M,) the trained tokens
+    columns: dict[str, torch.Tensor]
+
+
+def balance(rows: list[Row], ranks: int, tokens_per_microbatch: int) -> list[list[list[Row]]]:
+    """Deals rows to ranks for equal work, then into micro-batches: result[rank][microbatch] is a list of rows.
+
+    Longest first to the rank with the fewest tokens; then first fit. Every rank gets the same number of micro-batches
+    (FSDP would hang otherwise), so some may be empty. Deterministic: the same rows give the same deal.
+    """
+    longest_first = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
+    dealt: list[list[Row]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for i in longest_first:
+        rank = tokens.index(min(tokens))
+        dealt[rank].append(rows[i])
+        tokens[rank] += len(rows[i].ids)
+    bins = [_first_fit(mine, tokens_per_microbatch) for mine in dealt]
+    count = max(len(mine) for mine in bins)
+    return [mine + [[] for _ in range(count - len(mine))] for mine in bins]
+
+
+def _first_fit(rows: list[Row], room: int) -> list[list[Row]]:
+    bins: list[list[Row]] = []
+    space: list[int] = []
+    for row in rows:
+        n = len(row.ids)
+        fit = next((b for b, free in enumerate(space) if free >= n), None)
+        if fit is None:
+            bins.append([row])
+            space.append(room - n)  # a row longer than the room stands alone
+        else:
+            bins[fit].append(row)
+            space[fit] -= n
+    return bins
+
+
+def collate(rows: list[Row], columns: tuple[str, ...], device: torch.device) -> Batch:
+    """Packs rows into one (1, T) sequence. Without rows: two tokens that carry no loss, to keep step with the others."""
+    ids, positions, index = [], [], []
+    for row in rows or [Row([0, 0], [0, 0])]:
+        assert not row.mask[0] and len(row.ids) == len(row.mask), "the first token of a row has nothing before it"
+        index += [len(ids) + t - 1 for t, trained in enumerate(row.mask) if trained]
+        positions += range(len(row.ids))
+        ids += row.ids
+    values = {name: [x for row in rows for x in row.columns[name]] for name in columns}
+    for name, column in values.items():
+        assert len(column) == len(index), f"column {name}: {len(column)} numbers for {len(index)} trained tokens"
+
+    def tensor(data, dtype=torch.long):
+        return torch.tensor(data, dtype=dtype).to(device, non_blocking=True)
+
+    where = torch.tensor(index, dtype=torch.long)
+    return Batch(
+        input_ids=tensor(ids)[None],
+        position_ids=tensor(positions)[None],
+        lengths=[len(row.ids) for row in rows] or [2],
+        index=where.to(device),
+        targets=torch.tensor(ids, dtype=torch.long)[where + 1].to(device),
+        columns={name: tensor(column, torch.float32) for name, column in values.items()},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the policy
+
+
+def varlen_attention(module, query, key, value, attention_mask, scaling=None, lengths=None, cu_seqlens=None, **_):
+    """Causal attention within each row of a packed sequence; query (1, heads, T, D) -> (1, T, heads, D).
+
+    torch's flash kernel on a GPU; on a CPU one SDPA call for each run of rows of equal length (a dense block mask
+    would cost T^2).
+    """
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+        n, causal = max(lengths), (-1, 0)
+        options = dict(scale=scaling, window_size=causal, enable_gqa=True)
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, n, n, **options)[None], None
+    out, start = [], 0
+    for length, count in _runs(lengths):
+        span = slice(start, start + length * count)
+        # (1, heads, count * L, D) -> (count, heads, L, D)
+        q, k, v = (x[0, :, span].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        out.append(o.transpose(1, 2).flatten(0, 1))  # (count * L, heads, D)
+        start += length * count
+    return torch.cat(out)[None], None
+
+
+def _runs(lengths: list[int]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for length in lengths:
+        if runs and runs[-1][0] == length:
+            runs[-1] = (length, runs[-1][1] + 1)
+        else:
+            runs.append((length, 1))
+    return runs
+
+
+AttentionInterface.register("varlen", varlen_attention)
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(m, H) x (V, H) -> (m, V) in fp32; bf16 inputs are multiplied as they are and accumulated in fp32."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return (hidden @ weight.t()).float()
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """Log-probs of the targets and the entropy, HEAD_CHUNK tokens at a time; backward computes the logits once more."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        logps = hidden.new_empty(len(targets), dtype=torch.float32)
+        entropy, norm = torch.empty_like(logps), torch.empty_like(logps)
+        for part in _parts(len(targets)):
+            logits = _logits(hidden[part], weight).div_(temperature)
+            norm[part] = logits.logsumexp(-1)
+            logps[part] = logits.gather(1, targets[part, None])[:, 0] - norm[part]
+            probs = (logits - norm[part, None]).exp_()
+            entropy[part] = norm[part] - torch.linalg.vecdot(probs, logits)
+        ctx.save_for_backward(hidden, weight, targets, norm)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logps, _):
+        hidden, weight, targets, norm = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for part in _parts(len(targets)):
+            grad = _logits(hidden[part], weight).div_(ctx.temperature).sub_(norm[part, None]).exp_().neg_()
+            grad.scatter_add_(1, targets[part, None], torch.ones_like(grad[:, :1]))  # one-hot minus softmax
+            grad = grad.mul_(grad_logps[part, None] / ctx.temperature).to(hidden.dtype)
+            grad_hidden[part] = grad @ weight
+            if hidden.dtype == torch.float32:
+                grad_weight.addmm_(grad.t(), hidden[part])
+            else:
+                grad_weight += grad.t() @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+def _parts(n: int) -> list[slice]:
+    return [slice(a, min(a + HEAD_CHUNK, n)) for a in range(0, n, HEAD_CHUNK)]
+
+
+class ChunkedHead(torch.nn.Module):
+    """Stands where the model had its lm_head, with the same parameter: (M, H) -> log-probs and entropy (M,)."""
+
+    def __init__(self, weight: torch.nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden, targets, temperature):
+        return _ChunkedLogprobs.apply(hidden, self.weight, targets, temperature)
+
+
+class Policy(torch.nn.Module):
+    """A causal language model that returns log-probs of the trained tokens, never the full (T, V) logits."""
+
+    def __init__(self, hf):
+        super().__init__()
+        if getattr(hf.lm_head, "bias", None) is not None:
+            raise ValueError(f"{hf.config.model_type}: a head with a bias is not supported")
+        self.hf = hf
+        hf.lm_head = ChunkedHead(hf.lm_head.weight)
+
+    def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> (logps (M,) with gradient, entropy (M,) without), both in nats at `temperature`."""
+        cu_seqlens = None
+        if batch.input_ids.is_cuda:
+            ends = torch.tensor([0, *batch.lengths]).cumsum(0).int()
+            cu_seqlens = ends.to(batch.input_ids.device, non_blocking=True)
+        hidden = self.hf.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            lengths=batch.lengths,
+            cu_seqlens=cu_seqlens,
+        ).last_hidden_state[0]  # (T, H)
+        return self.hf.lm_head(hidden[batch.index], batch.targets, temperature)
+
+
+def _read(loader, folder: str, what: str, **options):
+    # a folder, or a name of the hub; an error of the library is shortened to what a person can act on
+    if Path(folder).exists() and not (Path(folder) / "config.json").is_file():
+        raise SystemExit(f"{folder} is not a model folder: it has no config.json")
+    try:
+        return loader.from_pretrained(folder, **options)
+    except (OSError, ValueError) as error:
+        text = str(error).strip().splitlines()[0]
+        raise SystemExit(f"no {what} in {folder}: {text}") from error
+
+
+def load_tokenizer(folder: str):
+    return _read(AutoTokenizer, folder, "tokenizer")
+
+
+def load_policy(folder: str, checkpoint_activations: bool) -> Policy:
+    """Reads a Hugging Face folder in fp32 on the CPU; `shard` moves it."""
+    hf = _read(AutoModelForCausalLM, folder, "model", dtype=torch.float32, attn_implementation="varlen")
+    if checkpoint_activations:
+        hf.gradient_checkpointing_enable(dict(use_reentrant=False))
+    return Policy(hf).train()
+
+
+def shard(policy: Policy, device: torch.device, shard_ranks: int = 0, cpu_offload: bool = False) -> Policy:
+    """FSDP2: fp32 shards, bf16 compute on a GPU (fp32 on a CPU), fp32 reduction; each block is a unit, then the root.
+
+    `shard_ranks` > 0: HSDP, parameters sharded over that many adjacent ranks and replicated over the rest.
+    """
+    world = dist.get_world_size()
+    inner = shard_ranks or world
+    if world % inner:
+        raise SystemExit(f"shard_ranks = {inner} does not divide {world} ranks")
+    shape, names = ((world // inner, inner), ("replicate", "shard")) if inner < world else ((world,), ("shard",))
+    options = dict(mesh=init_device_mesh(device.type, shape, mesh_dim_names=names))
+    if device.type == "cuda":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if cpu_offload:
+            options["offload_policy"] = CPUOffloadPolicy()
+    base, head = policy.hf.model, policy.hf.lm_head
+    for block in base.layers:
+        fully_shard(block, **options)
+    if head.weight is not base.embed_tokens.weight:  # tied: both live in the root
+        fully_shard(base.embed_tokens, **options)
+        fully_shard(head, **options)
+    fully_shard(policy, **options)
+    return policy
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gradients and weights
+
+
+def backward(loss: torch.Tensor) -> None:
+    """Backward of this rank's share of a loss whose denominator counts all ranks: FSDP averages, so undo the mean."""
+    (loss * dist.get_world_size()).backward()
+
+
+def clip_gradients(policy: Policy, max_norm: float) -> float:
+    """Clips by the global norm over all ranks; returns the norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def sum_over_ranks(numbers: list[float], group=None) -> list[float]:
+    total = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(total, group=group)
+    return total.tolist()
+
+
+def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor) for every name of the state dict, a tied lm_head included; all ranks must walk it together.
+
+    One tensor at a time is materialised, in memory of its own: vLLM keeps references until a fused weight is whole.
+    """
+    for name, value in policy.hf.state_dict().items():
+        value = value.detach().to(dtype)  # cast the shard, then gather: half the bytes
+        whole = value.full_tensor() if isinstance(value, DTensor) else value.clone()
+        yield name, whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints: a Hugging Face folder (weights, tokenizer) with trainer/ (sharded state) and trainer.json beside it
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Finished checkpoints, oldest first: a folder takes its name only when it is whole."""
+    return sorted(p for p in Path(folder).glob("step-*") if p.is_dir() and p.suffix == "")
+
+
+def save_checkpoint(folder, step: int, policy: Policy, optimizer, tokenizer, facts: dict, meet_all) -> Path:
+    """Writes step-NNNNNN beside its final name, flushes, renames: a kill at any instant leaves only whole ones.
+
+    `facts` goes to trainer.json; `meet_all(phase, error)` stops all ranks together when one could not write.
+    """
+    final = Path(folder) / f"step-{step:06d}"
+    part = final.with_suffix(".tmp")
+    rank, error = dist.get_rank(), None
+    if rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+    meet_all("clearing the checkpoint folder", None)
+    weights = {name: whole.cpu() for name, whole in full_weights(policy, torch.float32) if rank == 0}
+    try:
+        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        with warnings.catch_warnings():  # DCP warns that gloo stages nothing asynchronously
+            warnings.simplefilter("ignore")
+            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=part / "trainer")
+        if rank == 0:
+            policy.hf.save_pretrained(part, state_dict=weights)
+            tokenizer.save_pretrained(part)
+            (part / "trainer.json").write_text(json.dumps({"step": step, **facts}, indent=1))
+            _flush(part)
+    except Exception as problem:  # noqa: BLE001 - a full disk shows up as many types; all ranks must hear of it
+        error = problem
+        shutil.rmtree(part, ignore_errors=True)
+    meet_all(f"saving {final}", error)
+    if rank == 0:
+        if final.exists():
+            shutil.rmtree(final)
+        part.rename(final)
+    meet_all("renaming the checkpoint", None)
+    return final
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def load_checkpoint(folder: Path, policy: Policy, optimizer) -> dict:
+    """Restores sharded parameters and optimizer in place; returns trainer.json."""
+    model_state, optimizer_state = get_state_dict(policy, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=Path(folder) / "trainer")
+    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return json.loads((Path(folder) / "trainer.json").read_text())
+
+
+def check_resume(saved: dict, config: dict, may_change: set[str], folder) -> None:
+    """Refuses to resume when a field that changes the math differs, naming it."""
+    changed = [k for k in config if k not in may_change and saved.get(k) != config[k]]
+    if changed:
+        text = ", ".join(f"{k}: {saved.get(k)!r} -> {config[k]!r}" for k in changed)
+        raise SystemExit(f"{folder} was trained with other settings ({text}): start a new --out_dir or restore them")
+
+
+def prune(folder, keep_last: int, best_step: int | None) -> None:
+    """Deletes all but the newest `keep_last` checkpoints and the best one, and what a killed save left behind."""
+    for path in checkpoints(folder)[:-keep_last] if keep_last else []:
+        if best_step is None or path.name != f"step-{best_step:06d}":
+            shutil.rmtree(path)
+    for path in Path(folder).glob("step-*.tmp"):
+        shutil.rmtree(path)
