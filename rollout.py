@@ -620,7 +620,7 @@ async def run_chain(row: dict, setup: Setup, key: tuple) -> Episode:
 
 async def refine(episode: Episode, row: dict, setup: Setup, critique: str, key: tuple) -> None:
     """Stage 2 continues the conversation: a user turn with the critique only, then the refined attempt, then its score."""
-    message = {"role": "user", "content": setup.refine_prompt.format(critique=critique)}
+    message = {"role": "user", "content": setup.refine_prompt.replace("{critique}", critique)}
     if not append_fragment(episode, setup, [message], room=setup.limits.max_context - setup.limits.final_tokens - 1):
         return
     await run_attempt(episode, row, setup, (*key, 2))
