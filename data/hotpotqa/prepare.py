@@ -88,8 +88,8 @@ def fetch_hub(url):
     try:
         return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset", revision=revision or None))
     except GatedRepoError as error:
-        raise SystemExit(f"{owner}/{name} is gated: accept its terms at https://huggingface.co/datasets/{owner}/{name}, "
-                         "run `hf auth login` and try again") from error
+        raise SystemExit(f"{owner}/{name} is gated: accept its terms at https://huggingface.co/datasets/{owner}/{name} "
+                         "while logged in, run `hf auth login`, then run this again") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SystemExit(f"cannot fetch {url}: {reason}. Fetch it by hand and give --input=FILE") from error
@@ -227,7 +227,7 @@ def dataset_name(record):
 
 
 def convert(record, place):
-    """One record -> (row, "") or (None, reason to skip). An unknown layout is a ValueError that names place and keys."""
+    """One record -> (row, "") or (None, reason to skip). An unknown layout is a ValueError naming place and keys."""
     if not isinstance(record, dict):
         raise ValueError(f"{place}: expected an object, found {type(record).__name__}")
     identity = record.get("_id", record.get("id"))
@@ -255,7 +255,7 @@ def convert(record, place):
 
 
 def convert_file(path, tally, seen, member=""):
-    """Yield the RL rows of one file; `tally` counts what was read, converted and skipped, `seen` holds the ids so far."""
+    """Yield the RL rows of one file; `tally` counts read, converted and each reason to skip; `seen` holds the ids."""
     for place, record in read_records(path, member):
         tally["read"] += 1
         row, reason = convert(record, place)
@@ -292,7 +292,8 @@ def main(argv=None):
         seen = set()
         counters = [Counter() for _ in files]
         tallies.update({str(path) + f"/{member}" * bool(member): c for (path, member), c in zip(files, counters)})
-        rows = (row for (path, member), tally in zip(files, counters) for row in convert_file(path, tally, seen, member))
+        rows = (row for (path, member), tally in zip(files, counters)
+                for row in convert_file(path, tally, seen, member))
         try:
             written = write_rows(out, rows)
         except ValueError as error:
