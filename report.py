@@ -1,2 +1,2 @@
 def write_report(path, **_):
-    raise NotImplementedError
+    return None

@@ -1,0 +1,24 @@
+# Reagent-U on the toy: 60 steps of 8 questions x 2 x 16 attempts; the toy's rule annotator is the judge.
+model = "out/toy/sft/step-000450"
+data = "data/toy/rl_train.jsonl"
+eval_data = "data/toy/rl_test.jsonl"
+rrm = "toy"
+tools = "search"
+prompts_per_step = 8
+prompts_per_minibatch = 8
+group_size = 16
+temperature = 1.0
+max_turns = 8
+max_new_tokens_per_turn = 24
+max_tokens_per_attempt = 400
+max_context = 1024
+lr = 3e-4
+steps = 60
+max_dlogp = 1e-3
+engine = "hf"
+tokens_per_microbatch = 16_384
+checkpoint_activations = False
+eval_interval = 30
+save_interval = 20
+timeout_s = 300.0
+out_dir = "out/toy/u"
