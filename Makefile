@@ -1,0 +1,39 @@
+# make demo      the toy from nothing to a Reagent-U trained agent, with a table and transcripts at the end
+# make test      everything that CI runs;  make test-slow  the long ones
+PY := .venv/bin/python
+export OMP_NUM_THREADS := 1
+export VLLM_ENABLE_V1_MULTIPROCESSING := 0
+export TOKENIZERS_PARALLELISM := false
+TORCHRUN := .venv/bin/torchrun --nproc_per_node=2
+SEED ?= 0
+OUT := out/toy
+
+.venv/installed: requirements.txt
+	python3.11 -m venv .venv || python3 -m venv .venv
+	$(PY) -m pip install -q torch==2.13.0
+	$(PY) -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/test-installed: requirements-test.txt .venv/installed
+	$(PY) -m pip install -q -r requirements-test.txt
+	$(PY) -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+data/toy/rl_test.jsonl: data/toy/prepare.py .venv/installed
+	$(PY) data/toy/prepare.py
+
+demo: data/toy/rl_test.jsonl
+	$(TORCHRUN) sft.py config/sft_toy_tiny.py --seed=$(SEED) --out_dir=$(OUT)/sft
+	$(TORCHRUN) grpo_unified.py config/grpo_unified_toy_tiny.py --seed=$(SEED) --model=$(OUT)/sft/step-000450 --out_dir=$(OUT)/u
+	$(PY) report.py $(OUT)/u --transcripts=3
+
+test: .venv/test-installed
+	$(PY) -m pytest -q -m "not slow" tests
+
+test-slow: .venv/test-installed
+	$(PY) -m pytest -q -m slow tests
+
+clean:
+	rm -rf out data/toy/*.jsonl data/toy/model
+
+.PHONY: demo test test-slow clean

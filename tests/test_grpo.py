@@ -1,0 +1,107 @@
+"""The 2G pool and the loss, against worked examples and an independent computation."""
+
+import math
+
+import pytest
+import torch
+
+from grpo_unified import grpo_loss, kept_pools, pooled_advantages, training_rows
+from rollout import Attempt, Episode
+
+NAN = math.nan
+
+
+def pool(first, second):
+    return torch.tensor([[first, second]], dtype=torch.float64)
+
+
+def test_joint_pool_is_the_z_score_over_both_stages():
+    a = pooled_advantages(pool([0.0, 1.0], [1.0, 2.0]), eps=0.0)
+    std = math.sqrt(2 / 3)  # mean 1, squares 1 + 0 + 0 + 1, unbiased over 4
+    assert torch.allclose(a, pool([-1 / std, 0.0], [0.0, 1 / std]))
+
+
+def test_equal_rewards_in_fp32_carry_no_gradient():
+    rewards = torch.full((1, 2, 8), 1.01, dtype=torch.float32)
+    rewards[0, 1, 5:] = NAN
+    assert pooled_advantages(rewards).abs().max() == 0
+
+
+def test_a_missing_second_stage_is_left_out_and_zero():
+    a = pooled_advantages(pool([0.0, 2.0], [NAN, 1.0]), eps=0.0)
+    assert torch.allclose(a, pool([-1.0, 1.0], [0.0, 0.0]))
+
+
+def test_one_attempt_left_has_no_advantage():
+    assert pooled_advantages(pool([NAN, 1.0], [NAN, NAN])).tolist() == [[[0.0, 0.0], [0.0, 0.0]]]
+
+
+def test_per_stage_normalises_each_stage_alone():
+    a = pooled_advantages(pool([0.0, 1.0], [5.0, 7.0]), eps=0.0, pool="per_stage")
+    half = 1 / math.sqrt(2)
+    assert torch.allclose(a, pool([-half, half], [-half, half]))
+
+
+def test_unequal_pools_do_not_mix():
+    rewards = torch.cat([pool([0.0, 1.0], [1.0, 2.0]), pool([9.0, 9.0], [9.0, 8.0])])
+    both = pooled_advantages(rewards)
+    assert torch.equal(both[:1], pooled_advantages(rewards[:1]))
+    assert torch.equal(both[1:], pooled_advantages(rewards[1:]))
+
+
+@pytest.mark.parametrize("drop, kept", [("equal", [1, 1, 0]), ("rule_equal", [1, 0, 0]), ("release", [1, 1, 0])])
+def test_dropped_pools(drop, kept):
+    rules = torch.cat([pool([0.0, 1.0], [1.0, NAN]), pool([0.0, 0.0], [0.0, 0.0]), pool([0.0, 0.0], [0.0, 0.0])])
+    rewards = rules + 0.3 * torch.cat([pool([0, 1], [1, 1]), pool([0, 0.5], [0, 0]), pool([0, 0], [0, 0])])
+    assert kept_pools(rewards, rules, drop).int().tolist() == kept
+
+
+def test_loss_and_gradient_equal_a_loop_over_attempts():
+    torch.manual_seed(0)
+    lengths, advantages = [3, 5, 2], [0.7, -1.2, 0.4]
+    logps = torch.randn(10, dtype=torch.float64, requires_grad=True)
+    old = logps.detach() + 0.4 * torch.randn(10, dtype=torch.float64)
+    a = torch.cat([torch.full((n,), x, dtype=torch.float64) for n, x in zip(lengths, advantages)])
+    w = torch.cat([torch.full((n,), 1 / (3 * n), dtype=torch.float64) for n in lengths])
+    loss, _ = grpo_loss(logps, old, a, w, 0.2, 0.34)
+    (gradient,) = torch.autograd.grad(loss, logps)
+
+    other = logps.detach().clone().requires_grad_()
+    total, start = 0.0, 0
+    for n, x in zip(lengths, advantages):
+        tokens = []
+        for t in range(start, start + n):
+            r = torch.exp(other[t] - old[t])
+            bound = 1.34 if x > 0 else 0.8
+            beyond = (r > bound) if x > 0 else (r < bound)
+            tokens.append(bound * x + 0 * r if beyond else r * x)
+        total, start = total - torch.stack(tokens).mean() / 3, start + n
+    (expected,) = torch.autograd.grad(total, other)
+    assert torch.allclose(loss, total) and torch.allclose(gradient, expected)
+
+
+def chain(first, second=None, tokens=(3, 4)):
+    """prompt of 2, o1, critique of 2, o2; the mask is 1 at sampled tokens."""
+    ids = list(range(2 + tokens[0] + 2 + tokens[1]))
+    mask = [0, 0] + [1] * tokens[0] + [0, 0] + [1] * tokens[1]
+    a, b = 2 + tokens[0], 4 + tokens[0]
+    attempts = [Attempt((2, a), (0, 0), "x", "answered", 0, reward=first)]
+    attempts += [Attempt((b, len(ids)), (0, 0), "x", "answered", 0, reward=second)]
+    return Episode("q", "q", ["x"], ids, mask, [-0.1 * i for i in range(sum(mask))], [], 0, attempts)
+
+
+def test_each_span_has_its_own_advantage_and_weight():
+    (row,) = training_rows([chain(1.0, 0.0)], torch.tensor([[[0.5], [-0.5]]]), 1, "seq_mean")
+    assert row.columns["advantage"] == [0.5] * 3 + [-0.5] * 4
+    assert row.columns["weight"] == [1 / 6] * 3 + [1 / 8] * 4
+    assert row.columns["logp_mu"] == [-0.1 * i for i in range(7)]
+
+
+def test_an_attempt_without_reward_leaves_loss_and_denominator():
+    (row,) = training_rows([chain(1.0, None)], torch.tensor([[[0.5], [0.0]]]), 1, "seq_mean")
+    assert sum(row.mask) == 3 and row.columns["weight"] == [1 / 3] * 3 and len(row.ids) == 5
+
+
+def test_token_mean_counts_all_tokens_of_the_minibatch():
+    rows = training_rows([chain(1.0, 0.0), chain(0.0, 0.0)], torch.tensor([[[0.5, 0.0], [-0.5, 0.1]]]), 2, "token_mean")
+    assert {w for row in rows for w in row.columns["weight"]} == {1 / 14}
