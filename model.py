@@ -269,8 +269,11 @@ class Policy(torch.nn.Module):
 
 def _read(loader, folder: str, what: str, **options):
     # a folder, or a name of the hub; an error of the library is shortened to what a person can act on
-    if Path(folder).exists() and not (Path(folder) / "config.json").is_file():
+    path = Path(folder)
+    if path.exists() and not (path / "config.json").is_file():
         raise SystemExit(f"{folder} is not a model folder: it has no config.json")
+    if not path.exists() and len(path.parts) > 2:
+        raise SystemExit(f"no model in {folder}: run the stage that makes it first (README, stages)")
     try:
         return loader.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:

@@ -16,31 +16,33 @@ from collections.abc import Iterable
 from pathlib import Path
 
 CHARS_PER_MESSAGE = 20_000  # longer messages are cut in the middle: a thousand long episodes must still open
-LIVE_EPISODES = 1_000  # the newest of a run that `python report.py` puts on its page
+LIVE_EPISODES = 1_000  # how many of a run's newest episodes `python report.py` puts on its page
 
-# which section of the page a metric belongs to, by the first word of its key; first match wins
-SECTIONS = [
-    ("Learning", r"eval|accuracy|grounded|reward|rule_reward|score|fixed|broken|critique|valid|mae|auc|spearman|loss"),
-    ("Optimization", r"entropy|dlogp|clip|ratio|grad|lr|advantage|adv|kl|dropped|score_share|skipped|kept|groups"),
-    ("Rollouts", r"tokens$|length|calls|tools|turns|terminat|end|judge|fault|no_answer|episodes|prefix|preempt|too_long"),
-    ("Speed", r"seconds|tokens_per_second|memory|rate|time"),
-]
+# section of the page -> first words of the keys it shows, in that order; what is named nowhere stands under Other
+SECTIONS = {
+    "Learning": "eval accuracy grounded reward rule_reward score lift valid mae auc spearman loss".split(),
+    "Optimization": "entropy clip_share dlogp grad_norm advantage pools kl lr updates".split(),
+    "Rollouts": "tokens trained_tokens tool_calls ended attempts left_out judge too_long prefix_hits".split(),
+    "Speed": "seconds tokens_per_second memory".split(),
+}
+COUNTS = ("ended/",)  # keys that a step without such a case leaves out: missing means 0
+NOISY = 40  # panels of more points show them faintly, and their running mean in full
 COLOURS = {"first": 0, "refined": 1, "right": 2, "wrong": 3}  # series that keep their colour in every panel
 
 
 # ---------------------------------------------------------------- text from outside, made harmless
-_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "\u2421"}
-_PICTURES |= {code: f"[U+{code:04X}]" for code in (*range(0x80, 0xA0), 0x200E, 0x200F, 0x2028, 0x2029,
-                                                   *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF)}
-_MARKS = re.compile(r"([\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]{4})"
-                    r"[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]+")
+_VISIBLE = {code: f"\\x{code:02x}" for code in (*range(9), 11, 12, *range(13, 32), *range(0x7F, 0xA0))}
+_VISIBLE |= {code: f"\\u{code:04x}" for code in (0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F),
+                                                 *range(0x2066, 0x206A), 0xFEFF)}
+_MARK = r"[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]"
+_MARKS = re.compile(f"({_MARK}{{4}}){_MARK}+")
 
 
 def plain(text) -> str:
     """`text` with control characters and direction overrides made visible, lone surrogates replaced, and stacks of
     combining marks cut at four: what a page can show without being moved about by it."""
-    text = str(text).replace("\r\n", "\n").encode("utf-8", "replace").decode()
-    return _MARKS.sub(r"\1", text.translate(_PICTURES))
+    text = str(text).replace("\r\n", "\n").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return _MARKS.sub(r"\1", text.translate(_VISIBLE))
 
 
 def shorten(text: str, most: int = CHARS_PER_MESSAGE) -> str:
@@ -91,7 +93,13 @@ def outcomes(episode: dict) -> list[str]:
 def slim(episode: dict) -> dict:
     """What the page needs of an Episode: everything but token ids, mask and log-probs, whose counts stay."""
     kept = {key: value for key, value in episode.items() if key not in ("ids", "mask", "logps")}
+    gold = kept.get("gold") or []
+    kept["gold"] = gold if isinstance(gold, (list, tuple)) else [gold]
     kept = jsonable(kept)
+    for message in kept.setdefault("messages", []):
+        content = message.get("content") or ""
+        message["content"] = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    kept.setdefault("attempts", [])
     kept["tokens"] = len(episode.get("ids") or [])
     kept["trained"] = sum(episode.get("mask") or [])
     kept["outcomes"] = outcomes(episode)
@@ -118,18 +126,15 @@ def summary(episodes: list[dict]) -> list[tuple[str, str]]:
 
 # ---------------------------------------------------------------- curves
 def numeric_series(log: Iterable[dict]) -> dict[str, list[tuple[float, float]]]:
-    """{key: [(step, value), ...]} of every finite number in the log lines; nested dicts become "outer/inner"."""
+    """{key: [(step, value), ...]} of every finite number in the log lines; a line without a step counts for itself."""
+    lines = [(line.get("step", place), line) for place, line in enumerate(log, 1)]
     series: dict[str, list[tuple[float, float]]] = {}
-    for number, line in enumerate(log, 1):
-        step = line.get("step", number)
-        stack = [("", line)]
-        while stack:
-            prefix, values = stack.pop()
-            for key, value in values.items():
-                if isinstance(value, dict):
-                    stack.append((f"{prefix}{key}/", value))
-                elif isinstance(value, (int, float)) and key != "step" and math.isfinite(value):
-                    series.setdefault(prefix + str(key), []).append((step, float(value)))
+    for step, line in lines:
+        for key, value in line.items():
+            if isinstance(value, (int, float)) and key != "step" and math.isfinite(value):
+                series.setdefault(str(key), []).append((step, float(value)))
+    for key in (key for key in series if key.startswith(COUNTS)):
+        series[key] = [(step, float(line.get(key, 0))) for step, line in lines]
     return series
 
 
@@ -142,26 +147,28 @@ def panels(series: dict) -> tuple[list[tuple[str, str, dict]], dict[str, float]]
     constants, groups = {}, {}
     for key, points in series.items():
         values = [y for _, y in points]
-        if len(points) > 1 and min(values) == max(values) and "/" not in key:
+        family, _, label = key.rpartition("/")
+        if len(points) > 1 and min(values) == max(values) and not family:
             constants[key] = values[0]
             continue
-        family, _, label = key.rpartition("/")
-        title = family or key
-        if label in ("right", "wrong"):
-            title = f"{title} of right and wrong answers"
-        groups.setdefault(title, {})[label] = points
+        apart = " of right and wrong answers" * (label in ("right", "wrong"))
+        groups.setdefault((family or key, apart, bool(family)), {})[label] = points
     found = []
-    for title, lines in groups.items():
-        found += [(section_of(title), *panel) for panel in split_by_scale(title, lines)]
-    names = [name for name, _ in SECTIONS] + ["Other"]
-    leading = SECTIONS[0][1].split("|")
-    rank = {word: i for i, word in enumerate(leading)}
-    found.sort(key=lambda panel: (names.index(panel[0]), rank.get(re.split(r"[/ ]", panel[1])[0], len(rank))))
+    for (title, apart, _), lines in groups.items():
+        found += [(section_of(title), name, part) for name, part in split_by_scale(title + apart, lines)]
+    words = [word for section in SECTIONS.values() for word in section]
+    sections = [*SECTIONS, "Other"]
+    place = {word: i for i, word in enumerate(words)}
+    found.sort(key=lambda panel: (sections.index(panel[0]), place.get(first_word(panel[1]), len(place))))
     return found, constants
 
 
+def first_word(title: str) -> str:
+    return re.split(r"[/ ]", title)[0]
+
+
 def section_of(title: str) -> str:
-    return next((name for name, pattern in SECTIONS if re.match(pattern, title)), "Other")
+    return next((name for name, words in SECTIONS.items() if first_word(title) in words), "Other")
 
 
 def split_by_scale(title: str, lines: dict) -> list[tuple[str, dict]]:
@@ -208,22 +215,22 @@ def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(x, sum(window) / len(window)) for (x, _), window in zip(points, means)]
 
 
-def thin(points: list, most: int = 400) -> list:
+def thin(points: list, most: int = 300) -> list:
     """At most `most` + 1 points, the last one kept: no screen shows more."""
     stride = max(1, math.ceil(len(points) / most))
     kept = points[::stride]
     return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]
 
 
-def curve_svg(series: dict[str, list[tuple[float, float]]], title: str = "", width: int = 300, height: int = 184) -> str:
+def curve_svg(series: dict[str, list[tuple[float, float]]], title: str = "", width=300, height=184) -> str:
     """One panel as an SVG element; series = {label: [(x, y), ...]}. Colours come from CURVE_CSS.
 
-    Panels of more than 40 points show the points faintly and their running mean in full.
+    Lines of more than NOISY points are drawn faintly, with their running mean in full.
     """
     left, right, top, bottom = 40, 12, 44, 24
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
-    marks = ticks(min(ys), max(ys))
+    marks = ticks(0.0 if 0 <= min(ys) < 0.6 * max(ys) else min(ys), max(ys))
     x0, x1, y0, y1 = min(xs), max(xs), marks[0], marks[-1]
 
     def at(x, y):
@@ -238,27 +245,33 @@ def curve_svg(series: dict[str, list[tuple[float, float]]], title: str = "", wid
         _, y = at(x0, mark)
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y}" y2="{y}"/>'
                      f'<text class="tick" x="{left - 6}" y="{y + 3.5}" text-anchor="end">{number(mark)}</text>')
-    for x, anchor in ((x0, "start"), (x1, "end")):
-        parts.append(f'<text class="tick" x="{at(x, y0)[0]}" y="{height - 8}" text-anchor="{anchor}">{number(x)}</text>')
-    parts.append(f'<text class="tick" x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">step</text>')
+    for x, anchor, text in ((x0, "start", number(x0)), ((x0 + x1) / 2, "middle", "step"), (x1, "end", number(x1))):
+        parts.append(f'<text class="tick" x="{at(x, y0)[0]}" y="{height - 8}" text-anchor="{anchor}">{text}</text>')
     legend_x = left - 34
     for index, (label, points) in enumerate(sorted(series.items(), key=lambda item: COLOURS.get(item[0], 9))):
-        colour = f"c{COLOURS.get(label, (index + 4 * (len(COLOURS.keys() & series) > 0)) % 8)}"
-        noisy = len(points) > 40
-        path = " ".join(f"{x},{y}" for x, y in (at(*p) for p in thin(points)))
-        if len(points) == 1:
-            x, y = at(*points[0])
-            parts.append(f'<circle class="dot {colour}" cx="{x}" cy="{y}" r="2.5"/>')
-        else:
-            parts.append(f'<polyline class="line {colour}{" faint" if noisy else ""}" points="{path}"/>')
-        if noisy:
-            path = " ".join(f"{x},{y}" for x, y in (at(*p) for p in thin(smooth(points))))
-            parts.append(f'<polyline class="line {colour}" points="{path}"/>')
-        if label and len(series) > 1 and legend_x < width - 40:
+        named = len(COLOURS.keys() & series)
+        colour = f"c{COLOURS.get(label, (index + (len(COLOURS) - named if named else 0)) % 8)}"
+        parts.append(line_svg(points, at, colour))
+        if label and len(series) > 1:
             parts.append(f'<circle class="dot {colour}" cx="{legend_x + 4}" cy="29" r="3.5"/>'
                          f'<text class="label" x="{legend_x + 11}" y="32.5">{escape(label)}</text>')
             legend_x += 22 + 6.2 * len(label)
     return "".join(parts) + "</svg>"
+
+
+def line_svg(points: list[tuple[float, float]], at, colour: str) -> str:
+    """One series as SVG; at(x, y) -> the place on the panel."""
+    if len(points) == 1:
+        x, y = at(*points[0])
+        return f'<circle class="dot {colour}" cx="{x}" cy="{y}" r="2.5"/>'
+
+    def path(those):
+        return " ".join(f"{x},{y}" for x, y in (at(*point) for point in thin(those)))
+
+    if len(points) <= NOISY:
+        return f'<polyline class="line {colour}" points="{path(points)}"/>'
+    return (f'<polyline class="line faint {colour}" points="{path(points)}"/>'
+            f'<polyline class="line {colour}" points="{path(smooth(points))}"/>')
 
 
 def figure_svg(chosen: list[tuple[str, str, dict]], columns: int = 3) -> str:
@@ -272,8 +285,9 @@ def figure_svg(chosen: list[tuple[str, str, dict]], columns: int = 3) -> str:
         panel = curve_svg(lines, title, wide, high)
         x, y = gap + i % columns * (wide + gap), gap + i // columns * (high + gap)
         cells.append(panel.replace("<svg ", f'<svg x="{x}" y="{y}" ', 1))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-            f'<style>{CURVE_CSS}</style><rect class="paper" width="100%" height="100%" rx="8"/>{"".join(cells)}</svg>\n')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+            f'height="{height}"><style>{CURVE_CSS}</style><rect class="paper" width="100%" height="100%" rx="8"/>'
+            f'{"".join(cells)}</svg>\n')
 
 
 def curves_html(log: Iterable[dict]) -> str:
@@ -283,7 +297,8 @@ def curves_html(log: Iterable[dict]) -> str:
     for section in dict.fromkeys(panel[0] for panel in found):
         cells = []
         for _, title, lines in (panel for panel in found if panel[0] == section):
-            cells.append(f'<figure data-panel="{len(data)}">{curve_svg(lines, title)}<figcaption></figcaption></figure>')
+            drawn = curve_svg(lines, title)
+            cells.append(f'<figure data-panel="{len(data)}">{drawn}<figcaption></figcaption></figure>')
             data.append({plain(label or title): thin(points) for label, points in lines.items()})
         opened = " open" if section in ("Learning", "Other") or not parts else ""
         parts.append(f'<details class="curves"{opened}><summary>{section} <small>{len(cells)}</small></summary>'
@@ -291,7 +306,11 @@ def curves_html(log: Iterable[dict]) -> str:
     if constants:
         text = " &middot; ".join(f"{escape(key)} {number(value)}" for key, value in sorted(constants.items()))
         parts.append(f'<p class="constants">Did not change: {text}</p>')
-    return f'<section id="curves"><h2>Curves</h2>{"".join(parts)}{embed("panels", data)}</section>' if parts else ""
+    if not parts:
+        return ""
+    noisy = any(len(points) > NOISY for _, _, lines in found for points in lines.values())
+    note = "<p class='constants'>Faint: every step. Full: running mean over a tenth of the steps.</p>" * noisy
+    return f'<section id="curves"><h2>Curves</h2>{note}{"".join(parts)}{embed("panels", data)}</section>'
 
 
 # ---------------------------------------------------------------- the rest of the head
@@ -339,7 +358,8 @@ def config_html(config: dict) -> str:
         return ""
     shown = (value if isinstance(value, str) else json.dumps(jsonable(value)) for value in config.values())
     rows = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in zip(config, shown))
-    return f"<details class='config'><summary>Config <small>{len(config)} keys</small></summary><dl>{rows}</dl></details>"
+    head = f"<summary>Config <small>{len(config)} keys</small></summary>"
+    return f"<details class='config'>{head}<dl>{rows}</dl></details>"
 
 
 def write_report(path, *, title: str, episodes=(), log=(), table_markdown: str = "", config=None) -> None:
@@ -384,7 +404,9 @@ svg{--paper:#fdfcf9;--ink:#23272b;--soft:#70757a;--rule:#e6e2d8}
 """
 
 CSS = """
-:root{color-scheme:light dark;--page:#f5f3ee;--paper:#fdfcf9;--ink:#23272b;--soft:#6a6f74;--rule:#e2ded3;--hover:#f0ede5;
+:root{color-scheme:light dark;
+--mono:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
+--page:#f5f3ee;--paper:#fdfcf9;--ink:#23272b;--soft:#6a6f74;--rule:#e2ded3;--hover:#f0ede5;
 --accent:#2a6f78;--good:#2f7d50;--bad:#b5433d;--warm:#a86a14;--good-bg:#e5f1e8;--bad-bg:#f8e6e3;--warm-bg:#faf0dc;
 --cool-bg:#e6eff3;--code:#f3f1ea}
 @media (prefers-color-scheme:dark){:root{--page:#141619;--paper:#1b1e21;--ink:#e4e1da;--soft:#999ea3;--rule:#30353a;
@@ -402,9 +424,11 @@ header p,.constants,small{color:var(--soft)}
 header p{margin:0 0 18px}
 small{font-size:12px;font-weight:400;margin-left:4px}
 .strip{display:flex;flex-wrap:wrap;gap:8px 40px;padding-top:6px!important;padding-bottom:8px!important}
-.strip b{display:block;font-size:24px;font-weight:600;letter-spacing:-.02em;font-variant-numeric:tabular-nums;line-height:1.2}
+.strip b{display:block;font-size:24px;font-weight:600;letter-spacing:-.02em;font-variant-numeric:tabular-nums;
+line-height:1.2}
 .strip span{font-size:13px;color:var(--soft)}
-.scroll{overflow-x:auto;background:var(--paper);border:1px solid var(--rule);border-radius:10px;width:fit-content;max-width:100%}
+.scroll{overflow-x:auto;background:var(--paper);border:1px solid var(--rule);border-radius:10px;width:fit-content;
+max-width:100%}
 table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
 th,td{padding:7px 16px;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top}
 th{font-weight:600;color:var(--soft);font-size:13px;white-space:nowrap}
@@ -412,47 +436,55 @@ tbody tr:last-child td{border-bottom:0}
 .right{text-align:right}
 summary{cursor:pointer;font-weight:600;padding:6px 0}
 summary::marker{color:var(--soft)}
-code,pre,.mono{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:13px}
+code{font-family:var(--mono);font-size:13px}
 code{background:var(--code);padding:1px 5px;border-radius:4px}
 .config{margin-top:14px!important}
-.config dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:2px 22px;margin:6px 0 0;font-size:13.5px;columns:2}
+.config dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:2px 22px;margin:6px 0 0;
+font-size:13.5px}
 .config dt{color:var(--soft)}
-.config dd{margin:0;overflow-wrap:anywhere;font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:12.5px}
+.config dd{margin:0;overflow-wrap:anywhere;font-family:var(--mono);font-size:12.5px}
 .grid-of-curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(290px,1fr));gap:14px;margin:6px 0 14px}
 figure{margin:0;background:var(--paper);border:1px solid var(--rule);border-radius:10px;padding:8px 6px 2px}
 figure svg{width:100%;height:auto;display:block}
-figcaption{font-size:11.5px;line-height:1.35;color:var(--soft);min-height:19px;padding:0 8px 3px;
+figcaption{font-size:11.5px;line-height:1.35;color:var(--soft);min-height:17px;padding:0 8px 3px;
 font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 .constants{font-size:13px}
 #episodes-section{padding-bottom:30px!important}
 .bar{display:flex;flex-wrap:wrap;gap:8px;align-items:center;margin-bottom:12px}
-.chip{font:inherit;font-size:13.5px;border:1px solid var(--rule);background:var(--paper);color:var(--ink);padding:4px 13px;
+.chip{font:inherit;font-size:13.5px;border:1px solid var(--rule);background:var(--paper);color:var(--ink);
+padding:4px 13px;
 border-radius:99px;cursor:pointer}
 .chip:hover{background:var(--hover)}
 .chip[aria-pressed=true]{background:var(--ink);border-color:var(--ink);color:var(--page)}
 .chip span{opacity:.6;margin-left:5px;font-variant-numeric:tabular-nums}
-select,input[type=search]{font:inherit;font-size:14px;color:var(--ink);background:var(--paper);border:1px solid var(--rule);
+select,input[type=search]{font:inherit;font-size:14px;color:var(--ink);background:var(--paper);
+border:1px solid var(--rule);
 border-radius:8px;padding:5px 10px}
 input[type=search]{flex:1 1 220px;min-width:160px}
 :focus-visible{outline:2px solid var(--accent);outline-offset:1px}
-.panes{display:grid;grid-template-columns:minmax(270px,370px) minmax(0,1fr);border:1px solid var(--rule);border-radius:12px;
+.panes{display:grid;grid-template-columns:minmax(270px,370px) minmax(0,1fr);border:1px solid var(--rule);
+border-radius:12px;
 overflow:hidden;background:var(--paper);height:calc(100vh - 40px);min-height:480px}
 .list{overflow-y:auto;border-right:1px solid var(--rule);overscroll-behavior:contain}
 .item{display:block;width:100%;text-align:left;font:inherit;color:inherit;background:none;border:0;
-border-bottom:1px solid var(--rule);padding:10px 16px;cursor:pointer;content-visibility:auto;contain-intrinsic-size:auto 68px}
+border-bottom:1px solid var(--rule);padding:10px 16px;cursor:pointer;content-visibility:auto;
+contain-intrinsic-size:auto 68px}
 .item:hover{background:var(--hover)}
 .item[aria-current=true]{background:var(--cool-bg);box-shadow:inset 3px 0 var(--accent)}
-.item .q{display:-webkit-box;-webkit-line-clamp:2;-webkit-box-orient:vertical;overflow:hidden;font-size:14px;line-height:1.4;
+.item .q{display:-webkit-box;-webkit-line-clamp:2;-webkit-box-orient:vertical;overflow:hidden;font-size:14px;
+line-height:1.4;
 overflow-wrap:anywhere}
 .item .under{display:flex;gap:9px;align-items:center;font-size:12px;color:var(--soft);margin-top:4px}
 .item .under>:last-child{margin-left:auto;font-variant-numeric:tabular-nums;white-space:nowrap}
-.tag{font-size:12px;font-weight:600;padding:1px 8px;border-radius:99px;background:var(--code);color:var(--soft);white-space:nowrap}
+.tag{font-size:12px;font-weight:600;padding:1px 8px;border-radius:99px;background:var(--code);color:var(--soft);
+white-space:nowrap}
 .tag.right,.tag.fixed{background:var(--good-bg);color:var(--good);text-align:left}
 .tag.wrong,.tag.broken,.tag.error,.tag.timeout,.tag.fault{background:var(--bad-bg);color:var(--bad)}
 .tag.dropped,.tag.unscored{background:var(--warm-bg);color:var(--warm)}
 .reader{overflow-y:auto;padding:26px 34px 60px;overscroll-behavior:contain;scrollbar-gutter:stable}
 .reader>*{max-width:860px}
-.reader h3.question{font-size:20px;line-height:1.4;font-weight:600;letter-spacing:-.01em;margin:0 0 10px;white-space:pre-wrap;
+.reader h3.question{font-size:20px;line-height:1.4;font-weight:600;letter-spacing:-.01em;margin:0 0 10px;
+white-space:pre-wrap;
 overflow-wrap:anywhere;unicode-bidi:plaintext}
 .facts{display:flex;flex-wrap:wrap;gap:4px 22px;font-size:13px;color:var(--soft);align-items:baseline}
 .facts b{color:var(--ink);font-weight:600;overflow-wrap:anywhere}
@@ -467,14 +499,14 @@ border-bottom:1px solid var(--rule)}
 .thought{color:var(--soft);font-size:14px}
 .thought summary,.quiet summary{font-size:13px;font-weight:500;color:var(--soft);padding:2px 0}
 .call,.result{background:var(--code);border-radius:8px;padding:9px 13px;margin:7px 0;font-size:13px;line-height:1.5}
-.call .text,.result .text,.result summary{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:12.5px}
-.call .name{font-weight:650;color:var(--accent);font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:13px}
+.call .text,.result .text,.result summary{font-family:var(--mono);font-size:12.5px}
+.call .name{font-weight:650;color:var(--accent);font-family:var(--mono);font-size:13px}
 .result summary{font-weight:400;padding:0;overflow-wrap:anywhere}
-.result .more{margin-top:7px}
+.result details[open] summary .text{display:none}
+.result details[open] summary::after{content:"show less"}
 .review{background:var(--warm-bg);border-radius:10px;padding:14px 18px;margin:20px 0}
 .review .who{color:var(--warm)}
 mark{background:var(--good-bg);color:var(--good);font-weight:600;border-radius:4px;padding:0 3px}
-mark.hit{background:#f7d774;color:#222;font-weight:inherit;padding:0}
 .empty{padding:34px 24px;color:var(--soft)}
 @media (max-width:820px){header,main>section,main>details,main>.strip{padding-left:16px;padding-right:16px}
 .panes{grid-template-columns:1fr;height:auto}.list{max-height:42vh;border-right:0;border-bottom:1px solid var(--rule)}
@@ -482,15 +514,17 @@ mark.hit{background:#f7d774;color:#222;font-weight:inherit;padding:0}
 @media print{.panes{height:auto}.list,.bar{display:none}}
 """
 
-READER = """<section id="episodes-section"><h2>Episodes</h2>
+READER = """<section id="episodes-section"><h2>Episodes <small id="count"></small></h2>
 <div class="bar"><span id="chips"></span><select id="dataset" aria-label="data set"></select>
 <input id="search" type="search" placeholder="Search questions, answers and transcripts" aria-label="search"></div>
-<div class="panes"><nav class="list" id="list" aria-label="episodes"></nav><article class="reader" id="reader"></article></div>
+<div class="panes"><nav class="list" id="list" aria-label="episodes"></nav>
+<article class="reader" id="reader"></article></div>
 </section>"""
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none';style-src 'unsafe-inline';script-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none';style-src 'unsafe-inline';script-src 'unsafe-inline'">
 <title>{title}</title><style>{css}</style></head>
 <body><header><h1>{title}</h1><p>Written {made}</p></header>
 <main>{strip}{table}{config}{curves}{reader}</main>
@@ -506,7 +540,8 @@ const el = (tag, name, ...children) => {
   node.append(...children.filter(child => child !== null && child !== undefined && child !== ""));
   return node;
 };
-const short = value => value === null || value === undefined ? "–" : Number.isInteger(value) ? String(value) : value.toFixed(2);
+const short = value => value === null || value === undefined ? "–"
+  : Number.isInteger(value) ? String(value) : value.toFixed(2);
 
 // ---- curves: the values at the pointer's step, under the panel
 const panelData = read("panels");
@@ -538,7 +573,7 @@ function matches(episode) {
   if (!state.words) return true;
   const texts = [episode.id, episode.question, ...episode.gold];
   for (const message of episode.messages) texts.push(message.content);
-  for (const attempt of episode.attempts) texts.push(attempt.answer, attempt.critique, attempt.think, attempt.termination);
+  for (const attempt of episode.attempts) texts.push(attempt.answer, attempt.critique, attempt.think);
   return texts.some(text => text && String(text).toLowerCase().includes(state.words));
 }
 
@@ -557,8 +592,9 @@ function filter() {
   const list = byId("list");
   list.replaceChildren(...state.shown.map(listItem));
   list.scrollTop = 0;
-  byId("search").title = `${state.shown.length} of ${episodes.length} episodes`;
-  if (state.shown.length) return open(0);
+  byId("count").textContent = `${state.shown.length} of ${episodes.length}`;
+  const linked = state.shown.findIndex(episode => "#" + encodeURIComponent(episode.id) === location.hash);
+  if (state.shown.length) return open(Math.max(0, linked));
   list.append(el("div", "empty", "No episode matches these filters."));
   byId("reader").replaceChildren();
 }
@@ -570,6 +606,7 @@ function open(index) {
   list.children[index].setAttribute("aria-current", "true");
   byId("reader").replaceChildren(...episodeView(state.shown[index]));
   byId("reader").scrollTop = 0;
+  history.replaceState(null, "", "#" + encodeURIComponent(state.shown[index].id));
 }
 
 function fact(label, value, name) {
@@ -578,8 +615,9 @@ function fact(label, value, name) {
 
 function episodeView(episode) {
   const head = el("div", "facts", ...episode.outcomes.map(name => el("span", "tag " + name, name)),
-    fact("gold", episode.gold.join("  |  ") || "–"), fact("id", episode.id), episode.dataset && fact("data set", episode.dataset),
-    fact("policy version", short(episode.policy_version)), fact("tokens", `${episode.tokens} (${episode.trained} sampled)`),
+    fact("gold", episode.gold.join("  |  ") || "–"), fact("id", episode.id),
+    episode.dataset && fact("data set", episode.dataset), fact("policy version", short(episode.policy_version)),
+    fact("tokens", `${episode.tokens} (${episode.trained} sampled)`),
     episode.dropped && fact("dropped", episode.dropped));
   const parts = [el("h3", "question text", episode.question), head];
   let at = 0;
@@ -599,11 +637,11 @@ function episodeView(episode) {
 
 function quiet(label, messages) {
   return el("details", "quiet turn", el("summary", "", label),
-    ...messages.map(message => el("div", "", el("div", "who", message.role), el("div", "text thought", message.content))));
+    ...messages.map(({ role, content }) => el("div", "", el("div", "who", role), el("div", "text thought", content))));
 }
 
 function stageHead(label, attempt) {
-  const verdict = attempt.correct === null || attempt.correct === undefined ? "unscored" : attempt.correct ? "right" : "wrong";
+  const verdict = typeof attempt.correct !== "boolean" ? "unscored" : attempt.correct ? "right" : "wrong";
   return el("div", "stage", el("h4", "", label), el("span", "tag " + verdict, verdict),
     el("div", "facts", fact("answer", attempt.answer ?? "none"), fact("rule reward", short(attempt.rule_reward)),
       fact("score", short(attempt.score)), fact("reward", short(attempt.reward)),
@@ -649,7 +687,8 @@ function says(text) {
 function thought(text) {
   text = text.trim();
   if (!text) return "";
-  const node = el("details", "thought", el("summary", "", `Reasoning, ${text.length} characters`), el("div", "text", text));
+  const label = el("summary", "", `Reasoning, ${text.length} characters`);
+  const node = el("details", "thought", label, el("div", "text", text));
   node.open = text.length < 1200;
   return node;
 }
@@ -671,18 +710,20 @@ function toolCall(text) {
 }
 
 function toolResult(text, call) {
-  const status = call && call.status !== "ok" ? el("span", "tag " + call.status, call.status) : "";
-  const who = el("div", "who", call ? `${call.name || "call"} returned` : "tool", status,
-    call && call.seconds !== undefined ? el("span", "", `${call.seconds < 0.01 ? "<0.01" : call.seconds.toFixed(2)} s`) : "");
+  const status = call?.status && call.status !== "ok" ? el("span", "tag " + call.status, call.status) : "";
+  const took = call?.seconds;
+  const seconds = typeof took !== "number" ? "" : took < 0.01 ? "<0.01 s" : took.toFixed(2) + " s";
+  const who = el("div", "who", call ? `${call.name || "call"} returned` : "tool", status, el("span", "", seconds));
   const body = text.length <= 900 ? el("div", "text", text)
-    : el("details", "", el("summary", "", text.slice(0, 420).trim() + " …"), el("div", "text more", text));
+    : el("details", "", el("summary", "", el("span", "text", text.slice(0, 420).trim() + " …")), el("div", "text", text));
   return el("div", "result", who, body);
 }
 
 function review(attempt) {
+  const analysis = attempt.think &&
+    el("details", "thought", el("summary", "", "The judge's analysis"), el("div", "text", attempt.think));
   return el("div", "review", el("div", "who", `Judge, score ${short(attempt.score)}`),
-    el("div", "text", attempt.critique || "(no critique)"),
-    attempt.think ? el("details", "thought", el("summary", "", "The judge's analysis"), el("div", "text", attempt.think)) : "");
+    el("div", "text", attempt.critique || "(no critique)"), analysis);
 }
 
 function buildFilters() {
@@ -726,7 +767,12 @@ function buildFilters() {
   });
 }
 
-if (episodes.length) { buildFilters(); filter(); }
+if (episodes.length) {
+  const linked = location.hash.length > 1;
+  buildFilters();
+  filter();
+  if (linked) byId("episodes-section").scrollIntoView();
+}
 """
 
 
@@ -746,9 +792,13 @@ def read_jsonl(path: Path) -> list[dict]:
 def main(folder: str) -> None:
     run = Path(folder)
     log, facts = read_jsonl(run / "log.jsonl"), {}
-    episodes = [row for path in sorted(run.glob("episodes*.jsonl")) for row in read_jsonl(path)]
+    episodes = []
+    for path in sorted((run / "episodes").glob("*.jsonl"), reverse=True):
+        episodes = read_jsonl(path) + episodes
+        if len(episodes) >= LIVE_EPISODES:
+            break
     if not log and not episodes:
-        raise SystemExit(f"{run}: neither log.jsonl nor episodes.jsonl there; give the folder of a run")
+        raise SystemExit(f"{run}: neither log.jsonl nor episodes/*.jsonl there; give the folder of a run")
     if (run / "run.json").is_file():
         facts = json.loads((run / "run.json").read_text())
     table = (run / "report.md").read_text(encoding="utf-8") if (run / "report.md").is_file() else ""

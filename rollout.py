@@ -9,7 +9,6 @@ import asyncio
 import copy
 import hashlib
 import json
-import math
 import random
 import re
 import sys
@@ -88,7 +87,7 @@ class Limits:
     max_new_tokens_per_turn: int = 4096
     max_tokens_per_attempt: int = 11_000
     max_context: int = 32_768  # tokens of a whole chain
-    final_tokens: int = 512  # kept free for the forced final answer
+    final_tokens: int = 512  # kept free for the call for a final answer and that answer
     force_answer: bool = True
 
 
@@ -670,8 +669,8 @@ async def run_attempt(episode: Episode, row: dict, setup: Setup, key: tuple) -> 
             break
         if not limit and turn >= limits.max_turns:
             limit = "turn_limit"
-        limit = _append_results(episode, setup, results, limit, end)
-        if limit and not limits.force_answer:
+        limit, goes_on = _append_results(episode, setup, results, limit, end)
+        if not goes_on:
             attempt.termination = limit
     attempt.span, attempt.messages = (begin, len(episode.ids)), (attempt.messages[0], len(episode.messages))
     if not episode.dropped:
@@ -683,18 +682,18 @@ def _full(end: int, limits: Limits) -> str:
     return "context_limit" if end == limits.max_context else "token_limit"
 
 
-def _append_results(episode, setup, results, limit, end) -> str:
-    """Appends tool results, and the call for a final answer once a limit is reached; returns the limit, if any."""
-    final = [{"role": "user", "content": FINAL_PROMPT}] if setup.limits.force_answer else []
-    room = end - setup.limits.final_tokens
-    if not limit and append_fragment(episode, setup, results, room):
-        return ""
+def _append_results(episode, setup, results, limit, end) -> tuple[str, bool]:
+    """Appends tool results, and at a limit the call for a final answer; returns (the limit or "", another turn?)."""
+    force = setup.limits.force_answer
+    if not limit and append_fragment(episode, setup, results, end - setup.limits.final_tokens):
+        return "", True
     limit = limit or _full(end, setup.limits)
-    if append_fragment(episode, setup, results + final, end - 1):
-        return limit
+    final = [{"role": "user", "content": FINAL_PROMPT}] if force else []
     short = [{**message, "content": LEFT_OUT} for message in results]
-    append_fragment(episode, setup, short + final, math.inf)
-    return limit
+    for messages in (results + final, short + final):
+        if messages and append_fragment(episode, setup, messages, end - 1):
+            return limit, force
+    return limit, False
 
 
 async def observe(calls, row: dict, setup: Setup, attempt: Attempt, turn: int) -> list[dict]:

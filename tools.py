@@ -248,7 +248,7 @@ class Toolbox:
         if docs is not None:
             context.docs = tuple((d["title"], d["text"]) for d in docs)
         try:
-            if context.docs is not None and name != "python":  # microseconds: not worth a thread
+            if context.docs is not None and name in ("search", "browse"):  # microseconds: not worth a thread
                 text, status = self._run(name, arguments, context), "ok"
             else:
                 async with self._gate(name):
