@@ -236,26 +236,6 @@ def _mean(values) -> float | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_judge(cfg, chat, rounds):
-    """The reward model behind one interface: served, in process, or the toy's rule annotator."""
-    prompt = Path(cfg.rrm_prompt_file).read_text() if cfg.rrm_prompt_file else rollout.RRM_PROMPT
-    if cfg.variant == "rule":
-        return None
-    if cfg.rrm == "toy":
-        from importlib.machinery import SourceFileLoader
-
-        return rollout.toy_judge(SourceFileLoader("toy", str(Path(__file__).parent / "data/toy/prepare.py")).load_module().annotate)
-    if cfg.rrm.startswith("http"):
-        urls = cfg.rrm.split(",")
-        rollout.check_served(urls)
-        return rollout.served_judge(urls, prompt=prompt, max_context=cfg.max_context, break_tags=chat.broken)
-    if not Path(cfg.rrm).is_dir():
-        raise SystemExit(f"no reward model in {cfg.rrm}: train one with train_rrm.py, or give --rrm=http://…/v1")
-    judge_chat = Chat(shared.load_tokenizer(cfg.rrm))
-    engine = rollout.make_engine(cfg.engine, cfg.rrm, judge_chat.stop_ids, rounds, max_context=cfg.max_context)
-    return rollout.engine_judge(engine, judge_chat, prompt=prompt, max_context=cfg.max_context)
-
-
 def check_config(cfg: Config) -> None:
     choices = dict(variant="u r rule", pool="joint per_stage", drop="equal rule_equal release", engine="vllm hf")
     choices |= dict(loss_agg="seq_mean token_mean", old_logps="sampler recomputed", rule_form="em_f1 em")
@@ -288,7 +268,10 @@ def main(cfg: Config) -> None:
     options = dict(max_context=cfg.max_context, gpu_memory_share=cfg.gpu_memory_share, sleep=cfg.engine_sleep)
     options |= dict(tp_group=tp_groups[rank // tp] if tp > 1 else None, tp_size=tp)
     engine = rollout.make_engine(cfg.engine, cfg.model, chat.stop_ids, rounds, **options)
-    judge = make_judge(cfg, chat, rounds)
+    prompt = Path(cfg.rrm_prompt_file).read_text() if cfg.rrm_prompt_file else rollout.RRM_PROMPT
+    judge = None
+    if cfg.variant != "rule":
+        judge = rollout.make_judge(cfg.rrm, chat, rounds, engine=cfg.engine, max_context=cfg.max_context, prompt=prompt)
     torch.manual_seed(cfg.seed)
     policy = shared.shard(shared.load_policy(cfg.model, cfg.checkpoint_activations), device, cfg.shard_ranks)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)

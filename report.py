@@ -715,7 +715,8 @@ function toolResult(text, call) {
   const seconds = typeof took !== "number" ? "" : took < 0.01 ? "<0.01 s" : took.toFixed(2) + " s";
   const who = el("div", "who", call ? `${call.name || "call"} returned` : "tool", status, el("span", "", seconds));
   const body = text.length <= 900 ? el("div", "text", text)
-    : el("details", "", el("summary", "", el("span", "text", text.slice(0, 420).trim() + " …")), el("div", "text", text));
+    : el("details", "", el("summary", "", el("span", "text", text.slice(0, 420).trim() + " …")),
+      el("div", "text", text));
   return el("div", "result", who, body);
 }
 

@@ -8,6 +8,7 @@ mask is written when a token is appended, history is never rendered again.
 import asyncio
 import copy
 import hashlib
+import importlib.util
 import json
 import random
 import re
@@ -286,9 +287,6 @@ class HFEngine:
             for name, value in _all_names(pairs, set(own)):
                 own[name].copy_(value)
 
-    def close(self):
-        self.rounds.engines.remove(self)
-
 
 def _sample(logits, requests, draws):
     """logits (B, V) -> token ids and log-probs; inverse CDF on one uniform draw a row; temperature 0 takes the best."""
@@ -427,9 +425,6 @@ class VLLMEngine:
             self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache after a weight sync: are requests still running?")
-
-    def close(self):
-        self.llm.llm_engine.engine_core.shutdown()
 
 
 def _vllm_sample(output) -> Sample:
@@ -572,6 +567,29 @@ def check_served(urls: list[str]) -> None:
             OpenAI(base_url=url, api_key="none", timeout=10, max_retries=1).models.list()
         except OpenAIError as error:
             raise SystemExit(f"no judge answers at {url} ({error}): start one with `vllm serve <RRM folder> --port …`") from error
+
+
+def make_judge(spec: str, chat, rounds: Rounds, *, engine: str, max_context: int, prompt: str = RRM_PROMPT) -> Judge:
+    """spec = "http://…/v1[,http://…/v1]": servers | a folder: in this process | "toy": the toy's rule annotator."""
+    if spec == "toy":
+        path = Path(__file__).parent / "data" / "toy" / "prepare.py"
+        found = importlib.util.spec_from_file_location("toy_prepare", path)
+        toy = importlib.util.module_from_spec(found)
+        found.loader.exec_module(toy)
+        return toy_judge(toy.annotate)
+    if spec.startswith("http"):
+        urls = spec.split(",")
+        check_served(urls)
+        return served_judge(urls, prompt=prompt, max_context=max_context, break_tags=chat.broken)
+    if not Path(spec).is_dir():
+        raise SystemExit(f"no reward model in {spec}: train one with train_rrm.py, or give the URL of one (--rrm=http://…/v1)")
+    from model import load_tokenizer
+    from rows import Chat
+
+    judge_chat = Chat(load_tokenizer(spec))
+    own = make_engine(engine, spec, judge_chat.stop_ids, rounds, max_context=max_context)
+    new = min(1400, max_context // 4)
+    return engine_judge(own, judge_chat, prompt=prompt, max_context=max_context, max_new_tokens=new)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

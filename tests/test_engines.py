@@ -125,7 +125,6 @@ report["ended"] = asyncio.run(late())
 if rank == 0:
     json.dump(report, open({out!r}, "w"))
 torch.distributed.barrier()
-engine.close()
 torch.distributed.destroy_process_group()
 """
 

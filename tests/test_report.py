@@ -13,12 +13,13 @@ import report
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=5000""".split()
-EVIL = "<script>window.hacked=1</script><!--<img src=x onerror=window.hacked=1>\x1b[31m\x00\ud800\u202e" + "e" + "\u0301" * 999
+EVIL = "<script>window.hacked=1</script><!--<img src=x onerror=window.hacked=1>"
+EVIL += "\x1b[31m\x00\ud800\u202e" + "e" + "\u0301" * 999
 
 
 def attempt(messages, answer, correct, **fields):
-    base = dict(span=[0, 5], messages=messages, answer=answer, correct=correct, termination="answered", seed=1, calls=[],
-                rule_reward=float(bool(correct)), score=0.5, think="it looked", critique="look again", reward=1.0)
+    base = dict(span=[0, 5], messages=messages, answer=answer, correct=correct, termination="answered", seed=1)
+    base |= dict(rule_reward=float(bool(correct)), score=0.5, think="it looked", critique="look again", reward=1.0)
     return base | fields
 
 
@@ -30,7 +31,8 @@ def episode(name, verdicts, *, dropped="", dataset="toy", question="Who?", tool_
         if stage:
             messages.append({"role": "user", "content": "A reviewer wrote: look again"})
         begin = len(messages)
-        call = '<think>\nhm\n</think>\n<tool_call>\n{"name": "search", "arguments": {"queries": ["Rome"]}}\n</tool_call>'
+        call = json.dumps({"name": "search", "arguments": {"queries": ["Rome"]}})
+        call = f"<think>\nhm\n</think>\n<tool_call>\n{call}\n</tool_call>"
         messages += [{"role": "assistant", "content": call}, {"role": "tool", "content": tool_text},
                      {"role": "assistant", "content": f"So \\boxed{{{name}-{stage}}}"}]
         calls = [dict(name="search", arguments={"queries": ["Rome"]}, status="ok", seconds=0.2, turn=1)]
@@ -63,13 +65,15 @@ def test_plain_text_encodes_whatever_came_in():
 def test_embedded_json_cannot_close_its_block_and_holds_no_nan():
     block = report.embed("x", report.jsonable({"a": "</script><!--", "b": float("nan"), "c": (1, float("inf"))}))
     assert block.count("<") == 2 and block.endswith("</script>")
-    assert json.loads(block[block.index(">") + 1 : block.rindex("<")]) == {"a": "</script><!--", "b": None, "c": [1, None]}
+    inside = json.loads(block[block.index(">") + 1 : block.rindex("<")])
+    assert inside == {"a": "</script><!--", "b": None, "c": [1, None]}
 
 
 def test_every_text_of_the_page_is_escaped(tmp_path):
     chain = episode("e", [True, False], question=EVIL, dataset=EVIL, tool_text=EVIL)
-    _, page = page_of(tmp_path, title=EVIL, episodes=[chain], config={EVIL: EVIL}, table_markdown=f"# {EVIL}\n|{EVIL}|\n|-|\n|{EVIL}|",
-                      log=[{"step": 1, EVIL: 1.0, EVIL + "/a": 1}, {"step": 2, EVIL: 2.0, EVIL + "/a": 3}])
+    table = f"# {EVIL}\n|{EVIL}|\n|-|\n|{EVIL}|"
+    log = [{"step": 1, EVIL: 1.0, EVIL + "/a": 1}, {"step": 2, EVIL: 2.0, EVIL + "/a": 3}]
+    _, page = page_of(tmp_path, title=EVIL, episodes=[chain], config={EVIL: EVIL}, table_markdown=table, log=log)
     assert "<img" not in page and "window.hacked=1</script>" not in page
     assert not set(map(chr, range(32))) - set("\n\t") & set(page)
     assert embedded(page, "episodes")[0]["question"].startswith("<script>window.hacked=1</script>")
@@ -84,8 +88,8 @@ def test_the_page_loads_nothing_from_outside(tmp_path):
 # ---------------------------------------------------------------- episodes
 @pytest.mark.parametrize("verdicts, dropped, expected", [
     ([True], "", ["right"]), ([False], "", ["wrong"]), ([False, True], "", ["right", "fixed"]),
-    ([True, False], "", ["wrong", "broken"]), ([True, True], "", ["right"]), ([None], "", ["unscored"]), ([], "", ["unscored"]),
-    ([None, True], "", ["right"]), ([True], "fault", ["dropped"]),
+    ([True, False], "", ["wrong", "broken"]), ([True, True], "", ["right"]), ([None], "", ["unscored"]),
+    ([], "", ["unscored"]), ([None, True], "", ["right"]), ([True], "fault", ["dropped"]),
 ])
 def test_outcomes(verdicts, dropped, expected):
     assert report.outcomes(episode("e", verdicts, dropped=dropped)) == expected
@@ -104,28 +108,36 @@ def test_summary_counts_both_stages_without_dropped_chains():
     shown = [report.slim(episode(str(i), verdicts, dropped=dropped)) for i, (verdicts, dropped) in enumerate(
         [([False, True], ""), ([True, True], ""), ([True, False], ""), ([True, True], "fault")])]
     assert dict(report.summary(shown)) == {
-        "episodes": "4", "first attempts right": "66.7 %", "refined attempts right": "66.7 %", "fixed by refinement": "1",
-        "broken by it": "1", "dropped": "1"}
+        "episodes": "4", "first attempts right": "66.7 %", "refined attempts right": "66.7 %",
+        "fixed by refinement": "1", "broken by it": "1", "dropped": "1"}
 
 
 # ---------------------------------------------------------------- curves and tables
 def test_series_skip_what_is_not_a_finite_number_and_count_missing_endings_as_zero():
-    log = [{"step": 1, "loss": 1, "note": "x", "ended/limit": 2}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": 0.5}]
-    assert report.numeric_series(log) == {"loss": [(1, 1.0), (3, 0.5)], "ended/limit": [(1, 2.0), (2, 0.0), (3, 0.0)]}
+    log = [{"step": 1, "loss": 1, "note": "x", "ended/limit": 2}, {"step": 2, "loss": float("nan")}, {"step": 3}]
+    assert report.numeric_series(log) == {"loss": [(1, 1.0)], "ended/limit": [(1, 2.0), (2, 0.0), (3, 0.0)]}
 
 
 def test_panels_group_by_family_and_split_by_scale():
-    log = [{"step": i, "accuracy/first": i / 10, "accuracy/refined": i / 9, "score/right": 0.8 + i, "score/wrong": 0.3 + i,
-            "score/first": i, "dlogp/mean": 1e-6 * i, "dlogp/max": 1e-3 * i, "lr": 0.1, "odd": i} for i in (1, 2)]
+    log = [{"step": i, "accuracy/first": i / 10, "accuracy/refined": i / 9, "score/right": 0.8 + i, "lr": 0.1,
+            "score/wrong": 0.3 + i, "score/first": i, "dlogp/mean": 1e-6 * i, "dlogp/max": 1e-3 * i, "odd": i}
+           for i in (1, 2)]
     found, constants = report.panels(report.numeric_series(log))
     assert [(section, title, list(lines)) for section, title, lines in found] == [
-        ("Learning", "accuracy", ["first", "refined"]), ("Learning", "score of right and wrong answers", ["right", "wrong"]),
-        ("Learning", "score/first", ["first"]), ("Optimization", "dlogp/max", ["max"]), ("Optimization", "dlogp/mean", ["mean"]),
-        ("Other", "odd", [""])]
+        ("Learning", "accuracy", ["first", "refined"]),
+        ("Learning", "score of right and wrong answers", ["right", "wrong"]),
+        ("Learning", "score/first", ["first"]),
+        ("Optimization", "dlogp/max", ["max"]),
+        ("Optimization", "dlogp/mean", ["mean"]),
+        ("Other", "odd", ["odd"]),
+    ]
     assert constants == {"lr": 0.1}
 
 
-@pytest.mark.parametrize("points", [[(1, 0.0)], [(1, 0.0), (2, 0.0)], [(i, i * 1e9) for i in range(999)], [(0, -1e-9), (1, -2e-9)]])
+STRAIGHT = [[(1, 0.0)], [(1, 0.0), (2, 0.0)], [(i, i * 1e9) for i in range(999)], [(0, -1e-9), (1, -2e-9)]]
+
+
+@pytest.mark.parametrize("points", STRAIGHT)
 def test_a_curve_is_well_formed_and_stays_inside_its_panel(points):
     root = ElementTree.fromstring(report.curve_svg({"<a>&": points, "b": points}, title="<t>&"))
     marks = [node for node in root.iter() if node.tag.endswith(("polyline", "circle")) and "cx" not in node.attrib]
@@ -141,9 +153,11 @@ def test_ticks_cover_the_values_with_few_round_marks(low, high):
 
 def test_a_markdown_table_becomes_html():
     page = report.table_html("## Results\n\n| set | acc |\n|---|--:|\n| **a** \\| b | 0.5 ± 0.1 |\n\n`x` < y\n")
-    assert page == ("<h3>Results</h3><div class=\"scroll\"><table><thead><tr><th>set</th><th class=\"right\">acc</th></tr></thead>"
-                    "<tbody><tr><td><b>a</b> | b</td><td class=\"right\">0.5 ± 0.1</td></tr></tbody></table></div>"
-                    "<p><code>x</code> &lt; y</p>")
+    assert page == (
+        '<h3>Results</h3><div class="scroll"><table><thead><tr><th>set</th><th class="right">acc</th></tr></thead>'
+        '<tbody><tr><td><b>a</b> | b</td><td class="right">0.5 ± 0.1</td></tr></tbody></table></div>'
+        "<p><code>x</code> &lt; y</p>"
+    )
 
 
 def test_a_run_folder_gets_its_page_and_picture_again(tmp_path, capsys):
@@ -186,7 +200,8 @@ found.caption = document.querySelector("figcaption").textContent;
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here")
 def test_the_page_opens_filters_and_throws_nothing_in_chromium_with_a_thousand_episodes(tmp_path):
     kinds = [([True, True], ""), ([False, True], ""), ([True, False], ""), ([True], "fault")]
-    episodes = [episode(str(i), *kinds[i % 4][:1], dropped=kinds[i % 4][1], dataset="ab"[i % 2], question=EVIL) for i in range(1000)]
+    episodes = [episode(str(i), kinds[i % 4][0], dropped=kinds[i % 4][1], dataset="ab"[i % 2], question=EVIL)
+                for i in range(1000)]
     episodes[0]["question"] = "The first question"
     episodes[7]["messages"][3]["content"] = "a needle here"
     log = [{"step": i, "accuracy/first": i / 50} for i in range(1, 50)]
@@ -198,6 +213,6 @@ def test_the_page_opens_filters_and_throws_nothing_in_chromium_with_a_thousand_e
     reader = found.pop("reader")
     assert found == {"all": 1000, "hacked": 0, "right": 500, "fixed": 250, "broken": 250, "dropped": 250, "b": 500,
                      "needle": 1, "caption": "step 49: first 0.98"}
-    for text in ("The first question", "First attempt", "Refined attempt", "search returned", "look again", "endedanswered"):
-        assert text in reader.replace("ended ", "ended"), text
+    for text in ("The first question", "First attempt", "Refined attempt", "search returned", "look again", "answered"):
+        assert text in reader, text
     assert "CONSOLE" not in run.stderr, [line for line in run.stderr.splitlines() if "CONSOLE" in line]

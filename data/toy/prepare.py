@@ -172,7 +172,7 @@ def sft_row(rng: random.Random) -> dict:
         start = critique.rpartition(" ")[2].rstrip(".")
         again, code, _ = lookups(world, start, DOCS)
         messages.append({"role": "user", "content": prompts.REFINE_PROMPT.replace("{critique}", critique)})
-        messages += [*again, final(code or rng.choice(CODES))]
+        messages += [*again, final(code or "none")]  # no guess: a critique of another question must not pay
     return {"messages": messages, "tools": TOOLS}
 
 

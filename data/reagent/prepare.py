@@ -1,0 +1,372 @@
+"""
+The four released sets of Reagent (Hugging Face hub, user bunny127, Apache-2.0) as the rows that our trainers read.
+
+    python data/reagent/prepare.py                             # all four sets
+    python data/reagent/prepare.py --set=sft --inspect         # the first records and their keys, nothing is written
+    python data/reagent/prepare.py --set=rl --media            # also the images and audio files, into files_dir
+    python data/reagent/prepare.py --set=rrm_sft --input=a.parquet --input=b.jsonl --out=data/reagent
+
+Written: sft.jsonl (stage 1), rrm_sft.jsonl and rrm_rl.jsonl (stage 2), rl_train.jsonl (stage 3); the records are those
+of the README. The schemas of the sets are not documented, so every common layout is taken (json list, jsonl, parquet):
+  sft      messages | conversations (sharegpt) | instruction, input, output (alpaca) | prompt or question, response
+  rrm_*    question, trajectory, think, critique, score | any layout of sft whose reply is the three blocks
+  rl       question, ground_truth (or answer), category, meta_info, multimodal_info | prompt, reward_model.ground_truth
+A record that fits none is counted with its reason; when a file has none that fits, that is an error naming its keys.
+"""
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from data.hotpotqa.prepare import fetch, print_table, read_records, write_rows  # noqa: E402
+from rollout import parse_judgment  # noqa: E402
+from rows import assistant_text, check_messages, check_rl_row, tool_call_text  # noqa: E402
+
+# set -> (data set of the hub, file written)
+SETS = {
+    "sft": ("bunny127/Reagent-SFT-55.6K", "sft.jsonl"),
+    "rrm_sft": ("bunny127/Reagent-RRM-SFT-28K", "rrm_sft.jsonl"),
+    "rrm_rl": ("bunny127/Reagent-RRM-RL-90K", "rrm_rl.jsonl"),
+    "rl": ("bunny127/Reagent-RL-709K", "rl_train.jsonl"),
+}
+DATA_FILES = (".json", ".jsonl", ".parquet")
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool",
+         "function_response": "tool", "tool_response": "tool", "function_call": "call", "tool_call": "call"}
+MEDIA = re.compile(r"\.(png|jpe?g|gif|webp|bmp|tiff?|wav|mp3|flac|m4a|ogg|pdf|docx?|xlsx?|pptx?|csv|txt|zip)$", re.I)
+RESPONSES = re.compile(r"\s*(?:<tool_response>.*?</tool_response>\s*)+", re.S)
+JUDGED = re.compile(r"question:\s*(.+?)\s*(?:agent(?:'s)?\s+)?trajectory(?: of the agent)?:\s*(.+)", re.S | re.I)
+
+
+class Unfit(ValueError):
+    """A record that does not become a row; the text is the reason that the table counts."""
+
+
+# ---------------------------------------------------------------- conversations
+def content_text(content) -> str:
+    """The text of a message's content, which may be a list of parts; a part that is not text makes the record unfit."""
+    if isinstance(content, list):
+        if any(not isinstance(part, dict) or "text" not in part for part in content):
+            raise Unfit("a message holds an image or a sound")
+        return "\n".join(part["text"] for part in content)
+    if content is not None and not isinstance(content, str):
+        raise Unfit("a message is not text")
+    return content or ""
+
+
+def as_call(text: str) -> str:
+    """A sharegpt function_call turn (JSON without the tags) as the <tool_call> text of our protocol."""
+    if "<tool_call>" in text:
+        return text
+    try:
+        call = json.loads(text)
+    except ValueError as error:
+        raise Unfit("a function call is not JSON") from error
+    calls = call if isinstance(call, list) else [call]
+    if any(not isinstance(one, dict) or "name" not in one for one in calls):
+        raise Unfit("a function call has no name")
+    return "\n".join(tool_call_text(one["name"], one.get("arguments", {})) for one in calls)
+
+
+def turns_of(record: dict) -> list[dict]:
+    """The turns of a record in any of the layouts, as [{"role", "content", ...}] with the publisher's role names."""
+    listed = record.get("messages") or record.get("conversations") or record.get("conversation")
+    reply = next((record[key] for key in ("response", "output", "completion", "chosen") if record.get(key)), None)
+    if listed is None and isinstance(record.get("prompt"), list):
+        listed = record["prompt"] + ([{"role": "assistant", "content": reply}] if isinstance(reply, str) else [])
+    if listed is not None:
+        listed = json.loads(listed) if isinstance(listed, str) else listed
+        turns = [{**turn, "role": turn.get("role", turn.get("from")), "content": turn.get("content", turn.get("value"))}
+                 for turn in listed]
+    else:
+        question = next((record[key] for key in ("instruction", "prompt", "question") if record.get(key)), None)
+        if not isinstance(question, str) or not isinstance(reply, str):
+            raise Unfit(f"unknown layout, keys {', '.join(map(str, record))}")
+        question += "\n" + record["input"] if record.get("input") else ""
+        past = [{"role": role, "content": text} for pair in record.get("history") or []
+                for role, text in zip(("user", "assistant"), pair)]
+        turns = [*past, {"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    if record.get("system") and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": record["system"]}, *turns]
+    return turns
+
+
+def messages_of(record: dict) -> list[dict]:
+    """Messages of our protocol: calls as raw text in assistant turns, results in tool turns, no assistant turn after
+    another. A user turn that is nothing but <tool_response> blocks becomes tool turns: rendered as a user's text, its
+    tags would be broken, and the ids would not be those of an episode."""
+    messages: list[dict] = []
+    for turn in turns_of(record):
+        role, text = ROLES.get(turn["role"], turn["role"]), content_text(turn["content"])
+        if role == "call":
+            role, text = "assistant", as_call(text)
+        elif role == "assistant":
+            text = assistant_text({**turn, "content": text})
+        if role in ("user", "tool") and RESPONSES.fullmatch(text):
+            for result in re.findall(r"<tool_response>\n?(.*?)\n?</tool_response>", text, re.S):
+                messages.append({"role": "tool", "content": result})
+        elif role == "assistant" and messages and messages[-1]["role"] == "assistant":
+            messages[-1]["content"] += "\n" + text
+        else:
+            messages.append({"role": role, "content": text})
+    return messages
+
+
+def sft_row(record: dict) -> dict:
+    """{"messages", "tools"?}; the tools' schemas may be a list or its JSON text."""
+    messages = messages_of(record)
+    if messages and messages[-1]["role"] != "assistant":
+        raise Unfit("the last turn is not the agent's")
+    if problem := check_messages(messages):
+        raise Unfit(re.sub(r"message \d+: ", "", problem))
+    tools = record.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    return {"messages": messages, **({"tools": tools} if tools else {})}
+
+
+# ---------------------------------------------------------------- judgments
+def number_in_unit(value) -> float | None:
+    """A score in [0, 1] given as a number or as its text, else None."""
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        return None
+    return score if 0 <= score <= 1 else None
+
+
+def judged_parts(record: dict) -> tuple[str, object, str]:
+    """(question, trajectory, text of the judgment or "") of a record: from its own fields or from its conversation."""
+    reply = next((record[key] for key in ("judgment", "response", "output", "completion")
+                  if isinstance(record.get(key), str)), "")
+    if record.get("question") and record.get("trajectory"):
+        return record["question"], record["trajectory"], reply
+    if isinstance(record.get("prompt"), list) and not reply:  # rows for RL have no reply
+        messages = [{"role": turn["role"], "content": content_text(turn["content"])} for turn in record["prompt"]]
+    else:
+        messages = messages_of(record)
+    asked = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+    if messages[-1]["role"] == "assistant":
+        reply = messages[-1]["content"]
+    match = JUDGED.search(asked)
+    if not match:
+        raise Unfit("no 'Question: ... Trajectory: ...' in the request")
+    return match[1], match[2], reply
+
+
+def rrm_row(record: dict, for_sft: bool) -> dict:
+    """{"question", "trajectory", "think", "critique", "score", "correct"?}; for RL only the score is a must."""
+    question, trajectory, reply = judged_parts(record)
+    if isinstance(trajectory, str) and trajectory.lstrip().startswith("["):
+        trajectory = parsed(trajectory)
+    label = record.get("reward_model") if isinstance(record.get("reward_model"), dict) else {}
+    if isinstance(label.get("ground_truth"), str) and "<score>" in label["ground_truth"]:
+        reply = reply or label["ground_truth"]
+    judgment = parse_judgment(reply) if reply else None
+    parts = {"think": record.get("think") or record.get("reasoning") or "", "critique": record.get("critique") or "",
+             "score": number_in_unit(record.get("score", label.get("ground_truth")))}
+    if judgment:
+        parts = {"think": judgment.think, "critique": judgment.critique, "score": judgment.score}
+    if parts["score"] is None:
+        raise Unfit("the judgment is not the three blocks" if reply else "no score between 0 and 1")
+    if for_sft and not (parts["think"] and parts["critique"]):
+        raise Unfit("no analysis or no critique")
+    row = {"question": question, "trajectory": trajectory, **{k: v for k, v in parts.items() if v not in ("", None)}}
+    correct = record.get("correct", record.get("is_correct", record.get("label")))
+    if correct in (True, False):
+        row["correct"] = bool(correct)
+    return row
+
+
+def parsed(text: str):
+    """A trajectory given as the JSON text of a list of messages, as that list; any other text as it is."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, list) and all(isinstance(turn, dict) for turn in value) else text
+
+
+# ---------------------------------------------------------------- tasks
+def media_paths(value) -> list[str]:
+    """Every text inside `value` (nested dicts and lists) that looks like the path of a file."""
+    if isinstance(value, str):
+        return [value] if MEDIA.search(value) and "://" not in value else []
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [path for item in items for path in media_paths(item)]
+
+
+def resolve(path: str, files_dir: Path) -> str:
+    """`path` as it is found under files_dir, or by its name alone anywhere under it; leaving files_dir is refused."""
+    base = files_dir.resolve()
+    wanted = (base / path.lstrip("/")).resolve()
+    if wanted.is_relative_to(base) and wanted.is_file():
+        return str(wanted.relative_to(base))
+    found = names_under(base).get(Path(path).name)
+    if found is None or not found.resolve().is_relative_to(base):
+        raise Unfit("its media file is not under files_dir")
+    return str(found.relative_to(base))
+
+
+@lru_cache(maxsize=1)
+def names_under(folder: Path) -> dict[str, Path]:
+    """{name: path} of every file under `folder`, walked once; the first of two files of one name."""
+    return {path.name: path for path in sorted(folder.rglob("*"), reverse=True) if path.is_file()}
+
+
+def rl_row(record: dict, source: str, number: int, files_dir: Path) -> dict:
+    """{"id", "question", "answer", "kind", "meta", "files"?}; `source` is the file's stem, `number` its line."""
+    label = record.get("reward_model") if isinstance(record.get("reward_model"), dict) else {}
+    question = record.get("question") or record.get("problem") or record.get("prompt")
+    if isinstance(question, list):
+        question = next((content_text(turn["content"]) for turn in reversed(question) if turn["role"] == "user"), "")
+    answer = next((a for a in (record.get("ground_truth"), record.get("answer"), label.get("ground_truth"))
+                   if a not in (None, "", [])), None)
+    if not isinstance(question, str) or answer is None:
+        raise Unfit("no question or no ground truth")
+    answers = [str(a).strip() for a in (answer if isinstance(answer, list) else [answer])]
+    info = record.get("meta_info") if isinstance(record.get("meta_info"), dict) else {}
+    dataset, category = str(info.get("source") or source), str(record.get("category") or "")
+    is_math = re.search(r"math|deepscaler|aime|gsm8k", f"{category} {dataset} {source}", re.I)
+    question = re.sub(r"<(image|audio|video)>\s*", "", question).strip()
+    row = {"id": str(record.get("id") or f"{source}-{number:06d}"), "question": question,
+           "answer": [a for a in dict.fromkeys(answers) if a], "kind": "math" if is_math else "qa",
+           "meta": {"dataset": dataset, **({"category": category} if category else {})}}
+    files = [resolve(path, files_dir) for path in dict.fromkeys(media_paths(record.get("multimodal_info")))]
+    if files:
+        row["files"] = files
+    if problem := check_rl_row(row):
+        raise Unfit(problem)
+    return row
+
+
+# ---------------------------------------------------------------- files
+def convert(name: str, record, source: str, number: int, files_dir: Path) -> dict:
+    """One record of the set `name` as our row; Unfit with the reason where it does not become one."""
+    if not isinstance(record, dict):
+        raise Unfit("not an object")
+    try:
+        if name == "sft":
+            return sft_row(record)
+        if name == "rl":
+            return rl_row(record, source, number, files_dir)
+        return rrm_row(record, for_sft=name == "rrm_sft")
+    except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
+        raise Unfit(f"broken inside ({type(error).__name__})") from error
+
+
+def convert_files(name: str, paths: list[Path], tallies: dict, files_dir: Path):
+    """Yield the rows of all files of a set; a file without one fitting record is an error that names its keys."""
+    seen: set[str] = set()
+    for path in paths:
+        tally, keys = tallies.setdefault(f"{name}: {path.name}", Counter()), []
+        for number, (_, record) in enumerate(read_records(path), 1):
+            tally["read"] += 1
+            keys = keys or (sorted(map(str, record)) if isinstance(record, dict) else [type(record).__name__])
+            try:
+                row = convert(name, record, path.stem, number, files_dir)
+                if "id" in row and row["id"] in seen:
+                    raise Unfit("id seen before")
+            except Unfit as reason:
+                tally[str(reason)] += 1
+                continue
+            seen.add(row.get("id", ""))
+            tally["converted"] += 1
+            yield row
+        if tally["read"] and not tally["converted"]:
+            reason = max((key for key in tally if key != "read"), key=tally.__getitem__)
+            raise SystemExit(f"{path}: none of {tally['read']:,} records fits the set {name!r} (most often: {reason}); "
+                             f"keys found: {', '.join(keys)}. --inspect shows the first ones")
+
+
+def inspect(paths: list[Path], count: int = 3) -> None:
+    """Print the keys and the first records of each file, long texts cut."""
+    for path in paths:
+        print(f"== {path}")
+        for place, record in islice(read_records(path), count):
+            print(f"-- {place}")
+            for key, value in record.items() if isinstance(record, dict) else [("(not an object)", record)]:
+                text = json.dumps(value, ensure_ascii=False, default=str)
+                print(f"   {key} ({type(value).__name__}): {text[:300]}{' ...' * (len(text) > 300)}")
+
+
+def download(name: str, revision: str) -> list[Path]:
+    """The data files of a released set in the hub's local cache, with resume; prints the revision that was read."""
+    from huggingface_hub import HfApi
+
+    repo = SETS[name][0]
+    try:
+        info = HfApi().dataset_info(repo, revision=revision)
+    except Exception as error:  # the hub's own errors, or those of whichever http library it uses
+        reason = str(error).strip().splitlines()[0]
+        raise SystemExit(f"cannot reach {repo} on the hub: {reason}. Fetch it by hand and give --input=FILE") from error
+    files = [f.rfilename for f in info.siblings if f.rfilename.endswith(DATA_FILES) and "/." not in f.rfilename]
+    if not files:
+        raise SystemExit(f"{repo}: no {', '.join(DATA_FILES)} file among its {len(info.siblings)} files")
+    print(f"{repo} at {info.sha}: {', '.join(files)}")
+    return [fetch(f"hf://{repo}@{info.sha}/{file}", HERE / "raw") for file in files]
+
+
+def download_media(files_dir: Path, revision: str) -> None:
+    """Everything of the RL set that is not rows (images, audio, archives), into files_dir, with resume."""
+    from huggingface_hub import snapshot_download
+
+    repo, ignored = SETS["rl"][0], [f"*{ending}" for ending in DATA_FILES]
+    try:
+        snapshot_download(repo, repo_type="dataset", revision=revision, local_dir=files_dir, ignore_patterns=ignored)
+    except Exception as error:  # as in download
+        reason = str(error).strip().splitlines()[0]
+        raise SystemExit(f"cannot fetch the media of {repo}: {reason}. Put them under {files_dir} by hand") from error
+    archives = [path for path in files_dir.rglob("*") if path.suffix in (".zip", ".tar", ".gz", ".tgz", ".7z")]
+    if archives:
+        print(f"unpack these there before the next run: {', '.join(map(str, archives))}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", choices=list(SETS), help="one of the sets (default: all four)")
+    parser.add_argument("--input", action="append", default=[], help="a local file instead of a download; repeatable")
+    parser.add_argument("--out", default=str(HERE), help="folder to write in")
+    parser.add_argument("--files_dir", default=str(HERE / "files"), help="folder that media paths are resolved under")
+    parser.add_argument("--revision", default="main", help="commit or branch of the hub's data sets")
+    parser.add_argument("--media", action="store_true", help="download the media of the RL set into files_dir first")
+    parser.add_argument("--inspect", action="store_true", help="print the first records of each file and stop")
+    args = parser.parse_args(argv)
+    if args.input and not args.set:
+        raise SystemExit(f"--input needs --set, one of {', '.join(SETS)}")
+    if args.media:
+        download_media(Path(args.files_dir), args.revision)
+
+    tallies: dict = {}
+    for name in [args.set] if args.set else SETS:
+        paths = [Path(path) for path in args.input] or download(name, args.revision)
+        if args.inspect:
+            inspect(paths)
+            continue
+        target = Path(args.out) / SETS[name][1]
+        try:
+            written = write_rows(target, convert_files(name, paths, tallies, Path(args.files_dir)))
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+        if not written:
+            raise SystemExit(f"{target}: not written, the files hold no record")
+        print(f"wrote {written:,} rows to {target}")
+    if tallies:
+        print_table(tallies)
+
+
+if __name__ == "__main__":
+    main()
+
+# The names of the sets say 55.6K, 28K, 90K and 709K rows; we know no exact counts. A file with two tasks, one of them
+# without an answer, read by --set=rl --input=DeepScaleR_18_6k_5k.json --out=., prints:
+#
+# wrote 1 rows to rl_train.jsonl
+# file                              read converted  skipped
+# rl: DeepScaleR_18_6k_5k.json         2         1        1
+#   rl: DeepScaleR_18_6k_5k.json: 1 skipped, no question or no ground truth

@@ -1,0 +1,88 @@
+"""Tries agents on held-out toy questions: first attempts, refined ones, and what the critique is worth.
+
+    python data/toy/trial.py out/toy/sft/step-000300 out/toy/u/step-000040 [--rrm=toy|FOLDER] [--seed=0]
+
+No reward model is used for the first attempts. `shuffled` refines with the critique of another question.
+"""
+
+import asyncio
+import json
+import random
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import model as shared  # noqa: E402
+import rollout  # noqa: E402
+from evaluate import rule_reward  # noqa: E402
+from rows import Chat, JsonlRows  # noqa: E402
+from tools import Toolbox  # noqa: E402
+
+
+def grounded(episode, stage: int) -> bool:
+    """Right, and the answer stood in a tool result of the chain before it was given."""
+    attempt = episode.attempts[min(stage, len(episode.attempts) - 1)]
+    seen = [m["content"] for m in episode.messages[: attempt.messages[1]] if m["role"] == "tool"]
+    return bool(attempt.correct) and any(f"has code {attempt.answer}." in text for text in seen)
+
+
+def trial(folder: str, rrm: str = "toy", seed: int = 0, rows=None) -> tuple[dict, list]:
+    """-> (figures, episodes with the judge's own critiques) of one agent on rows (default: the 256 of rl_test.jsonl)."""
+    rows = rows or list(JsonlRows(str(Path(__file__).parent / "rl_test.jsonl")))
+    chat, rounds = Chat(shared.load_tokenizer(folder)), rollout.Rounds()
+    engine = rollout.HFEngine(folder, chat.stop_ids, rounds)
+    judge = rollout.make_judge(rrm, chat, rounds, engine="hf", max_context=1024)
+    limits = rollout.Limits(8, 24, 400, 1024, final_tokens=24)
+    setup = rollout.Setup(engine, chat, Toolbox(["search"]), limits, rule_reward, judge, refine=True)
+    episodes = asyncio.run(rollout.run_chains([(row, (seed, "trial", 0)) for row in rows], setup, rounds))
+    critiques = [e.attempts[0].critique or "" for e in episodes]
+    moved = critiques[1:] + critiques[:1]
+    setup.judge = None
+    shuffled = asyncio.run(rollout.refine_with(episodes, rows, moved, setup, rounds, (seed, "shuffled")))
+
+    def share(values):
+        return round(sum(map(bool, values)) / len(rows), 3)
+
+    figures = {
+        "first": share(e.attempts[0].correct for e in episodes),
+        "grounded": share(grounded(e, 0) for e in episodes),
+        "calls": round(sum(len(e.attempts[0].calls) for e in episodes) / len(rows), 2),
+        "refined": share(e.attempts[-1].correct for e in episodes),
+        "shuffled": share(e.attempts[-1].correct for e in shuffled),
+    }
+    return figures, episodes
+
+
+def transcript(episode) -> str:
+    """One chain for a terminal: attempt, critique, refined attempt."""
+    lines = [f"Question: {episode.question}   (answer: {', '.join(episode.gold)})"]
+    for stage, attempt in enumerate(episode.attempts):
+        lines.append(("FIRST ATTEMPT", "REFINED ATTEMPT")[stage])
+        for message in episode.messages[slice(*attempt.messages)]:
+            lines += [f"  {message['role']:9} {line}" for line in message["content"].splitlines()]
+        lines.append(f"  -> {'right' if attempt.correct else 'wrong'}, score {attempt.score}")
+        if stage == 0 and attempt.critique:
+            lines.append(f"CRITIQUE  {attempt.critique}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    options = dict(arg[2:].split("=", 1) for arg in argv if arg.startswith("--"))
+    folders = [arg for arg in argv if not arg.startswith("--")]
+    if not folders or set(options) - {"rrm", "seed"}:
+        raise SystemExit(__doc__)
+    table = {folder: trial(folder, options.get("rrm", "toy"), int(options.get("seed", 0))) for folder in folders}
+    chosen = random.Random(0).sample([e for e in table[folders[0]][1] if len(e.attempts) > 1], 3)
+    for n, episode in enumerate(chosen, 1):
+        print(f"\n--- transcript {n}: {folders[0]}\n{transcript(episode)}")
+    head = list(table[folders[0]][0])
+    print(f"\n{'256 held-out questions':36}" + "".join(f"{name:>10}" for name in head))
+    for folder, (figures, _) in table.items():
+        print(f"{folder:36}" + "".join(f"{figures[name]:>10}" for name in head))
+    Path(folders[-1]).parent.joinpath("trial.json").write_text(json.dumps({f: t[0] for f, t in table.items()}, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
