@@ -1,4 +1,4 @@
-# Reagent-U on the toy: 60 steps of 8 questions x 2 x 16 attempts; the toy's rule annotator is the judge.
+# Reagent-U on the toy: 40 steps of 8 questions x 2 x 16 attempts; the toy's rule annotator is the judge.
 model = "out/toy/sft/step-000300"
 data = "data/toy/rl_train.jsonl"
 eval_data = "data/toy/rl_test.jsonl"
@@ -13,12 +13,12 @@ max_new_tokens_per_turn = 24
 max_tokens_per_attempt = 400
 max_context = 1024
 lr = 3e-4
-steps = 60
+steps = 40
 max_dlogp = 1e-3
 engine = "hf"
 tokens_per_microbatch = 16_384
 checkpoint_activations = False
-eval_interval = 30
+eval_interval = 20
 save_interval = 20
 timeout_s = 300.0
 out_dir = "out/toy/u"

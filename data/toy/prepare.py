@@ -210,7 +210,7 @@ def toy_phrases() -> list[str]:
     request = re.split(r"\{question\}|\{trajectory\}", p.JUDGE_REQUEST)
     open_tag, close_tag = "<tool_call>", "</tool_call>"
     question = re.split(r"\{hops\}|\{start\}", QUESTION)
-    phrases = [p.SYSTEM_PROMPT, p.RRM_PROMPT, p.FINAL_PROMPT, refine[0], refine[2], *request, *question]
+    phrases = [p.SYSTEM_PROMPT, *re.split("</?think>", p.RRM_PROMPT), p.FINAL_PROMPT, refine[0], refine[2], *request, *question]
     phrases += [before.removeprefix(open_tag), after.removesuffix(close_tag)]
     phrases += [before.replace("<", "<\u200b"), after.replace("<", "<\u200b")]
     phrases += ['Results for "', '":\n1. ', " (doc:", ")\nleads to ", ")\nhas code ", 'No results for "', '".', "."]
