@@ -300,7 +300,7 @@ def curves_html(log: Iterable[dict]) -> str:
             drawn = curve_svg(lines, title)
             cells.append(f'<figure data-panel="{len(data)}">{drawn}<figcaption></figcaption></figure>')
             data.append({plain(label or title): thin(points) for label, points in lines.items()})
-        opened = " open" if section in ("Learning", "Other") or not parts else ""
+        opened = " open" * (section in ("Learning", "Other") or not parts or len(found) < 9)
         parts.append(f'<details class="curves"{opened}><summary>{section} <small>{len(cells)}</small></summary>'
                      f'<div class="grid-of-curves">{"".join(cells)}</div></details>')
     if constants:

@@ -1,4 +1,4 @@
-"""data/*/prepare.py: every layout that is read becomes the records of the README; what does not is told with its place."""
+"""data/*/prepare.py: every layout that is read becomes our records; what does not is told with its place."""
 
 import importlib
 import json
@@ -60,7 +60,8 @@ def test_hotpotqa_official_layout_becomes_an_rl_row_with_docs(tmp_path):
 def test_hotpotqa_layout_of_the_hub_gives_the_same_row(tmp_path):
     titles, sentences = zip(*HOTPOT["context"])
     facts = {"title": [t for t, _ in HOTPOT["supporting_facts"]], "sent_id": [0, 1, 1]}
-    hub = {**HOTPOT, "id": HOTPOT["_id"], "context": {"title": titles, "sentences": sentences}, "supporting_facts": facts}
+    hub = {**HOTPOT, "id": HOTPOT["_id"], "context": {"title": titles, "sentences": sentences}}
+    hub["supporting_facts"] = facts
     del hub["_id"]
     assert run(hotpot, tmp_path, jsonl(tmp_path / "hub.jsonl", [hub])) == [HOTPOT_ROW]
 
@@ -95,7 +96,8 @@ def test_parquet_is_read_or_the_missing_library_is_named(tmp_path):
 
 @pytest.mark.parametrize("record, reason", [
     ({**HOTPOT, "answer": None}, "no answer"), ({**HOTPOT, "question": "  "}, "empty question"),
-    ({"question": "q", "answer": ["a"]}, "no paragraphs"), ({**HOTPOT, "context": [["T", [" "]]]}, "all paragraphs empty"),
+    ({"question": "q", "answer": ["a"]}, "no paragraphs"),
+    ({**HOTPOT, "context": [["T", [" "]]]}, "all paragraphs empty"),
 ])
 def test_records_left_out_have_a_reason(record, reason):
     row, given = hotpot.convert(record, "f:1")
@@ -139,18 +141,20 @@ def test_a_download_is_checked_kept_and_not_repeated(tmp_path):
 @pytest.mark.skipif(not SHARED.exists(), reason="no real rows here")
 def test_real_rows_of_hotpotqa_and_musique_are_all_converted_from_the_command_line(tmp_path):
     files = [SHARED / "hotpotqa/train100_distractor.jsonl", SHARED / "musique/train100.jsonl"]
-    command = [sys.executable, "data/hotpotqa/prepare.py", *(f"--input={f}" for f in files), f"--out={tmp_path / 'o.jsonl'}"]
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "data/hotpotqa/prepare.py", *(f"--input={file}" for file in files), f"--out={out}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    rows = read(tmp_path / "o.jsonl")
+    rows = read(out)
     assert len(rows) == 200 and "wrote 200 rows" in done.stdout
     assert all(check_rl_row(row) is None for row in rows)
-    assert {len(row["docs"]) for row in rows[:100]} == {10} and {len(row["docs"]) for row in rows[100:]} == {20}
+    given = [record for file in files for record in read(file)]
+    assert [len(row["docs"]) for row in rows] == [len(record["paragraphs"]) for record in given]
     assert all(set(row["meta"]["supporting"]) <= {doc["title"] for doc in row["docs"]} for row in rows)
 
 
 # ---------------------------------------------------------------- benchmarks
-NAMES = """gaia gaia_text math500 aime24 aime25 gsm8k 2wiki 2wiki200 hotpotqa hotpotqa200 hotpotqa1000 musique musique200
-bamboogle webwalker webwalker200 hle xbench""".split()
+NAMES = """gaia gaia_text math500 aime24 aime25 gsm8k 2wiki 2wiki200 hotpotqa hotpotqa200 hotpotqa1000 musique
+musique200 bamboogle webwalker webwalker200 hle xbench""".split()
 GAIA = {"task_id": "t1", "Question": "How many?", "Level": "2", "Final answer": "1,000", "file_name": "",
         "Annotator Metadata": {"Steps": "..."}}
 LAYOUTS = [
@@ -171,7 +175,8 @@ LAYOUTS = [
                    "info": {"lang": "en", "difficulty_level": "easy", "golden_path": ["root"]}},
      {"meta": {"dataset": "webwalker", "lang": "en", "difficulty_level": "easy", "root_url": "https://x.org"}}),
     ("webwalker", {"Question": "q", "Answer": "a", "difficulty_level": "hard"}, {"question": "q", "answer": "a"}),
-    ("hle", {"id": "h", "question": "q", "answer": "B", "answer_type": "multipleChoice", "image": ""}, {"kind": "choice"}),
+    ("hle", {"id": "h", "question": "q", "answer": "B", "answer_type": "multipleChoice", "image": ""},
+     {"kind": "choice"}),
     ("hle", {"id": "h", "question": "q", "answer": "x", "answer_type": "exactMatch"}, {"kind": "qa"}),
 ]
 
@@ -191,13 +196,16 @@ def test_a_published_layout_becomes_a_row(tmp_path, name, record, expected):
 
 
 def test_the_same_question_twice_is_two_rows(tmp_path):
-    rows = run(benchmarks, tmp_path, jsonl(tmp_path / "r.jsonl", [{"question": "q", "answer": "a"}] * 2), "--dataset=bamboogle")
+    path = jsonl(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}] * 2)
+    rows = run(benchmarks, tmp_path, path, "--dataset=bamboogle")
     assert [row["id"] for row in rows] == ["bamboogle-00001", "bamboogle-00002"]
 
 
 @pytest.mark.parametrize("name, record, reason", [
-    ("gaia_text", {**GAIA, "file_name": "a.png"}, "attachment"), ("hle", {"id": 1, "question": "q", "answer": "a", "image": "x"}, "image"),
-    ("gaia", {**GAIA, "file_name": "../../etc/passwd"}, "plain file name"), ("gaia", {**GAIA, "Final answer": "?"}, "no answer"),
+    ("gaia_text", {**GAIA, "file_name": "a.png"}, "attachment"),
+    ("hle", {"id": 1, "question": "q", "answer": "a", "image": "x"}, "image"),
+    ("gaia", {**GAIA, "file_name": "../../etc/passwd"}, "plain file name"),
+    ("gaia", {**GAIA, "Final answer": "?"}, "no answer"),
     ("xbench", {"id": 1, "prompt": "cXE=", "answer": "cXE="}, "no canary"),
 ])
 def test_benchmark_records_left_out_have_a_reason(name, record, reason):
@@ -214,8 +222,9 @@ def test_a_sample_is_fixed_by_the_ids_and_keeps_their_order():
 
 def test_a_subset_takes_its_ids_from_one_source_and_its_rows_from_the_publisher(tmp_path):
     rows = [{**GAIA, "task_id": f"t{i}", "file_name": "a.png" * (i == 2)} for i in range(4)]
-    published = {benchmarks.BENCHMARKS["gaia_text"].url: jsonl(tmp_path / "metadata.jsonl", rows),
-                 benchmarks.BENCHMARKS["gaia_text"].ids_url: jsonl(tmp_path / "dev.json", [{"task_id": t} for t in ("t1", "t2")])}
+    bench = benchmarks.BENCHMARKS["gaia_text"]
+    published = {bench.url: jsonl(tmp_path / "metadata.jsonl", rows),
+                 bench.ids_url: jsonl(tmp_path / "dev.json", [{"task_id": t} for t in ("t1", "t2")])}
     assert benchmarks.prepare("gaia_text", [], tmp_path, {}, lambda url, *_: published[url]) == 1
     assert [row["id"] for row in read(tmp_path / "gaia_text.jsonl")] == ["t1"]
 
@@ -242,8 +251,8 @@ def test_sets_that_cannot_be_fetched_are_named_at_the_end_and_the_others_are_mad
 
 
 def test_two_publishers_files_of_one_name_are_kept_apart(tmp_path):
-    folders = {benchmarks.raw_folder(tmp_path, bench.url) for bench in benchmarks.BENCHMARKS.values() if "ARPO" in bench.url}
-    assert len(folders) == 5
+    urls = [bench.url for bench in benchmarks.BENCHMARKS.values() if bench.url.endswith("/test.jsonl")]
+    assert len({benchmarks.raw_folder(tmp_path, url) for url in urls}) == len(urls) > 5
 
 
 def test_unknown_names_and_input_without_a_set_are_refused():
@@ -255,10 +264,12 @@ def test_unknown_names_and_input_without_a_set_are_refused():
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no real rows here")
 @pytest.mark.parametrize("name, file, count", [
-    ("gsm8k", "gsm8k/test.jsonl", 1319), ("math500", "math500/test.jsonl", 500), ("bamboogle", "bamboogle/test.jsonl", 125),
-    ("2wiki200", "2wiki/arpo200.jsonl", 200), ("hotpotqa200", "hotpotqa/arpo200.jsonl", 200), ("2wiki", "2wiki/dev50_questions.jsonl", 51),
-    ("musique200", "musique/arpo200.jsonl", 200), ("webwalker200", "webwalker/arpo200.jsonl", 200), ("musique", "musique/train100.jsonl", 100),
-    ("hotpotqa", "hotpotqa/train100_distractor.jsonl", 100), ("xbench", "xbench/DeepSearch-2505.csv", 100),
+    ("gsm8k", "gsm8k/test.jsonl", 1319), ("math500", "math500/test.jsonl", 500),
+    ("bamboogle", "bamboogle/test.jsonl", 125), ("2wiki", "2wiki/dev50_questions.jsonl", 51),
+    ("2wiki200", "2wiki/arpo200.jsonl", 200), ("hotpotqa200", "hotpotqa/arpo200.jsonl", 200),
+    ("musique200", "musique/arpo200.jsonl", 200), ("webwalker200", "webwalker/arpo200.jsonl", 200),
+    ("hotpotqa", "hotpotqa/train100_distractor.jsonl", 100), ("musique", "musique/train100.jsonl", 100),
+    ("xbench", "xbench/DeepSearch-2505.csv", 100),
 ])
 def test_every_real_row_is_converted(tmp_path, name, file, count):
     rows = run(benchmarks, tmp_path, SHARED / file, f"--dataset={name}")
@@ -287,8 +298,10 @@ PLAIN = [{"role": "user", "content": "q"}, {"role": "assistant", "content": CALL
 FUNCTION = {"function": {"name": "search", "arguments": '{"queries": ["x"]}'}}
 SFT_LAYOUTS = {
     "messages": {"messages": PLAIN},
-    "openai calls": {"messages": [PLAIN[0], {"role": "assistant", "content": None, "tool_calls": [FUNCTION]}, *PLAIN[2:]]},
-    "responses in user turns": {"messages": [*PLAIN[:2], {"role": "user", "content": "<tool_response>\nfound\n</tool_response>"}, PLAIN[3]]},
+    "openai calls": {"messages": [
+        PLAIN[0], {"role": "assistant", "content": None, "tool_calls": [FUNCTION]}, *PLAIN[2:]]},
+    "responses in user turns": {"messages": [
+        *PLAIN[:2], {"role": "user", "content": "<tool_response>\nfound\n</tool_response>"}, PLAIN[3]]},
     "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": CALL[12:-13]},
                                    {"from": "observation", "value": "found"}, {"from": "gpt", "value": r"\boxed{a}"}]},
     "text parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, *PLAIN[1:]]},
@@ -307,7 +320,8 @@ def test_sft_layouts_become_the_same_messages(layout):
 
 
 def test_alpaca_rows_with_history_and_system_become_messages():
-    row = convert("sft", {"instruction": "do", "input": "this", "output": "done", "system": "s", "history": [["a", "b"]]})
+    record = {"instruction": "do", "input": "this", "output": "done", "system": "s", "history": [["a", "b"]]}
+    row = convert("sft", record)
     assert [(m["role"], m["content"]) for m in row["messages"]] == [
         ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "do\nthis"), ("assistant", "done")]
 
@@ -329,7 +343,8 @@ def test_tools_may_be_json_text():
     ({"text": "raw"}, "unknown layout, keys text"), ({"messages": PLAIN[:1]}, "last turn"), (3, "not an object"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}, PLAIN[3]]}, "image or a sound"),
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "search(x)"}]}, "not JSON"),
-    ({"messages": [{"role": "critic", "content": "q"}, PLAIN[3]]}, "the role is"), ({"messages": "[[]]"}, "broken inside"),
+    ({"messages": [{"role": "critic", "content": "q"}, PLAIN[3]]}, "the role is"),
+    ({"messages": "[[]]"}, "broken inside"),
 ])
 def test_sft_records_left_out_have_a_reason(record, reason):
     with pytest.raises(reagent.Unfit, match=reason):
@@ -337,7 +352,8 @@ def test_sft_records_left_out_have_a_reason(record, reason):
 
 
 JUDGED = {"question": "q", "trajectory": "[user]\nq", "think": "It guessed.", "critique": "Look it up.", "score": 0.4}
-ASKED = [{"role": "system", "content": "judge"}, {"role": "user", "content": "Question: q\n\nAgent Trajectory: [user]\nq"}]
+ASKED = [{"role": "system", "content": "judge"},
+         {"role": "user", "content": "Question: q\n\nAgent Trajectory: [user]\nq"}]
 
 
 @pytest.mark.parametrize("record", [
@@ -358,13 +374,19 @@ def test_rows_for_the_judges_rl_need_only_a_score():
         convert("rrm_sft", record)
 
 
+def test_rows_for_the_judges_rl_may_have_correctness_and_gold_instead_of_a_score():
+    row = convert("rrm_rl", {"question": "q", "trajectory": "t", "correct": False, "answer": "a"})
+    assert row == {"question": "q", "trajectory": "t", "correct": False, "answer": "a"}
+
+
 def test_a_trajectory_of_messages_stays_a_list_also_as_json_text():
     assert convert("rrm_sft", {**JUDGED, "trajectory": PLAIN})["trajectory"] == PLAIN
     assert convert("rrm_sft", {**JUDGED, "trajectory": json.dumps(PLAIN)})["trajectory"] == PLAIN
 
 
 @pytest.mark.parametrize("record, reason", [
-    ({**JUDGED, "score": 7}, "no score"), ({"question": "q", "trajectory": "t", "output": "fine, 0.4"}, "not the three blocks"),
+    ({**JUDGED, "score": 7}, "no score"), ({**JUDGED, "critique": "use <score>1</score>"}, "tags inside them"),
+    ({"question": "q", "trajectory": "t", "output": "fine, 0.4"}, "not the three blocks"),
     ({"prompt": [{"role": "user", "content": "hi"}], "response": BLOCKS}, "Trajectory"),
 ])
 def test_judgments_left_out_have_a_reason(record, reason):
@@ -376,7 +398,8 @@ def test_tasks_get_kind_answers_and_source():
     math = reagent.convert("rl", {"question": "1+1?", "ground_truth": 2}, "DeepScaleR_18_6k_5k", 7, Path("files"))
     assert math == {"id": "DeepScaleR_18_6k_5k-000007", "question": "1+1?", "answer": ["2"], "kind": "math",
                     "meta": {"dataset": "DeepScaleR_18_6k_5k"}}
-    qa = convert("rl", {"question": "q", "ground_truth": ["a", "b", "a"], "category": "search", "meta_info": {"source": "nq"}})
+    record = {"question": "q", "ground_truth": ["a", "b", "a"], "category": "search", "meta_info": {"source": "nq"}}
+    qa = convert("rl", record)
     assert (qa["kind"], qa["answer"], qa["meta"]) == ("qa", ["a", "b"], {"dataset": "nq", "category": "search"})
     verl = {"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "a"}}
     assert convert("rl", verl)["answer"] == ["a"]

@@ -160,31 +160,36 @@ def judged_parts(record: dict) -> tuple[str, object, str]:
 
 
 def rrm_row(record: dict, for_sft: bool) -> dict:
-    """{"question", "trajectory", "think", "critique", "score", "correct"?}; for RL only the score is a must."""
+    """{"question", "trajectory", "think", "critique", "score", "correct"?, "answer"?}; RL needs a score or correct."""
     question, trajectory, reply = judged_parts(record)
-    if isinstance(trajectory, str) and trajectory.lstrip().startswith("["):
-        trajectory = parsed(trajectory)
+    trajectory = parsed(trajectory) if isinstance(trajectory, str) else trajectory
+    if isinstance(trajectory, list):
+        trajectory = messages_of({"messages": trajectory})
     label = record.get("reward_model") if isinstance(record.get("reward_model"), dict) else {}
     if isinstance(label.get("ground_truth"), str) and "<score>" in label["ground_truth"]:
         reply = reply or label["ground_truth"]
-    judgment = parse_judgment(reply) if reply else None
-    parts = {"think": record.get("think") or record.get("reasoning") or "", "critique": record.get("critique") or "",
+    parts = {"think": record.get("think") or record.get("reasoning"), "critique": record.get("critique"),
              "score": number_in_unit(record.get("score", label.get("ground_truth")))}
-    if judgment:
+    if judgment := parse_judgment(reply):
         parts = {"think": judgment.think, "critique": judgment.critique, "score": judgment.score}
-    if parts["score"] is None:
-        raise Unfit("the judgment is not the three blocks" if reply else "no score between 0 and 1")
-    if for_sft and not (parts["think"] and parts["critique"]):
-        raise Unfit("no analysis or no critique")
     row = {"question": question, "trajectory": trajectory, **{k: v for k, v in parts.items() if v not in ("", None)}}
-    correct = record.get("correct", record.get("is_correct", record.get("label")))
-    if correct in (True, False):
-        row["correct"] = bool(correct)
+    if record.get("correct", record.get("is_correct")) in (True, False):
+        row["correct"] = bool(record.get("correct", record.get("is_correct")))
+    if gold := record.get("answer") or record.get("gold"):
+        row["answer"] = gold
+    if "score" not in row and (for_sft or "correct" not in row):
+        raise Unfit("the judgment is not the three blocks" if reply else "no score between 0 and 1")
+    if for_sft:
+        text = f"<think>{row.get('think', '')}</think><critique>{row.get('critique', '')}</critique><score>0.5</score>"
+        if parse_judgment(text) is None:
+            raise Unfit("no analysis or no critique, or tags inside them")
     return row
 
 
 def parsed(text: str):
     """A trajectory given as the JSON text of a list of messages, as that list; any other text as it is."""
+    if not text.lstrip().startswith("["):
+        return text
     try:
         value = json.loads(text)
     except ValueError:
