@@ -1,5 +1,5 @@
 # Reagent-U on the toy: 40 steps of 8 questions x 2 x 16 attempts; the toy's rule annotator is the judge.
-model = "out/toy/sft/step-000300"
+model = "out/toy/sft/step-000450"
 data = "data/toy/rl_train.jsonl"
 eval_data = "data/toy/rl_test.jsonl"
 rrm = "toy"

@@ -25,6 +25,7 @@ DOCS = 10  # documents a question has: its trail, and another trail that leads e
 HOPS = (1, 1, 2, 3, 4)  # drawn for demonstrations; RL and the test set have RL_HOPS
 RL_HOPS = 4
 FOLLOWS = {1: 0.9, 2: 0.3, 3: 0.02, 4: 0.0}  # share of demonstrations that follow the whole trail, by its length
+REFINED = 0.65  # share of demonstrations that go on with a refined attempt
 OBEYS = 0.7  # share of critiques that name the right place; the others are obeyed too, so critiques must be read
 TOOLS = [{"type": "function", "function": {"name": "search"}}]  # the toy's template shows the name only
 QUESTION = "Follow the trail of {hops} from {start}. Which code is at its end?"
@@ -159,13 +160,13 @@ def docs_of(world: dict) -> list[dict]:
 
 
 def sft_row(rng: random.Random) -> dict:
-    """A demonstration; half of them go on with a critique and a refined attempt that obeys it."""
+    """A demonstration; most of them go on with a critique and a refined attempt that obeys it."""
     prompts = rollout_prompts()
     world = make_world(rng, rng.choice(HOPS))
     attempt = first_attempt(rng, world, rng.random() < FOLLOWS[world["hops"]])
     messages = [{"role": "system", "content": prompts.SYSTEM_PROMPT}, {"role": "user", "content": question_of(world)}]
     messages += attempt
-    if rng.random() < 0.5:
+    if rng.random() < REFINED:
         critique = blocks(annotate(question_of(world), attempt))["critique"]
         if rng.random() > OBEYS:
             critique = f"{critique.rpartition(' ')[0]} {rng.choice(NAMES)}."
