@@ -45,6 +45,7 @@ class Config:
     max_rrm_failures: float = 0.2  # share of judgments of a step that may fail before the run stops
     prompt_file: str = ""  # another system prompt
     rrm_prompt_file: str = ""  # another prompt for the reward model
+    rrm_max_context: int = 32_768  # tokens; longer trajectories are shortened inside tool results
     fixed_critique: str = ""  # ablation: every refinement reads this instead of the judge's critique
     tools: str = "search,browse,python"
     corpus: str = ""  # local pages for rows without docs
@@ -271,7 +272,8 @@ def main(cfg: Config) -> None:
     prompt = Path(cfg.rrm_prompt_file).read_text() if cfg.rrm_prompt_file else rollout.RRM_PROMPT
     judge = None
     if cfg.variant != "rule":
-        judge = rollout.make_judge(cfg.rrm, chat, rounds, engine=cfg.engine, max_context=cfg.max_context, prompt=prompt)
+        options_rrm = dict(engine=cfg.engine, max_context=cfg.rrm_max_context, prompt=prompt)
+        judge = rollout.make_judge(cfg.rrm, chat, rounds, **options_rrm)
     torch.manual_seed(cfg.seed)
     policy = shared.shard(shared.load_policy(cfg.model, cfg.checkpoint_activations), device, cfg.shard_ranks)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)

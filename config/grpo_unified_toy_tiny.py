@@ -12,6 +12,7 @@ max_turns = 8
 max_new_tokens_per_turn = 24
 max_tokens_per_attempt = 400
 max_context = 1024
+rrm_max_context = 1024
 lr = 3e-4
 steps = 40
 max_dlogp = 1e-3
