@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import checkpoint
 import model as shared
 import rollout
 from evaluate import rule_reward
@@ -281,11 +282,11 @@ def main(cfg: Config) -> None:
 
     # ---------------------------------------------------------------- resume
     facts, start, log, best = run_facts(cfg), 0, [], {"step": None, "accuracy": -1.0}
-    found = shared.checkpoints(out)
+    found = checkpoint.checkpoints(out)
     if found:
         saved = json.loads((found[-1] / "trainer.json").read_text())
-        shared.check_resume(saved["config"], facts["config"], MAY_CHANGE, found[-1])
-        shared.load_checkpoint(found[-1], policy, optimizer)
+        checkpoint.check_resume(saved["config"], facts["config"], MAY_CHANGE, found[-1])
+        checkpoint.load_checkpoint(found[-1], policy, optimizer)
         start, log, best = saved["step"], saved["log"], saved["best"]
         engine.load_weights(shared.full_weights(policy, weights_dtype))
     if rank == 0:
@@ -417,7 +418,7 @@ def main(cfg: Config) -> None:
             totals.update(sums)
         skips = skips + 1 if skipped else 0
         if skipped and (step == 0 or skips > cfg.max_skips):
-            good = shared.checkpoints(out)
+            good = checkpoint.checkpoints(out)
             raise SystemExit(f"step {step + 1}: {skipped} ({skips} in a row); last good checkpoint: {good[-1] if good else 'none'}")
 
         # ------------------------------------------------------------ weights to the sampler, also after a skipped step
@@ -454,9 +455,9 @@ def main(cfg: Config) -> None:
             print(f"step {step + 1:4d} " + "  ".join(f"{k} {line[k]:.4g}" for k in shown if k in line)
                   + f"  {line['seconds/step']:.1f} s" + (f"  SKIPPED: {skipped}" if skipped else ""), flush=True)
         if (step + 1) % cfg.save_interval == 0 or last or stopping or better:
-            shared.save_checkpoint(out, step + 1, policy, optimizer, tokenizer, {**facts, "log": log, "best": best}, meet)
+            checkpoint.save_checkpoint(out, step + 1, policy, optimizer, tokenizer, {**facts, "log": log, "best": best}, meet)
             if rank == 0:
-                shared.prune(out, cfg.keep_last, best["step"])
+                checkpoint.prune(out, cfg.keep_last, best["step"])
         if stopping:
             break
     if rank == 0:

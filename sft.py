@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import checkpoint
 import model as shared
 from report import write_report
 from rows import Chat, JsonlRows, batch_indices, check_messages, parse_config, run_facts
@@ -125,10 +126,11 @@ def main(cfg: Config) -> None:
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     facts, start, log = run_facts(cfg), 0, []
-    found = shared.checkpoints(out) if cfg.resume else []
+    found = checkpoint.checkpoints(out) if cfg.resume else []
     if found:
-        saved = shared.load_checkpoint(found[-1], policy, optimizer)
-        shared.check_resume(saved["config"], facts["config"], MAY_CHANGE, found[-1])
+        saved = json.loads((found[-1] / "trainer.json").read_text())
+        checkpoint.check_resume(saved["config"], facts["config"], MAY_CHANGE, found[-1])
+        checkpoint.load_checkpoint(found[-1], policy, optimizer)
         start, log = saved["step"], saved["log"]
     if rank == 0:
         (out / "run.json").write_text(json.dumps(facts, indent=1))
@@ -177,9 +179,9 @@ def main(cfg: Config) -> None:
                 tracker.log(line)
         stopping = shared.sum_over_ranks([len(stop)], gloo)[0] > 0
         if (step + 1) % cfg.save_interval == 0 or step + 1 == cfg.steps or stopping:
-            shared.save_checkpoint(out, step + 1, policy, optimizer, tokenizer, {**facts, "log": log}, meet)
+            checkpoint.save_checkpoint(out, step + 1, policy, optimizer, tokenizer, {**facts, "log": log}, meet)
             if rank == 0:
-                shared.prune(out, cfg.keep_last, None)
+                checkpoint.prune(out, cfg.keep_last, None)
         if stopping:
             break
     if rank == 0:

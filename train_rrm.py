@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import checkpoint
 import model as shared
 import rollout
 from report import write_report
@@ -299,11 +300,11 @@ def main(cfg: Config) -> None:
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     facts, start, log = run_facts(cfg), 0, []
-    found = shared.checkpoints(out)
+    found = checkpoint.checkpoints(out)
     if found:
         saved = json.loads((found[-1] / "trainer.json").read_text())
-        shared.check_resume(saved["config"], facts["config"], MAY_CHANGE, found[-1])
-        shared.load_checkpoint(found[-1], policy, optimizer)
+        checkpoint.check_resume(saved["config"], facts["config"], MAY_CHANGE, found[-1])
+        checkpoint.load_checkpoint(found[-1], policy, optimizer)
         start, log = saved["step"], saved["log"]
     if rank == 0:
         (out / "run.json").write_text(json.dumps(facts, indent=1))
@@ -420,9 +421,9 @@ def main(cfg: Config) -> None:
                       + f"  {line['seconds/step']:.1f} s" + (f"  SKIPPED: {skipped}" if skipped else ""), flush=True)
         stopping = shared.sum_over_ranks([len(stop)], gloo)[0] > 0
         if (step + 1) % cfg.save_interval == 0 or last or stopping:
-            shared.save_checkpoint(out, step + 1, policy, optimizer, tokenizer, {**facts, "log": log}, meet)
+            checkpoint.save_checkpoint(out, step + 1, policy, optimizer, tokenizer, {**facts, "log": log}, meet)
             if rank == 0:
-                shared.prune(out, cfg.keep_last, None)
+                checkpoint.prune(out, cfg.keep_last, None)
         if stopping:
             break
     if rank == 0:

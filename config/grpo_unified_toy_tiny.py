@@ -1,4 +1,4 @@
-# Reagent-U on the toy: 40 steps of 8 questions x 2 x 16 attempts; the toy's rule annotator is the judge.
+# Reagent-U on the toy: 60 steps of 8 questions x 2 x 16 attempts; the toy's rule annotator is the judge.
 model = "out/toy/sft/step-000450"
 data = "data/toy/rl_train.jsonl"
 eval_data = "data/toy/rl_test.jsonl"
@@ -14,7 +14,7 @@ max_tokens_per_attempt = 400
 max_context = 1024
 rrm_max_context = 1024
 lr = 3e-4
-steps = 40
+steps = 60
 max_dlogp = 1e-3
 engine = "hf"
 tokens_per_microbatch = 16_384

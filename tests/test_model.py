@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+import checkpoint
 import model as shared
 from grpo_unified import grpo_loss
 from tests.tiny import ROOT, random_rows, tiny_model
@@ -157,10 +158,10 @@ def test_a_checkpoint_restores_parameters_optimizer_and_facts_to_the_bit(folder,
         return [p.full_tensor().clone() for p in policy.parameters()]
 
     step()
-    saved = shared.save_checkpoint(tmp_path, 1, policy, optimizer, tokenizer, {"log": [1]}, lambda *_: None)
+    saved = checkpoint.save_checkpoint(tmp_path, 1, policy, optimizer, tokenizer, {"log": [1]}, lambda *_: None)
     straight = step()
     step()
-    facts = shared.load_checkpoint(saved, policy, optimizer)
+    facts = checkpoint.load_checkpoint(saved, policy, optimizer)
     assert facts == {"step": 1, "log": [1]}
     assert all(torch.equal(a, b) for a, b in zip(step(), straight))
     again = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)  # and it is a Hugging Face folder
@@ -170,19 +171,19 @@ def test_a_checkpoint_restores_parameters_optimizer_and_facts_to_the_bit(folder,
 def test_a_half_written_checkpoint_is_not_one(tmp_path):
     (tmp_path / "step-000003.tmp").mkdir()
     (tmp_path / "step-000002").mkdir()
-    assert [p.name for p in shared.checkpoints(tmp_path)] == ["step-000002"]
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-000002"]
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step in (1, 2, 3, 4):
         (tmp_path / f"step-{step:06d}").mkdir()
-    shared.prune(tmp_path, 2, best_step=1)
-    assert [p.name for p in shared.checkpoints(tmp_path)] == ["step-000001", "step-000003", "step-000004"]
+    checkpoint.prune(tmp_path, 2, best_step=1)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-000001", "step-000003", "step-000004"]
 
 
 def test_resume_names_the_changed_field():
     with pytest.raises(SystemExit, match="lr: 1 -> 2"):
-        shared.check_resume({"lr": 1, "out_dir": "a"}, {"lr": 2, "out_dir": "b"}, {"out_dir"}, "run")
+        checkpoint.check_resume({"lr": 1, "out_dir": "a"}, {"lr": 2, "out_dir": "b"}, {"out_dir"}, "run")
 
 
 def test_a_folder_without_a_model_is_a_clear_error(tmp_path):

@@ -193,10 +193,24 @@ def rrm_row(rng: random.Random, i: int) -> dict:
     answer = code if code and rng.random() < 0.5 else rng.choice(CODES)
     broken = [{"role": "assistant", "content": rng.choice(("", "\\boxed{}", CALL.format(name=rng.choice(NAMES))))}]
     messages += broken if rng.random() < 0.15 else [final(answer)]
-    seen = read_attempt(question_of(world), messages)
-    row = {"id": f"rrm-{i}", "question": question_of(world), "trajectory": messages, "answer": [world["code"]]}
-    row |= blocks(annotate(question_of(world), messages))
+    return judged(world, messages, f"rrm-{i}")
+
+
+def judged(world: dict, messages: list[dict], name: str) -> dict:
+    question = question_of(world)
+    seen = read_attempt(question, messages)
+    row = {"id": name, "question": question, "trajectory": messages, "answer": [world["code"]]}
+    row |= blocks(annotate(question, messages))
     return row | {"correct": seen["answer"] == world["code"], "grounded": seen["grounded"]}
+
+
+def rrm_test_row(rng: random.Random, i: int) -> dict:
+    """A held-out trajectory as from a policy that is right in two of three: from the start, most of them complete."""
+    world = make_world(rng, RL_HOPS)
+    messages, code, _ = lookups(world, world["trail"][0], RL_HOPS if rng.random() < 0.8 else rng.randrange(RL_HOPS))
+    answer = code if code and rng.random() > 0.15 else rng.choice(CODES)
+    messages.append(final(answer) if rng.random() > 0.05 else {"role": "assistant", "content": "\\boxed{}"})
+    return judged(world, messages, f"rrm-test-{i}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,7 +229,7 @@ def toy_phrases() -> list[str]:
     phrases += [before.removeprefix(open_tag), after.removesuffix(close_tag)]
     phrases += [before.replace("<", "<\u200b"), after.replace("<", "<\u200b")]
     phrases += ['Results for "', '":\n1. ', " (doc:", ")\nleads to ", ")\nhas code ", 'No results for "', '".', "."]
-    phrases += ["\\boxed{", "}", "system\n", "user\n", "assistant\n", "\n", "\ntools:", " search", "\n<tool_response>\n"]
+    phrases += ["\\boxed{", "}", "system\n", "user\n", "assistant\n", "\n", "\ntools:", " search"]
     phrases += ["[assistant]\n", "\n[assistant]\n", "\n[tool]\n", STOPPED, WRONG, DONE, *NAMES, *CODES, *"01234"]
     phrases += ["Answer ", ". ", ": yes.", ": no.", " Found ", ". Verdict ", "right", "wrong", "missing", "none", " "]
     phrases += ["<critique>", "</critique>", "<score>", "</score>"]
@@ -288,7 +302,7 @@ def main() -> None:
         "rl_test": lambda r, i: rl_row(r, i, "test"),
         "rrm_sft": rrm_row,
         "rrm_rl": rrm_row,
-        "rrm_test": rrm_row,
+        "rrm_test": rrm_test_row,
     }
     sizes = dict(sft=20_000, rl_train=2000, rl_test=256, rrm_sft=20_000, rrm_rl=4000, rrm_test=512)
     for name, make in source.items():

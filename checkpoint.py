@@ -1,0 +1,86 @@
+"""Checkpoints: a Hugging Face folder (weights, tokenizer) with trainer/ (sharded state) and trainer.json beside it."""
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from model import Policy, full_weights
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Finished checkpoints, oldest first: a folder takes its name only when it is whole."""
+    return sorted(p for p in Path(folder).glob("step-*") if p.is_dir() and p.suffix == "")
+
+
+def save_checkpoint(folder, step: int, policy: Policy, optimizer, tokenizer, facts: dict, meet_all) -> Path:
+    """Writes step-NNNNNN beside its final name, flushes, renames: a kill at any instant leaves only whole ones.
+
+    `facts` goes to trainer.json; `meet_all(phase, error)` stops all ranks together when one could not write.
+    """
+    final = Path(folder) / f"step-{step:06d}"
+    part = final.with_suffix(".tmp")
+    rank, error = dist.get_rank(), None
+    if rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+    meet_all("clearing the checkpoint folder", None)
+    weights = {name: whole.cpu() for name, whole in full_weights(policy, torch.float32) if rank == 0}
+    try:
+        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        with warnings.catch_warnings():  # DCP warns that gloo stages nothing asynchronously
+            warnings.simplefilter("ignore")
+            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=part / "trainer")
+        if rank == 0:
+            policy.hf.save_pretrained(part, state_dict=weights)
+            tokenizer.save_pretrained(part)
+            (part / "trainer.json").write_text(json.dumps({"step": step, **facts}, indent=1))
+            _flush(part)
+    except Exception as problem:  # noqa: BLE001 - a full disk shows up as many types; all ranks must hear of it
+        error = problem
+        shutil.rmtree(part, ignore_errors=True)
+    meet_all(f"saving {final}", error)
+    if rank == 0:
+        if final.exists():
+            shutil.rmtree(final)
+        part.rename(final)
+    meet_all("renaming the checkpoint", None)
+    return final
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def load_checkpoint(folder: Path, policy: Policy, optimizer) -> dict:
+    """Restores sharded parameters and optimizer in place; returns trainer.json."""
+    model_state, optimizer_state = get_state_dict(policy, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=Path(folder) / "trainer")
+    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return json.loads((Path(folder) / "trainer.json").read_text())
+
+
+def check_resume(saved: dict, config: dict, may_change: set[str], folder) -> None:
+    """Refuses to resume when a field that changes the math differs, naming it."""
+    changed = [k for k in config if k not in may_change and saved.get(k) != config[k]]
+    if changed:
+        text = ", ".join(f"{k}: {saved.get(k)!r} -> {config[k]!r}" for k in changed)
+        raise SystemExit(f"{folder} was trained with other settings ({text}): start a new --out_dir or restore them")
+
+
+def prune(folder, keep_last: int, best_step: int | None) -> None:
+    """Deletes all but the newest `keep_last` checkpoints and the best one, and what a killed save left behind."""
+    for path in checkpoints(folder)[:-keep_last] if keep_last else []:
+        if best_step is None or path.name != f"step-{best_step:06d}":
+            shutil.rmtree(path)
+    for path in Path(folder).glob("step-*.tmp"):
+        shutil.rmtree(path)
