@@ -1,9 +1,7 @@
 """Stage 2, Agent-RRM: the reasoning reward model (paper section 3.2), by SFT on judgments and then GRPO on judgments.
 
-    torchrun --nproc_per_node=8 train_rrm.py config/train_rrm_sft_8b.py      # sft.py's loop on judgments
+    torchrun --nproc_per_node=8 train_rrm.py --stage=sft --lr=1e-5 …   # sft.py's loop on judgments
     torchrun --nproc_per_node=8 train_rrm.py                                 # GRPO, from that checkpoint
-    python train_rrm.py annotate --agents=FOLDER[,FOLDER] --data=RL.jsonl --teacher=http://…/v1 --out=rrm_sft.jsonl
-    python train_rrm.py report --model=FOLDER --data=data/toy/rrm_test.jsonl --engine=hf
 
 What the paper leaves open and what we chose: the reward of the RRM's GRPO is not published. Ours is 0 for a broken
 format or an analysis beyond the length bound, else closeness_weight * (1 - |s - s*|) + agreement_weight * [(s > 0.5) =
@@ -276,7 +274,7 @@ def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data, processes
     if cfg.stage not in ("sft", "grpo"):
         raise SystemExit(f"stage = {cfg.stage!r}: sft or grpo")
-    rows = JsonlRows(cfg.data, check_rrm_row, hint="run python train_rrm.py annotate, or data/reagent/prepare.py")
+    rows = JsonlRows(cfg.data, check_rrm_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)")
     eval_rows = list(JsonlRows(cfg.eval_data, check_rrm_row)) if cfg.eval_data else []
     tokenizer = shared.load_tokenizer(cfg.model)
     chat = Chat(tokenizer)
