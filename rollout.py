@@ -1,6 +1,6 @@
 """Rollouts: engines, the agent loop, critique and refinement, the client of the reasoning reward model (Agent-RRM).
 
-A chain is one coroutine: first attempt -> judge -> refined attempt -> judge (paper section 3.3, Reagent-U). Chains share
+A chain is one coroutine: first attempt -> judge -> refined attempt -> judge (paper section 3.3, Reagent-U). All share
 one engine and wait for nobody but the tools and the judge they called. Tokens in, tokens out: ids are append-only, the
 mask is written when a token is appended, history is never rendered again.
 """
@@ -109,7 +109,7 @@ class Judgment:
 
 
 def seed_of(*parts) -> int:
-    """A seed below 2^62 from (run seed, step, task, sibling, stage, turn, role, retry): all different, reproducible."""
+    """A seed below 2^62 from (run seed, step, sibling, task, stage, turn, role, retry): all different, repeatable."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2
 
@@ -132,7 +132,8 @@ def extract_answer(text: str) -> str | None:
     return None
 
 
-_BLOCKS = re.compile(r"\s*<critique>(.*?)</critique>\s*<score>\s*(0(?:\.\d{1,6})?|1(?:\.0{1,6})?|\.\d{1,6})\s*</score>\s*", re.S)
+_SCORE = r"0(?:\.\d{1,6})?|1(?:\.0{1,6})?|\.\d{1,6}"
+_BLOCKS = re.compile(rf"\s*<critique>(.*?)</critique>\s*<score>\s*({_SCORE})\s*</score>\s*", re.S)
 _TAG = re.compile(r"</?(?:think|critique|score)>")
 
 
@@ -308,7 +309,7 @@ def _sample(logits, requests, draws):
 
 
 def _all_names(pairs, expected: set[str]):
-    """Passes the pairs through; a name that is missing or unknown is an error: a stale tensor raises nothing by itself."""
+    """Passes the pairs through; a missing or unknown name is an error: a stale tensor raises nothing by itself."""
     seen = set()
     for name, value in pairs:
         seen.add(name)
@@ -334,7 +335,8 @@ class VLLMEngine:
         if not cuda:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         options = dict(distributed_executor_backend="external_launcher") if "RANK" in os.environ else {}
-        options |= dict(gpu_memory_utilization=gpu_memory_share, enable_sleep_mode=sleep) if cuda else dict(enforce_eager=True)
+        gpu = dict(gpu_memory_utilization=gpu_memory_share, enable_sleep_mode=sleep)
+        options |= gpu if cuda else dict(enforce_eager=True)
         self.llm = LLM(
             folder,
             dtype="bfloat16" if cuda else "float32",
@@ -566,7 +568,8 @@ def check_served(urls: list[str]) -> None:
         try:
             OpenAI(base_url=url, api_key="none", timeout=10, max_retries=1).models.list()
         except OpenAIError as error:
-            raise SystemExit(f"no judge answers at {url} ({error}): start one with `vllm serve <RRM folder> --port …`") from error
+            hint = "start one with `vllm serve <RRM folder> --port …`"
+            raise SystemExit(f"no judge answers at {url} ({error}): {hint}") from error
 
 
 def make_judge(spec: str, chat, rounds: Rounds, *, engine: str, max_context: int, prompt: str = RRM_PROMPT) -> Judge:
@@ -582,7 +585,7 @@ def make_judge(spec: str, chat, rounds: Rounds, *, engine: str, max_context: int
         check_served(urls)
         return served_judge(urls, prompt=prompt, max_context=max_context, break_tags=chat.broken)
     if not Path(spec).is_dir():
-        raise SystemExit(f"no reward model in {spec}: train one with train_rrm.py, or give the URL of one (--rrm=http://…/v1)")
+        raise SystemExit(f"no reward model in {spec}: train one with train_rrm.py, or give a URL (--rrm=http://…/v1)")
     from model import load_tokenizer
     from rows import Chat
 
@@ -616,7 +619,7 @@ class Setup:
 
 
 async def run_chain(row: dict, setup: Setup, key: tuple) -> Episode:
-    """One chain: o1 ~ pi(.|q), (c, s1), o2 ~ pi(.|q, o1, c), s2 (paper section 3.3). `key` = (run seed, step, sibling)."""
+    """One chain: o1 ~ pi(.|q), (c, s1), o2 ~ pi(.|q, o1, c), s2 (paper section 3.3); `key` = (run seed, step, sibling)."""
     gold = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
     question = row["question"] + "".join(f"\nFile: {name}" for name in row.get("files", []))
     messages = [{"role": "system", "content": setup.system_prompt}, {"role": "user", "content": question}]
@@ -636,7 +639,7 @@ async def run_chain(row: dict, setup: Setup, key: tuple) -> Episode:
 
 
 async def refine(episode: Episode, row: dict, setup: Setup, critique: str, key: tuple) -> None:
-    """Stage 2 continues the conversation: a user turn with the critique only, then the refined attempt, then its score."""
+    """Stage 2 goes on with the conversation: a user turn with the critique only, the refined attempt, its score."""
     message = {"role": "user", "content": setup.refine_prompt.replace("{critique}", critique)}
     if not append_fragment(episode, setup, [message], room=setup.limits.max_context - setup.limits.final_tokens - 1):
         return
