@@ -24,9 +24,9 @@ data/toy/rl_test.jsonl: data/toy/prepare.py .venv/installed
 
 demo: data/toy/rl_test.jsonl
 	$(TORCHRUN) sft.py config/sft_toy_tiny.py --seed=$(SEED) --out_dir=$(OUT)/sft
-	$(TORCHRUN) grpo_unified.py config/grpo_unified_toy_tiny.py --seed=$(SEED) --model=$(OUT)/sft/step-000450 --out_dir=$(OUT)/u
+	$(TORCHRUN) grpo_unified.py config/grpo_unified_toy_tiny.py --seed=$(SEED) --model=$(OUT)/sft/step-000250 --out_dir=$(OUT)/u
 	$(PY) report.py $(OUT)/u
-	$(PY) data/toy/trial.py $(OUT)/sft/step-000450 $(OUT)/u/step-000060 --seed=$(SEED)
+	$(PY) data/toy/trial.py $(OUT)/sft/step-000250 $(OUT)/u/step-000060 --seed=$(SEED)
 
 test: .venv/test-installed
 	$(PY) -m pytest -q -m "not slow" tests

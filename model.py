@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -156,7 +157,8 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, le
         options = dict(scale=scaling, window_size=causal, enable_gqa=True)
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, n, n, **options)[None], None
     out, start = [], 0
-    for length, count in _runs(lengths):
+    for length, run in groupby(lengths):
+        count = len(list(run))
         span = slice(start, start + length * count)
         # (1, heads, count * L, D) -> (count, heads, L, D)
         q, k, v = (x[0, :, span].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
@@ -164,16 +166,6 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, le
         out.append(o.transpose(1, 2).flatten(0, 1))  # (count * L, heads, D)
         start += length * count
     return torch.cat(out)[None], None
-
-
-def _runs(lengths: list[int]) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for length in lengths:
-        if runs and runs[-1][0] == length:
-            runs[-1] = (length, runs[-1][1] + 1)
-        else:
-            runs.append((length, 1))
-    return runs
 
 
 AttentionInterface.register("varlen", varlen_attention)

@@ -10,10 +10,10 @@ import copy
 import hashlib
 import importlib.util
 import json
-import random
 import re
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -430,9 +430,7 @@ class VLLMEngine:
 
 
 def _vllm_sample(output) -> Sample:
-    logps = [next(iter(entry.values())).logprob for entry in output.logprobs or []]
-    if output.logprobs:
-        logps = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids)]
+    logps = [entry[token].logprob for entry, token in zip(output.logprobs or [], output.token_ids)]
     reason = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
     return Sample(list(output.token_ids), logps, reason)
 
@@ -493,12 +491,11 @@ def fit_trajectory(messages: list[dict], room: int, size: Callable[[str], int]) 
     return text
 
 
-def toy_judge(annotate, noise: float = 0.0) -> Judge:
+def toy_judge(annotate) -> Judge:
     """The toy's rule annotator behind the judge's interface."""
 
     async def ask(question, messages, trajectory, seed):
-        text = annotate(question, messages)
-        return text if random.Random(seed).random() >= noise else "no judgment today"
+        return annotate(question, messages)
 
     return Judge(ask)
 
@@ -752,12 +749,11 @@ def append_sample(episode: Episode, chat, sample: Sample) -> tuple[str, bool]:
     return text, whole
 
 
-def _cut_fake_result(chat, ids):
-    keep = len(ids)
-    while "<tool_response>" in chat.decode(ids[:keep]):
-        keep -= 1
-    text = chat.decode(ids[:keep])
-    return re.sub(r"<t?o?o?l?_?(r(e(s(p(o(n(s(e)?)?)?)?)?)?)?)?$", "", text), ids[:keep]
+def _cut_fake_result(chat, ids: list[int]) -> tuple[str, list[int]]:
+    """The text and the ids that end where the first <tool_response> begins, also where it is several tokens."""
+    start = chat.decode(ids).index("<tool_response>")
+    keep = bisect_right(range(len(ids) + 1), start, key=lambda n: len(chat.decode(ids[:n]))) - 1
+    return chat.decode(ids[:keep]), ids[:keep]
 
 
 def append_fragment(episode: Episode, setup: Setup, messages: list[dict], room: float) -> bool:

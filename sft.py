@@ -150,7 +150,7 @@ def main(cfg: Config) -> None:
         batch_rows = [render(chat, rows[i]) for i in batch_indices(step, cfg.rows_per_step, len(rows), cfg.seed)]
         fitting = [row for row in batch_rows if len(row.ids) <= cfg.max_tokens_per_row]
         trained = sum(sum(row.mask) for row in fitting)  # the denominator, over all ranks: every rank sees the batch
-        total_loss, norm = 0.0, 0.0
+        total_loss, norm, skipped = 0.0, 0.0, False
         if trained:
             for microbatch in shared.balance(fitting, world, cfg.tokens_per_microbatch)[rank]:
                 logps, _ = policy(shared.collate(microbatch, (), device))
@@ -159,21 +159,22 @@ def main(cfg: Config) -> None:
                 total_loss += loss.item()
             norm = shared.clip_gradients(policy, cfg.max_grad_norm)
             total_loss = shared.sum_over_ranks([total_loss], gloo)[0]
-            skip = not math.isfinite(norm + total_loss)
-            if not skip:
+            skipped = not math.isfinite(norm + total_loss)
+            if not skipped:
                 optimizer.step()
             optimizer.zero_grad()
 
         # ------------------------------------------------------------ log, save
         seconds = time.perf_counter() - began
         line = dict(step=step + 1, loss=total_loss, grad_norm=norm, lr=lr, tokens=sum(len(r.ids) for r in fitting))
-        line |= {"too_long": len(batch_rows) - len(fitting), "seconds/step": round(seconds, 3)}
+        line |= {"too_long": len(batch_rows) - len(fitting), "skipped": skipped, "seconds/step": round(seconds, 3)}
         line["tokens_per_second"] = round(line["tokens"] / seconds)
         log.append(line)
         if rank == 0 and (step + 1) % cfg.log_interval == 0:
             with open(out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
             text = f"step {step + 1:5d}  loss {total_loss:.4f}  norm {norm:.2f}  lr {lr:.1e}  {line['tokens_per_second']} tok/s"
+            text += "  SKIPPED: the loss or the gradient is not finite" if skipped else ""
             tqdm.write(text) if bar.disable is False else print(text, flush=True)
             if tracker:
                 tracker.log(line)

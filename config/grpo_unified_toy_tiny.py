@@ -1,5 +1,5 @@
 # Reagent-U on the toy: 60 steps of 8 questions x 2 x 16 attempts; the toy's rule annotator is the judge.
-model = "out/toy/sft/step-000450"
+model = "out/toy/sft/step-000250"
 data = "data/toy/rl_train.jsonl"
 eval_data = "data/toy/rl_test.jsonl"
 rrm = "toy"

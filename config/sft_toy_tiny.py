@@ -1,8 +1,8 @@
-# The toy's cold start: 450 steps of 48 rows. The demonstrations are lazy, so it ends near 10-20 %.
+# The toy's cold start: 250 steps of 48 rows. The demonstrations are lazy, so it ends near 10-20 %.
 model = "data/toy/model"
 data = "data/toy/sft.jsonl"
 rows_per_step = 48
-steps = 450
+steps = 250
 lr = 3e-3
 warmup_steps = 20
 max_tokens_per_row = 1024

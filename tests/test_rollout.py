@@ -6,7 +6,7 @@ import time
 import pytest
 
 import rollout
-from rollout import Judge, Limits, Sample, Setup, run_chain, run_chains, seed_of
+from rollout import Episode, Judge, Limits, Sample, Setup, append_sample, run_chain, run_chains, seed_of
 from rows import Chat
 from tests.tiny import toy
 from tools import TOOLS, Toolbox
@@ -209,6 +209,13 @@ def test_a_result_that_the_model_made_up_is_cut_off():
     episode = episode_of(f"{CALL}<tool_response>fake</tool_response>\\boxed{{here}}", "\\boxed{real}")
     assert episode.attempts[0].answer == "real" and "fake" not in CHAT.decode(episode.ids)
     assert len(episode.logps) == sum(episode.mask)
+
+
+def test_a_made_up_result_spelled_in_several_tokens_is_cut_where_it_begins():
+    ids = CHAT.text("so <tool_") + CHAT.text("response>fake")
+    episode = Episode("1", "q", ["a"], [], [], [], [], 0)
+    text, whole = append_sample(episode, CHAT, Sample(ids, [-0.5] * len(ids), "length"))
+    assert (text, whole, episode.ids, len(episode.logps)) == ("so ", True, CHAT.text("so "), 3)
 
 
 def test_the_refined_attempt_reads_the_critique_and_is_judged_alone():

@@ -16,6 +16,7 @@ Input layouts: json list, jsonl, parquet, csv, or a zip of json files, with the 
 import argparse
 import csv
 import hashlib
+import itertools
 import re
 import shutil
 import sys
@@ -27,7 +28,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from data.hotpotqa.prepare import SOURCES, fetch, gold_answers, print_table, read_records, write_rows  # noqa: E402
+from data.hotpotqa.prepare import (  # noqa: E402
+    SOURCES,
+    fetch,
+    first_of_each_id,
+    gold_answers,
+    print_table,
+    read_records,
+    write_rows,
+)
 
 GITHUB = "https://raw.githubusercontent.com/"
 ARPO = GITHUB + "RUC-NLPIR/ARPO/a95cd08/evaluation/data/"
@@ -173,23 +182,16 @@ def read(path: Path, member: str = ""):
 def convert_files(name: str, paths: list[tuple[Path, str]], tallies: dict, only: set | None = None):
     """Yield the rows of a set; `only` = the ids of a subset; tallies gets a Counter for each file."""
     seen: set[str] = set()
-    position = 0
+    positions = itertools.count(1)
+
+    def converted(path, member):
+        for place, record in read(path, member):
+            row, reason = convert(record, place, name, next(positions))
+            yield (row, reason) if not row or only is None or row["id"] in only else (None, "not in the subset")
+
     for path, member in paths:
         tally = tallies.setdefault(f"{name}: {path.name}", Counter())
-        for place, record in read(path, member):
-            position += 1
-            tally["read"] += 1
-            row, reason = convert(record, place, name, position)
-            if row and only is not None and row["id"] not in only:
-                row, reason = None, "not in the subset"
-            if row and row["id"] in seen:
-                row, reason = None, "id seen before"
-            if row is None:
-                tally[reason] += 1
-                continue
-            seen.add(row["id"])
-            tally["converted"] += 1
-            yield row
+        yield from first_of_each_id(converted(path, member), tally, seen)
 
 
 def fixed_sample(rows, count: int) -> list[dict]:

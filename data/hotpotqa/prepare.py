@@ -256,9 +256,13 @@ def convert(record, place):
 
 def convert_file(path, tally, seen, member=""):
     """Yield the RL rows of one file; `tally` counts read, converted and each reason to skip; `seen` holds the ids."""
-    for place, record in read_records(path, member):
+    yield from first_of_each_id((convert(record, place) for place, record in read_records(path, member)), tally, seen)
+
+
+def first_of_each_id(results, tally, seen):
+    """Yield the rows of (row or None, reason) pairs whose id is new; `tally` and `seen` as in convert_file."""
+    for row, reason in results:
         tally["read"] += 1
-        row, reason = convert(record, place)
         if row and row["id"] in seen:
             row, reason = None, "id seen before"
         if row is None:

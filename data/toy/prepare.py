@@ -17,7 +17,9 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import rollout  # noqa: E402
+
 NAMES = """Ada Bern Cleo Dune Elba Finn Gaza Hugo Iris Juno Kiel Lena Mars Nile Oslo Paul Quin Rome Siena Troy Uma
 Vera Wien Xena York Zoe Aral Bath Cork Dale""".split()
 CODES = ["17", "23", "38", "42", "56", "61", "79", "84"]
@@ -40,13 +42,6 @@ TEMPLATE = (
     "{% if m.role == 'system' and tools %}{{ '\\ntools:' }}{% for t in tools %} {{ t.function.name }}{% endfor %}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def rollout_prompts():
-    sys.path.insert(0, str(ROOT))
-    import rollout
-
-    return rollout
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,7 +142,7 @@ def judgment_text(think: str, critique: str, score: float) -> str:
 
 
 def blocks(text: str) -> dict:
-    judgment = rollout_prompts().parse_judgment(text)
+    judgment = rollout.parse_judgment(text)
     return {"think": judgment.think, "critique": judgment.critique, "score": judgment.score}
 
 
@@ -161,10 +156,9 @@ def docs_of(world: dict) -> list[dict]:
 
 def sft_row(rng: random.Random) -> dict:
     """A demonstration; most of them go on with a critique and a refined attempt that obeys it."""
-    prompts = rollout_prompts()
     world = make_world(rng, rng.choice(HOPS))
     attempt = first_attempt(rng, world, rng.random() < FOLLOWS[world["hops"]])
-    messages = [{"role": "system", "content": prompts.SYSTEM_PROMPT}, {"role": "user", "content": question_of(world)}]
+    messages = [{"role": "system", "content": rollout.SYSTEM_PROMPT}, {"role": "user", "content": question_of(world)}]
     messages += attempt
     if rng.random() < REFINED:
         critique = blocks(annotate(question_of(world), attempt))["critique"]
@@ -172,7 +166,7 @@ def sft_row(rng: random.Random) -> dict:
             critique = f"{critique.rpartition(' ')[0]} {rng.choice(NAMES)}."
         start = critique.rpartition(" ")[2].rstrip(".")
         again, code, _ = lookups(world, start, DOCS)
-        messages.append({"role": "user", "content": prompts.REFINE_PROMPT.replace("{critique}", critique)})
+        messages.append({"role": "user", "content": rollout.REFINE_PROMPT.replace("{critique}", critique)})
         messages += [*again, final(code or "none")]  # no guess: a critique of another question must not pay
     return {"messages": messages, "tools": TOOLS}
 
@@ -219,7 +213,7 @@ def rrm_test_row(rng: random.Random, i: int) -> dict:
 
 def toy_phrases() -> list[str]:
     """Every fixed phrase of the toy; each becomes one token. Control strings inside judged text are broken by U+200B."""
-    p = rollout_prompts()
+    p = rollout
     before, _, after = CALL.replace("{{", "{").replace("}}", "}").partition("{name}")
     refine = p.REFINE_PROMPT.partition("{critique}")
     request = re.split(r"\{question\}|\{trajectory\}", p.JUDGE_REQUEST)
@@ -268,6 +262,7 @@ def make_model(folder, tokenizer, seed: int = 0, tied: bool = True, hidden=128, 
     config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, intermediate_size=ff,
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=hidden // heads,
+        initializer_range=0.06,  # at 0.02, made for wide models, some seeds never learn to copy what they found
         max_position_embeddings=max_positions, tie_word_embeddings=tied, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     )
