@@ -99,6 +99,14 @@ for line in sys.stdin:
 MOST_PROCESSES = 128  # of one call
 
 
+class ToolError(Exception):
+    """The call cannot be answered and the model should read why."""
+
+
+class ToolFault(Exception):
+    """The infrastructure failed: not the model's fault, the attempt is left out of training."""
+
+
 class SandboxUnavailable(RuntimeError):
     """No rung of the ladder works on this machine."""
 

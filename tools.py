@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from sandbox import Sandbox, ToolError, ToolFault
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -24,14 +26,6 @@ class Observation:
     text: str
     status: str
     seconds: float
-
-
-class ToolError(Exception):
-    """The call cannot be answered and the model should read why."""
-
-
-class ToolFault(Exception):
-    """The infrastructure failed: not the model's fault, the attempt is left out of training."""
 
 
 @dataclass
@@ -232,8 +226,6 @@ class Toolbox:
         self.corpus = read_corpus(corpus) if corpus else None
         self.sandbox = None
         if "python" in self.names:
-            from sandbox import Sandbox
-
             self.sandbox = Sandbox(seconds=seconds_per_call, output_chars=output_chars, unsafe=unsafe_python)
         self.pool = ThreadPoolExecutor(max_workers=calls_in_flight * max(len(self.names), 1))
         self.calls_in_flight, self.gates, self.loop = calls_in_flight, {}, None
