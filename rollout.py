@@ -720,7 +720,7 @@ async def observe(calls, row: dict, setup: Setup, attempt: Attempt, turn: int) -
     async def one(name, arguments, problem):
         if problem:
             return problem, "error", 0.0
-        seen = await setup.toolbox.call(name, arguments, docs=row.get("docs"))
+        seen = await setup.toolbox.call(name, arguments, docs=row.get("docs"), files=row.get("files"))
         return seen.text, seen.status, seen.seconds
 
     results = await asyncio.gather(*(one(*call) for call in calls))
