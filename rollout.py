@@ -10,6 +10,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import sys
 import time
@@ -35,6 +36,7 @@ RRM_PROMPT = (
     "<score>a number from 0 to 1 for the quality of the trajectory</score>"
 )
 JUDGE_REQUEST = "Question:\n{question}\n\nTrajectory of the agent:\n{trajectory}"
+JUDGE_TEMPERATURE = 0.3  # of a judge at work, also in its report
 LEFT_OUT = "[result left out: no room]"
 
 
@@ -324,8 +326,6 @@ class VLLMEngine:
     """vLLM in this process: a continuous loop over add_request and step, driven from a worker thread."""
 
     def __init__(self, folder, stop_ids, *, max_context, gpu_memory_share=0.85, sleep=False, tp_group=None, tp_size=1):
-        import os
-
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -500,7 +500,7 @@ def toy_judge(annotate) -> Judge:
     return Judge(ask)
 
 
-def engine_judge(engine, chat, *, prompt=RRM_PROMPT, temperature=0.3, max_context=32_768, max_new_tokens=1400) -> Judge:
+def engine_judge(engine, chat, *, prompt=RRM_PROMPT, temperature=JUDGE_TEMPERATURE, max_context=32_768, max_new_tokens=1400) -> Judge:
     """A reward model in this process, behind the same engine classes as the policy."""
 
     async def ask(question, messages, trajectory, seed):
@@ -517,12 +517,13 @@ def judge_prompt(chat, question: str, trajectory: str, prompt: str = RRM_PROMPT)
     return chat.prompt([{"role": "system", "content": prompt}, {"role": "user", "content": request}], None)
 
 
-def served_judge(urls: list[str], *, model="", prompt=RRM_PROMPT, temperature=0.3, max_context=32_768,
+def served_judge(urls: list[str], *, model="", prompt=RRM_PROMPT, temperature=JUDGE_TEMPERATURE, max_context=32_768,
                  max_new_tokens=1400, seconds=60.0, patience_s=120.0, rest_s=10.0, break_tags=lambda text: text) -> Judge:
     """OpenAI-compatible servers: the least busy one is asked; one that fails rests for `rest_s` and is tried again."""
     from openai import AsyncOpenAI, OpenAIError
 
-    clients = [AsyncOpenAI(base_url=url, api_key="none", timeout=seconds, max_retries=0) for url in urls]
+    key = os.environ.get("RRM_API_KEY", "none")
+    clients = [AsyncOpenAI(base_url=url, api_key=key, timeout=seconds, max_retries=0) for url in urls]
     busy, rests_until, names = [0] * len(urls), [0.0] * len(urls), [model] * len(urls)
 
     async def ask_one(i, request, seed):
@@ -563,14 +564,17 @@ def check_served(urls: list[str]) -> None:
 
     for url in urls:
         try:
-            OpenAI(base_url=url, api_key="none", timeout=10, max_retries=1).models.list()
+            OpenAI(base_url=url, api_key=os.environ.get("RRM_API_KEY", "none"), timeout=10, max_retries=1).models.list()
         except OpenAIError as error:
             hint = "start one with `vllm serve <RRM folder> --port …`"
             raise SystemExit(f"no judge answers at {url} ({error}): {hint}") from error
 
 
-def make_judge(spec: str, chat, rounds: Rounds, *, engine: str, max_context: int, prompt: str = RRM_PROMPT) -> Judge:
-    """spec = "http://…/v1[,http://…/v1]": servers | a folder: in this process | "toy": the toy's rule annotator."""
+def make_judge(spec: str, chat, rounds: Rounds, *, engine: str, max_context: int, prompt=RRM_PROMPT, **served) -> Judge:
+    """spec = "http://…/v1[,http://…/v1]": servers | a folder: in this process | "toy": the toy's rule annotator.
+
+    `served` are options of served_judge, for servers only.
+    """
     if spec == "toy":
         path = Path(__file__).parent / "data" / "toy" / "prepare.py"
         found = importlib.util.spec_from_file_location("toy_prepare", path)
@@ -580,7 +584,7 @@ def make_judge(spec: str, chat, rounds: Rounds, *, engine: str, max_context: int
     if spec.startswith("http"):
         urls = spec.split(",")
         check_served(urls)
-        return served_judge(urls, prompt=prompt, max_context=max_context, break_tags=chat.broken)
+        return served_judge(urls, prompt=prompt, max_context=max_context, break_tags=chat.broken, **served)
     if not Path(spec).is_dir():
         raise SystemExit(f"no reward model in {spec}: train one with train_rrm.py, or give a URL (--rrm=http://…/v1)")
     from model import load_tokenizer

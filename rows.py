@@ -147,6 +147,17 @@ class JsonlRows:
             return json.loads(file.readline())
 
 
+def read_appended(path: str | Path) -> list[dict]:
+    """The rows of a file that only grows; [] if there is none. A last line that a kill cut short is cut off."""
+    if not Path(path).is_file():
+        return []
+    data = Path(path).read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+    return [json.loads(line) for line in data[:whole].splitlines()]
+
+
 def batch_indices(step: int, batch: int, n: int, seed: int) -> list[int]:
     """Rows of a step: the stream of seeded permutations of n rows, cut in batches. No state, so resume is exact.
 

@@ -2,6 +2,8 @@
 
     torchrun --nproc_per_node=8 train_rrm.py --stage=sft --lr=1e-5 …   # sft.py's loop on judgments
     torchrun --nproc_per_node=8 train_rrm.py                                 # GRPO, from that checkpoint
+    python train_rrm.py annotate --agents=out/sft/step-003476 --teacher=https://host/v1   # makes RRM rows
+    python train_rrm.py report --rrm=out/rrm/step-002800 --eval_data=held_out.jsonl --agent=out/sft/step-003476
 
 What the paper leaves open and what we chose: the reward of the RRM's GRPO is not published. Ours is 0 for a broken
 format or an analysis beyond the length bound, else closeness_weight * (1 - |s - s*|) + agreement_weight * [(s > 0.5) =
@@ -11,6 +13,7 @@ trajectory contains the answer; yes/no, choices and numbers below 1000 are exemp
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import math
@@ -29,8 +32,10 @@ from tqdm import tqdm
 import checkpoint
 import model as shared
 import rollout
+from evaluate import rule_reward
 from report import write_report
-from rows import Chat, JsonlRows, batch_indices, check_rl_row, parse_config, run_facts
+from rows import Chat, JsonlRows, batch_indices, check_rl_row, parse_config, read_appended, run_facts
+from tools import Toolbox
 
 
 @dataclass
@@ -78,10 +83,11 @@ class Config:
     save_interval: int = 100
     keep_last: int = 2
     timeout_s: float = 3600.0
+    wandb: bool = False
 
 
 MAY_CHANGE = {"out_dir", "log_interval", "save_interval", "keep_last", "timeout_s", "gpu_memory_share", "engine_sleep"}
-MAY_CHANGE |= {"tokens_per_microbatch", "checkpoint_activations", "shard_ranks"}
+MAY_CHANGE |= {"tokens_per_microbatch", "checkpoint_activations", "shard_ranks", "wandb"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the reward of a judgment
@@ -227,6 +233,222 @@ def report_table(report: dict) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the annotated data, and the report of a judge at work: both run an agent
+
+
+@dataclass
+class Common:
+    """What annotate and report share: how the agent works."""
+
+    data: str = "data/reagent/rl_train.jsonl"  # RL rows that the agent works on
+    limit: int = 0  # rows; 0: all
+    tools: str = "search,browse,python"
+    corpus: str = ""  # local pages for rows without docs
+    engine: str = "vllm"  # vllm | hf
+    temperature: float = 0.7
+    max_turns: int = 13
+    max_new_tokens_per_turn: int = 4096
+    max_tokens_per_attempt: int = 11_000
+    max_context: int = 32_768  # tokens of a chain
+    rrm_max_context: int = 32_768
+    max_live_chains: int = 64
+    seed: int = 0
+
+
+@dataclass
+class AnnotateConfig(Common):
+    agents: str = ""  # folders of one or several agents, separated by commas
+    teacher: str = ""  # URL[,URL] of an OpenAI-compatible endpoint (key: RRM_API_KEY) | a folder | toy
+    teacher_model: str = ""  # its name there; "": the first that the endpoint lists
+    teacher_prompt_file: str = ""  # another prompt for the teacher
+    samples_per_question: int = 4  # of each agent
+    share_correct: float = 0.5  # of the rows written; the larger class is thinned
+    patience_s: float = 120.0  # seconds a trajectory waits for a teacher that is down
+    rest_s: float = 10.0  # seconds an endpoint that failed is left alone
+    out: str = "data/reagent/rrm_annotated.jsonl"
+
+
+@dataclass
+class ReportConfig(Common):
+    rrm: str = ""  # the judge: folder | URL[,URL] | toy
+    against: str = ""  # another judge, for a paired comparison
+    eval_data: str = "data/toy/rrm_test.jsonl"  # RRM rows
+    rrm_prompt_file: str = ""  # another prompt for both judges
+    agent: str = ""  # a folder: its answers before and after refinement (critique lift) on `data`
+    out_dir: str = "out/rrm_report"
+
+
+@contextlib.contextmanager
+def agent_at_work(cfg, folder: str):
+    """-> (Setup without a judge, rounds, rows, run): an agent's engine and tools; `run(coroutine)` runs chains."""
+    rows = JsonlRows(cfg.data, check_rl_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)")
+    chat, rounds = Chat(shared.load_tokenizer(folder)), rollout.Rounds()
+    toolbox = Toolbox(cfg.tools.split(","), corpus=cfg.corpus)
+    engine = rollout.make_engine(cfg.engine, folder, chat.stop_ids, rounds, max_context=cfg.max_context)
+    limits = rollout.Limits(cfg.max_turns, cfg.max_new_tokens_per_turn, cfg.max_tokens_per_attempt, cfg.max_context,
+                            final_tokens=min(512, cfg.max_new_tokens_per_turn))
+    setup = rollout.Setup(engine, chat, toolbox, limits, rule_reward, temperature=cfg.temperature)
+    with asyncio.Runner() as runner:
+        yield setup, rounds, [rows[i] for i in range(min(cfg.limit or len(rows), len(rows)))], runner.run
+    toolbox.close()
+
+
+def sample_trajectories(cfg: AnnotateConfig, path: Path) -> list[dict]:
+    """First attempts of every agent at every row, appended to `path` as they end; what stands there is not run again."""
+    done = {row["id"]: row for row in read_appended(path)}
+    for folder in cfg.agents.split(","):
+        with agent_at_work(cfg, folder) as (setup, rounds, rows, run), open(path, "a") as file:
+            jobs = [(row, (cfg.seed, folder, g)) for row in rows for g in range(cfg.samples_per_question)]
+            names = {(str(row["id"]), key): f"{folder}/{row['id']}/{key[2]}" for row, key in jobs}
+            missing = [(row, key) for row, key in jobs if names[str(row["id"]), key] not in done]
+            bar = tqdm(total=len(missing), desc=f"trajectories of {folder}", disable=not sys.stderr.isatty())
+
+            async def one(row, key):
+                episode = await rollout.run_chain(row, setup, key)
+                bar.update()
+                if episode.dropped:  # a fault of ours: tried again by the next call
+                    return
+                attempt = episode.attempts[0]
+                record = {"id": names[str(row["id"]), key], "question": episode.question, "answer": episode.gold,
+                          "trajectory": episode.messages[slice(*attempt.messages)], "correct": bool(attempt.correct)}
+                done[record["id"]] = record
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+
+            run(rollout.run_together((one(*job) for job in missing), rounds, cfg.max_live_chains))
+            bar.close()
+    return sorted(done.values(), key=lambda row: row["id"])
+
+
+def thinned(rows: list[dict], share_correct: float, seed: int) -> list[dict]:
+    """The largest part of the rows in which `share_correct` are correct; who stays is drawn by a hash of the id."""
+    order = sorted(rows, key=lambda row: rollout.seed_of(seed, "thin", row["id"]))
+    right, wrong = [r for r in order if r["correct"]], [r for r in order if not r["correct"]]
+    if 0 < share_correct < 1:
+        total = int(min(len(right) / share_correct, len(wrong) / (1 - share_correct)) + 1e-9)
+        right, wrong = right[: round(total * share_correct)], wrong[: round(total * (1 - share_correct))]
+    return sorted(right + wrong, key=lambda row: row["id"])
+
+
+def annotate(cfg: AnnotateConfig) -> None:
+    """Samples trajectories, balances right and wrong ones, has a teacher write the three blocks, keeps the valid ones.
+
+    Goes on where it stopped: trajectories and judgments stand beside `out` in files that only grow. A trajectory whose
+    judgment failed (teacher down, 429, 500, prose) or leaks the answer is left out, counted, and asked for again by the
+    next call. The paper's teacher is gpt-oss-120b; whether it saw the gold answer is not said: ours does not.
+    """
+    for key in ("agents", "teacher"):
+        if not getattr(cfg, key):
+            raise SystemExit(f"annotate needs --{key}")
+    out = Path(cfg.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prompt = Path(cfg.teacher_prompt_file).read_text() if cfg.teacher_prompt_file else rollout.RRM_PROMPT
+    chat, rounds = Chat(shared.load_tokenizer(cfg.agents.split(",")[0])), rollout.Rounds()
+    teacher = rollout.make_judge(cfg.teacher, chat, rounds, engine=cfg.engine, max_context=cfg.rrm_max_context, prompt=prompt,
+                                 model=cfg.teacher_model, patience_s=cfg.patience_s, rest_s=cfg.rest_s)  # is it up? Asked before any work
+    sampled = sample_trajectories(cfg, out.with_suffix(".trajectories.jsonl"))
+    chosen = thinned(sampled, cfg.share_correct, cfg.seed)
+    judged = {row["id"]: row for row in read_appended(out.with_suffix(".judgments.jsonl"))}
+    missing = [row for row in chosen if row["id"] not in judged]
+    before, leaking = len(judged), 0  # the first is in the seeds: the next call asks in-process teachers afresh
+    bar = tqdm(total=len(missing), desc="judgments", disable=not sys.stderr.isatty())
+    with open(out.with_suffix(".judgments.jsonl"), "a") as file, asyncio.Runner() as runner:
+
+        async def one(row):
+            nonlocal leaking
+            judgment = await teacher(row["question"], row["trajectory"], (cfg.seed, row["id"], before))
+            bar.update()
+            if judgment is None:
+                return
+            if leaks(judgment.critique, row["answer"], row["question"], row_trajectory(row)):
+                leaking += 1
+                return
+            judged[row["id"]] = {**row, **dataclasses.asdict(judgment)}
+            file.write(json.dumps(judged[row["id"]]) + "\n")
+            file.flush()
+
+        runner.run(rollout.run_together((one(row) for row in missing), rounds, cfg.max_live_chains))
+    bar.close()
+    rows = thinned([judged[row["id"]] for row in chosen if row["id"] in judged], cfg.share_correct, cfg.seed)
+    part = out.with_suffix(".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part.rename(out)
+    right = sum(row["correct"] for row in sampled)
+    print(f"{len(sampled)} trajectories ({right} right), {len(chosen)} chosen, {teacher.failed} without a valid judgment, "
+          f"{leaking} leak the answer, {len(rows)} rows ({sum(row['correct'] for row in rows)} right) -> {out}")
+    if teacher.failed or leaking:
+        print("call it again to ask for the missing judgments once more")
+
+
+def critique_lift(setup, judge, rows: list[dict], rounds, run, seed: int) -> dict:
+    """How many answers refinement fixes and breaks with the judge's own critique, another question's, an empty one."""
+    setup = dataclasses.replace(setup, judge=judge)
+    episodes = run(rollout.run_chains([(row, (seed, "lift", 0)) for row in rows], setup, rounds))
+    pairs = [(e, row) for e, row in zip(episodes, rows) if e.attempts and e.attempts[0].critique and not e.dropped]
+    if not pairs:
+        raise SystemExit("critique lift: the judge gave no valid critique")
+    own = [e.attempts[0].critique for e, _ in pairs]
+    lift = {"lift/questions": len(pairs), "lift/first": sum(e.attempts[0].correct for e, _ in pairs) / len(pairs)}
+    for name, critiques in (("own", own), ("shuffled", own[1:] + own[:1]), ("empty", [""] * len(own))):
+        setup.judge = None
+        refined = run(rollout.refine_with(*zip(*pairs), critiques, setup, rounds, (seed, name)))
+        moves = [(bool(e.attempts[0].correct), bool(e.attempts[-1].correct)) for e in refined]
+        lift |= {f"lift/{name}/fixed": moves.count((False, True)), f"lift/{name}/broken": moves.count((True, False))}
+        lift[f"lift/{name}/refined"] = sum(after for _, after in moves) / len(moves)
+    return lift
+
+
+def paired_bootstrap(judged_a: list, judged_b: list, rows: list[dict], draws: int = 2000) -> dict:
+    """b minus a over trajectories that both judged: MAE and AUC differences with 95 % intervals."""
+    both = [i for i in range(len(rows)) if judged_a[i] and judged_b[i]]
+    a, b = ([judged[i].score for i in both] for judged in (judged_a, judged_b))
+    a, b, truth = np.array(a), np.array(b), np.array([rows[i]["score"] for i in both])
+    gaps = np.abs(b - truth) - np.abs(a - truth)
+    rng, result = np.random.default_rng(0), {}
+    picks = rng.integers(len(both), size=(draws, len(both)))
+    result["mae"] = (gaps.mean(), *np.quantile(gaps[picks].mean(1), [0.025, 0.975]))
+    for name in ("correct", "grounded"):
+        if all(rows[i].get(name) is not None for i in both):
+            label = np.array([bool(rows[i][name]) for i in both])
+            drawn = [auc(b[p], label[p]) - auc(a[p], label[p]) for p in picks]
+            result[f"auc/{name}"] = (auc(b, label) - auc(a, label), *np.nanquantile(drawn, [0.025, 0.975]))
+    return {f"difference/{name}": [round(float(x), 4) for x in values] for name, values in result.items()}
+
+
+def report(cfg: ReportConfig) -> None:
+    """A judge on held-out judgments, beside another one, and what its critiques do for an agent; table and log.jsonl."""
+    if not cfg.rrm:
+        raise SystemExit("report needs --rrm")
+    rows = list(JsonlRows(cfg.eval_data, check_rrm_row))
+    prompt = Path(cfg.rrm_prompt_file).read_text() if cfg.rrm_prompt_file else rollout.RRM_PROMPT
+    found, judged = {}, []
+    for spec in filter(None, (cfg.rrm, cfg.against)):
+        folder = next(name for name in (cfg.agent, spec) if Path(name or "/nowhere").is_dir())
+        chat, rounds = Chat(shared.load_tokenizer(folder)), rollout.Rounds()
+        judge = rollout.make_judge(spec, chat, rounds, engine=cfg.engine, max_context=cfg.rrm_max_context, prompt=prompt)
+        asked = (judge(row["question"], row["trajectory"], (cfg.seed, i)) for i, row in enumerate(rows))
+        with asyncio.Runner() as runner:
+            judged.append(runner.run(rollout.run_together(asked, rounds, cfg.max_live_chains)))
+        lengths = [len(chat.text(j.think + j.critique)) for j in judged[-1] if j]
+        found[spec] = judgment_report(judged[-1], rows, lengths)
+        print(f"\n{spec} on {len(rows)} trajectories of {cfg.eval_data}\n{report_table(found[spec])}")
+    if cfg.against:
+        found[cfg.rrm] |= paired_bootstrap(judged[1], judged[0], rows)
+    if cfg.agent:
+        with agent_at_work(cfg, cfg.agent) as (setup, rounds, questions, run):
+            judge = rollout.make_judge(cfg.rrm, setup.chat, rounds, engine=cfg.engine, max_context=cfg.rrm_max_context,
+                                       prompt=prompt)
+            found[cfg.rrm] |= critique_lift(setup, judge, questions, rounds, run, cfg.seed)
+    for name, value in found[cfg.rrm].items():
+        if name.startswith(("difference", "lift")):
+            print(f"{name:24} {value}")
+    out = Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "log.jsonl", "a") as file:
+        file.writelines(json.dumps({"rrm": spec, **numbers}) + "\n" for spec, numbers in found.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def judge_ids(chat: Chat, row: dict, cfg) -> list[int]:
@@ -308,6 +530,7 @@ def main(cfg: Config) -> None:
         (out / "run.json").write_text(json.dumps(facts, indent=1))
         (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         print(f"{cfg.stage}: {len(rows)} judged trajectories, {cfg.judgments_per_step} a step, from step {start} -> {out}")
+    tracker = start_wandb(cfg, rank)
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     runner = asyncio.Runner()
@@ -326,7 +549,7 @@ def main(cfg: Config) -> None:
     def evaluate_judge() -> dict:
         prompts = [judge_ids(chat, row, cfg) for row in eval_rows]
         seeds = [rollout.seed_of(cfg.seed, "eval", i) for i in range(len(prompts))]
-        samples = sample(prompts, seeds, 0.0)
+        samples = sample(prompts, seeds, rollout.JUDGE_TEMPERATURE)
         return judgment_report([read_judgment(chat, s) for s in samples], eval_rows, [len(s.ids) for s in samples])
 
     if found:
@@ -413,6 +636,8 @@ def main(cfg: Config) -> None:
         if rank == 0:
             with open(out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
+            if tracker:
+                tracker.log(line)
             if (step + 1) % cfg.log_interval == 0 or "eval/mae" in line:
                 shown = ("loss", "reward", "valid", "grad_norm", "dlogp/mean", "eval/valid", "eval/mae", "eval/auc/grounded")
                 print(f"step {step + 1:4d} " + "  ".join(f"{k} {line[k]:.4g}" for k in shown if k in line)
@@ -434,5 +659,18 @@ def main(cfg: Config) -> None:
     dist.destroy_process_group()
 
 
+def start_wandb(cfg, rank: int):
+    if not cfg.wandb or rank:
+        return None
+    import wandb
+
+    return wandb.init(project="reagent", name=cfg.out_dir, config=dataclasses.asdict(cfg))
+
+
 if __name__ == "__main__":
-    main(parse_config(Config, sys.argv[1:]))
+    if sys.argv[1:2] == ["annotate"]:
+        annotate(parse_config(AnnotateConfig, sys.argv[2:]))
+    elif sys.argv[1:2] == ["report"]:
+        report(parse_config(ReportConfig, sys.argv[2:]))
+    else:
+        main(parse_config(Config, sys.argv[1:]))
