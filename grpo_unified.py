@@ -68,7 +68,8 @@ class Config:
     clip_high: float = 0.34
     prompts_per_minibatch: int = 16  # one optimizer step each
     steps: int = 300
-    lr: float = 5e-7  # constant
+    lr: float = 5e-7
+    lr_end: float = 1.0  # share of lr that a linear decay ends at; 1: constant, the paper's
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     max_dlogp: float = 0.05  # mean |logp(sampler) - logp(trainer)|: an error on step 1, later the step is skipped
@@ -84,14 +85,15 @@ class Config:
     # run
     seed: int = 0
     out_dir: str = "out/u"
-    eval_interval: int = 20  # steps
+    eval_interval: int = 20  # steps; two decoded episodes are printed as often
     save_interval: int = 20  # steps
     keep_last: int = 2  # checkpoints besides the best
     timeout_s: float = 3600.0  # seconds that ranks wait for each other, rollouts included
+    wandb: bool = False
 
 
 MAY_CHANGE = {"out_dir", "save_interval", "keep_last", "timeout_s", "gpu_memory_share", "engine_sleep", "max_live_chains"}
-MAY_CHANGE |= {"tokens_per_microbatch", "checkpoint_activations", "shard_ranks", "steps", "max_skips"}
+MAY_CHANGE |= {"tokens_per_microbatch", "checkpoint_activations", "shard_ranks", "max_skips", "wandb"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the 2G pool and the loss
@@ -238,6 +240,11 @@ def _mean(values) -> float | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def learning_rate(step: int, cfg) -> float:
+    """Linear from lr to lr_end * lr."""
+    return cfg.lr * (1 - (1 - cfg.lr_end) * step / max(cfg.steps - 1, 1))
+
+
 def check_config(cfg: Config) -> None:
     choices = dict(variant="u r rule", pool="joint per_stage", drop="equal rule_equal release", engine="vllm hf")
     choices |= dict(loss_agg="seq_mean token_mean", old_logps="sampler recomputed", rule_form="em_f1 em")
@@ -285,7 +292,8 @@ def main(cfg: Config) -> None:
     found = checkpoint.checkpoints(out)
     if found:
         saved = json.loads((found[-1] / "trainer.json").read_text())
-        checkpoint.check_resume(saved["config"], facts["config"], MAY_CHANGE, found[-1])
+        may_change = MAY_CHANGE | ({"steps"} if cfg.lr_end == 1.0 else set())
+        checkpoint.check_resume(saved["config"], facts["config"], may_change, found[-1])
         checkpoint.load_checkpoint(found[-1], policy, optimizer)
         start, log, best = saved["step"], saved["log"], saved["best"]
         engine.load_weights(shared.full_weights(policy, weights_dtype))
@@ -295,6 +303,7 @@ def main(cfg: Config) -> None:
         (out / "episodes").mkdir(exist_ok=True)
         per = cfg.group_size * (2 if cfg.variant == "u" else 1)
         print(f"variant {cfg.variant}: {cfg.prompts_per_step} questions x {per} attempts a step, {engines} engine(s), -> {out}")
+    tracker = start_wandb(cfg, rank)
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     runner = asyncio.Runner()
@@ -342,13 +351,15 @@ def main(cfg: Config) -> None:
     skips = 0
     for step in range(start, cfg.steps):
         began = time.perf_counter()
-        line: dict = {"step": step + 1}
+        line: dict = {"step": step + 1, "lr": learning_rate(step, cfg)}
+        for group in optimizer.param_groups:
+            group["lr"] = line["lr"]
         if eval_rows and step == start == 0:
             line |= {"at_start/" + k: v for k, v in evaluate_policy(0).items()}
 
         # ------------------------------------------------------------ rollout: G chains for each question
         picked = batch_indices(step, cfg.prompts_per_step, len(rows), cfg.seed)
-        jobs = [(rows[i], (cfg.seed, step, sibling)) for i in picked for sibling in range(cfg.group_size)]
+        jobs = [(rows[i], (cfg.seed, step, place, g)) for place, i in enumerate(picked) for g in range(cfg.group_size)]
         asked, failed = (judge.asked, judge.failed) if judge else (0, 0)
         began_rollout = time.perf_counter()
         episodes = sample(jobs, step, f"step {step + 1}")
@@ -431,7 +442,7 @@ def main(cfg: Config) -> None:
         dist.all_gather_object(gaps, worst, group=gloo)
         tokens = sum(len(e.ids) for e in episodes)
         line |= {
-            "loss": totals["loss"] / max(len(norms), 1), "grad_norm": sum(norms) / max(len(norms), 1), "lr": cfg.lr,
+            "loss": totals["loss"] / max(len(norms), 1), "grad_norm": sum(norms) / max(len(norms), 1),
             "updates": len(norms), "skipped": skipped, "dlogp/mean": totals["gap"] / max(totals["compared"], 1),
             "dlogp/max": max(gaps), "clip_share": totals["clipped"] / max(totals["tokens"], 1),
             "entropy": totals["entropy"] / max(totals["tokens"], 1), "tokens": tokens, "trained_tokens": totals["tokens"],
@@ -451,6 +462,10 @@ def main(cfg: Config) -> None:
                 file.write(json.dumps(line) + "\n")
             with open(out / "episodes" / f"step-{step + 1:06d}.jsonl", "w") as file:
                 file.writelines(json.dumps(e.to_json()) + "\n" for e in episodes)
+            if (step + 1) % cfg.eval_interval == 0:
+                print(*(show_episode(chat, episode) for episode in (episodes[0], episodes[-1])), sep="\n")
+            if tracker:
+                tracker.log(line)
             shown = ("reward/first", "accuracy/first", "accuracy/refined", "eval/first", "entropy", "grad_norm", "dlogp/mean")
             print(f"step {step + 1:4d} " + "  ".join(f"{k} {line[k]:.4g}" for k in shown if k in line)
                   + f"  {line['seconds/step']:.1f} s" + (f"  SKIPPED: {skipped}" if skipped else ""), flush=True)
@@ -468,6 +483,20 @@ def main(cfg: Config) -> None:
     meet("the end")
     toolbox.close()
     dist.destroy_process_group()
+
+
+def show_episode(chat: Chat, episode) -> str:
+    """A chain for the terminal: trained tokens in green, then what each attempt earned."""
+    earned = [f"[{a.termination}, answer {a.answer}, reward {a.reward}, score {a.score}]" for a in episode.attempts]
+    return "\n".join([f"--- {episode.id}", chat.paint(episode.ids, episode.mask), *earned])
+
+
+def start_wandb(cfg, rank: int):
+    if not cfg.wandb or rank:
+        return None
+    import wandb
+
+    return wandb.init(project="reagent", name=cfg.out_dir, config=dataclasses.asdict(cfg))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-# Reagent-U on the toy: 60 steps of 8 questions x 2 x 16 attempts; the toy's rule annotator is the judge.
+# Reagent-U on the toy: 40 steps of 8 questions x 2 x 16 attempts; the trained toy reward model is the judge.
 model = "out/toy/sft/step-000250"
 data = "data/toy/rl_train.jsonl"
 eval_data = "data/toy/rl_test.jsonl"
-rrm = "toy"
+rrm = "out/toy/rrm/step-000030"  # "toy" is the rule annotator
 tools = "search"
 prompts_per_step = 8
 prompts_per_minibatch = 8
@@ -13,8 +13,9 @@ max_new_tokens_per_turn = 24
 max_tokens_per_attempt = 400
 max_context = 1024
 rrm_max_context = 1024
-lr = 3e-4
-steps = 60
+lr = 4e-4
+lr_end = 0.1
+steps = 40
 max_dlogp = 1e-3
 engine = "hf"
 tokens_per_microbatch = 16_384

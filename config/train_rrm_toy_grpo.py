@@ -1,18 +1,19 @@
 # The toy's reward model, second half: GRPO on its own judgments.
-model = "out/toy/rrm_sft/step-000600"
+model = "out/toy/rrm_sft/step-000270"
 data = "data/toy/rrm_rl.jsonl"
 eval_data = "data/toy/rrm_test.jsonl"
 judgments_per_step = 32
 group_size = 8
-steps = 40
-lr = 2e-5
+steps = 30
+lr = 3e-4
+lr_end = 0.1
 max_judgment_tokens = 48
 max_context = 1024
 max_dlogp = 1e-3
 engine = "hf"
 tokens_per_microbatch = 16_384
 checkpoint_activations = False
-eval_interval = 20
-save_interval = 20
+eval_interval = 10
+save_interval = 30
 timeout_s = 300.0
 out_dir = "out/toy/rrm"

@@ -121,7 +121,7 @@ def read_attempt(question: str, messages: list[dict]) -> dict:
 
 
 def annotate(question: str, messages: list[dict]) -> str:
-    """The three blocks for one attempt. score = (needed lookups done + grounded answer) / (hops + 1).
+    """The three blocks for one attempt; the score is `score_of` what can be seen in it.
 
     Judged alone, a refined attempt that goes on from the middle of the trail has done none of the needed lookups that
     the judge can trace from the question; its answer still counts as grounded if its own tool results gave it.
@@ -133,8 +133,16 @@ def annotate(question: str, messages: list[dict]) -> str:
     think = f"Answer {seen['answer'] or 'none'}. {steps} Found {seen['found'] or 'none'}. Verdict {verdict}."
     place, was = seen["needed"][-1]
     opening = STOPPED if not was else DONE if seen["grounded"] else WRONG
-    score = (done + seen["grounded"]) / (seen["hops"] + 1)
-    return judgment_text(think, f"{opening}{place}.", score)
+    return judgment_text(think, f"{opening}{place}.", score_of(done, seen["hops"], seen["grounded"]))
+
+
+def score_of(done: int, hops: int, grounded: bool) -> float:
+    """Share of the needed lookups, and a grounded answer for a little more than half: above 0.5 just where it is one.
+
+    With equal shares, (done + grounded) / (hops + 1), a complete trail with a wrong answer scores 0.8: GRPO of the
+    reward model, which is also paid for agreeing with correctness, then unlearns the annotated scores.
+    """
+    return 0.45 * done / hops + 0.55 * grounded
 
 
 def judgment_text(think: str, critique: str, score: float) -> str:
@@ -227,7 +235,7 @@ def toy_phrases() -> list[str]:
     phrases += ["[assistant]\n", "\n[assistant]\n", "\n[tool]\n", STOPPED, WRONG, DONE, *NAMES, *CODES, *"01234"]
     phrases += ["Answer ", ". ", ": yes.", ": no.", " Found ", ". Verdict ", "right", "wrong", "missing", "none", " "]
     phrases += ["<critique>", "</critique>", "<score>", "</score>"]
-    phrases += sorted({f"{a / (hops + 1):.2f}" for hops in HOPS for a in range(hops + 2)})
+    phrases += sorted({f"{score_of(a, hops, g):.2f}" for hops in HOPS for a in range(hops + 1) for g in (0, 1)})
     return list(dict.fromkeys(filter(None, phrases)))
 
 

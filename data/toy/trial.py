@@ -1,6 +1,6 @@
 """Tries agents on held-out toy questions: first attempts, refined ones, and what the critique is worth.
 
-    python data/toy/trial.py out/toy/sft/step-000250 out/toy/u/step-000060 [--rrm=toy|FOLDER] [--seed=0]
+    python data/toy/trial.py out/toy/sft/step-000250 out/toy/u/step-000040 [--rrm=toy|FOLDER] [--seed=0]
 
 No reward model is used for the first attempts. `shuffled` refines with the critique of another question.
 """
