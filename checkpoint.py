@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from model import Policy, full_weights
@@ -41,6 +42,9 @@ def save_checkpoint(folder, step: int, policy: Policy, optimizer, tokenizer, fac
             tokenizer.save_pretrained(part)
             (part / "trainer.json").write_text(json.dumps({"step": step, **facts}, indent=1))
             _flush(part)
+    except CheckpointException as problem:  # not an Exception; it wraps what each rank met
+        error = next(iter(problem.failures.values()))[0]
+        shutil.rmtree(part, ignore_errors=True)
     except Exception as problem:  # noqa: BLE001 - a full disk shows up as many types; all ranks must hear of it
         error = problem
         shutil.rmtree(part, ignore_errors=True)

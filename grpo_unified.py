@@ -255,6 +255,55 @@ def check_config(cfg: Config) -> None:
         raise SystemExit(f"prompts_per_minibatch = {cfg.prompts_per_minibatch} does not divide {cfg.prompts_per_step}")
 
 
+def update(policy, optimizer, minibatches: list, cfg: Config, device, gloo) -> tuple[Counter, list[float], str, float]:
+    """One optimizer step for each minibatch, a list of this rank's micro-batches.
+
+    Returns (sums over ranks, gradient norms, why it was skipped or "", largest |dlogp| of this rank).
+    """
+    columns = ("advantage", "weight", "logp_mu")
+    old = {}  # (minibatch, microbatch) -> (M,) log-probs before the first update
+    if cfg.old_logps == "recomputed":
+        with torch.no_grad():
+            for where, mb in [((i, k), mb) for i, part in enumerate(minibatches) for k, mb in enumerate(part)]:
+                old[where] = policy(shared.collate(mb, columns, device), cfg.temperature)[0]
+    totals, norms, worst = Counter(), [], 0.0
+    for i, part in enumerate(minibatches):
+        if not part:
+            continue
+        sums = Counter()
+        for k, mb in enumerate(part):
+            batch = shared.collate(mb, columns, device)
+            logps, entropy = policy(batch, cfg.temperature)
+            weights, mu = batch.columns["weight"], batch.columns["logp_mu"]
+            behind = mu
+            if old:
+                behind = old[i, k]
+                weights = weights * (behind - mu).exp().clamp(max=2.0)
+            loss, clipped = grpo_loss(logps, behind, batch.columns["advantage"], weights, cfg.clip_low, cfg.clip_high)
+            shared.backward(loss + 0.0 * logps.sum())
+            gap = (logps.detach() - mu).abs()
+            sums.update(loss=loss.item(), clipped=clipped, tokens=len(logps), entropy=entropy.sum().item())
+            if not totals and len(gap):  # before the first update sampler and trainer are the same policy
+                sums.update(gap=gap.sum().item(), compared=len(gap))
+                worst = max(worst, gap.max().item())
+        names = ("loss", "clipped", "tokens", "entropy", "gap", "compared")
+        sums = Counter(dict(zip(names, shared.sum_over_ranks([sums[n] for n in names], gloo))))
+        norm = shared.clip_gradients(policy, cfg.max_grad_norm)
+        dlogp, skipped = sums["gap"] / max(sums["compared"], 1), ""
+        if not math.isfinite(norm + sums["loss"]):
+            skipped = f"loss {sums['loss']}, gradient norm {norm}"
+        elif not totals and dlogp > cfg.max_dlogp:
+            skipped = f"sampler and trainer differ: mean |dlogp| {dlogp:.4f} > max_dlogp = {cfg.max_dlogp}"
+        if not skipped:
+            optimizer.step()
+            norms.append(norm)
+        optimizer.zero_grad()
+        totals.update(sums)
+        if skipped:
+            return totals, norms, skipped, worst
+    return totals, norms, "", worst
+
+
 def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data, processes
     check_config(cfg)
@@ -388,45 +437,8 @@ def main(cfg: Config) -> None:
             chosen = [episodes[q * cfg.group_size + g] for q in part for g in range(cfg.group_size)]
             batch = training_rows(chosen, advantages[part], cfg.group_size, cfg.loss_agg) if part else []
             minibatches.append(shared.balance(batch, world, cfg.tokens_per_microbatch)[rank] if batch else [])
-        columns = ("advantage", "weight", "logp_mu")
-        old = {}  # (minibatch, microbatch) -> (M,) log-probs before the first update
-        if cfg.old_logps == "recomputed":
-            with torch.no_grad():
-                for where, mb in [((i, k), mb) for i, part in enumerate(minibatches) for k, mb in enumerate(part)]:
-                    old[where] = policy(shared.collate(mb, columns, device), cfg.temperature)[0]
-        totals, norms, skipped, worst = Counter(), [], "", 0.0
-        for i, part in enumerate(minibatches):
-            if not part or skipped:
-                continue
-            sums = Counter()
-            for k, mb in enumerate(part):
-                batch = shared.collate(mb, columns, device)
-                logps, entropy = policy(batch, cfg.temperature)
-                mu = batch.columns["logp_mu"]
-                weights, behind = batch.columns["weight"], mu
-                if old:
-                    behind = old[i, k]
-                    weights = weights * (behind - mu).exp().clamp(max=2.0)
-                loss, clipped = grpo_loss(logps, behind, batch.columns["advantage"], weights, cfg.clip_low, cfg.clip_high)
-                shared.backward(loss + 0.0 * logps.sum())
-                gap = (logps.detach() - mu).abs()
-                sums.update(loss=loss.item(), clipped=clipped, tokens=len(logps), entropy=entropy.sum().item())
-                if not totals and len(gap):  # before the first update sampler and trainer are the same policy
-                    sums.update(gap=gap.sum().item(), compared=len(gap))
-                    worst = max(worst, gap.max().item())
-            names = ("loss", "clipped", "tokens", "entropy", "gap", "compared")
-            sums = Counter(dict(zip(names, shared.sum_over_ranks([sums[n] for n in names], gloo))))
-            norm = shared.clip_gradients(policy, cfg.max_grad_norm)
-            dlogp = sums["gap"] / max(sums["compared"], 1)
-            if not math.isfinite(norm + sums["loss"]):
-                skipped = f"loss {sums['loss']}, gradient norm {norm}"
-            elif not totals and dlogp > cfg.max_dlogp:
-                skipped = f"sampler and trainer differ: mean |dlogp| {dlogp:.4f} > max_dlogp = {cfg.max_dlogp}"
-            else:
-                optimizer.step()
-                norms.append(norm)
-            optimizer.zero_grad()
-            totals.update(sums)
+        with shared.phase(f"the update of step {step + 1}", meet):
+            totals, norms, skipped, worst = update(policy, optimizer, minibatches, cfg, device, gloo)
         skips = skips + 1 if skipped else 0
         if skipped and (step == 0 or skips > cfg.max_skips):
             good = checkpoint.checkpoints(out)
@@ -434,7 +446,8 @@ def main(cfg: Config) -> None:
 
         # ------------------------------------------------------------ weights to the sampler, also after a skipped step
         began_sync = time.perf_counter()
-        engine.load_weights(shared.full_weights(policy, weights_dtype))
+        with shared.phase(f"the weight sync of step {step + 1}", meet):
+            engine.load_weights(shared.full_weights(policy, weights_dtype))
         ended = time.perf_counter()
 
         # ------------------------------------------------------------ log, evaluate, save

@@ -7,6 +7,7 @@ attention never crosses a border. Only the M tokens whose mask is 1 go through t
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import groupby
@@ -53,6 +54,16 @@ def meet(phase: str, group, timeout_s: float, error: BaseException | None = None
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
     if failed:
         raise SystemExit(f"{phase} failed on " + "; ".join(failed)) from error
+
+
+@contextmanager
+def phase(name: str, meet_all):
+    """A collective that fails because a peer died or hung says so by no name: all that live meet, who is missing is named."""
+    try:
+        yield
+    except RuntimeError as error:
+        meet_all(name, error)
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
