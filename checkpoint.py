@@ -32,6 +32,8 @@ def save_checkpoint(folder, step: int, policy: Policy, optimizer, tokenizer, fac
         shutil.rmtree(part, ignore_errors=True)
     meet_all("clearing the checkpoint folder", None)
     weights = {name: whole.cpu() for name, whole in full_weights(policy, torch.float32) if rank == 0}
+    if policy.hf.lm_head.weight is policy.hf.model.embed_tokens.weight:  # tied: one copy, whatever the number of ranks
+        weights.pop("lm_head.weight", None)
     try:
         model_state, optimizer_state = get_state_dict(policy, optimizer)
         with warnings.catch_warnings():  # DCP warns that gloo stages nothing asynchronously
