@@ -1,6 +1,8 @@
 """Scorers against the outputs of the official code and against the benchmarks' own gold solutions."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -64,7 +66,9 @@ def test_mathematics(pred, gold, right):
 
 
 def test_a_hanging_verifier_is_killed_and_says_so(monkeypatch):
-    monkeypatch.setattr(scorers, "MATH_SECONDS", 0.0)
+    score("math", "x + 2", "2 + x")  # there is a child
+    os.kill(scorers._Verifier.process.pid, signal.SIGSTOP)  # and now it hangs
+    monkeypatch.setattr(scorers, "MATH_SECONDS", 0.2)
     assert score("math", "x + 1", "1 + x") == {"correct": False, "status": "timeout"}
     monkeypatch.undo()
     assert score("math", "x + 1", "1 + x")["correct"]
