@@ -1,6 +1,7 @@
 """The python tool's sandbox: what it answers, and what code in it cannot do."""
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -9,15 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import Sandbox, SandboxUnavailable
+from sandbox import RUNGS, Sandbox, SandboxUnavailable
 
 pytestmark = pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
 
 
-@pytest.fixture(scope="module")
-def box():
+@pytest.fixture(scope="module", params=RUNGS)
+def box(request):
     os.environ["SECRET_API_KEY"] = "canary-7f3a"
-    box = Sandbox(seconds=3, memory_mb=1000)
+    try:
+        box = Sandbox(seconds=3, memory_mb=1000, rung=request.param)
+    except SandboxUnavailable as why:
+        pytest.skip(str(why))
     yield box
     box.close()
 
@@ -40,17 +44,17 @@ def box():
         ("[0] * 10**12", "error", "MemoryError"),
         ("while True: print('a' * 1000)", "error", "output cut"),
         ("import ctypes; ctypes.string_at(0)", "error", "signal 11"),
-        ("open('/usr/evil', 'w')", "error", "Read-only"),
+        ("open('/usr/evil', 'w')", "error", "Read-only|Permission denied"),
         ("open('/tmp/big', 'w').truncate(10**12)", "error", ""),
-        ("import urllib.request as u; u.urlopen('http://1.1.1.1', timeout=2)", "error", "unreachable"),
+        ("import urllib.request as u; u.urlopen('http://1.1.1.1', timeout=2)", "error", "unreachable|not permitted"),
         ("import socket; socket.getaddrinfo('example.com', 80)", "error", "gaierror"),
-        ("open('/etc/shadow').read()", "error", "No such file"),
+        ("open('/etc/shadow').read()", "error", "No such file|Permission denied"),
     ],
 )
 def test_code_and_its_observation(box, code, status, told):
     began = time.monotonic()
     result = box.run(code)
-    assert result.status == status and told in result.text, result
+    assert result.status == status and re.search(told, result.text), result
     assert time.monotonic() - began < 3 + 2
 
 
@@ -60,8 +64,8 @@ def test_no_secret_of_the_parent_is_readable(box, path):
 
 
 def test_the_repository_is_not_there(box):
-    text = box.run(f"import os; print(os.path.exists({str(Path(__file__))!r}))").text
-    assert text.strip() == "False"
+    result = box.run(f"print(open({str(Path(__file__))!r}).read())")
+    assert result.status == "error" and re.search("No such file|Permission denied", result.text)
 
 
 def test_every_call_has_a_fresh_namespace_and_scratch(box):
@@ -71,13 +75,17 @@ def test_every_call_has_a_fresh_namespace_and_scratch(box):
 
 def test_a_daemon_does_not_outlive_its_call(box):
     code = "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0: time.sleep(77.7)\n os._exit(0)\nprint('ok')"
-    assert box.run(code).text == "ok\n"
+    result = box.run(code)
+    assert result.text == "ok\n" or box.rung != "bubblewrap" and "Operation not permitted" in result.text
+    if box.rung != "bubblewrap":  # a call is one process there
+        return
     names = box.run("import os\nprint(len([p for p in os.listdir('/proc') if p.isdigit()]))")
     assert int(names.text) <= 3
 
 
 def test_a_fork_bomb_is_stopped_from_outside_and_the_next_call_works(box):
-    assert box.run("import os\nwhile True: os.fork()").text == "Stopped: too many processes."
+    told = box.run("import os\nwhile True: os.fork()").text
+    assert told == "Stopped: too many processes." or box.rung != "bubblewrap" and "Operation not permitted" in told
     assert box.run("print(2)").text == "2\n"
     assert int(subprocess.run("ps -e | wc -l", shell=True, capture_output=True, text=True).stdout) < 500
 
@@ -88,7 +96,7 @@ def test_many_callers_get_their_own_output(box):
     assert texts == [f"{i}\n" for i in range(64)]
 
 
-def test_without_bubblewrap_it_refuses(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+def test_without_any_rung_it_refuses(monkeypatch):
+    monkeypatch.setattr("sandbox.RUNGS", ())
     with pytest.raises(SandboxUnavailable, match="apt-get install bubblewrap"):
         Sandbox()
