@@ -1,5 +1,6 @@
 """The command line: presets and --key=value over a dataclass."""
 
+import importlib
 import json
 import subprocess
 from dataclasses import dataclass, field
@@ -135,3 +136,10 @@ def test_the_facts_of_a_run_are_json_and_hold_config_commit_and_versions():
 def test_a_machine_without_git_has_a_run_without_a_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert run_facts(Config())["git"] is None
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
+def test_every_preset_fits_the_script_that_it_is_named_after(preset):
+    script = next(name for name in ("grpo_unified", "train_rrm", "sft") if preset.stem.startswith(name))
+    config = parse_config(importlib.import_module(script).Config, [str(preset)])
+    assert config.steps > 0 and (preset.stem.endswith("8b") or config.out_dir != type(config)().out_dir)

@@ -1,0 +1,11 @@
+# Reagent-U on one GPU of 80 GB with Qwen3-0.6B. Untried: no GPU was at hand. The engine keeps its weights and gives 40 %
+# of the GPU to its cache; the trainer has the rest.
+model = "out/sft_06b/step-003476"
+prompts_per_step = 16
+prompts_per_minibatch = 4
+max_tokens_per_attempt = 8000
+max_context = 20_000
+gpu_memory_share = 0.4
+engine_sleep = False
+tokens_per_microbatch = 16_384
+out_dir = "out/u_06b"

@@ -1,0 +1,5 @@
+# Stage 1 on one GPU of 80 GB with Qwen3-0.6B. Untried: no GPU was at hand.
+model = "Qwen/Qwen3-0.6B"
+tokens_per_microbatch = 16_384
+checkpoint_activations = False
+out_dir = "out/sft_06b"
