@@ -151,18 +151,19 @@ def main(cfg: Config) -> None:
         fitting = [row for row in batch_rows if len(row.ids) <= cfg.max_tokens_per_row]
         trained = sum(sum(row.mask) for row in fitting)  # the denominator, over all ranks: every rank sees the batch
         total_loss, norm, skipped = 0.0, 0.0, False
-        if trained:
-            for microbatch in shared.balance(fitting, world, cfg.tokens_per_microbatch)[rank]:
-                logps, _ = policy(shared.collate(microbatch, (), device))
-                loss = -logps.sum() / trained
-                shared.backward(loss)
-                total_loss += loss.item()
-            norm = shared.clip_gradients(policy, cfg.max_grad_norm)
-            total_loss = shared.sum_over_ranks([total_loss], gloo)[0]
-            skipped = not math.isfinite(norm + total_loss)
-            if not skipped:
-                optimizer.step()
-            optimizer.zero_grad()
+        with shared.phase(f"the update of step {step + 1}", meet):
+            if trained:
+                for microbatch in shared.balance(fitting, world, cfg.tokens_per_microbatch)[rank]:
+                    logps, _ = policy(shared.collate(microbatch, (), device))
+                    loss = -logps.sum() / trained
+                    shared.backward(loss)
+                    total_loss += loss.item()
+                norm = shared.clip_gradients(policy, cfg.max_grad_norm)
+                total_loss = shared.sum_over_ranks([total_loss], gloo)[0]
+                skipped = not math.isfinite(norm + total_loss)
+                if not skipped:
+                    optimizer.step()
+                optimizer.zero_grad()
 
         # ------------------------------------------------------------ log, save
         seconds = time.perf_counter() - began

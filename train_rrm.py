@@ -596,29 +596,30 @@ def main(cfg: Config) -> None:
 
         # ------------------------------------------------------------ update
         total, norm, gap, skipped = 0.0, 0.0, [0.0, 0.0], ""
-        for microbatch in shared.balance(fitting, world, cfg.tokens_per_microbatch)[rank] if fitting else []:
-            batch = shared.collate(microbatch, columns, device)
-            logps, _ = policy(batch, 1.0 if cfg.stage == "sft" else cfg.temperature)
-            if cfg.stage == "sft":
-                loss = -(logps * batch.columns["weight"]).sum() / whole
-            else:
-                c = batch.columns
-                loss = clipped_loss(logps, c["logp_mu"], c["advantage"], c["weight"], cfg.clip_low, cfg.clip_high)
-                gap[0] += (logps.detach() - c["logp_mu"]).abs().sum().item()
-                gap[1] += len(logps)
-            shared.backward(loss)
-            total += loss.item()
-        if fitting:
-            total, *gap = shared.sum_over_ranks([total, *gap], gloo)
-            norm = shared.clip_gradients(policy, cfg.max_grad_norm)
-            dlogp = gap[0] / max(gap[1], 1)
-            if not math.isfinite(norm + total) or dlogp > cfg.max_dlogp:
-                skipped = f"loss {total}, gradient norm {norm}, mean |dlogp| {dlogp}"
-                if step == start:
-                    raise SystemExit(f"step {step + 1}: {skipped} (max_dlogp = {cfg.max_dlogp})")
-            else:
-                optimizer.step()
-            optimizer.zero_grad()
+        with shared.phase(f"the update of step {step + 1}", meet):
+            for microbatch in shared.balance(fitting, world, cfg.tokens_per_microbatch)[rank] if fitting else []:
+                batch = shared.collate(microbatch, columns, device)
+                logps, _ = policy(batch, 1.0 if cfg.stage == "sft" else cfg.temperature)
+                if cfg.stage == "sft":
+                    loss = -(logps * batch.columns["weight"]).sum() / whole
+                else:
+                    c = batch.columns
+                    loss = clipped_loss(logps, c["logp_mu"], c["advantage"], c["weight"], cfg.clip_low, cfg.clip_high)
+                    gap[0] += (logps.detach() - c["logp_mu"]).abs().sum().item()
+                    gap[1] += len(logps)
+                shared.backward(loss)
+                total += loss.item()
+            if fitting:
+                total, *gap = shared.sum_over_ranks([total, *gap], gloo)
+                norm = shared.clip_gradients(policy, cfg.max_grad_norm)
+                dlogp = gap[0] / max(gap[1], 1)
+                if not math.isfinite(norm + total) or dlogp > cfg.max_dlogp:
+                    skipped = f"loss {total}, gradient norm {norm}, mean |dlogp| {dlogp}"
+                    if step == start:
+                        raise SystemExit(f"step {step + 1}: {skipped} (max_dlogp = {cfg.max_dlogp})")
+                else:
+                    optimizer.step()
+                optimizer.zero_grad()
         if cfg.stage == "grpo":
             line["dlogp/mean"] = gap[0] / max(gap[1], 1)
             sync()
