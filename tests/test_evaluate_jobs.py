@@ -355,10 +355,11 @@ def test_a_real_vllm_server_gives_what_the_local_engine_gives(world, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    tiny_model(tmp_path / "model", hidden=128, max_positions=4096)  # vLLM's CPU attention wants heads of 32
     options = ["--dtype=float32", "--max-model-len=4096", "--enforce-eager", "--seed=0", f"--port={port}", "--host=127.0.0.1"]
     log = open(tmp_path / "server.log", "w")
     server = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={world}/model", *options], cwd=tmp_path, stdout=log,
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={tmp_path}/model", *options], cwd=tmp_path, stdout=log,
         stderr=log, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}, start_new_session=True
     )  # fmt: skip
     url, most = f"--model=http://127.0.0.1:{port}/v1", "--max_tokens_per_attempt=300"
@@ -369,7 +370,7 @@ def test_a_real_vllm_server_gives_what_the_local_engine_gives(world, tmp_path):
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
     assert "token ids in and out" in (tmp_path / "served" / "report.md").read_text()
-    local = run(world, tmp_path / "local", f"--model={world}/model", "--engine=hf", "--temperature=0", most)
+    local = run(world, tmp_path / "local", f"--model={tmp_path}/model", "--engine=hf", "--temperature=0", most)
     assert [r["messages"] for r in greedy] == [r["messages"] for r in local] and [r["tokens"] for r in greedy] == [r["tokens"] for r in local]
     assert sampled[0] == sampled[1] and len({str(r["messages"]) for r in sampled[0]}) == 8
 
