@@ -287,12 +287,12 @@ def trainer_peak(*made) -> int:
 
 
 def chain_episodes(count: int, vocab: int, seed=0) -> list[rollout.Episode]:
-    """Chains of a prompt of 64 tokens, attempts of 64 to 192 tokens and a critique of 32; all attempts rewarded."""
+    """Chains of a prompt of 32 tokens, attempts of 32 to 96 tokens and a critique of 16; all attempts rewarded."""
     rng, episodes = random.Random(seed), []
     for i in range(count):
-        first, refined = rng.randint(64, 192), rng.randint(64, 192)
-        mask = [0] * 64 + [1] * first + [0] * 32 + [1] * refined
-        spans = ((64, 64 + first), (96 + first, len(mask)))
+        first, refined = rng.randint(32, 96), rng.randint(32, 96)
+        mask = [0] * 32 + [1] * first + [0] * 16 + [1] * refined
+        spans = ((32, 32 + first), (48 + first, len(mask)))
         attempts = [rollout.Attempt(span, (0, 0), None, "answered", 0, reward=1.0) for span in spans]
         ids = [rng.randrange(vocab - 2) for _ in mask]
         episodes.append(rollout.Episode(str(i), "", [], ids, mask, [0.0] * sum(mask), [], 0, attempts))
@@ -316,7 +316,8 @@ def chain_layouts(count: int, vocab: int) -> tuple[list[shared.Row], list[shared
 
 
 def bench_chain(cfg: Config) -> list[Line]:
-    folder, (one, two) = make_model(Path(cfg.out_dir), cfg.vocab), chain_layouts(cfg.rows, cfg.vocab)
+    folder = make_model(Path(cfg.out_dir), cfg.vocab, hidden=512, layers=2, ff=1024, heads=8)  # attention: 3 % of the FLOPs
+    one, two = chain_layouts(cfg.rows, cfg.vocab)
     same = compare(*(gradient(folder, rows, cfg.tokens_per_microbatch) for rows in (one, two)))
     trainers = {"chain rows": Trainer(folder, one, cfg.tokens_per_microbatch)}
     trainers["a row an attempt"] = Trainer(folder, two, cfg.tokens_per_microbatch)
@@ -324,7 +325,9 @@ def bench_chain(cfg: Config) -> list[Line]:
     lines = [t.line(name, seconds[name]) for name, t in trainers.items()]
     ratio = statistics.median(a / b for a, b in zip(seconds["chain rows"], seconds["a row an attempt"]))
     tokens = lines[0].tokens / lines[1].tokens  # (P + 2L + c) / (2P + 3L + c), summed over the batch
-    lines[0].note = f"{ratio:.3f} of the seconds at {tokens:.3f} of the tokens ({ratio / tokens - 1:+.1%}); {same}"
+    flops = lines[0].flops / lines[1].flops
+    share = f"{ratio:.3f} of the seconds at {tokens:.3f} of the tokens ({ratio / tokens - 1:+.1%})"
+    lines[0].note = f"{share}, {flops:.3f} of the FLOPs; {same}"
     return lines
 
 
@@ -655,7 +658,7 @@ class GRPOStep:
     def __init__(self, cfg: Config, agent: Agent, judge: rollout.Judge | None):
         self.agent, self.judge, self.policy, self.cfg = agent, judge, load(agent.folder), cfg
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6)
-        self.settings = grpo_unified.Config(max_dlogp=math.inf, temperature=1.0)
+        self.settings = grpo_unified.Config(max_dlogp=math.inf, temperature=agent.setup.temperature)
         self.spent: dict[str, list[float]] = {"rollout": [], "update": [], "sync": []}
         self.episodes: list[rollout.Episode] = []
 
@@ -734,6 +737,7 @@ def main(cfg: Config) -> None:
                              "python -m pip install trl==1.16.0, best into a virtual environment of its own")
         import bench_trl
 
+        cfg.what = "trainer" if cfg.what == Config.what else cfg.what
         print(bench_trl.report(cfg, machine))
         return
     for name in cfg.what.split(","):

@@ -1,11 +1,17 @@
-"""Our trainer's step beside that of TRL's GRPOTrainer, alternating in one process: `python bench.py --vs=trl`.
+"""Ours beside TRL's GRPOTrainer, alternating in one process: `python bench.py --vs=trl [--what=trainer,step]`.
 
-Both get the same Qwen3, the same token ids, one batch of all rows and the same AdamW; TRL without activation
-checkpointing and in fp32, as ours on a CPU. TRL pads to the longest row and scores every position.
+trainer: the loss part without generation. Both get the same Qwen3, the same token ids, one batch of all rows and AdamW;
+TRL without activation checkpointing and in fp32, as ours on a CPU. TRL pads to the longest row and scores every position.
+
+step: a whole step with tools. Both sample with transformers from the model that knows four tasks by heart, two calls of
+50 ms and an answer in each trajectory, then make one update. Its reward is drawn at random, so nothing depends on it.
 """
 
+import math
+import random
 import statistics
 import tempfile
+import time
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -21,22 +27,26 @@ OPTIONS = dict(
 )
 
 
-def make_trainer(folder: str, rows: int, **options):
-    """TRL's GRPOTrainer over the same model folder; its data and reward are not used by the loss part."""
+def make_trainer(folder: str, rows: int, tools=None, **options):
+    """TRL's GRPOTrainer over the same model folder; its reward is drawn at random."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl import GRPOConfig, GRPOTrainer
 
     arguments = GRPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows, **(OPTIONS | options))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    data = Dataset.from_list([{"prompt": "-"}] * 8)
-    trainer = GRPOTrainer(model, lambda completions, **_: [0.0] * len(completions), arguments, data,
-                          processing_class=bench.make_tokenizer())
+    data, coin, tokenizer = Dataset.from_list([{"prompt": "-"}] * 8), random.Random(0), bench.make_tokenizer()
+    if tools:
+        from trl import chat_template_utils
+
+        tokenizer.chat_template, tokenizer.response_template = TEMPLATE, chat_template_utils.qwen3_template
+    reward = lambda completions, **_: [coin.random() for _ in completions]  # noqa: E731
+    trainer = GRPOTrainer(model, reward, arguments, data, processing_class=tokenizer, tools=tools)
     trainer.current_gradient_accumulation_steps = 1
     return trainer
 
 
-def padded(rows: list, pad: int) -> dict:
+def padded(rows: list, pad: int = 0) -> dict:
     """Rows -> the tensors of TRL's loss: prompts and completions apart, completions padded on the right."""
     prompts = [row.ids[: row.mask.index(1)] for row in rows]
     completions = [row.ids[len(prompt) :] for row, prompt in zip(rows, prompts)]
@@ -58,43 +68,25 @@ def padded(rows: list, pad: int) -> dict:
 class TRLStep:
     """Loss, backward, clipping and optimizer step as in TRL's training loop, on one padded batch."""
 
-    def __init__(self, folder: str, rows: list, make_optimizer=None):
+    def __init__(self, folder: str, rows: list, make_optimizer=None, clip=1.0):
+        self.clip = clip
         self.trainer = make_trainer(folder, len(rows))
         self.model = self.trainer.model.train()
-        self.inputs = padded(rows, self.model.config.pad_token_id)
+        self.inputs = padded(rows)
         self.optimizer = make_optimizer(list(self.model.parameters())) if make_optimizer else self.trainer.create_optimizer()
         self.trainer._prepare_inputs = lambda inputs: inputs  # the batch is given, nothing is generated
 
     def step(self) -> None:
         self.trainer.training_step(self.model, self.inputs, None)
-        self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.model.zero_grad()
 
 
-def update_of(stepper, named) -> dict[str, torch.Tensor]:
-    """Change of every parameter by one step."""
-    before = {name: p.detach().clone() for name, p in named()}
-    stepper.step()
-    return {name: whole(p).detach() - whole(before[name]) for name, p in named()}
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def largest_difference(folder: str, rows: list, tokens_per_microbatch: int) -> tuple[float, float]:
-    """(largest difference of the two updates, largest change) under SGD at rate 1: the clipped gradients themselves."""
-
-    def sgd(parameters):
-        return torch.optim.SGD(parameters, lr=1.0)
-
-    ours = bench.Trainer(folder, rows, tokens_per_microbatch, sgd)
-    mine = update_of(ours, lambda: ours.policy.hf.named_parameters())
-    theirs = TRLStep(folder, rows, sgd)
-    other = update_of(theirs, lambda: theirs.model.named_parameters())
-    assert set(mine) == set(other), set(mine) ^ set(other)
-    return max((mine[n] - other[n]).abs().max().item() for n in mine), max(d.abs().max().item() for d in mine.values())
+def gradient(folder: str, rows: list) -> dict[str, torch.Tensor]:
+    """As bench.gradient: the change of every parameter under SGD at rate 1, without clipping."""
+    theirs = TRLStep(folder, rows, lambda parameters: torch.optim.SGD(parameters, lr=1.0), math.inf)
+    return bench.change_of(theirs.model, theirs.step)
 
 
 def bench_trainer(cfg) -> tuple[list, list[str]]:
@@ -103,19 +95,82 @@ def bench_trainer(cfg) -> tuple[list, list[str]]:
         folder = bench.make_model(Path(cfg.out_dir), cfg.vocab)
         rows = bench.random_rows(bench.random_lengths(kind, cfg.rows), cfg.vocab)
         bench.set_mu(bench.load(folder), rows)
-        apart, largest = largest_difference(folder, rows, cfg.tokens_per_microbatch)
+        same = bench.compare(bench.gradient(folder, rows, cfg.tokens_per_microbatch), gradient(folder, rows))
         ours, theirs = bench.Trainer(folder, rows, cfg.tokens_per_microbatch), TRLStep(folder, rows)
         seconds = bench.alternate({"ours": ours.step, "trl": theirs.step}, cfg.repeats)
         name = f"{kind}, V = {cfg.vocab:,}"
         lines += [ours.line(f"ours, {name}", seconds["ours"]), ours.line(f"TRL, {name}", seconds["trl"])]
         ratio = statistics.median(a / b for a, b in zip(seconds["ours"], seconds["trl"]))
         share = ours.tokens / (len(rows) * max(len(row.ids) for row in rows))
-        said.append(f"{name}: {ratio:.2f} of TRL's CPU-seconds (median of pairs; {share:.2f} of its positions are not padding); "
-                    f"largest difference of the updates {apart:.1e} (largest change {largest:.1e})")
+        said.append(f"{name}: {ratio:.2f} of TRL's CPU-seconds (median of pairs; {share:.2f} of its positions are not padding); {same}")
     return lines, said
+
+
+# the toy's template, with tool results as our own loop renders them, so that both programs see the same ids
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response>"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>"
+    "{{ c.function | tojson }}</tool_call>{% endfor %}{% endif %}"
+    "{% if m.role == 'system' and tools %}{{ '\\ntools:' }}{% for t in tools %} {{ t.function.name }}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+COLD = 0.1  # temperature: both keep to what the model knows by heart, so both make two calls and an answer
+
+
+def search(queries: list[str], top_k: int = 1) -> str:
+    """
+    Looks a place up.
+
+    Args:
+        queries: Names of places.
+        top_k: Results of each.
+    """
+    time.sleep(0.05)
+    return bench.found(queries[0])
+
+
+class TRLGRPOStep:
+    """Generation with tools, reward, advantages, loss and update of TRL on the four tasks."""
+
+    def __init__(self, folder: str, rows: int):
+        limits = dict(max_completion_length=400, max_tool_calling_iterations=4, num_generations=rows // len(bench.STARTS))
+        self.trainer = make_trainer(folder, rows, [search], temperature=COLD, top_p=1.0, top_k=0, **limits)
+        self.model, self.optimizer = self.trainer.model.train(), self.trainer.create_optimizer()
+        prompts = [[{"role": "system", "content": bench.rollout.SYSTEM_PROMPT}, {"role": "user", "content": row["question"]}]
+                   for row in bench.task_rows()]
+        self.inputs = [{"prompt": prompts[i * len(prompts) // rows]} for i in range(rows)]
+        self.generated: dict = {}
+
+    def __call__(self) -> None:
+        self.generated = self.trainer._generate_and_score_completions(self.inputs)
+        self.trainer._prepare_inputs = lambda inputs: inputs
+        self.trainer.training_step(self.model, self.generated, None)
+        self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.model.zero_grad()
+
+
+def bench_step(cfg) -> tuple[list, list[str]]:
+    agent = bench.Agent(cfg, lambda: 0.05, refine=False, temperature=COLD)
+    ours, theirs = bench.GRPOStep(cfg, agent, None), TRLGRPOStep(agent.folder, cfg.rows)
+    walls = bench.alternate({"ours": ours, "trl": theirs}, cfg.repeats, bench.wall_seconds)
+    calls = sum(len(a.calls) for e in ours.episodes for a in e.attempts)
+    metrics = theirs.trainer._metrics["train"]
+    sampled, other = sum(sum(e.mask) for e in ours.episodes), theirs.generated["tool_mask"].mul(theirs.generated["completion_mask"])
+    ratio = statistics.median(a / b for a, b in zip(walls["ours"], walls["trl"]))
+    lines = [bench.Line("ours, whole step with tools, wall", walls["ours"], sampled)]
+    lines.append(bench.Line("TRL, whole step with tools, wall", walls["trl"], int(other.sum())))
+    parts = ", ".join(f"{name} {statistics.median(seconds):.2f} s" for name, seconds in ours.spent.items())
+    return lines, [f"whole step: {ratio:.2f} of TRL's wall time (median of pairs); ours: {parts}; calls a trajectory: ours "
+                   f"{calls / cfg.rows:.2f}, TRL {metrics['tools/call_frequency'][-1]:.2f}"]
 
 
 def report(cfg, machine) -> str:
     warnings.filterwarnings("ignore")
-    lines, said = bench_trainer(cfg)
+    lines, said, known = [], [], {"trainer": bench_trainer, "step": bench_step}
+    for name in cfg.what.split(","):
+        if name not in known:
+            raise SystemExit(f"what = {name!r}: against TRL there are {', '.join(known)}")
+        more, words = known[name](cfg)
+        lines, said = lines + more, said + words
     return f"TRL       {metadata.version('trl')}\n\n{bench.table(lines, machine)}\n\n" + "\n".join(said)

@@ -242,7 +242,7 @@ def shown_question(row: dict) -> str:
 
 def read_rows(path: str, hint: str = "") -> tuple[list[dict], dict[str, str]]:
     """(rows, {id: canary} of the encrypted ones). A question that stands there twice is two rows: the second of two
-    equal ids gets "#2" behind it."""
+    equal ids gets "#2" behind it (or the next number that is free)."""
 
     def check(row):
         problem = check_rl_row(row)
@@ -253,19 +253,26 @@ def read_rows(path: str, hint: str = "") -> tuple[list[dict], dict[str, str]]:
         file = JsonlRows(path, check, hint)
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    rows, canaries, seen = [], {}, Counter()
+    rows, canaries, seen = [], {}, set()
     for i in range(len(file)):
         row = file[i]
-        seen[name := str(row["id"])] += 1
-        row["id"] = name if seen[name] == 1 else f"{name}#{seen[name]}"
+        name = str(row["id"])
+        base, copies = name, 1
+        while name in seen:
+            copies += 1
+            name = f"{base}#{copies}"
+        seen.add(name)
+        row["id"] = name
         whole = json.dumps([row["question"], row["answer"], row.get("docs"), row.get("files")])
         row["digest"] = hashlib.sha256(whole.encode()).hexdigest()[:12]
         meta = row.get("meta") or {}
+        if not isinstance(meta, dict):
+            raise SystemExit(f"{path}: row {name}: 'meta' is an object, not {type(meta).__name__}")
         if meta.get("encrypted"):
-            canaries[row["id"]] = meta["canary"]
             try:
+                canaries[row["id"]] = meta["canary"]
                 row["question"], row["answer"] = (unsealed(row[key], meta["canary"]) for key in ("question", "answer"))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise SystemExit(f"{path}: row {row['id']} cannot be decrypted with its canary ({error})") from error
         row["meta"] = {k: v for k, v in meta.items() if k not in ("encrypted", "canary", "solution", "dataset")}
         rows.append(row)
@@ -621,8 +628,8 @@ def run_missing(cfg: Config, tasks, toolboxes, journal: Journal, runner, rank: i
     return agent.how
 
 
-def join_ranks(cfg: Config, rank: int, world: int):
-    """(the group of this rank's engine or None, a function in which all ranks meet)."""
+def join_ranks(cfg: Config, rank: int, world: int, stack):
+    """(the group of this rank's engine or None, a function in which all ranks meet); left when `stack` closes."""
     if world == 1:
         return None, lambda phase: None
     import torch.distributed as dist
@@ -630,6 +637,7 @@ def join_ranks(cfg: Config, rank: int, world: int):
     import model as shared
 
     shared.init_distributed(cfg.timeout_s)
+    stack.callback(dist.destroy_process_group)
     gloo, tp = dist.new_group(backend="gloo"), cfg.tensor_parallel
     groups = [dist.new_group(list(range(a, a + tp)), backend="gloo") for a in range(0, world, tp)] if tp > 1 else []
     return groups[rank // tp] if groups else None, lambda phase: shared.meet(phase, gloo, cfg.timeout_s)
@@ -653,7 +661,7 @@ def main(cfg: Config) -> None:
             stack.callback(toolbox.close)
         journal = stack.enter_context(contextlib.closing(Journal(cfg.out_dir, rank)))
         check_resume(Path(cfg.out_dir), cfg)
-        group, meet = join_ranks(cfg, rank, world)
+        group, meet = join_ranks(cfg, rank, world, stack)
         runner = stack.enter_context(asyncio.Runner())
 
         # ------------------------------------------------------------ chains
@@ -687,12 +695,20 @@ def score_file(path: str) -> None:
         print(json.dumps(score(row["scorer"], row["pred"], row["gold"])))
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["score"] and len(sys.argv) == 3:
-        score_file(sys.argv[2])
-    elif sys.argv[1:2] == ["compare"] and len(sys.argv) == 4:
-        print(json.dumps(compare(question_means(sys.argv[2]), question_means(sys.argv[3])), indent=1))
-    elif sys.argv[1:2] in (["score"], ["compare"]):
+def command(argv: list[str]) -> None:
+    """score FILE | compare A B | the keys of a run."""
+    if argv[:1] not in (["score"], ["compare"]):
+        return main(parse_config(Config, argv))
+    if len(argv) != (2 if argv[0] == "score" else 3):
         raise SystemExit(__doc__)
-    else:
-        main(parse_config(Config, sys.argv[1:]))
+    try:
+        if argv[0] == "score":
+            score_file(argv[1])
+        else:
+            print(json.dumps(compare(question_means(argv[1]), question_means(argv[2])), indent=1))
+    except ValueError as error:  # names file and line, or the scorer
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    command(sys.argv[1:])

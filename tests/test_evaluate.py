@@ -84,10 +84,10 @@ def test_bad_settings_are_told_in_one_line(args, told):
 
 
 def test_the_same_question_twice_is_two_rows(tmp_path):
-    toy.write(tmp_path / "rows.jsonl", [row_of("1"), row_of("2"), row_of("1"), row_of("1", "other?")])
+    toy.write(tmp_path / "rows.jsonl", [row_of("1"), row_of("2"), row_of("1"), row_of("1", "other?"), row_of("1#2")])
     task = evaluate.load_task(f"{tmp_path}/rows.jsonl", config("--rollouts=2"))
-    assert [row["id"] for row in task.rows] == ["1", "2", "1#2", "1#3"]
-    assert len({key for key, _ in task.keys()}) == 8
+    assert [row["id"] for row in task.rows] == ["1", "2", "1#2", "1#3", "1#2#2"]
+    assert len({key for key, _ in task.keys()}) == 10
 
 
 def test_attachments_must_lie_inside_their_folder(tmp_path):
