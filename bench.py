@@ -34,7 +34,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import torch
 
-import grpo_unified
+import grpo_unified  # bench stands above the trainers, as the tests do: what it times is their own update
 import model as shared
 import rollout
 from rows import Chat, parse_config, run_facts
@@ -137,7 +137,10 @@ def resident() -> int:
 
 
 def peak_of(work: Callable) -> tuple[int, object]:
-    """(bytes that work() takes at its peak above what stood before, its result)."""
+    """(bytes that work() takes at its peak above what stood before, its result).
+
+    Each core counts pages in batches (percpu_counter), so Linux's mark may lag: by so much, at most, it is corrected.
+    """
     gc.collect()
     if sys.platform != "linux":
         before, result = resident(), work()
@@ -145,7 +148,8 @@ def peak_of(work: Callable) -> tuple[int, object]:
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before, result = resident(), work()
     status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 - before, result
+    lag = max(32, 2 * os.cpu_count()) * os.cpu_count() * resource.getpagesize()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 + lag - before, result
 
 
 def in_child(function: Callable, *args):
@@ -175,15 +179,8 @@ def make_model(folder: Path, vocab: int, hidden=256, layers=4, ff=256, heads=4, 
 
 def make_tokenizer():
     """The toy's word-level tokenizer."""
-    toy = toy_script()
+    toy = rollout.toy_script()
     return toy.make_tokenizer(toy.toy_phrases())
-
-
-def toy_script():
-    found = importlib.util.spec_from_file_location("toy_prepare", Path(__file__).parent / "data" / "toy" / "prepare.py")
-    toy = importlib.util.module_from_spec(found)
-    found.loader.exec_module(toy)
-    return toy
 
 
 def load(folder: str) -> shared.Policy:
@@ -428,18 +425,13 @@ class Tools:
 
 
 def found(place: str) -> str:
-    fact = FACTS.get(place)
-    return f'Results for "{place}":\n1. {place} (doc:{place})\n{fact}' if fact else f'No results for "{place}".'
+    return rollout.toy_script().found({"docs": FACTS}, place)
 
 
 def demonstration(toy, start: str) -> list[dict]:
     """Two lookups and an answer, a critique, the same again."""
-    place, attempt = start, []
-    while not attempt or FACTS[place].startswith("leads"):
-        place = FACTS[place].split()[-1].rstrip(".") if attempt else start
-        attempt.append({"role": "assistant", "content": TURN + toy.CALL.format(name=place)})
-        attempt.append({"role": "tool", "content": found(place)})
-    attempt.append({"role": "assistant", "content": TURN + f"\\boxed{{{FACTS[place].split()[-1].rstrip('.')}}}"})
+    messages, code, _ = toy.lookups({"docs": FACTS}, start, len(FACTS))
+    attempt = [m | {"content": TURN + m["content"]} if m["role"] == "assistant" else m for m in [*messages, toy.final(code)]]
     question = toy.QUESTION.format(hops=2, start=start)
     critique = rollout.REFINE_PROMPT.replace("{critique}", f"{toy.DONE}{start}.")
     opening = [{"role": "system", "content": rollout.SYSTEM_PROMPT}, {"role": "user", "content": question}]
@@ -451,7 +443,7 @@ def judgment(toy, start: str) -> str:
 
 
 def task_rows() -> list[dict]:
-    toy = toy_script()
+    toy = rollout.toy_script()
     return [{"id": s, "question": toy.QUESTION.format(hops=2, start=s), "answer": "17", "kind": "qa"} for s in STARTS]
 
 
@@ -459,7 +451,7 @@ def learned_by_heart(folder: Path, most_steps=400) -> str:
     """A Qwen3 of the toy's size that was trained here until it repeats four chains and their judgments; kept in `folder`."""
     if (folder / "config.json").is_file():
         return str(folder)
-    toy, tokenizer = toy_script(), make_tokenizer()
+    toy, tokenizer = rollout.toy_script(), make_tokenizer()
     chat, start = Chat(tokenizer), folder.with_name(folder.name + "-start")
     toy.make_model(start, tokenizer, 0)
     rows = []
@@ -581,7 +573,7 @@ def bench_idle(cfg: Config) -> list[Line]:
         await asyncio.sleep(delay())
         return judgment(toy, STARTS[0])
 
-    agent, toy = Agent(cfg, delay), toy_script()
+    agent, toy = Agent(cfg, delay), rollout.toy_script()
     judge, walls, busy, alone = rollout.Judge(ask), [], [], []
     agent.chains(judge)
     for _ in range(cfg.repeats):
@@ -608,17 +600,16 @@ def wall_seconds(work: Callable) -> float:
 
 
 def bench_growth(cfg: Config) -> list[Line]:
-    folder, shapes = make_model(Path(cfg.out_dir), cfg.vocab), {}
-    shapes |= {f"one row of {n:,}": [n] for n in (512, 1024, 2048, 4096, 8192)}
-    shapes |= {f"group of {g}, rows of 512": [512] * g for g in (4, 8, 16, 32)}
+    folder, tokens, sizes = make_model(Path(cfg.out_dir), cfg.vocab), (512, 1024, 2048, 4096, 8192), (4, 8, 16, 32)
+    shapes = {f"one row of {n:,}": [n] for n in tokens} | {f"group of {g}, rows of 512": [512] * g for g in sizes}
     lines = []
     for name, lengths in shapes.items():
         trainer = make_trainer(folder, lengths, cfg.vocab, cfg.tokens_per_microbatch)
         lines.append(trainer.line(name, alternate({"": trainer.step}, min(cfg.repeats, 3))[""]))
     Path(cfg.plot).parent.mkdir(parents=True, exist_ok=True)
-    lengths, groups = lines[:5], lines[5:]
-    panels = [growth_panel(lengths, [512, 1024, 2048, 4096, 8192], "tokens in the row", 0)]
-    panels.append(growth_panel(groups, [4, 8, 16, 32], "rows of 512 tokens in the group", 320))
+    lengths, groups = lines[: len(tokens)], lines[len(tokens) :]
+    panels = [growth_panel(lengths, tokens, "tokens in the row", 0)]
+    panels.append(growth_panel(groups, sizes, "rows of 512 tokens in the group", 320))
     style = "font:11px sans-serif;background:#fff"
     Path(cfg.plot).write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 240" style="{style}">{"".join(panels)}</svg>\n')
     for part in (lengths, groups):
@@ -628,7 +619,7 @@ def bench_growth(cfg: Config) -> list[Line]:
     return lines
 
 
-def growth_panel(lines: list[Line], xs: list[int], label: str, left: int) -> str:
+def growth_panel(lines: list[Line], xs: tuple[int, ...], label: str, left: int) -> str:
     """Measured seconds as dots over the line that the FLOPs draw through the first of them; both axes logarithmic."""
     seconds = [statistics.median(line.seconds) for line in lines]
     expected = [line.flops * seconds[0] / lines[0].flops for line in lines]

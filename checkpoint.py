@@ -44,11 +44,9 @@ def save_checkpoint(folder, step: int, policy: Policy, optimizer, tokenizer, fac
             tokenizer.save_pretrained(part)
             (part / "trainer.json").write_text(json.dumps({"step": step, **facts}, indent=1))
             _flush(part)
-    except CheckpointException as problem:  # not an Exception; it wraps what each rank met
-        error = next(iter(problem.failures.values()))[0]
-        shutil.rmtree(part, ignore_errors=True)
-    except Exception as problem:  # noqa: BLE001 - a full disk shows up as many types; all ranks must hear of it
-        error = problem
+    except (Exception, CheckpointException) as problem:  # noqa: BLE001 - a full disk shows up as many types; DCP's, which
+        # is no Exception, wraps what each rank met. All ranks must hear of it
+        error = next(iter(problem.failures.values()))[0] if isinstance(problem, CheckpointException) else problem
         shutil.rmtree(part, ignore_errors=True)
     meet_all(f"saving {final}", error)
     if rank == 0:

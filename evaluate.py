@@ -26,18 +26,16 @@ from results import (
     SEALED,
     Journal,
     about,
-    bootstrap_interval,  # noqa: F401 - of old imported from here
     compare,
     markdown,
     page_episodes,
-    pass_at_k,  # noqa: F401
     question_means,
     sealed,
     summarise,
     unsealed,
     write_results,
 )
-from rows import Chat, JsonlRows, check_rl_row, parse_config, run_facts
+from rows import Chat, JsonlRows, check_choices, check_rl_row, parse_config, run_facts
 from scorers import score
 
 SCORER_OF_KIND = {"qa": "hotpotqa", "math": "math", "gaia": "gaia", "choice": "choice"}
@@ -158,9 +156,7 @@ MAY_CHANGE |= {"patience_s", "timeout_s", "cache"}
 
 
 def check_config(cfg: Config) -> None:
-    for key, allowed in dict(engine="vllm hf", endpoint="auto completions chat", judged="table all none").items():
-        if getattr(cfg, key) not in allowed.split():
-            raise SystemExit(f"{key} = {getattr(cfg, key)!r}: one of {allowed.replace(' ', ', ')}")
+    check_choices(cfg, engine="vllm hf", endpoint="auto completions chat", judged="table all none")
     for key in ("limit", "rollouts", "retries", "max_context", "max_turns", "temperature"):
         if getattr(cfg, key) < 0:
             raise SystemExit(f"{key} = {getattr(cfg, key)}: not below 0")
@@ -227,17 +223,12 @@ def load_task(name: str, cfg: Config) -> Task:
     if cfg.judged == "all":
         spec = dataclasses.replace(spec, scorer="judge")
     rows, canaries = read_rows(path, hint)
-    longest = sorted((shown_question(row) for row in rows), key=len)[-20:]
+    longest = sorted((rollout.shown_question(row) for row in rows), key=len)[-20:]
     if cfg.ids:
         rows = [row for row in rows if row["id"] in cfg.ids]
     rows = rows[: cfg.limit] if cfg.limit else rows
     check_files(rows, spec, path, cfg.files_dir)
     return Task(name, spec, rows, cfg.rollouts or spec.rollouts, canaries, longest)
-
-
-def shown_question(row: dict) -> str:
-    """As run_chain shows it to the agent."""
-    return row["question"] + "".join(f"\nFile: {name}" for name in row.get("files", []))
 
 
 def read_rows(path: str, hint: str = "") -> tuple[list[dict], dict[str, str]]:
@@ -328,8 +319,6 @@ def scored(spec: DataSet, row: dict, answer: str | None) -> dict:
     kept = {key: result[key] for key in ("em", "f1") if key in result}
     right = result["correct"]
     return kept | {"correct": right, "rule_reward": float(right), "scorer_status": result["status"]}
-
-
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,7 +431,7 @@ def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
 
 
 def setup_of(cfg: Config, task: Task, agent: Agent, toolbox, critic) -> rollout.Setup:
-    system = Path(cfg.prompt_file).read_text() if cfg.prompt_file else rollout.SYSTEM_PROMPT
+    system = rollout.read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
     task.limits = limits = limits_of(cfg, task, agent, prompt_tokens(task, agent, toolbox, system))
     print(f"{task.name}: {len(task.rows)} questions x {task.rollouts}, subset {task.subset}, tools {task.spec.tools};",
           f"{1 + cfg.refine} attempt(s) of {limits.max_tokens_per_attempt} tokens and {limits.max_turns} turns with",
@@ -611,7 +600,7 @@ def run_missing(cfg: Config, tasks, toolboxes, journal: Journal, runner, rank: i
     agent = served_agent(cfg, runner) if cfg.model.startswith("http") else local_agent(cfg, group)
     critic = None
     if cfg.refine:
-        prompt = Path(cfg.rrm_prompt_file).read_text() if cfg.rrm_prompt_file else rollout.RRM_PROMPT
+        prompt = rollout.read_prompt(cfg.rrm_prompt_file, rollout.RRM_PROMPT)
         options = dict(engine=cfg.engine, max_context=cfg.rrm_max_context, prompt=prompt)
         critic = stopping(rollout.make_judge(cfg.rrm, agent.chat, agent.rounds or rollout.Rounds(), **options))
     if rank == 0:

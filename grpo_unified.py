@@ -29,7 +29,7 @@ import model as shared
 import rollout
 from evaluate import rule_reward
 from report import write_report
-from rows import Chat, JsonlRows, batch_indices, check_rl_row, parse_config, run_facts
+from rows import Chat, JsonlRows, batch_indices, check_choices, check_rl_row, parse_config, run_facts
 from tools import Toolbox
 
 
@@ -246,11 +246,8 @@ def learning_rate(step: int, cfg) -> float:
 
 
 def check_config(cfg: Config) -> None:
-    choices = dict(variant="u r rule", pool="joint per_stage", drop="equal rule_equal release", engine="vllm hf")
-    choices |= dict(loss_agg="seq_mean token_mean", old_logps="sampler recomputed", rule_form="em_f1 em")
-    for key, allowed in choices.items():
-        if getattr(cfg, key) not in allowed.split():
-            raise SystemExit(f"{key} = {getattr(cfg, key)!r}: one of {allowed.replace(' ', ', ')}")
+    check_choices(cfg, variant="u r rule", pool="joint per_stage", drop="equal rule_equal release", engine="vllm hf")
+    check_choices(cfg, loss_agg="seq_mean token_mean", old_logps="sampler recomputed", rule_form="em_f1 em")
     if cfg.prompts_per_step % cfg.prompts_per_minibatch:
         raise SystemExit(f"prompts_per_minibatch = {cfg.prompts_per_minibatch} does not divide {cfg.prompts_per_step}")
 
@@ -326,7 +323,7 @@ def main(cfg: Config) -> None:
     options = dict(max_context=cfg.max_context, gpu_memory_share=cfg.gpu_memory_share, sleep=cfg.engine_sleep)
     options |= dict(tp_group=tp_groups[rank // tp] if tp > 1 else None, tp_size=tp)
     engine = rollout.make_engine(cfg.engine, cfg.model, chat.stop_ids, rounds, **options)
-    prompt = Path(cfg.rrm_prompt_file).read_text() if cfg.rrm_prompt_file else rollout.RRM_PROMPT
+    prompt = rollout.read_prompt(cfg.rrm_prompt_file, rollout.RRM_PROMPT)
     judge = None
     if cfg.variant != "rule":
         options_rrm = dict(engine=cfg.engine, max_context=cfg.rrm_max_context, prompt=prompt)
@@ -358,7 +355,7 @@ def main(cfg: Config) -> None:
     runner = asyncio.Runner()
     limits = rollout.Limits(cfg.max_turns, cfg.max_new_tokens_per_turn, cfg.max_tokens_per_attempt, cfg.max_context,
                             final_tokens=min(512, cfg.max_new_tokens_per_turn))
-    system_prompt = Path(cfg.prompt_file).read_text() if cfg.prompt_file else rollout.SYSTEM_PROMPT
+    system_prompt = rollout.read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
 
     def sample(jobs: list, version: int, what: str) -> list:
         """Runs this engine's share of the jobs [(row, key)]; returns all episodes, in the order of the jobs."""

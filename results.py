@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rows import JsonlRows
+from rows import JsonlRows, drop_cut_line
 from scorers import math_answer, normalize, plain_latex
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ class Journal:
         self.folder, self.path = Path(folder), Path(folder) / f"journal-{rank}.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = _locked(self.folder / f"lock-{rank}")
-        _drop_cut_line(self.path)
+        drop_cut_line(self.path)
         self.entries: dict[tuple, Entry] = {}
         self.faults: dict[tuple, str] = {}
         self.verdicts: dict[tuple, list[tuple[str, bool]]] = {}  # (*key, attempt, digest of row and answer)
@@ -169,22 +169,6 @@ def _locked(path: Path):
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     print(f"process {os.getpid()} on {socket.gethostname()}, since {since}", file=file, flush=True)
     return file
-
-
-def _drop_cut_line(path: Path) -> None:
-    if path.is_file():
-        with open(path, "rb+") as file:
-            at = end = file.seek(0, os.SEEK_END)
-            while at > 0:  # back to the last line end
-                start = max(0, at - (1 << 16))
-                file.seek(start)
-                found = file.read(at - start).rfind(b"\n")
-                if found >= 0:
-                    at = start + found + 1
-                    break
-                at = start
-            if at < end:
-                file.truncate(at)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

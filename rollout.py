@@ -17,6 +17,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 SYSTEM_PROMPT = (
@@ -500,7 +501,8 @@ def toy_judge(annotate) -> Judge:
     return Judge(ask)
 
 
-def engine_judge(engine, chat, *, prompt=RRM_PROMPT, temperature=JUDGE_TEMPERATURE, max_context=32_768, max_new_tokens=1400) -> Judge:
+def engine_judge(engine, chat, *, prompt=RRM_PROMPT, temperature=JUDGE_TEMPERATURE, max_context=32_768,
+                 max_new_tokens=1400) -> Judge:
     """A reward model in this process, behind the same engine classes as the policy."""
 
     async def ask(question, messages, trajectory, seed):
@@ -570,17 +572,23 @@ def check_served(urls: list[str]) -> None:
             raise SystemExit(f"no judge answers at {url} ({error}): {hint}") from error
 
 
+@cache
+def toy_script():
+    """data/toy/prepare.py as a module: the toy's world, its words and its rule annotator."""
+    path = Path(__file__).parent / "data" / "toy" / "prepare.py"
+    found = importlib.util.spec_from_file_location("toy_prepare", path)
+    toy = importlib.util.module_from_spec(found)
+    found.loader.exec_module(toy)
+    return toy
+
+
 def make_judge(spec: str, chat, rounds: Rounds, *, engine: str, max_context: int, prompt=RRM_PROMPT, **served) -> Judge:
     """spec = "http://…/v1[,http://…/v1]": servers | a folder: in this process | "toy": the toy's rule annotator.
 
     `served` are options of served_judge, for servers only.
     """
     if spec == "toy":
-        path = Path(__file__).parent / "data" / "toy" / "prepare.py"
-        found = importlib.util.spec_from_file_location("toy_prepare", path)
-        toy = importlib.util.module_from_spec(found)
-        found.loader.exec_module(toy)
-        return toy_judge(toy.annotate)
+        return toy_judge(toy_script().annotate)
     if spec.startswith("http"):
         urls = spec.split(",")
         check_served(urls)
@@ -619,10 +627,21 @@ class Setup:
     policy_version: int = 0
 
 
+@cache
+def read_prompt(path: str, default: str) -> str:
+    """The prompt in a file, or the default where no file is given."""
+    return Path(path).read_text() if path else default
+
+
+def shown_question(row: dict) -> str:
+    """The question as the agent reads it, with the names of its files."""
+    return row["question"] + "".join(f"\nFile: {name}" for name in row.get("files", []))
+
+
 async def run_chain(row: dict, setup: Setup, key: tuple) -> Episode:
     """One chain: o1 ~ pi(.|q), (c, s1), o2 ~ pi(.|q, o1, c), s2 (paper section 3.3); `key` = (run seed, step, sibling)."""
     gold = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    question = row["question"] + "".join(f"\nFile: {name}" for name in row.get("files", []))
+    question = shown_question(row)
     messages = [{"role": "system", "content": setup.system_prompt}, {"role": "user", "content": question}]
     ids = list(setup.chat.prompt(messages, setup.toolbox.schemas))
     episode = Episode(str(row["id"]), question, gold, ids, [0] * len(ids), [], messages, setup.policy_version)

@@ -75,6 +75,13 @@ def _typed(value, kind, where: str):
     raise SystemExit(f"{where} = {value!r} is not of type {kind.__name__ if isinstance(kind, type) else kind}")
 
 
+def check_choices(cfg, **choices: str) -> None:
+    """Ends the program where a field of `cfg` is none of its words: check_choices(cfg, engine="vllm hf")."""
+    for key, allowed in choices.items():
+        if getattr(cfg, key) not in allowed.split():
+            raise SystemExit(f"{key} = {getattr(cfg, key)!r}: one of {allowed.replace(' ', ', ')}")
+
+
 def run_facts(cfg) -> dict:
     """What a run needs to be repeated: config, git commit, versions, hardware. Call it once the GPU is chosen."""
     import torch
@@ -149,13 +156,25 @@ class JsonlRows:
 
 def read_appended(path: str | Path) -> list[dict]:
     """The rows of a file that only grows; [] if there is none. A last line that a kill cut short is cut off."""
-    if not Path(path).is_file():
-        return []
-    data = Path(path).read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
-    return [json.loads(line) for line in data[:whole].splitlines()]
+    drop_cut_line(Path(path))
+    return [json.loads(line) for line in Path(path).read_bytes().splitlines()] if Path(path).is_file() else []
+
+
+def drop_cut_line(path: Path) -> None:
+    """Cuts off the last line of a file that only grows, if a kill left it without its end."""
+    if path.is_file():
+        with open(path, "rb+") as file:
+            at = end = file.seek(0, os.SEEK_END)
+            while at > 0:  # back to the last line end
+                start = max(0, at - (1 << 16))
+                file.seek(start)
+                found = file.read(at - start).rfind(b"\n")
+                if found >= 0:
+                    at = start + found + 1
+                    break
+                at = start
+            if at < end:
+                file.truncate(at)
 
 
 def batch_indices(step: int, batch: int, n: int, seed: int) -> list[int]:

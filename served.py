@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rollout import Sample
 from rows import assistant_text
+from tools import capped
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the line to a server
@@ -328,10 +329,8 @@ _VERDICT = re.compile(r"VERDICT: (CORRECT|INCORRECT)")
 def judge_request(question: str, golds: list[str], answer: str) -> str:
     """The judge's prompt. The mark is a hash of all it encloses, so no text can hold it; "verdict" and control strings
     inside the answer are broken by a zero-width space, so that quoting it never writes a verdict."""
-    if len(answer) > ANSWER_CHARS:
-        half = ANSWER_CHARS // 2
-        answer = f"{answer[:half]}\n[… {len(answer) - 2 * half:,} characters left out …]\n{answer[-half:]}"
-    answer = _CONTROL.sub("<\u200b", re.sub("(?i)v(?=erdict)", lambda v: v[0] + "\u200b", answer))
+    answer = re.sub("(?i)v(?=erdict)", lambda v: v[0] + "\u200b", capped(answer, ANSWER_CHARS))
+    answer = _CONTROL.sub("<\u200b", answer)
     reference = "\n".join(f"- {gold}" for gold in golds) if len(golds) > 1 else golds[0]
     whole = json.dumps([question, golds, answer])
     mark = f"=====[{hashlib.sha256(whole.encode()).hexdigest()[:16]}]====="

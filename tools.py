@@ -259,8 +259,11 @@ def search(context: Context, queries: list[str], top_k: int = 5) -> str:
         return context.web.search(query[:1000], most, context.left()) if query.strip() else []
 
     asked, blocks = queries[:MOST_QUERIES], []
-    with ThreadPoolExecutor(max_workers=5) as pool:  # side by side where each waits for the network
-        found = list((pool.map if local is None else map)(hits_of, asked))
+    if local is not None:
+        found = [hits_of(query) for query in asked]
+    else:
+        with ThreadPoolExecutor(max_workers=5) as pool:  # side by side: each waits for the network
+            found = list(pool.map(hits_of, asked))
     for query, hits in zip(asked, found):
         lines = [f"{i}. {title} ({url})\n{text}" for i, (title, text, url) in enumerate(hits, 1)]
         blocks.append("\n".join([f'Results for "{query}":', *lines]) if hits else f'No results for "{query}".')

@@ -298,21 +298,19 @@ def sample_trajectories(cfg: AnnotateConfig, path: Path) -> list[dict]:
     done = {row["id"]: row for row in read_appended(path)}
     for folder in cfg.agents.split(","):
         with agent_at_work(cfg, folder) as (setup, rounds, rows, run), open(path, "a") as file:
-            jobs = [(row, (cfg.seed, folder, g)) for row in rows for g in range(cfg.samples_per_question)]
-            names = {(str(row["id"]), key): f"{folder}/{row['id']}/{key[2]}" for row, key in jobs}
-            missing = [(row, key) for row, key in jobs if names[str(row["id"]), key] not in done]
+            jobs = [(f"{folder}/{row['id']}/{g}", row, g) for row in rows for g in range(cfg.samples_per_question)]
+            missing = [job for job in jobs if job[0] not in done]
             bar = tqdm(total=len(missing), desc=f"trajectories of {folder}", disable=not sys.stderr.isatty())
 
-            async def one(row, key):
-                episode = await rollout.run_chain(row, setup, key)
+            async def one(name, row, g):
+                episode = await rollout.run_chain(row, setup, (cfg.seed, folder, g))
                 bar.update()
                 if episode.dropped:  # a fault of ours: tried again by the next call
                     return
                 attempt = episode.attempts[0]
-                record = {"id": names[str(row["id"]), key], "question": episode.question, "answer": episode.gold,
-                          "trajectory": episode.messages[slice(*attempt.messages)], "correct": bool(attempt.correct)}
-                done[record["id"]] = record
-                file.write(json.dumps(record) + "\n")
+                done[name] = {"id": name, "question": episode.question, "answer": episode.gold,
+                              "trajectory": episode.messages[slice(*attempt.messages)], "correct": bool(attempt.correct)}
+                file.write(json.dumps(done[name]) + "\n")
                 file.flush()
 
             run(rollout.run_together((one(*job) for job in missing), rounds, cfg.max_live_chains))
@@ -342,7 +340,7 @@ def annotate(cfg: AnnotateConfig) -> None:
             raise SystemExit(f"annotate needs --{key}")
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    prompt = Path(cfg.teacher_prompt_file).read_text() if cfg.teacher_prompt_file else rollout.RRM_PROMPT
+    prompt = rollout.read_prompt(cfg.teacher_prompt_file, rollout.RRM_PROMPT)
     chat, rounds = Chat(shared.load_tokenizer(cfg.agents.split(",")[0])), rollout.Rounds()
     teacher = rollout.make_judge(cfg.teacher, chat, rounds, engine=cfg.engine, max_context=cfg.rrm_max_context, prompt=prompt,
                                  model=cfg.teacher_model, patience_s=cfg.patience_s, rest_s=cfg.rest_s)  # is it up? Asked before any work
@@ -420,10 +418,12 @@ def report(cfg: ReportConfig) -> None:
     if not cfg.rrm:
         raise SystemExit("report needs --rrm")
     rows = list(JsonlRows(cfg.eval_data, check_rrm_row))
-    prompt = Path(cfg.rrm_prompt_file).read_text() if cfg.rrm_prompt_file else rollout.RRM_PROMPT
+    prompt = rollout.read_prompt(cfg.rrm_prompt_file, rollout.RRM_PROMPT)
     found, judged = {}, []
     for spec in filter(None, (cfg.rrm, cfg.against)):
-        folder = next(name for name in (cfg.agent, spec) if Path(name or "/nowhere").is_dir())
+        folder = next((name for name in (cfg.agent, spec) if name and Path(name).is_dir()), None)
+        if folder is None:
+            raise SystemExit(f"report: {spec} is no folder, so lengths need a tokenizer: give --agent=FOLDER")
         chat, rounds = Chat(shared.load_tokenizer(folder)), rollout.Rounds()
         judge = rollout.make_judge(spec, chat, rounds, engine=cfg.engine, max_context=cfg.rrm_max_context, prompt=prompt)
         asked = (judge(row["question"], row["trajectory"], (cfg.seed, i)) for i, row in enumerate(rows))
@@ -453,7 +453,7 @@ def report(cfg: ReportConfig) -> None:
 
 def judge_ids(chat: Chat, row: dict, cfg) -> list[int]:
     """Prompt ids of a row, its tool results shortened where it does not fit."""
-    prompt = Path(cfg.rrm_prompt_file).read_text() if cfg.rrm_prompt_file else rollout.RRM_PROMPT
+    prompt = rollout.read_prompt(cfg.rrm_prompt_file, rollout.RRM_PROMPT)
     room = cfg.max_context - cfg.max_judgment_tokens - len(rollout.judge_prompt(chat, row["question"], "", prompt))
     text = row["trajectory"]
     if not isinstance(text, str):

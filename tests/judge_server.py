@@ -14,6 +14,19 @@ def hashed_judgment(text: str) -> str:
 
 
 @contextmanager
+def serving(handler, port=0):
+    """The handler's requests are answered while this holds; yields the base URL."""
+    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
 def judge_server(reply=hashed_judgment):
     """Serves; yields (base URL, list of user texts). `reply(text)` -> content, or an int: that HTTP error."""
     seen = []
@@ -44,10 +57,5 @@ def judge_server(reply=hashed_judgment):
         def log_message(self, *_):
             """Quiet."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", seen
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(Handler) as url:
+        yield url, seen

@@ -1,6 +1,5 @@
 """Making RRM rows: a teacher over real HTTP that fails in every way, balance, going on; critique lift; paired bootstrap."""
 
-import json
 import random
 from collections import Counter
 
@@ -11,7 +10,7 @@ import train_rrm as rrm
 from rollout import Judgment
 from rows import parse_config, read_appended
 from tests.judge_server import hashed_judgment, judge_server
-from tests.tiny import tiny_model, toy
+from tests.tiny import toy, toy_world
 
 LIMITS = ["--engine=hf", "--tools=search", "--max_turns=2", "--max_new_tokens_per_turn=12", "--max_tokens_per_attempt=200",
           "--max_context=600", "--rrm_max_context=4000", "--temperature=1.0"]
@@ -19,11 +18,7 @@ LIMITS = ["--engine=hf", "--tools=search", "--max_turns=2", "--max_new_tokens_pe
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    tiny_model(folder / "model", phrases=toy.toy_phrases())
-    rng = random.Random(0)
-    toy.write(folder / "rl.jsonl", (toy.rl_row(rng, i, "train") for i in range(6)))
-    return folder
+    return toy_world(tmp_path_factory.mktemp("world"), demonstrations=0, questions=6)
 
 
 def annotate(world, out, url, *more):
@@ -107,3 +102,9 @@ def test_paired_bootstrap_tells_a_better_judge_from_an_equal_one():
     better, equal = rrm.paired_bootstrap(bad, good, rows), rrm.paired_bootstrap(good, good, rows)
     assert better["difference/mae"][2] < 0 < better["difference/auc/correct"][1]
     assert equal["difference/mae"] == [0.0, 0.0, 0.0] and equal["difference/auc/correct"] == [0.0, 0.0, 0.0]
+
+
+def test_report_says_when_it_has_no_tokenizer_to_count_with(tmp_path):
+    toy.write(tmp_path / "rrm.jsonl", [toy.rrm_row(random.Random(0), 0)])
+    with pytest.raises(SystemExit, match="report: toy is no folder.*--agent=FOLDER"):
+        rrm.report(parse_config(rrm.ReportConfig, ["--rrm=toy", f"--eval_data={tmp_path}/rrm.jsonl"]))

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import random
 import time
 
 import pytest
@@ -11,18 +10,15 @@ import pytest
 import rollout
 import tools
 from tests.judge_server import hashed_judgment, judge_server
-from tests.test_jobs import GRPO, run
+from tests.test_jobs import run
 from tests.test_survival import in_this_process
-from tests.tiny import tiny_model, toy
+from tests.tiny import toy_world
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """An agent that has learnt to call search, and questions."""
-    folder, rng = tmp_path_factory.mktemp("world"), random.Random(0)
-    tiny_model(folder / "model0", phrases=toy.toy_phrases(), hidden=64)
-    toy.write(folder / "sft.jsonl", (toy.sft_row(rng) for _ in range(2000)))
-    toy.write(folder / "rl.jsonl", (toy.rl_row(rng, i, "train") for i in range(64)))
+    folder = toy_world(tmp_path_factory.mktemp("world"), demonstrations=2000, questions=64, model="model0", hidden=64)
     run("sft.py", f"--model={folder}/model0", f"--data={folder}/sft.jsonl", "--rows_per_step=24", "--steps=100", "--lr=4e-3",
         "--warmup_steps=10", "--checkpoint_activations=false", "--log_interval=50", f"--out_dir={folder}/sft")
     (folder / "sft" / "step-000100").rename(folder / "model")

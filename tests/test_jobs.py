@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import sft
 from rows import parse_config
 from tests.judge_server import judge_server
 from tests.test_model import torchrun
-from tests.tiny import ROOT, tiny_model, toy
+from tests.tiny import ROOT, tiny_model, toy, toy_world
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -23,12 +22,7 @@ SHARED = ROOT.parent / "shared" / "data"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A tiny toy: a model with the toy's tokenizer, demonstrations and questions."""
-    folder = tmp_path_factory.mktemp("world")
-    tiny_model(folder / "model", phrases=toy.toy_phrases())
-    rng = random.Random(0)
-    toy.write(folder / "sft.jsonl", (toy.sft_row(rng) for _ in range(64)))
-    toy.write(folder / "rl.jsonl", (toy.rl_row(rng, i, "train") for i in range(16)))
-    return folder
+    return toy_world(tmp_path_factory.mktemp("world"))
 
 
 def run(script, *args, ok=True):

@@ -130,9 +130,13 @@ torch.distributed.destroy_process_group()
 """
 
 
+def launcher(ranks):
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0",
+            "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+
+
 def torchrun(script, *args, ranks=2, timeout=240):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0",
-               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(script), *args]
+    command = [*launcher(ranks), str(script), *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=os.environ)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout

@@ -1,7 +1,6 @@
 """More than one machine: two nodes of two ranks, each in a network namespace of its own with its own address."""
 
 import os
-import random
 import subprocess
 import sys
 import uuid
@@ -10,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.test_jobs import run
-from tests.tiny import ROOT, tiny_model, toy
+from tests.tiny import ROOT, toy_world
 
 SFT = ("--rows_per_step=8", "--steps=3", "--save_interval=3", "--tokens_per_microbatch=500", "--lr=1e-3",
        "--checkpoint_activations=false", "--timeout_s=120")
@@ -40,10 +39,7 @@ def nodes():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    tiny_model(folder / "model", phrases=toy.toy_phrases())
-    rng = random.Random(0)
-    toy.write(folder / "sft.jsonl", (toy.sft_row(rng) for _ in range(64)))
+    folder = toy_world(tmp_path_factory.mktemp("world"))
     base = (f"--model={folder}/model", f"--data={folder}/sft.jsonl", *SFT)
     run("sft.py", *base, f"--out_dir={folder}/one")
     return folder, base, load_file(folder / "one" / "step-000003" / "model.safetensors")

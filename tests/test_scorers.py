@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import scorers
-from evaluate import bootstrap_interval, compare, pass_at_k, rule_reward
+from evaluate import rule_reward
+from results import bootstrap_interval, compare, pass_at_k
 from scorers import score
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

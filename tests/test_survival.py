@@ -18,7 +18,8 @@ import grpo_unified
 from rows import parse_config
 from tests.judge_server import judge_server
 from tests.test_jobs import GRPO, final_state
-from tests.tiny import ROOT, tiny_model, toy
+from tests.test_model import launcher
+from tests.tiny import ROOT, toy_world
 
 SFT = ("--rows_per_step=4", "--save_interval=1", "--tokens_per_microbatch=2000", "--keep_last=3", "--lr=1e-3",
        "--checkpoint_activations=false", "--timeout_s=60")
@@ -28,12 +29,7 @@ SMALL = ("--prompts_per_step=2", "--prompts_per_minibatch=1", "--max_new_tokens_
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    tiny_model(folder / "model", phrases=toy.toy_phrases())
-    rng = random.Random(0)
-    toy.write(folder / "sft.jsonl", (toy.sft_row(rng) for _ in range(64)))
-    toy.write(folder / "rl.jsonl", (toy.rl_row(rng, i, "train") for i in range(16)))
-    return folder
+    return toy_world(tmp_path_factory.mktemp("world"))
 
 
 def sft(world, out, *more):
@@ -131,11 +127,9 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_whole(world
 
 
 def two_ranks(world, out, url, *more):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
-                "--rdzv_endpoint=localhost:0"]
     restarts = [a for a in more if a.startswith("--max-restarts")]
     rest = [a for a in more if a not in restarts]
-    return [*launcher, *restarts, "grpo_unified.py", *grpo(world, out, url, *rest)]
+    return [*launcher(2), *restarts, "grpo_unified.py", *grpo(world, out, url, *rest)]
 
 
 def workers(launcher):

@@ -26,6 +26,15 @@ def tiny_model(folder, tied=True, seed=0, phrases=(), hidden=32, **shape) -> str
     return str(folder)
 
 
+def toy_world(folder, demonstrations=64, questions=16, model="model", **shape):
+    """A tiny model with the toy's tokenizer, sft.jsonl and rl.jsonl in `folder`, which is returned."""
+    tiny_model(folder / model, phrases=toy.toy_phrases(), **shape)
+    rng = random.Random(0)
+    toy.write(folder / "sft.jsonl", (toy.sft_row(rng) for _ in range(demonstrations)))
+    toy.write(folder / "rl.jsonl", (toy.rl_row(rng, i, "train") for i in range(questions)))
+    return folder
+
+
 def random_rows(lengths, seed=0, vocab=250) -> list[Row]:
     """Rows with random ids and masks; the columns hold advantage, weight and old log-probs."""
     rng = random.Random(seed)

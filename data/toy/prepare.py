@@ -10,7 +10,6 @@ models fail to learn to copy names of two tokens on some seeds.
 """
 
 import argparse
-import importlib.util
 import json
 import random
 import re
