@@ -348,7 +348,8 @@ def main(cfg: Config) -> None:
         (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         (out / "episodes").mkdir(exist_ok=True)
         per = cfg.group_size * (2 if cfg.variant == "u" else 1)
-        print(f"variant {cfg.variant}: {cfg.prompts_per_step} questions x {per} attempts a step, {engines} engine(s), -> {out}")
+        print(f"variant {cfg.variant}: {cfg.prompts_per_step} questions x {per} attempts a step, {engines} engine(s), "
+              f"about {shared.memory_of(policy, cfg):.1f} GB a rank to train, -> {out}")
     tracker = start_wandb(cfg, rank)
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))

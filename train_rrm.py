@@ -529,7 +529,8 @@ def main(cfg: Config) -> None:
     if rank == 0:
         (out / "run.json").write_text(json.dumps(facts, indent=1))
         (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        print(f"{cfg.stage}: {len(rows)} judged trajectories, {cfg.judgments_per_step} a step, from step {start} -> {out}")
+        print(f"{cfg.stage}: {len(rows)} judged trajectories, {cfg.judgments_per_step} a step, from step {start}, "
+              f"about {shared.memory_of(policy, cfg):.1f} GB a rank -> {out}")
     tracker = start_wandb(cfg, rank)
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))

@@ -1,0 +1,11 @@
+# Reagent-U on one GPU of 80 GB with Qwen3-1.7B. About 34.0 GB to train; the engine keeps its weights and has 45 % of the
+# GPU. Untried: no GPU was at hand.
+model = "out/sft_17b/step-003476"
+prompts_per_step = 16
+prompts_per_minibatch = 4
+max_tokens_per_attempt = 8000
+max_context = 20_000
+gpu_memory_share = 0.45
+engine_sleep = False
+tokens_per_microbatch = 16_384
+out_dir = "out/u_17b"
