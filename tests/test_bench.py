@@ -144,7 +144,7 @@ def test_the_agent_knows_its_tasks_by_heart(tmp_path):
     agent = bench.Agent(bench.Config(out_dir=str(tmp_path), rows=4), temperature=0.1)
     episodes = agent.chains(agent.judge)
     assert [[len(a.calls) for a in e.attempts] for e in episodes] == [[2, 2]] * 4
-    assert all(a.termination == "answered" and a.score == 0.55 for e in episodes for a in e.attempts)
+    assert all(a.termination == "answered" and a.score == 1.0 for e in episodes for a in e.attempts)
     assert agent.sampled > sum(sum(e.mask) for e in episodes)  # judgments too
     answers = [re.sub(r"\D", "", bench.FACTS[{"Quin": "Rome", "Siena": "Troy", "Uma": "Vera", "Wien": "Xena"}[s]]) for s in bench.STARTS]
     assert [e.attempts[1].answer for e in episodes] == answers

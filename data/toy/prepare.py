@@ -1,6 +1,6 @@
 """The toy: a world of trails, a word-level tokenizer, a random Qwen3 of 0.3 M parameters and rows for every stage.
 
-    python data/toy/prepare.py [--out=data/toy] [--seed=0]
+    python data/toy/prepare.py [--out=data/toy] [--seed=0] [--hops=4]
 
 A question names a place and a number of hops; each lookup gives the next place, the last one a code:
 "Follow the trail of 3 from Ada. Which code is at its end?"  Ada -> Rome -> Nile -> code 42.
@@ -23,8 +23,7 @@ NAMES = """Ada Bern Cleo Dune Elba Finn Gaza Hugo Iris Juno Kiel Lena Mars Nile 
 Vera Wien Xena York Zoe Aral Bath Cork Dale""".split()
 CODES = ["17", "23", "38", "42", "56", "61", "79", "84"]
 DOCS = 10  # documents a question has: its trail, and another trail that leads elsewhere
-HOPS = (1, 1, 2, 3, 4)  # drawn for demonstrations; RL and the test set have RL_HOPS
-RL_HOPS = 4
+HOPS = (1, 1, 2, 3, 4)  # drawn for demonstrations; RL and the test set have --hops
 FOLLOWS = {1: 0.9, 2: 0.3, 3: 0.02, 4: 0.0}  # share of demonstrations that follow the whole trail, by its length
 REFINED = 0.65  # share of demonstrations that go on with a refined attempt
 OBEYS = 0.7  # share of critiques that name the right place; the others are obeyed too, so critiques must be read
@@ -123,7 +122,7 @@ def annotate(question: str, messages: list[dict]) -> str:
     """The three blocks for one attempt; the score is `score_of` what can be seen in it.
 
     Judged alone, a refined attempt that goes on from the middle of the trail has done none of the needed lookups that
-    the judge can trace from the question; its answer still counts as grounded if its own tool results gave it.
+    the judge can trace from the question; its answer counts as grounded all the same if its own tool results gave it.
     """
     seen = read_attempt(question, messages)
     done = sum(was for _, was in seen["needed"])
@@ -136,12 +135,14 @@ def annotate(question: str, messages: list[dict]) -> str:
 
 
 def score_of(done: int, hops: int, grounded: bool) -> float:
-    """Share of the needed lookups, and a grounded answer for a little more than half: above 0.5 just where it is one.
+    """1 for a grounded answer; without one, the share of the needed lookups, below 0.5.
 
-    With equal shares, (done + grounded) / (hops + 1), a complete trail with a wrong answer scores 0.8: GRPO of the
-    reward model, which is also paid for agreeing with correctness, then unlearns the annotated scores.
+    With (done + grounded) / (hops + 1) a complete trail with a wrong answer scores 0.8: GRPO of the reward model, which
+    is also paid for agreeing with correctness, then unlearns the annotated scores. With 0.45 * done / hops + 0.55 *
+    grounded a refined attempt that goes on from the middle of the trail, as its critique said, scores 0.55: once the
+    first attempts are right the pool pushes such attempts down, and refined ones end below first ones (.945, .973).
     """
-    return 0.45 * done / hops + 0.55 * grounded
+    return 1.0 if grounded else 0.45 * done / hops
 
 
 def judgment_text(think: str, critique: str, score: float) -> str:
@@ -178,10 +179,10 @@ def sft_row(rng: random.Random) -> dict:
     return {"messages": messages, "tools": TOOLS}
 
 
-def rl_row(rng: random.Random, i: int, split: str) -> dict:
-    world = make_world(rng, RL_HOPS)
+def rl_row(rng: random.Random, i: int, split: str, hops: int = 4) -> dict:
+    world = make_world(rng, hops)
     row = {"id": f"toy-{split}-{i}", "question": question_of(world), "answer": world["code"], "kind": "qa"}
-    return row | {"docs": docs_of(world), "meta": {"hops": RL_HOPS, "dataset": "toy"}}
+    return row | {"docs": docs_of(world), "meta": {"hops": hops, "dataset": "toy"}}
 
 
 def rrm_row(rng: random.Random, i: int) -> dict:
@@ -192,9 +193,22 @@ def rrm_row(rng: random.Random, i: int) -> dict:
     start = world["trail"][0] if rng.random() < 0.8 else rng.choice(world["trail"])
     messages, code, _ = lookups(world, start, depth)
     answer = code if code and rng.random() < 0.5 else rng.choice(CODES)
+    for _ in range(rng.choice((0, 0, 0, 0, 1, 1, 2, 3))):
+        turn = 2 * rng.randrange(len(messages) // 2 + 1)
+        messages[turn:turn] = stumble(rng)
     broken = [{"role": "assistant", "content": rng.choice(("", "\\boxed{}", CALL.format(name=rng.choice(NAMES))))}]
     messages += broken if rng.random() < 0.15 else [final(answer)]
     return judged(world, messages, f"rrm-{i}")
+
+
+def stumble(rng: random.Random) -> list[dict]:
+    """A broken call and what the agent loop answers. Agents in training write such, and a judge that never saw one
+    gives no valid judgment: then the attempt leaves the pool instead of being marked down, and the agent gets worse."""
+    before, _, after = CALL.replace("{{", "{").replace("}}", "}").partition("{name}")
+    pieces = (before, after, "<tool_call>", "}", " from ", '": 1. ', rng.choice(NAMES), rng.choice(CODES))
+    text = "".join(["<tool_call>", *rng.choices(pieces, k=rng.randint(1, 4))])
+    answers = [problem or 'No results for "".' for _, _, problem in rollout.parse_calls(text)]
+    return [{"role": "assistant", "content": text}] + [{"role": "tool", "content": answer} for answer in answers]
 
 
 def judged(world: dict, messages: list[dict], name: str) -> dict:
@@ -207,8 +221,9 @@ def judged(world: dict, messages: list[dict], name: str) -> dict:
 
 def rrm_test_row(rng: random.Random, i: int) -> dict:
     """A held-out trajectory as from a policy that is right in two of three: from the start, most of them complete."""
-    world = make_world(rng, RL_HOPS)
-    messages, code, _ = lookups(world, world["trail"][0], RL_HOPS if rng.random() < 0.8 else rng.randrange(RL_HOPS))
+    world = make_world(rng, max(HOPS))
+    hops = world["hops"]
+    messages, code, _ = lookups(world, world["trail"][0], hops if rng.random() < 0.8 else rng.randrange(hops))
     answer = code if code and rng.random() > 0.15 else rng.choice(CODES)
     messages.append(final(answer) if rng.random() > 0.05 else {"role": "assistant", "content": "\\boxed{}"})
     return judged(world, messages, f"rrm-test-{i}")
@@ -228,6 +243,9 @@ def toy_phrases() -> list[str]:
     question = re.split(r"\{hops\}|\{start\}", QUESTION)
     phrases = [p.SYSTEM_PROMPT, *re.split("</?think>", p.RRM_PROMPT), p.FINAL_PROMPT, refine[0], refine[2], *request, *question]
     phrases += [before.removeprefix(open_tag), after.removesuffix(close_tag)]
+    phrases += ["The tool call has no closing ", "The tool call is not valid JSON: ", rollout.LEFT_OUT]
+    phrases += [tag.replace("<", "<\u200b") for tag in (open_tag, close_tag)]
+    phrases += ["Expecting value", "Expecting ',' delimiter", "Extra data", ": line ", " column ", " (char "]
     phrases += [before.replace("<", "<\u200b"), after.replace("<", "<\u200b")]
     phrases += ['Results for "', '":\n1. ', " (doc:", ")\nleads to ", ")\nhas code ", 'No results for "', '".', "."]
     phrases += ["\\boxed{", "}", "system\n", "user\n", "assistant\n", "\n", "\ntools:", " search"]
@@ -289,6 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", default=str(Path(__file__).parent))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hops", type=int, default=4, help="length of the trails of RL and of its test set")
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -300,8 +319,8 @@ def main() -> None:
     print(f"model          {parameters:,} parameters")
     source = {
         "sft": lambda r, i: sft_row(r),
-        "rl_train": lambda r, i: rl_row(r, i, "train"),
-        "rl_test": lambda r, i: rl_row(r, i, "test"),
+        "rl_train": lambda r, i: rl_row(r, i, "train", args.hops),
+        "rl_test": lambda r, i: rl_row(r, i, "test", args.hops),
         "rrm_sft": rrm_row,
         "rrm_rl": rrm_row,
         "rrm_test": rrm_test_row,
