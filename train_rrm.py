@@ -46,7 +46,7 @@ class Config:
     data: str = "data/reagent/rrm_rl.jsonl"  # RRM rows {"question", "trajectory", "think", "critique", "score", "correct"?}
     eval_data: str = ""  # RRM rows for the report during and after training
     rrm_prompt_file: str = ""  # another prompt for the reward model
-    max_tokens_per_row: int = 32_768  # sft: longer rows are skipped and counted
+    max_tokens_per_row: int = 32_768  # sft: longer rows are skipped and counted, as are prompts beyond max_context
     # reward of a judgment
     closeness_weight: float = 0.7  # of 1 - |s - s*|
     agreement_weight: float = 0.3  # of (s > 0.5) == correct
@@ -148,13 +148,17 @@ def check_rrm_row(row: dict) -> str | None:
 
 def target_text(row: dict) -> str:
     """The three blocks that SFT trains on."""
-    text = row.get("judgment")
-    if text is None:
-        score = f"{row['score']:.2f}"
-        text = f"<think>{row['think']}</think><critique>{row['critique']}</critique><score>{score}</score>"
-    if rollout.parse_judgment(text) is None:
-        raise ValueError(f"the judgment of {row.get('id', row['question'][:60])!r} is not valid")
-    return text
+    if "judgment" in row:
+        return row["judgment"]
+    return f"<think>{row['think']}</think><critique>{row['critique']}</critique><score>{row['score']:.2f}</score>"
+
+
+def check_judged_row(row: dict) -> str | None:
+    """What SFT needs beyond check_rrm_row: a judgment to learn."""
+    missing = [] if "judgment" in row else [key for key in ("think", "critique", "score") if row.get(key) is None]
+    if missing:
+        return f"SFT needs {', '.join(map(repr, missing))}; found the keys {sorted(row)}"
+    return check_rrm_row(row) or (None if rollout.parse_judgment(target_text(row)) else "the judgment is not valid")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,22 +455,24 @@ def report(cfg: ReportConfig) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def judge_ids(chat: Chat, row: dict, cfg) -> list[int]:
-    """Prompt ids of a row, its tool results shortened where it does not fit."""
+def judge_ids(chat: Chat, row: dict, cfg) -> list[int] | None:
+    """Prompt ids of a row, its tool results shortened where it does not fit; None where that is not enough."""
     prompt = rollout.read_prompt(cfg.rrm_prompt_file, rollout.RRM_PROMPT)
     room = cfg.max_context - cfg.max_judgment_tokens - len(rollout.judge_prompt(chat, row["question"], "", prompt))
     text = row["trajectory"]
     if not isinstance(text, str):
         text = rollout.fit_trajectory(text, room, lambda t: len(chat.outside(t)))
     if text is None or len(chat.outside(text)) > room:
-        raise ValueError(f"the trajectory of {row.get('id', row['question'][:60])!r} does not fit max_context")
+        return None
     return rollout.judge_prompt(chat, row["question"], text, prompt)
 
 
-def sft_row(chat: Chat, row: dict, cfg) -> shared.Row:
-    prompt = judge_ids(chat, row, cfg)
-    text = target_text(row)
+def sft_row(chat: Chat, row: dict, cfg) -> shared.Row | None:
+    """The token row of a judgment; None where it is too long."""
+    prompt, text = judge_ids(chat, row, cfg), target_text(row)
     target = [*chat.text(text), chat.closer_id]
+    if prompt is None or len(prompt) + len(target) > cfg.max_tokens_per_row:
+        return None
     cut = text.find(" Found ") if cfg.verdict_weight != 1.0 else -1
     plain = len(chat.text(text[:cut])) if cut > 0 else len(target)
     weights = [1.0] * plain + [cfg.verdict_weight] * (len(target) - plain)
@@ -496,7 +502,8 @@ def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data, processes
     if cfg.stage not in ("sft", "grpo"):
         raise SystemExit(f"stage = {cfg.stage!r}: sft or grpo")
-    rows = JsonlRows(cfg.data, check_rrm_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)")
+    check = check_judged_row if cfg.stage == "sft" else check_rrm_row
+    rows = JsonlRows(cfg.data, check, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)")
     eval_rows = list(JsonlRows(cfg.eval_data, check_rrm_row)) if cfg.eval_data else []
     tokenizer = shared.load_tokenizer(cfg.model)
     chat = Chat(tokenizer)
@@ -549,9 +556,12 @@ def main(cfg: Config) -> None:
 
     def evaluate_judge() -> dict:
         prompts = [judge_ids(chat, row, cfg) for row in eval_rows]
-        seeds = [rollout.seed_of(cfg.seed, "eval", i) for i in range(len(prompts))]
-        samples = sample(prompts, seeds, rollout.JUDGE_TEMPERATURE)
-        return judgment_report([read_judgment(chat, s) for s in samples], eval_rows, [len(s.ids) for s in samples])
+        there = [i for i, prompt in enumerate(prompts) if prompt]
+        seeds = [rollout.seed_of(cfg.seed, "eval", i) for i in there]
+        samples = sample([prompts[i] for i in there], seeds, rollout.JUDGE_TEMPERATURE)
+        lengths = [len(s.ids) for s in samples]
+        report = judgment_report([read_judgment(chat, s) for s in samples], [eval_rows[i] for i in there], lengths)
+        return report | {"too_long": len(prompts) - len(there)}
 
     if found:
         sync()
@@ -568,21 +578,22 @@ def main(cfg: Config) -> None:
 
         # ------------------------------------------------------------ rows to train on
         if cfg.stage == "sft":
-            batch_rows = [sft_row(chat, row, cfg) for row in picked]
-            fitting = [row for row in batch_rows if len(row.ids) <= cfg.max_tokens_per_row]
-            line["too_long"] = len(batch_rows) - len(fitting)
+            fitting = [row for row in (sft_row(chat, row, cfg) for row in picked) if row]
+            line["too_long"] = len(picked) - len(fitting)
             columns, whole = ("weight",), sum(sum(row.columns["weight"]) for row in fitting)
         else:
-            prompts = [judge_ids(chat, row, cfg) for row in picked for _ in range(cfg.group_size)]
+            asked = [(row, judge_ids(chat, row, cfg)) for row in picked]
+            asked = [(row, prompt) for row, prompt in asked if prompt for _ in range(cfg.group_size)]
+            targets, prompts = [row for row, _ in asked], [prompt for _, prompt in asked]
+            line["too_long"] = len(picked) - len(asked) // cfg.group_size
             seeds = [rollout.seed_of(cfg.seed, step, i, "judge") for i in range(len(prompts))]
             samples = sample(prompts, seeds, cfg.temperature)
             if hasattr(engine, "sleep"):
                 engine.sleep()
             judged = [read_judgment(chat, s) for s in samples]
-            targets = [row for row in picked for _ in range(cfg.group_size)]
             weights = (cfg.closeness_weight, cfg.agreement_weight, cfg.leak_penalty)
             rewards = torch.tensor([judgment_reward(j, row, *weights) for j, row in zip(judged, targets)])
-            advantages = group_advantages(rewards.view(len(picked), cfg.group_size)).flatten().tolist()
+            advantages = group_advantages(rewards.view(-1, cfg.group_size)).flatten().tolist()
             kept = [i for i in range(len(samples)) if advantages[i] != 0.0]
             counted = sum(any(a != 0.0 for a in advantages[g : g + cfg.group_size]) * cfg.group_size
                           for g in range(0, len(samples), cfg.group_size))
@@ -592,8 +603,9 @@ def main(cfg: Config) -> None:
                 data = {"advantage": [advantages[i]] * n, "weight": [1 / (counted * n)] * n, "logp_mu": samples[i].logps}
                 fitting.append(shared.Row(prompts[i] + samples[i].ids, [0] * len(prompts[i]) + [1] * n, data))
             columns = ("advantage", "weight", "logp_mu")
-            line |= {"reward": rewards.mean().item(), "valid": sum(j is not None for j in judged) / len(judged)}
-            line["pools/dropped"] = 1 - counted / len(samples)
+            if samples:
+                line |= {"reward": rewards.mean().item(), "valid": sum(j is not None for j in judged) / len(judged)}
+                line["pools/dropped"] = 1 - counted / len(samples)
 
         # ------------------------------------------------------------ update
         total, norm, gap, skipped = 0.0, 0.0, [0.0, 0.0], ""

@@ -27,8 +27,9 @@ def serving(handler, port=0):
 
 
 @contextmanager
-def judge_server(reply=hashed_judgment):
-    """Serves; yields (base URL, list of user texts). `reply(text)` -> content, or an int: that HTTP error."""
+def judge_server(reply=hashed_judgment, whole=False):
+    """Serves; yields (base URL, list of user texts, or of whole requests). `reply(text)` -> content, or an int: that
+    HTTP error."""
     seen = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -38,7 +39,7 @@ def judge_server(reply=hashed_judgment):
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             text = request["messages"][-1]["content"]
-            seen.append(text)
+            seen.append(request if whole else text)
             content = reply(text)
             if isinstance(content, int):
                 return self.send({"error": {"message": "no"}}, content)

@@ -1,13 +1,18 @@
-"""The reward of a judgment, leaks, and the report, against worked examples and scipy-free oracles."""
+"""The reward of a judgment, leaks, the report and the rows, against worked examples and scipy-free oracles."""
 
+import asyncio
 import math
 import random
 
 import pytest
 import torch
 
+import rollout
 import train_rrm as rrm
 from rollout import Judgment
+from rows import Chat
+from tests.judge_server import judge_server
+from tests.tiny import toy
 
 ROW = {"question": "Who wrote it?", "trajectory": "[assistant]\nperhaps Bob", "score": 0.8, "correct": True, "answer": ["Ada Byron"]}
 
@@ -80,3 +85,42 @@ def test_bad_rows_are_named(tmp_path):
     path.write_text('{"question": "q", "trajectory": "t", "score": 2}\n')
     with pytest.raises(ValueError, match=r"rows.jsonl:1: 'score' is 2"):
         rrm.JsonlRows(str(path), rrm.check_rrm_row)
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"critique": "c", "score": 0.5}, "SFT needs 'think'; found the keys ['critique', 'question', 'score', 'trajectory']"),
+        ({"think": "a", "critique": "<score>1</score>", "score": 0.5}, "the judgment is not valid"),
+        ({"judgment": "a fine attempt"}, "the judgment is not valid"),
+        ({"judgment": "<think>a</think><critique>c</critique><score>0.5</score>"}, None),
+    ],
+)
+def test_a_row_without_a_judgment_to_learn_is_told_before_sft(row, told):
+    assert rrm.check_judged_row({"question": "q", "trajectory": "t", **row}) == told
+
+
+CHAT = Chat(toy.make_tokenizer([]))
+
+
+def test_a_row_that_is_too_long_is_left_out_and_long_tool_results_are_shortened_first():
+    cfg = rrm.Config(max_context=3000, max_judgment_tokens=100, max_tokens_per_row=3000)
+    row = {"question": "q", "think": "a", "critique": "c", "score": 0.5}
+    said = {"role": "assistant", "content": "word " * 2000}
+    seen = {"role": "tool", "content": "fact " * 2000}
+    assert rrm.sft_row(CHAT, row | {"trajectory": [said]}, cfg) is None
+    fitted = rrm.sft_row(CHAT, row | {"trajectory": [seen, {"role": "assistant", "content": "the answer"}]}, cfg)
+    assert len(fitted.ids) <= 3000 and "the answer" in CHAT.decode(fitted.ids)
+
+
+def test_another_prompt_file_is_what_the_judge_trains_on_and_is_asked_with(tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("You are Agent-RRM.")
+    row = {"question": "q", "trajectory": [{"role": "assistant", "content": "x"}]}
+    ids = rrm.judge_ids(CHAT, row, rrm.Config(rrm_prompt_file=str(path)))
+    prompt = rollout.read_prompt(str(path), rollout.RRM_PROMPT)
+    with judge_server(whole=True) as (url, requests):
+        judge = rollout.make_judge(url, CHAT, rollout.Rounds(), engine="hf", max_context=4000, prompt=prompt)
+        assert asyncio.run(judge(row["question"], row["trajectory"], (0,)))
+    assert requests[0]["messages"][0] == {"role": "system", "content": "You are Agent-RRM."}
+    assert "You are Agent-RRM." in CHAT.decode(ids) and rollout.RRM_PROMPT[:40] not in CHAT.decode(ids)
