@@ -167,15 +167,14 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, le
         n, causal = max(lengths), (-1, 0)
         options = dict(scale=scaling, window_size=causal, enable_gqa=True)
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, n, n, **options)[None], None
-    out, start = [], 0
-    for length, run in groupby(lengths):
-        count = len(list(run))
-        span = slice(start, start + length * count)
-        # (1, heads, count * L, D) -> (count, heads, L, D)
-        q, k, v = (x[0, :, span].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
+    runs = [(len(list(run)), length) for length, run in groupby(lengths)]
+    # split, not slices: the backward of a slice fills a tensor of all T with zeros
+    parts = [x[0].split([count * length for count, length in runs], dim=1) for x in (query, key, value)]
+    out = []
+    for run, *qkv in zip(runs, *parts):
+        q, k, v = (x.unflatten(1, run).transpose(0, 1) for x in qkv)  # (heads, count * L, D) -> (count, heads, L, D)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         out.append(o.transpose(1, 2).flatten(0, 1))  # (count * L, heads, D)
-        start += length * count
     return torch.cat(out)[None], None
 
 
