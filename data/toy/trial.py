@@ -1,8 +1,9 @@
 """Tries agents on held-out toy questions: first attempts, refined ones, and what the critique is worth.
 
-    python data/toy/trial.py out/toy/sft/step-000250 out/toy/u/step-000040 [--rrm=toy|FOLDER] [--seed=0]
+    python data/toy/trial.py out/toy/sft/step-000250 out/toy/u/step-000040 [--rrm=toy|FOLDER] [--seed=0] [--data=FILE] [--out=FOLDER]
 
-No reward model is used for the first attempts. `shuffled` refines with the critique of another question.
+No reward model is used for the first attempts. `shuffled` refines with the critique of another question. The figures go
+into trial.json in `out`, by default the folder that holds the last agent.
 """
 
 import asyncio
@@ -28,9 +29,9 @@ def grounded(episode, stage: int) -> bool:
     return bool(attempt.correct) and any(f"has code {attempt.answer}." in text for text in seen)
 
 
-def trial(folder: str, rrm: str = "toy", seed: int = 0, rows=None) -> tuple[dict, list]:
-    """-> (figures, episodes with the judge's own critiques) of one agent on rows (default: the 256 of rl_test.jsonl)."""
-    rows = rows or list(JsonlRows(str(Path(__file__).parent / "rl_test.jsonl")))
+def trial(folder: str, rrm: str = "toy", seed: int = 0, data: str = str(Path(__file__).parent / "rl_test.jsonl")):
+    """-> (figures, episodes with the judge's own critiques) of one agent on the rows of `data`."""
+    rows = list(JsonlRows(data))
     chat, rounds = Chat(shared.load_tokenizer(folder)), rollout.Rounds()
     engine = rollout.HFEngine(folder, chat.stop_ids, rounds)
     judge = rollout.make_judge(rrm, chat, rounds, engine="hf", max_context=1024)
@@ -71,17 +72,20 @@ def transcript(episode) -> str:
 def main(argv: list[str]) -> None:
     options = dict(arg[2:].split("=", 1) for arg in argv if arg.startswith("--"))
     folders = [arg for arg in argv if not arg.startswith("--")]
-    if not folders or set(options) - {"rrm", "seed"}:
+    if not folders or set(options) - {"rrm", "seed", "data", "out"}:
         raise SystemExit(__doc__)
-    table = {folder: trial(folder, options.get("rrm", "toy"), int(options.get("seed", 0))) for folder in folders}
+    out = Path(options.pop("out", Path(folders[-1]).parent))
+    options["seed"] = int(options.get("seed", 0))
+    table = {folder: trial(folder, **options) for folder in folders}
     chosen = random.Random(0).sample([e for e in table[folders[0]][1] if len(e.attempts) > 1], 3)
     for n, episode in enumerate(chosen, 1):
         print(f"\n--- transcript {n}: {folders[0]}\n{transcript(episode)}")
     head = list(table[folders[0]][0])
-    print(f"\n{'256 held-out questions':36}" + "".join(f"{name:>10}" for name in head))
+    held_out = f"{len(table[folders[0]][1])} held-out questions"
+    print(f"\n{held_out:36}" + "".join(f"{name:>10}" for name in head))
     for folder, (figures, _) in table.items():
         print(f"{folder:36}" + "".join(f"{figures[name]:>10}" for name in head))
-    Path(folders[-1]).parent.joinpath("trial.json").write_text(json.dumps({f: t[0] for f, t in table.items()}, indent=1))
+    (out / "trial.json").write_text(json.dumps({f: t[0] for f, t in table.items()}, indent=1))
 
 
 if __name__ == "__main__":

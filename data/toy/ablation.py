@@ -1,0 +1,166 @@
+"""The ablation on the toy: what each part of Reagent-U is worth. `make ablation` runs it after `make demo`.
+
+    python data/toy/ablation.py [--seeds=5] [--sft=out/toy/sft/step-000250] [--rrm=toy|FOLDER] [--out=out/toy/ablation]
+
+All runs start from the same agent and have the same judge, by default the rule annotator; on trails of 4, and of 6, which
+no demonstration shows. Every run is a process of its own on one core, two at a time; what is finished is not run again.
+Reagent-U samples twice the attempts of R and rule a step, so those two run twice the steps: "R" is at equal steps, "R, 2x
+steps" at equal attempts. Writes table.md and curves.svg into `out`.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from report import figure_svg, read_jsonl  # noqa: E402
+
+STEPS, QUESTIONS, GROUP = 24, 8, 8
+ARMS = {
+    "rule": ["--variant=rule"],
+    "rule, token mean": ["--variant=rule", "--loss_agg=token_mean"],
+    "R": ["--variant=r"],
+    "U": [],
+    "U, per-stage pools": ["--pool=per_stage"],
+    "U, token mean": ["--loss_agg=token_mean"],
+    "U, fixed critique": ["--fixed_critique=The trail was not followed to its end."],
+    "U, lambda 0": ["--rrm_weight=0"],
+    "U, drop rule_equal": ["--drop=rule_equal"],
+}
+TWICE = ("rule", "rule, token mean", "R")  # one attempt a chain: these also run to 2 * STEPS
+COLUMNS = ("first", "grounded", "refined", "calls", "steps to .9", "attempts to .9", "score of wrong", "CPU-s")
+
+
+def per_step(arm: str) -> int:
+    """Attempts that one step of an arm samples."""
+    return QUESTIONS * GROUP * (2 if arm.startswith("U") else 1)
+
+
+def cpu_seconds(command: list[str], log: Path) -> float:
+    """Runs a command to its end, its output appended to `log`; returns the CPU seconds it took."""
+    with open(log, "a") as file:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed: see {log}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def run(world: Path, judge: str, arm: str, seed: int, sft: str, out: Path) -> None:
+    """One run of an arm and the trial of its checkpoints -> result.json in `out`."""
+    if (out / "result.json").is_file():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    steps = STEPS * (2 if arm in TWICE else 1)
+    train = [sys.executable, "grpo_unified.py", "config/grpo_unified_toy_tiny.py", *ARMS[arm], f"--model={sft}", f"--rrm={judge}",
+             f"--data={world}/rl_train.jsonl", "--eval_data=", f"--prompts_per_step={QUESTIONS}", f"--group_size={GROUP}",
+             f"--steps={steps}", "--lr_end=1", f"--save_interval={STEPS}", "--keep_last=0", f"--seed={seed}",
+             "--max_rrm_failures=1", f"--out_dir={out}"]
+    seconds = cpu_seconds(train, out / "run.log")
+    ends = [f"{out}/step-{step:06d}" for step in range(STEPS, steps + 1, STEPS)]
+    try_out = [sys.executable, "data/toy/trial.py", *ends, f"--rrm={judge}", f"--data={world}/rl_test.jsonl"]
+    cpu_seconds(try_out, out / "run.log")
+    figures = json.loads((out / "trial.json").read_text())
+    result = {"cpu_seconds": seconds, "trials": [figures[end] for end in ends]}
+    (out / "result.json").write_text(json.dumps(result))
+
+
+def steps_to(log: list[dict], level: float = 0.9) -> int | None:
+    """The first step whose accuracy of first attempts on fresh questions, over three steps, is at least `level`."""
+    accuracy = [line["accuracy/first"] for line in log]
+    return next((i + 1 for i in range(2, len(log)) if sum(accuracy[i - 2 : i + 1]) / 3 >= level), None)
+
+
+def figures_of(folders: list[Path], arm: str, twice: bool) -> dict[str, list]:
+    """{column: one value a seed} of an arm, after STEPS or 2 * STEPS steps."""
+    values: dict[str, list] = {name: [] for name in COLUMNS}
+    for folder in folders:
+        result, log = json.loads((folder / "result.json").read_text()), read_jsonl(folder / "log.jsonl")
+        log = log if twice else log[:STEPS]
+        tried, reached = result["trials"][twice], steps_to(log)
+        wrong = [line["score/wrong"] for line in log[-5:] if "score/wrong" in line]
+        for name in ("first", "grounded", "refined", "calls"):
+            values[name].append(tried[name])
+        values["steps to .9"].append(reached)
+        values["attempts to .9"].append(reached and reached * per_step(arm))
+        values["score of wrong"].append(statistics.mean(wrong) if wrong else None)
+        values["CPU-s"].append(result["cpu_seconds"] * (1 if twice or arm not in TWICE else 0.5))
+    return values
+
+
+def cell(values: list) -> str:
+    """Mean ± standard deviation; where some seeds have no value, how many have one."""
+    there = [v for v in values if v is not None]
+    if not there:
+        return "-"
+    digits = 3 if max(there) < 10 else 0
+    spread = f" ± {statistics.stdev(there):.{digits}f}" if len(there) > 1 else ""
+    return f"{statistics.mean(there):.{digits}f}{spread}" + (f" ({len(there)} of {len(values)})" if len(there) < len(values) else "")
+
+
+def mean_curve(folders: list[Path], key: str, per: int) -> list[tuple[float, float]]:
+    """(attempts sampled, mean over seeds) of a key of the logs."""
+    logs = [[line.get(key) for line in read_jsonl(folder / "log.jsonl")] for folder in folders]
+    steps = zip(*logs)
+    return [((i + 1) * per, statistics.mean(found)) for i, found in enumerate(steps) if None not in found]
+
+
+def write_results(out: Path, worlds: dict, before: dict, seeds: int) -> str:
+    text, drawn = [], []
+    for name in worlds:
+        text += [f"\nTrails of {name}, {seeds} seeds\n", "| variant | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+        start = before[name]
+        text.append(f"| SFT (refined: Reagent-C) | {start['first']} | {start['grounded']} | {start['refined']} | {start['calls']}"
+                    + " | -" * 4 + " |")
+        for arm in ARMS:
+            folders = [path for path in (out / name / arm.replace(" ", "_") / str(seed) for seed in range(seeds))
+                       if (path / "result.json").is_file()]
+            if not folders:
+                continue
+            for twice in (False, True)[: 1 + (arm in TWICE)]:
+                values = figures_of(folders, arm, twice)
+                label = arm + ", 2x steps" * twice
+                text.append(f"| {label} | " + " | ".join(cell(values[column]) for column in COLUMNS) + " |")
+            lines = {stage: mean_curve(folders, f"accuracy/{stage}", per_step(arm)) for stage in ("first", "refined")}
+            drawn.append(("", f"{arm}, {name} hops", {stage: points for stage, points in lines.items() if points}))
+    (out / "table.md").write_text("\n".join(text).strip() + "\n")
+    (out / "curves.svg").write_text(figure_svg(drawn).replace(">step<", ">attempts<"), encoding="utf-8")
+    return "\n".join(text)
+
+
+def main(argv: list[str]) -> None:
+    options = {"seeds": "5", "out": "out/toy/ablation", "sft": "out/toy/sft/step-000250", "rrm": "toy"}
+    given = dict(arg.removeprefix("--").partition("=")[::2] for arg in argv)
+    if set(given) - set(options):
+        raise SystemExit(__doc__)
+    options |= given
+    out, seeds = Path(options["out"]), int(options["seeds"])
+    if not Path(options["sft"]).is_dir():
+        raise SystemExit(f"no {options['sft']}: run make demo first, or give --sft=FOLDER")
+    worlds, judge = {"4": ROOT / "data/toy", "6": out / "world6"}, options["rrm"]
+    out.mkdir(parents=True, exist_ok=True)
+    cpu_seconds([sys.executable, "data/toy/prepare.py", "--hops=6", f"--out={out}/world6"], out / "prepare.log")
+    before = {}
+    for name, world in worlds.items():
+        where = out / name / "sft"
+        if not (where / "trial.json").is_file():
+            where.mkdir(parents=True, exist_ok=True)
+            cpu_seconds([sys.executable, "data/toy/trial.py", options["sft"], f"--rrm={judge}", f"--data={world}/rl_test.jsonl",
+                         f"--out={where}"], where / "run.log")
+        before[name] = json.loads((where / "trial.json").read_text())[options["sft"]]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        jobs = [pool.submit(run, worlds[name], judge, arm, seed, options["sft"], out / name / arm.replace(" ", "_") / str(seed))
+                for seed in range(seeds) for name in worlds for arm in ARMS]
+        for done, job in enumerate(jobs, 1):
+            job.result()
+            print(f"{done} of {len(jobs)} runs", flush=True)
+    print(write_results(out, worlds, before, seeds))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
