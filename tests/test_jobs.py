@@ -218,7 +218,7 @@ def test_reagent_u_lifts_the_toy_from_lazy_to_grounded(tmp_path):
     torchrun("sft.py", "config/sft_toy_tiny.py", f"--out_dir={tmp_path}/sft", timeout=1200)
     before, _ = trial(f"{tmp_path}/sft/step-000250")
     assert before["first"] <= 0.5 and before["refined"] >= before["first"] + 0.15 and before["shuffled"] <= before["first"] + 0.05
-    torchrun("grpo_unified.py", "config/grpo_unified_toy_tiny.py", f"--model={tmp_path}/sft/step-000250",
+    torchrun("grpo_unified.py", "config/grpo_unified_toy_tiny.py", f"--model={tmp_path}/sft/step-000250", "--rrm=toy",
              f"--out_dir={tmp_path}/u", timeout=2400)
     after, _ = trial(f"{tmp_path}/u/step-000040")
-    assert after["first"] >= 0.9 and after["grounded"] >= 0.9 and after["refined"] >= after["first"] - 0.02
+    assert after["first"] >= 0.9 and after["grounded"] >= 0.9 and after["refined"] >= after["first"]

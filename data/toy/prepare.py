@@ -128,7 +128,10 @@ def annotate(question: str, messages: list[dict]) -> str:
     done = sum(was for _, was in seen["needed"])
     steps = " ".join(f"{place}: {'yes' if was else 'no'}." for place, was in seen["needed"])
     verdict = "right" if seen["grounded"] else "wrong" if seen["answer"] else "missing"
-    think = f"Answer {seen['answer'] or 'none'}. {steps} Found {seen['found'] or 'none'}. Verdict {verdict}."
+    # the answer is looked for as the places are: told only what was found and what was answered, tiny models learn late,
+    # on some seeds not in 420 steps, to compare the two
+    seen_it = "yes" if seen["grounded"] else "no"
+    think = f"{steps} Found {seen['found'] or 'none'}. Answer {seen['answer'] or 'none'}: {seen_it}. Verdict {verdict}."
     place, was = seen["needed"][-1]
     opening = STOPPED if not was else DONE if seen["grounded"] else WRONG
     return judgment_text(think, f"{opening}{place}.", score_of(done, seen["hops"], seen["grounded"]))
@@ -193,9 +196,10 @@ def rrm_row(rng: random.Random, i: int) -> dict:
     start = world["trail"][0] if rng.random() < 0.8 else rng.choice(world["trail"])
     messages, code, _ = lookups(world, start, depth)
     answer = code if code and rng.random() < 0.5 else rng.choice(CODES)
+    turns = [messages[i : i + 2] for i in range(0, len(messages), 2)]
     for _ in range(rng.choice((0, 0, 0, 0, 1, 1, 2, 3))):
-        turn = 2 * rng.randrange(len(messages) // 2 + 1)
-        messages[turn:turn] = stumble(rng)
+        turns.insert(rng.randint(0, len(turns)), stumble(rng))
+    messages = [message for turn in turns for message in turn]
     broken = [{"role": "assistant", "content": rng.choice(("", "\\boxed{}", CALL.format(name=rng.choice(NAMES))))}]
     messages += broken if rng.random() < 0.15 else [final(answer)]
     return judged(world, messages, f"rrm-{i}")
@@ -250,7 +254,7 @@ def toy_phrases() -> list[str]:
     phrases += ['Results for "', '":\n1. ', " (doc:", ")\nleads to ", ")\nhas code ", 'No results for "', '".', "."]
     phrases += ["\\boxed{", "}", "system\n", "user\n", "assistant\n", "\n", "\ntools:", " search"]
     phrases += ["[assistant]\n", "\n[assistant]\n", "\n[tool]\n", STOPPED, WRONG, DONE, *NAMES, *CODES, *"01234"]
-    phrases += ["Answer ", ". ", ": yes.", ": no.", " Found ", ". Verdict ", "right", "wrong", "missing", "none", " "]
+    phrases += ["Answer ", ". ", ": yes.", ": no.", " Found ", " Verdict ", "right", "wrong", "missing", "none", " "]
     phrases += ["<critique>", "</critique>", "<score>", "</score>"]
     phrases += sorted({f"{score_of(a, hops, g):.2f}" for hops in HOPS for a in range(hops + 1) for g in (0, 1)})
     return list(dict.fromkeys(filter(None, phrases)))
