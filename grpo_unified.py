@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -311,7 +312,10 @@ def main(cfg: Config) -> None:
     rank, world, device = shared.init_distributed(cfg.timeout_s)
     gloo = dist.new_group(backend="gloo")
     tp = cfg.tensor_parallel
-    tp_groups = [dist.new_group(list(range(a, a + tp)), backend="gloo") for a in range(0, world, tp)] if tp > 1 else []
+    if world % tp:
+        raise SystemExit(f"tensor_parallel = {tp} does not divide {world} ranks")
+    patience = timedelta(seconds=cfg.timeout_s)
+    tp_groups = [dist.new_group(list(range(a, a + tp)), patience, "gloo") for a in range(0, world, tp)] if tp > 1 else []
     leads, engines = rank % tp == 0, world // tp
 
     def meet(phase, error=None):
@@ -371,9 +375,11 @@ def main(cfg: Config) -> None:
             if leads:
                 share = [job for i, job in enumerate(jobs) if i // cfg.group_size % engines == rank // tp]
                 done = rollout.run_chains(share, setup, rounds, cfg.max_live_chains, lambda _: bar.update(engines))
-                mine = runner.run(done)
-                if tp > 1:
-                    engine.finish()
+                try:
+                    mine = runner.run(done)
+                finally:  # also after an error: those that follow would wait for ever
+                    if tp > 1:
+                        engine.finish()
             else:
                 engine.follow()
         except Exception as problem:  # noqa: BLE001 - the others wait for this rank: they must hear of it
@@ -396,13 +402,15 @@ def main(cfg: Config) -> None:
 
     # ---------------------------------------------------------------- loop
     skips = 0
+    if eval_rows and start == 0:
+        log.append({"step": 0, **evaluate_policy(0)})
+        if rank == 0:
+            (out / "log.jsonl").write_text(json.dumps(log[0]) + "\n")
     for step in range(start, cfg.steps):
         began = time.perf_counter()
         line: dict = {"step": step + 1, "lr": learning_rate(step, cfg)}
         for group in optimizer.param_groups:
             group["lr"] = line["lr"]
-        if eval_rows and step == start == 0:
-            line |= {"at_start/" + k: v for k, v in evaluate_policy(0).items()}
 
         # ------------------------------------------------------------ rollout: G chains for each question
         picked = batch_indices(step, cfg.prompts_per_step, len(rows), cfg.seed)

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterable
@@ -353,6 +354,7 @@ class VLLMEngine:
             self.names = set(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict())
         self.stop_ids, self.sleeps, self.group = list(stop_ids), sleep, tp_group
         self.waiting, self.futures, self.pump, self.count = [], {}, None, 0
+        self.stepping = threading.Lock()
         self.busy_seconds = 0.0
 
     async def generate(self, ids, *, max_new_tokens, temperature, seed, top_p=1.0) -> Sample:
@@ -370,17 +372,21 @@ class VLLMEngine:
         try:
             while self.futures:
                 added, self.waiting = self.waiting, []
-                for name, sample in await asyncio.to_thread(self._step, added):
+                for name, sample in await asyncio.to_thread(self._lead, added):
                     self.futures.pop(name).set_result(sample)
         except Exception as error:  # noqa: BLE001 - every chain that waits must hear why
             for done in self.futures.values():
                 done.set_exception(error)
             self.futures, self.waiting = {}, []
 
+    def _lead(self, added) -> list[tuple[str, Sample]]:
+        with self.stepping:
+            self._tell(added)
+            return self._step(added)
+
     def _step(self, added) -> list[tuple[str, Sample]]:
         from vllm import SamplingParams
 
-        self._tell(added)
         engine, began = self.llm.llm_engine, time.perf_counter()
         for name, ids, options in added:
             fixed = dict(logprobs=0, stop_token_ids=self.stop_ids, ignore_eos=True, detokenize=False)
@@ -400,18 +406,17 @@ class VLLMEngine:
         """A tensor-parallel rank that does not lead: repeats the leader's steps until `finish`."""
         import torch.distributed as dist
 
-        group, self.group = self.group, None
         while True:
             message = [None]
-            dist.broadcast_object_list(message, src=dist.get_global_rank(group, 0), group=group)
+            dist.broadcast_object_list(message, src=dist.get_global_rank(self.group, 0), group=self.group)
             if message[0] is None:
-                break
+                return
             self._step(message[0])
-        self.group = group
 
     def finish(self) -> None:
-        """The leader's end of a rollout phase."""
-        self._tell(None)
+        """The leader's end of a rollout phase, also of one that failed in mid-step."""
+        with self.stepping:
+            self._tell(None)
 
     def sleep(self) -> None:
         if self.sleeps:
@@ -508,7 +513,7 @@ def engine_judge(engine, chat, *, prompt=RRM_PROMPT, temperature=JUDGE_TEMPERATU
     async def ask(question, messages, trajectory, seed):
         ids = judge_prompt(chat, question, trajectory, prompt)
         sample = await engine.generate(ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-        return chat.decode([i for i in sample.ids if i != chat.closer_id])
+        return chat.opened + chat.decode([i for i in sample.ids if i != chat.closer_id])
 
     overhead = len(judge_prompt(chat, "", "", prompt)) + max_new_tokens
     return Judge(ask, size=lambda text: len(chat.outside(text)), room=max_context - overhead)
@@ -768,7 +773,7 @@ def append_sample(episode: Episode, chat, sample: Sample) -> tuple[str, bool]:
     episode.ids += ids
     episode.mask += [1] * len(ids)
     episode.logps += sample.logps[: len(ids)]
-    episode.messages.append({"role": "assistant", "content": text})
+    episode.messages.append({"role": "assistant", "content": chat.opened + text})
     return text, whole
 
 

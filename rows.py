@@ -109,6 +109,9 @@ def run_facts(cfg) -> dict:
 # JSONL
 
 
+_decode = json.JSONDecoder().decode  # json.loads guesses the encoding first, which takes as long
+
+
 class JsonlRows:
     """A JSONL file by byte offsets: every line is checked at opening, none is kept; `rows[i]` reads one.
 
@@ -119,31 +122,45 @@ class JsonlRows:
         self.path, self.offsets = str(path), array("q")
         if not Path(path).is_file():
             raise SystemExit(f"no {path}" + (f": {hint}" if hint else ""))
-        seen: dict[int, int] = {}
+        keys, offset = array("q"), 0  # of the ids: 8 bytes, however long they are
         with open(path, "rb") as file:
-            offset = 0
             for number, line in enumerate(file, 1):
-                if line.strip():
+                if not line.isspace():
                     row = self._parse(line, number)
                     problem = check(row) if check else None
                     if problem:
                         raise ValueError(f"{path}:{number}: {problem}")
-                    key = hash(repr(row["id"])) if "id" in row else None  # 8 bytes, however long the ids are
-                    if key is not None and seen.setdefault(key, number) != number:
-                        raise ValueError(f"{path}:{number}: id {row['id']!r} stands in line {seen[key]} too")
+                    keys.append(hash(repr(row["id"]) if "id" in row else (number,)))
                     self.offsets.append(offset)
                 offset += len(line)
         if not self.offsets:
             raise SystemExit(f"{path} is empty" + (f": {hint}" if hint else ""))
+        self._check_unique(keys)
 
     def _parse(self, line: bytes, number: int) -> dict:
         try:
-            row = json.loads(line)
+            row = _decode(str(line, "utf-8-sig" if number == 1 else "utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path}:{number}: not a JSON line ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f"{self.path}:{number}: a row is a JSON object, not {type(row).__name__}")
         return row
+
+    def _check_unique(self, keys: array) -> None:
+        import numpy as np
+
+        keys = np.frombuffer(keys, np.int64)
+        firsts = np.unique(keys, return_index=True)[1]
+        if len(firsts) < len(keys):
+            again = int(np.setdiff1d(np.arange(len(keys)), firsts)[0])
+            first = int(np.flatnonzero(keys == keys[again])[0])
+            where = f"{self.path}:{self._line(again)}: id {self[again]['id']!r}"
+            raise ValueError(f"{where} stands in line {self._line(first)} too")
+
+    def _line(self, i: int) -> int:
+        with open(self.path, "rb") as file:
+            ends = (file.tell() for _ in iter(file.readline, b""))
+            return next(number for number, end in enumerate(ends, 1) if end > self.offsets[i])
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -204,13 +221,12 @@ def check_rl_row(row: dict) -> str | None:
         if value is None or value == "" or value == []:
             return f"an RL row needs {key!r}; found the keys {sorted(row)}"
     answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    if not _texts(row["question"], *answers) or not all(a.strip() for a in answers):
+    if not _texts(row["question"], *answers) or not all(map(str.strip, answers)):
         return "'question' is a text, 'answer' a text or a list of texts"
     if row.get("kind") not in ("math", "qa", "gaia", "choice"):
         return f"'kind' is {row.get('kind')!r}: math, qa, gaia or choice"
     docs = row.get("docs", [])
-    pages = isinstance(docs, list) and all(isinstance(d, dict) and _texts(d.get("title"), d.get("text")) for d in docs)
-    if not pages:
+    if not isinstance(docs, list) or not all(isinstance(d, dict) and _texts(d.get("title"), d.get("text")) for d in docs):
         return "'docs' is a list of {'title', 'text'}"
     files = row.get("files", [])
     if not isinstance(files, list) or not _texts(*files):
@@ -219,7 +235,7 @@ def check_rl_row(row: dict) -> str | None:
 
 
 def _texts(*values) -> bool:
-    return all(isinstance(value, str) for value in values)
+    return set(map(type, values)) <= {str}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,6 +287,8 @@ class Chat:
         controls = [str(t) for t in added.values() if t.special or (str(t)[0] == "<" and str(t)[-1] == ">")]
         self._controls = tuple(dict.fromkeys([*_TAGS, *controls]))
         self.closer_id = self.fragment([])[0]
+        begun = self._frame(("user",), "[]", True)[-1].rstrip()
+        self.opened = "<think>\n" if begun.endswith("<think>") else ""  # how the template itself begins every turn
         if self.closer_id not in added:
             closer = self.decode([self.closer_id])
             raise ValueError(f"{name}: its chat template ends an assistant turn with {closer!r}, not a control token")
@@ -313,6 +331,9 @@ class Chat:
             if not mark:
                 raise ValueError(f"the chat template drops the content of a {roles[i]} turn")
             pieces.append(before)
+        unseen = [tool["function"]["name"] for tool in json.loads(tools) if tool["function"]["name"] not in "".join(pieces)]
+        if unseen:
+            print(f"the chat template does not show the tools {', '.join(unseen)}: describe them in the prompt", file=sys.stderr)
         if _MARK[0] in "".join(pieces) + text:
             raise ValueError("the chat template repeats the content of a turn or changes the order of turns")
         return (*pieces, text)
@@ -362,13 +383,19 @@ class Chat:
         ids = self.prompt(messages[:first], tools)
         mask = [0] * len(ids)
         while first < len(messages):
-            turn = [*self.text(assistant_text(messages[first])), self.closer_id]
+            turn = [*self.text(self.sampled(assistant_text(messages[first]))), self.closer_id]
             then = next((i for i in range(first + 1, len(messages)) if messages[i]["role"] == "assistant"), None)
             between = self.fragment(messages[first + 1 : then])[1:] if then else []
             ids += turn + between
             mask += [1] * len(turn) + [0] * len(between)
             first = then or len(messages)
         return ids, mask
+
+    def sampled(self, text: str) -> str:
+        """What of an assistant turn the policy writes itself, where the template has opened <think> for it."""
+        if not self.opened:
+            return text
+        return text.removeprefix("<think>").removeprefix("\n") if text.startswith("<think>") else "</think>\n\n" + text
 
     def paint(self, ids: list[int], mask: list[int]) -> str:
         """The row as text for a terminal, trained tokens in green."""

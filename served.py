@@ -193,7 +193,7 @@ class TextChat:
     which are tokens only roughly. Tools are described in the system turn, in the format that the loop reads.
     """
 
-    closer_id = len(_ROLES)
+    closer_id, opened = len(_ROLES), ""
     stop_ids = (closer_id,)
     _first = closer_id + 1
 

@@ -469,7 +469,7 @@ def judge_ids(chat: Chat, row: dict, cfg) -> list[int] | None:
 
 def sft_row(chat: Chat, row: dict, cfg) -> shared.Row | None:
     """The token row of a judgment; None where it is too long."""
-    prompt, text = judge_ids(chat, row, cfg), target_text(row)
+    prompt, text = judge_ids(chat, row, cfg), chat.sampled(target_text(row))
     target = [*chat.text(text), chat.closer_id]
     if prompt is None or len(prompt) + len(target) > cfg.max_tokens_per_row:
         return None
@@ -494,7 +494,7 @@ async def sample_judgments(engine, rounds, prompts: list[list[int]], seeds: list
 
 
 def read_judgment(chat: Chat, sample):
-    text = chat.decode([i for i in sample.ids if i != chat.closer_id])
+    text = chat.opened + chat.decode([i for i in sample.ids if i != chat.closer_id])
     return rollout.parse_judgment(text) if sample.finish_reason == "stop" else None
 
 

@@ -26,6 +26,9 @@ THINKING = (
     "{% endif %}{% endfor %}" + _GENERATE
 )
 
+# as Qwen3-Thinking: the generation prompt opens the thoughts of every turn
+OPENED = THINKING.replace("<|im_start|>assistant{{ '\\n' }}{% endif %}", "<|im_start|>assistant{{ '\\n<think>\\n' }}{% endif %}")
+
 # as Qwen2.5: a system text of its own where there is none, and tools repeated in every rendering
 DEFAULT_SYSTEM = (
     "<|im_start|>system{{ '\\n' }}"

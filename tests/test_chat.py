@@ -5,8 +5,9 @@ import random
 
 import pytest
 
+from rollout import Episode, Sample, append_sample
 from rows import Chat, assistant_text, check_messages
-from tests.templates import CONTROL, DEFAULT_SYSTEM, PLAIN, TAGS, THINKING, make_tokenizer
+from tests.templates import CONTROL, DEFAULT_SYSTEM, OPENED, PLAIN, TAGS, THINKING, make_tokenizer
 
 CHATS = {
     name: Chat(make_tokenizer(template))
@@ -257,3 +258,31 @@ def test_a_row_that_cannot_be_rendered_is_an_error_that_names_the_message(messag
     assert check_messages(messages)
     with pytest.raises(ValueError, match=problem):
         CHATS["plain"].row(messages)
+
+
+# ---------------------------------------------------------------- a template that opens the thoughts itself
+
+
+def test_where_the_template_opens_the_thoughts_they_are_opened_once_and_not_trained():
+    chat = Chat(make_tokenizer(OPENED))
+    ids, mask = chat.row([QUESTION, THINKS, *RESULTS, {"role": "assistant", "content": "\\boxed{6650}"}])
+    trained = chat.decode([i for i, m in zip(ids, mask) if m])
+    assert trained == f"hm\n</think>\n\n{CALL}<|im_end|></think>\n\n\\boxed{{6650}}<|im_end|>"
+    assert controls(chat, ids).count("<think>") == 2
+
+
+def test_an_episode_under_such_a_template_has_the_ids_of_its_messages():
+    chat = Chat(make_tokenizer(OPENED))
+    ids = chat.prompt([QUESTION], None)
+    episode = Episode("q", "q", ["1"], list(ids), [0] * len(ids), [], [QUESTION], 0)
+    sampled = [*chat.text("so\n</think>\n\n\\boxed{1}"), chat.closer_id]
+    assert append_sample(episode, chat, Sample(sampled, [0.0] * len(sampled), "stop"))[1]
+    assert episode.messages[-1]["content"] == "<think>\nso\n</think>\n\n\\boxed{1}"
+    assert chat.row(episode.messages) == (episode.ids, episode.mask)
+
+
+def test_a_template_that_does_not_show_the_tools_is_told(capsys):
+    Chat(make_tokenizer(PLAIN)).prompt(START, TOOLS)
+    assert "does not show the tools search" in capsys.readouterr().err
+    Chat(make_tokenizer(THINKING)).prompt(START, TOOLS)
+    assert not capsys.readouterr().err
