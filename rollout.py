@@ -197,7 +197,10 @@ def _no_constant(name):
 
 
 class Rounds:
-    """Counts live chains and those that wait for an engine; an HFEngine computes when all that live are waiting."""
+    """Counts live chains and those that wait for an engine; an HFEngine computes when all that live are waiting.
+
+    The first engine that has requests: the agent's before the judge's, so that judgments come in few large batches.
+    """
 
     def __init__(self):
         self.live = self.waiting = 0
@@ -212,7 +215,7 @@ class Rounds:
 
     def check(self):
         if self.live and self.waiting >= self.live:
-            engine = max(self.engines, key=lambda e: len(e.queue))
+            engine = next(e for e in self.engines if e.queue)
             asyncio.get_running_loop().call_soon(engine.run_round)
 
 

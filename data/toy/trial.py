@@ -35,7 +35,7 @@ def trial(folder: str, rrm: str = "toy", seed: int = 0, data: str = str(Path(__f
     chat, rounds = Chat(shared.load_tokenizer(folder)), rollout.Rounds()
     engine = rollout.HFEngine(folder, chat.stop_ids, rounds)
     judge = rollout.make_judge(rrm, chat, rounds, engine="hf", max_context=1024)
-    limits = rollout.Limits(8, 24, 400, 1024, final_tokens=24)
+    limits = rollout.Limits(8, 12, 400, 1024, final_tokens=12)
     setup = rollout.Setup(engine, chat, Toolbox(["search"]), limits, rule_reward, judge, refine=True)
     episodes = asyncio.run(rollout.run_chains([(row, (seed, "trial", 0)) for row in rows], setup, rounds))
     critiques = [e.attempts[0].critique or "" for e in episodes]
