@@ -15,14 +15,18 @@ from tests.test_survival import in_this_process
 from tests.tiny import toy_world
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """An agent that has learnt to call search, and questions."""
-    folder = toy_world(tmp_path_factory.mktemp("world"), demonstrations=2000, questions=64, model="model0", hidden=64)
+def calling_agent(folder, **shape):
+    """A world whose agent has learnt to call search."""
+    toy_world(folder, demonstrations=2000, questions=64, model="model0", hidden=64, **shape)
     run("sft.py", f"--model={folder}/model0", f"--data={folder}/sft.jsonl", "--rows_per_step=24", "--steps=100", "--lr=4e-3",
         "--warmup_steps=10", "--checkpoint_activations=false", "--log_interval=50", f"--out_dir={folder}/sft")
     (folder / "sft" / "step-000100").rename(folder / "model")
     return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return calling_agent(tmp_path_factory.mktemp("world"))
 
 
 def failing_search(plain):
