@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 HEAD_CHUNK = 256  # tokens that pass the head at once: V = 152k in fp32 is 0.6 MB a token
+HEAD_KEPT = 1 << 26  # numbers (M V) up to which a softmax is kept for backward, 256 MB; larger ones are computed twice
 
 # ---------------------------------------------------------------------------------------------------------------------
 # processes
@@ -189,38 +190,46 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Log-probs of the targets and the entropy, HEAD_CHUNK tokens at a time; backward computes the logits once more."""
+    """Log-probs of the targets and the entropy, HEAD_CHUNK tokens at a time; backward computes large logits once more."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
         logps = hidden.new_empty(len(targets), dtype=torch.float32)
-        entropy, norm = torch.empty_like(logps), torch.empty_like(logps)
+        entropy, norm, kept = torch.empty_like(logps), torch.empty_like(logps), []
         for part in _parts(len(targets)):
             logits = _logits(hidden[part], weight).div_(temperature)
             norm[part] = logits.logsumexp(-1)
             logps[part] = logits.gather(1, targets[part, None])[:, 0] - norm[part]
             probs = (logits - norm[part, None]).exp_()
             entropy[part] = norm[part] - torch.linalg.vecdot(probs, logits)
-        ctx.save_for_backward(hidden, weight, targets, norm)
+            if _keeps(len(targets), len(weight)):
+                kept.append(probs)
+        ctx.save_for_backward(hidden, weight, targets, norm, *kept)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
     @staticmethod
     def backward(ctx, grad_logps, _):
-        hidden, weight, targets, norm = ctx.saved_tensors
+        hidden, weight, targets, norm, *kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for part in _parts(len(targets)):
-            grad = _logits(hidden[part], weight).div_(ctx.temperature).sub_(norm[part, None]).exp_().neg_()
-            grad.scatter_add_(1, targets[part, None], torch.ones_like(grad[:, :1]))  # one-hot minus softmax
-            grad = grad.mul_(grad_logps[part, None] / ctx.temperature).to(hidden.dtype)
+        for part, probs in zip_longest(_parts(len(targets)), kept):
+            if probs is None:
+                probs = _logits(hidden[part], weight).div_(ctx.temperature).sub_(norm[part, None]).exp_()
+            scale = grad_logps[part, None] / ctx.temperature
+            grad = (probs * -scale).scatter_add_(1, targets[part, None], scale)  # one-hot minus softmax
+            grad = grad.to(hidden.dtype)
             grad_hidden[part] = grad @ weight
             if hidden.dtype == torch.float32:
                 grad_weight.addmm_(grad.t(), hidden[part])
             else:
                 grad_weight += grad.t() @ hidden[part]
         return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+def _keeps(tokens: int, vocab: int) -> bool:
+    return tokens * vocab <= HEAD_KEPT
 
 
 def _parts(n: int) -> list[slice]:
@@ -370,7 +379,7 @@ def memory_estimate(config, ranks: int, tokens: int, checkpoint_activations: boo
         "shards": 16.0 * total / ranks,
         "gathered": float(width * (2 * block + total - layers * block) + 4 * block) if ranks > 1 else 0.0,
         "activations": float(tokens * (kept + 4 * width * hidden)),
-        "head": 4.0 * (3 * HEAD_CHUNK * vocab + table),
+        "head": 4.0 * (3 * HEAD_CHUNK * vocab + table + (tokens * vocab if _keeps(tokens, vocab) else 0)),
     }
     return parts | {"total": sum(parts.values())}
 

@@ -70,8 +70,10 @@ def test_packed_logps_equal_those_of_single_rows_in_transformers(which, request)
     assert torch.allclose(entropy, torch.cat(expected_entropy), atol=1e-4)
 
 
-def test_the_chunked_head_has_the_gradient_of_full_logits(monkeypatch):
+@pytest.mark.parametrize("kept", [399, 400])  # numbers; the softmax of the 10 tokens has 400
+def test_the_chunked_head_has_the_gradient_of_full_logits(kept, monkeypatch):
     monkeypatch.setattr(shared, "HEAD_CHUNK", 3)
+    monkeypatch.setattr(shared, "HEAD_KEPT", kept)
     torch.manual_seed(0)
     hidden, weight = torch.randn(10, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
     targets, scale = torch.randint(40, (10,)), torch.randn(10)
