@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import warnings
 from pathlib import Path
 
@@ -88,3 +89,19 @@ def prune(folder, keep_last: int, best_step: int | None) -> None:
             shutil.rmtree(path)
     for path in Path(folder).glob("step-*.tmp"):
         shutil.rmtree(path)
+
+
+def asked_to_stop() -> list[bool]:
+    """Empty until SIGTERM (preemption) or a Ctrl-C: the step then ends, is saved, and the run ends. A second Ctrl-C kills.
+
+    torchrun passes both on to its ranks and kills those that are still there 30 s later.
+    """
+    asked: list[bool] = []
+
+    def remember(*_):
+        asked.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, remember)
+    return asked

@@ -13,7 +13,6 @@ import asyncio
 import dataclasses
 import json
 import math
-import signal
 import sys
 import time
 from collections import Counter
@@ -355,8 +354,7 @@ def main(cfg: Config) -> None:
         print(f"variant {cfg.variant}: {cfg.prompts_per_step} questions x {per} attempts a step, {engines} engine(s), "
               f"about {shared.memory_of(policy, cfg):.1f} GB a rank to train, -> {out}")
     tracker = start_wandb(cfg, rank)
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    stop = checkpoint.asked_to_stop()
     runner = asyncio.Runner()
     limits = rollout.Limits(cfg.max_turns, cfg.max_new_tokens_per_turn, cfg.max_tokens_per_attempt, cfg.max_context,
                             final_tokens=min(512, cfg.max_new_tokens_per_turn))

@@ -8,7 +8,6 @@
 import dataclasses
 import json
 import math
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -138,8 +137,7 @@ def main(cfg: Config) -> None:
         print(f"{len(rows)} rows, {cfg.rows_per_step} a step on {world} ranks, from step {start} of {cfg.steps}, "
               f"about {shared.memory_of(policy, cfg):.1f} GB a rank -> {out}")
     tracker = start_wandb(cfg, rank)
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    stop = checkpoint.asked_to_stop()
 
     # ---------------------------------------------------------------- loop
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=rank > 0 or not sys.stderr.isatty())

@@ -18,7 +18,6 @@ import dataclasses
 import json
 import math
 import re
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -539,8 +538,7 @@ def main(cfg: Config) -> None:
         print(f"{cfg.stage}: {len(rows)} judged trajectories, {cfg.judgments_per_step} a step, from step {start}, "
               f"about {shared.memory_of(policy, cfg):.1f} GB a rank -> {out}")
     tracker = start_wandb(cfg, rank)
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    stop = checkpoint.asked_to_stop()
     runner = asyncio.Runner()
 
     def sync():

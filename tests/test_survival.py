@@ -1,6 +1,7 @@
 """Runs that survive: kills, SIGTERM, a full disk, dead and hung ranks, NaN, stale samplers, more than one machine."""
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -9,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 import checkpoint
 import grpo_unified
+import sft
 from rows import parse_config
 from tests.judge_server import judge_server
 from tests.test_jobs import GRPO, final_state
@@ -32,7 +35,7 @@ def world(tmp_path_factory):
     return toy_world(tmp_path_factory.mktemp("world"))
 
 
-def sft(world, out, *more):
+def sft_run(world, out, *more):
     return [sys.executable, "sft.py", *SFT, f"--model={world}/model", f"--data={world}/sft.jsonl", f"--out_dir={out}", *more]
 
 
@@ -71,24 +74,34 @@ def check_newest(out):
     return len(found)
 
 
-def killed_until_done(command, out, rng, kills):
-    """SIGKILLs the run at random moments after its first checkpoint of the attempt; then lets it end."""
+FORKS = multiprocessing.get_context("forkserver")  # imports once: a run starts in a second, not in ten
+FORKS.set_forkserver_preload(["sft", "grpo_unified"])
+
+
+def killed_until_done(script, arguments, rng, kills):
+    """SIGKILLs the run at random moments after its next checkpoint, `kills` times; then lets it end."""
+    cfg = parse_config(script.Config, arguments)
     for _ in range(kills):
-        process = start(command)
-        before = {p.name for p in checkpoint.checkpoints(out)}
-        while {p.name for p in checkpoint.checkpoints(out)} <= before and process.poll() is None:
+        before = checkpoint.checkpoints(cfg.out_dir)
+        process = FORKS.Process(target=script.main, args=(cfg,))
+        process.start()
+        while checkpoint.checkpoints(cfg.out_dir)[-1:] == before[-1:] and process.is_alive():
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
-        process.communicate()
-        check_newest(out)
-    finish(command)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the run ended before its last kill"
+        check_newest(Path(cfg.out_dir))
+    process = FORKS.Process(target=script.main, args=(cfg,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(world, tmp_path):
-    finish(sft(world, tmp_path / "straight", "--steps=10"))
-    killed_until_done(sft(world, tmp_path / "killed", "--steps=10"), tmp_path / "killed", random.Random(1), kills=1)
-    assert final_state(tmp_path / "killed", 10) == final_state(tmp_path / "straight", 10)
+    for name, kills in (("straight", 0), ("killed", 2)):
+        killed_until_done(sft, sft_run(world, tmp_path / name, "--steps=20")[2:], random.Random(1), kills)
+    assert final_state(tmp_path / "killed", 20) == final_state(tmp_path / "straight", 20)
     assert not list((tmp_path / "killed").glob("*.tmp"))
 
 
@@ -96,29 +109,60 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(world, tmp_pa
 def test_fifty_kills_of_reagent_u_change_nothing(world, tmp_path):
     with judge_server() as (url, _):
         for name, kills in (("straight", 0), ("killed", 50)):
-            more = ("--steps=90", "--save_interval=1", "--keep_last=3")
-            command = [sys.executable, "grpo_unified.py", *grpo(world, tmp_path / name, url, *more)]
-            killed_until_done(command, tmp_path / name, random.Random(2), kills)
-    assert final_state(tmp_path / "killed", 90) == final_state(tmp_path / "straight", 90)
+            arguments = grpo(world, tmp_path / name, url, "--steps=150", "--save_interval=1", "--keep_last=3")
+            began = time.monotonic()
+            killed_until_done(grpo_unified, arguments, random.Random(2), kills)
+            print(f"{name}: {kills} kills, {time.monotonic() - began:.0f} s")
+    assert final_state(tmp_path / "killed", 150) == final_state(tmp_path / "straight", 150)
 
 
-def test_sigterm_saves_ends_with_0_and_the_run_goes_on_from_there(world, tmp_path):
-    slow_saves = ("--steps=400", "--save_interval=100")
-    process = start(sft(world, tmp_path / "run", *slow_saves))
-    wait_for(tmp_path / "run" / "log.jsonl", process)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    text = process.communicate(timeout=60)[0]
+def stopped_by(number, command, run):
+    """(exit code, output) of a run that got the signal after its first step."""
+    process = start(command)
+    wait_for(run / "log.jsonl", process)
+    while not (run / "log.jsonl").read_text():
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        time.sleep(0.02)
+    process.send_signal(number)
+    text = process.communicate(timeout=90)[0]
+    return process.returncode, text
+
+
+def goes_on_from(command) -> int:
+    """The step that a run says it starts from; the run is killed then."""
+    process = start(command)
+    found = next(filter(None, (re.search(r"from step (\d+) of", line) for line in process.stdout)))
+    process.terminate()
+    process.communicate(timeout=90)
+    return int(found[1])
+
+
+LONG = ("--steps=4000", "--save_interval=4000")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_saves_and_ends_the_run_with_0_and_it_goes_on_from_there(world, tmp_path, number):
+    command = sft_run(world, tmp_path / "run", *LONG)
+    code, text = stopped_by(number, command, tmp_path / "run")
     saved = checkpoint.checkpoints(tmp_path / "run")
-    assert process.returncode == 0 and len(saved) == 1, text[-2000:]
-    assert f"from step {int(saved[0].name[5:])} of 400" in finish(sft(world, tmp_path / "run", *slow_saves))
+    assert code == 0 and check_newest(tmp_path / "run") == 1, text[-2000:]
+    assert goes_on_from(command) == int(saved[0].name[5:])
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
+def test_a_signal_to_torchrun_reaches_all_ranks_and_they_save_together(world, tmp_path, number):
+    command = [*launcher(2), *sft_run(world, tmp_path / "run", *LONG)[1:]]
+    _, text = stopped_by(number, command, tmp_path / "run")  # torchrun's own code says that it was stopped
+    saved = checkpoint.checkpoints(tmp_path / "run")
+    assert check_newest(tmp_path / "run") == 1 and not list((tmp_path / "run").glob("*.tmp")), text[-2000:]
+    assert goes_on_from(command) == int(saved[0].name[5:])
 
 
 @pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap makes the small disk")
 def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_whole(world, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = sft(world, disk / "run", "--steps=400", "--keep_last=0")
+    command = sft_run(world, disk / "run", "--steps=400", "--keep_last=0")
     listing = f"{' '.join(command)}; echo ended $?; ls {disk}/run; cp -r {disk}/run {tmp_path}/left"
     small = ["bwrap", "--dev-bind", "/", "/", "--size", "3000000", "--tmpfs", str(disk), "sh", "-c", listing]
     text = finish(small)
@@ -175,6 +219,7 @@ def in_this_process(world, out, url, *more):
         if dist.is_initialized():
             dist.destroy_process_group()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return [json.loads(line) for line in open(out / "log.jsonl")]
 
 
