@@ -609,11 +609,13 @@ def run_missing(cfg: Config, tasks, toolboxes, journal: Journal, runner, rank: i
     if rank % tp:  # a tensor-parallel rank that does not lead
         agent.engine.follow()
         return agent.how
-    for task in tasks:
-        setup = setup_of(cfg, task, agent, toolboxes[task.spec.tools, task.spec.seconds_per_call], critic)
-        runner.run(run_task(cfg, task, setup, agent, journal, rank // tp, world // tp))
-    if tp > 1:
-        agent.engine.finish()
+    try:
+        for task in tasks:
+            setup = setup_of(cfg, task, agent, toolboxes[task.spec.tools, task.spec.seconds_per_call], critic)
+            runner.run(run_task(cfg, task, setup, agent, journal, rank // tp, world // tp))
+    finally:  # also after an error: those that follow would wait for ever
+        if tp > 1:
+            agent.engine.finish()
     return agent.how
 
 

@@ -154,6 +154,7 @@ def test_the_defaults_are_the_papers_recipe_and_what_is_missing_is_named_in_one_
         (["--lr=fast"], "command line: lr = 'fast' is not of type float"),
         (["--learning_rate=1"], "command line: unknown key 'learning_rate'"),
         (["--rrm=nowhere"], "no reward model in nowhere"),
+        (["--rrm=nowhere", "--tensor_parallel=2"], "tensor_parallel = 2: serve the reward model nowhere"),
         (["--rrm=http://127.0.0.1:9/v1"], "no judge answers at http://127.0.0.1:9/v1"),
         (["--model=nowhere/at/all"], "no model in nowhere/at/all"),
     ],
