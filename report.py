@@ -200,11 +200,11 @@ def ticks(low: float, high: float, most: int = 4) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A short label: 0.25, 12k, 3.1M, 2e-05."""
+    """A short label: 0.25, 12k, 3.1M, 2e-5."""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if suffix == 'k' else size):.4g}{suffix}"
-    return f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2g}"
+    return f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2g}".replace("e-0", "e-")
 
 
 def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
