@@ -249,12 +249,10 @@ def api(method: str, url: str, *, headers: dict, body=None, seconds: float, what
             status, got, answer = exchange(checked(url, {home}), method, sent, data, until, MOST_BYTES)
             if 200 <= status < 300:
                 return json.loads(answer)
-            problem = f"{status} {answer[:200].decode('utf-8', 'replace')}"
+            problem = f"{status} {_without_keys(answer.decode('utf-8', 'replace'), headers)[:200]}"
             pause = float(got["Retry-After"]) if re.fullmatch(r"\d{1,5}", got.get("Retry-After", "")) else 0.0
         except (ToolError, ToolFault, ValueError, RecursionError) as error:
-            problem = str(error)
-        for secret in headers.values():
-            problem = problem.replace(secret, "[key]")
+            problem = _without_keys(str(error), headers)
         if status in (400, 422) and not OURS.search(problem):
             raise ToolError(f"{what} does not take this: {problem}")
         pause = max(pause, 0.3 * 2**attempt * random.uniform(0.8, 1.2))
@@ -262,6 +260,13 @@ def api(method: str, url: str, *, headers: dict, body=None, seconds: float, what
         if for_good or attempt == tries - 1 or time.monotonic() + pause >= deadline:
             raise ToolFault(f"{what} failed: {problem}")
         time.sleep(pause)
+
+
+def _without_keys(text: str, headers: dict) -> str:
+    """Without what stands in our headers, whole or in part: an endpoint may tell the key that it refuses, and the model reads."""
+    for secret in {word for value in headers.values() for word in (value, *value.split()) if word != "Bearer"}:
+        text = text.replace(secret, "[key]")
+    return text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ ATTACKS = {
     "43 a proxy": ("import os; os.environ['HTTP_PROXY'] = 'http://127.0.0.1:22'\n" + tries("__import__('urllib.request').request.urlopen('http://1.1.1.1')"),
                    REFUSED),
     "43 pip": ("import subprocess, sys\nprint(subprocess.run([sys.executable, '-m', 'pip', 'download', 'six', '--retries', '0', '-t', '1']).returncode)",
-               r"^(?!0$).*"),
+               r"(?<!\d)[1-9]\d*\s*$|not permitted"),
 }  # fmt: skip
 
 

@@ -508,6 +508,11 @@ def test_075_the_number_of_results_is_clamped(tmp_path, top_k, shown):
     assert seen.text.count("(doc:") == shown
 
 
+def test_075_a_number_beyond_all_measure_is_an_observation(tmp_path):
+    seen = call(Toolbox(["search"], corpus=corpus_file(tmp_path)), "search", {"queries": "peru", "top_k": 10**400})
+    assert (seen.status, seen.text) == ("error", "search: top_k must be a whole number.")
+
+
 def test_075_many_and_empty_queries(tmp_path):
     toolbox = Toolbox(["search"], corpus=corpus_file(tmp_path))
     text = call(toolbox, "search", {"queries": ["", " ", "x" * 10_000] + ["peru"] * 997}).text

@@ -572,6 +572,14 @@ def test_the_reader_service_gets_the_address_and_only_it_the_key():
         assert mine.page(intranet.url + "/", 20)[0] == "The harbour" and len(server.seen) == 1
 
 
+@pytest.mark.parametrize("status", [400, 401])
+def test_073_an_endpoint_that_repeats_the_key_does_not_tell_it_to_the_model(status):
+    with web_server({"*": lambda request: answer({"detail": f"{'x' * 150} no to {KEY}, Bearer {KEY}"}, status)}) as server:
+        with pytest.raises((ToolError, ToolFault)) as told:
+            Web({"JINA_API_KEY": KEY, "JINA_URL": server.url}).page("http://1.1.1.1/", 5)
+    assert "no to [key]" in str(told.value) and not any(KEY[:n] in str(told.value) for n in range(4, len(KEY) + 1))
+
+
 def chat(content):
     def page(request):
         body = json.loads(request.body)
