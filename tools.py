@@ -437,7 +437,7 @@ def _typed(tool: str, name: str, value, kind):
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 10**18  # not NaN, not infinite
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e308  # not NaN, and fits a float
 
 
 # ---------------------------------------------------------------------------------------------------------------------

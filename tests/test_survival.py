@@ -198,12 +198,12 @@ def test_a_rank_that_hangs_is_named_with_the_phase(world, tmp_path):
 
 def test_a_dead_rank_brings_the_run_back_from_the_last_checkpoint(world, tmp_path, monkeypatch):
     with judge_server() as (url, _):
-        more = ("--max-restarts=1", "--steps=6", "--save_interval=1", "--timeout_s=60")
+        more = ("--max-restarts=1", "--steps=6", "--save_interval=1", "--timeout_s=150")
         monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # else the new ranks find the dead one's address
         process = start(two_ranks(world, tmp_path / "run", url, *more))
         wait_for(tmp_path / "run" / "step-000002", process)
         os.kill(workers(process)[1], signal.SIGKILL)
-        text = process.communicate(timeout=120)[0]
+        text = process.communicate(timeout=300)[0]
     assert process.returncode == 0, text[-3000:]
     log = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
