@@ -250,7 +250,8 @@ def check_config(cfg: Config) -> None:
     check_choices(cfg, loss_agg="seq_mean token_mean", old_logps="sampler recomputed", rule_form="em_f1 em")
     if cfg.prompts_per_step % cfg.prompts_per_minibatch:
         raise SystemExit(f"prompts_per_minibatch = {cfg.prompts_per_minibatch} does not divide {cfg.prompts_per_step}")
-    if cfg.tensor_parallel > 1 and cfg.variant != "rule" and not cfg.rrm.startswith(("http", "toy")):
+    judged_here = cfg.variant != "rule" and cfg.rrm != "toy" and not cfg.rrm.startswith("http")
+    if cfg.tensor_parallel > 1 and judged_here:
         raise SystemExit(f"tensor_parallel = {cfg.tensor_parallel}: serve the reward model {cfg.rrm} (--rrm=http://…/v1), an "
                          "engine of its own beside a tensor-parallel one is not supported")
 

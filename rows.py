@@ -331,10 +331,11 @@ class Chat:
             if not mark:
                 raise ValueError(f"the chat template drops the content of a {roles[i]} turn")
             pieces.append(before)
-        unseen = [tool["function"]["name"] for tool in json.loads(tools) if tool["function"]["name"] not in "".join(pieces)]
+        frame = "".join(pieces) + text
+        unseen = [tool["function"]["name"] for tool in json.loads(tools) if tool["function"]["name"] not in frame]
         if unseen:
             print(f"the chat template does not show the tools {', '.join(unseen)}: describe them in the prompt", file=sys.stderr)
-        if _MARK[0] in "".join(pieces) + text:
+        if _MARK[0] in frame:
             raise ValueError("the chat template repeats the content of a turn or changes the order of turns")
         return (*pieces, text)
 

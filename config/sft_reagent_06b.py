@@ -1,5 +1,4 @@
-# Stage 1 on one GPU of 80 GB with Qwen3-0.6B. About 58.7 GB to train. Untried: no GPU was
-# at hand.
+# Stage 1 on one GPU of 80 GB with Qwen3-0.6B. About 58.7 GB to train. Untried: no GPU was at hand.
 model = "Qwen/Qwen3-0.6B"
 tokens_per_microbatch = 16_384
 checkpoint_activations = False
