@@ -1,33 +1,26 @@
-"""Files that come with a question: documents, tables and archives as text; images and recordings through endpoints.
+"""Files that come with a question, and pages of the web, as text: documents, tables, archives, HTML.
 
 Nothing outside `files_dir` is opened and no link is followed. Parsers run in a child process with limits on memory and
-time that holds the open file and nothing else. Images and recordings go to OpenAI-compatible endpoints, each with an
-address, a model and a key of its own; a key is sent to its own host only and no redirect is followed:
-
-    VISION_URL, VISION_MODEL, VISION_API_KEY    chat completions with an image, for describe_image
-    SPEECH_URL, SPEECH_MODEL, SPEECH_API_KEY    audio/transcriptions, for transcribe_audio
+time that holds the open file and nothing else.
 """
 
-import base64
 import codecs
 import contextlib
 import io
-import itertools
 import json
 import os
 import re
 import resource
 import select
-import shutil
 import signal
 import stat
 import struct
 import subprocess
 import sys
 import time
-import wave
 import zipfile
 from collections.abc import Callable, Iterator
+from urllib.parse import urldefrag, urljoin
 
 from sandbox import ToolError, ToolFault
 
@@ -37,9 +30,6 @@ MOST_RATIO = 200  # of unpacked to packed bytes, for what is larger than FREE_BY
 FREE_BYTES = 20 << 20
 MOST_MEMBERS = 10_000
 MEMORY = 2 << 30  # bytes of address space of a reader
-MOST_IMAGE_BYTES, MOST_PIXELS = 20 << 20, 50_000_000
-MOST_AUDIO_BYTES, MOST_AUDIO_SECONDS = 100 << 20, 7200
-PIECE_BYTES, PIECE_SECONDS = 24 << 20, 600  # of a recording in one request
 READABLE = "text, code, json, csv, html, xml, xlsx, docx, pptx, pdf and zip"
 
 
@@ -98,21 +88,40 @@ def file_to_text(files_dir: str, path: str, *, seconds: float = 30.0, chars: int
     outer, *members = path.split("::")
     fd = opened(files_dir, outer, MOST_BYTES)
     try:
-        given = {"do": "read", "name": outer, "members": members, "chars": chars}
-        # JSON needs at most six bytes for a character
-        reply = _in_child(fd, given, seconds, 6 * chars + (1 << 16))
+        return _in_child(fd, {"do": "file", "name": outer, "members": members, "chars": chars}, seconds)["text"]
     finally:
         os.close(fd)
-    return reply["text"]
 
 
-def _in_child(fd: int, given: dict, seconds: float, most_bytes: int) -> dict:
+def page_to_text(body: bytes, url: str, *, seconds: float = 30.0, chars: int = 200_000) -> tuple[str, str]:
+    """(title, text and links) of a page of HTML that stood at `url`; errors as of file_to_text."""
+    with _in_memory(body) as fd:
+        reply = _in_child(fd, {"do": "page", "url": url, "chars": chars}, seconds)
+    return reply["title"], reply["text"]
+
+
+def body_to_text(body: bytes, *, seconds: float = 30.0, chars: int = 200_000) -> str:
+    """The text of bytes that are no page of HTML, as file_to_text reads a file that holds them."""
+    with _in_memory(body) as fd:
+        return _in_child(fd, {"do": "file", "name": "page", "members": [], "chars": chars}, seconds)["text"]
+
+
+@contextlib.contextmanager
+def _in_memory(body: bytes) -> Iterator[int]:
+    with os.fdopen(os.memfd_create("body"), "w+b") as file:
+        file.write(body)
+        file.seek(0)
+        yield file.fileno()
+
+
+def _in_child(fd: int, given: dict, seconds: float) -> dict:
     """The child's answer as JSON; ToolError or ToolFault if that is what it says, or if it says nothing."""
     deadline = time.monotonic() + seconds
-    with _running(fd, given, deadline) as pipe:
-        said = _read(pipe, most_bytes + 1, deadline)
+    most_bytes = 6 * given["chars"] + (1 << 20)  # JSON needs at most six bytes for a character; a page has links
+    with running(fd, given, deadline) as pipe:
+        said = read(pipe, most_bytes + 1, deadline)
     if len(said) > most_bytes or not said:
-        raise ToolError("The file cannot be read: its reader ran out of memory or crashed.")
+        raise ToolError("It cannot be read: its reader ran out of memory or crashed.")
     reply = json.loads(said)
     if "error" in reply:
         raise ToolError(reply["error"])
@@ -122,7 +131,7 @@ def _in_child(fd: int, given: dict, seconds: float, most_bytes: int) -> dict:
 
 
 @contextlib.contextmanager
-def _running(fd: int, given: dict, deadline: float):
+def running(fd: int, given: dict, deadline: float):
     """A child that works on the open file; yields the pipe on which it answers, and kills it in the end."""
     seconds = max(0.0, deadline - time.monotonic())
     given = json.dumps(given | {"seconds": seconds, "memory": MEMORY})
@@ -135,7 +144,7 @@ def _running(fd: int, given: dict, deadline: float):
         raise ToolFault(f"the reader of files does not start: {error}") from error
     pipe = process.stdout.fileno()
     try:
-        if _read(pipe, 6, deadline) != b"ready\n":
+        if read(pipe, 6, deadline) != b"ready\n":
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1)
             raise ToolFault(f"the reader of files does not start (exit {process.returncode})")
@@ -147,12 +156,12 @@ def _running(fd: int, given: dict, deadline: float):
         process.stdout.close()
 
 
-def _read(pipe: int, most_bytes: int, deadline: float) -> bytes:
+def read(pipe: int, most_bytes: int, deadline: float) -> bytes:
     """What a pipe says until its end, up to most_bytes; ToolError if that takes until the deadline."""
     said = bytearray()
     while len(said) < most_bytes:
         if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            raise ToolError("The file could not be read in the time of a call.")
+            raise ToolError("It took too long to read.")
         data = os.read(pipe, min(1 << 16, most_bytes - len(said)))
         if not data:
             break
@@ -165,7 +174,7 @@ def _read(pipe: int, most_bytes: int, deadline: float) -> bytes:
 
 
 def child(given: dict) -> None:
-    """Reads the file at descriptor 0 and writes "ready" and one JSON object: text, error (the file's) or fault (ours)."""
+    """Reads the file at descriptor 0 and writes "ready" and one JSON object: text and title, error (its) or fault (ours)."""
     answer = os.dup(1)
     os.dup2(2, 1)  # whatever a parser prints is no part of the answer
     confine(given["seconds"], given["memory"])
@@ -175,7 +184,11 @@ def child(given: dict) -> None:
             os.dup2(answer, 1)
             os.execv(given["command"][0], given["command"])
         with os.fdopen(0, "rb", closefd=False) as stream:
-            reply = {"text": whole_text(stream, given["name"], given["members"], given["chars"], given["seconds"])}
+            if given["do"] == "page":
+                title, text = html_text(decoded(stream.read(), whole=True), given["url"], given["chars"])
+                reply = {"title": title, "text": text or "(a page without text)"}
+            else:
+                reply = {"text": whole_text(stream, given["name"], given["members"], given["chars"], given["seconds"])}
     except ToolError as error:
         reply = {"error": str(error)}
     except ImportError as error:
@@ -297,22 +310,48 @@ def _text(stream, chars: int) -> Iterator[str]:
 
 
 def _html(stream, chars: int) -> Iterator[str]:
-    """The page's main text, or all its words where that would leave out more than a fifth."""
+    yield "\n".join(html_text(decoded(stream.read(), whole=True), "", chars))
+
+
+def html_text(text: str, url: str, chars: int) -> tuple[str, str]:
+    """(title, text) of HTML: of a page of the web (at `url`) the main text and the links, of a file whatever it says.
+
+    The main text, which trafilatura finds, gives way to all words of a page where it is short (a list, a form), and of a
+    file where it leaves out more than a fifth.
+    """
     import trafilatura
     from lxml import html
 
-    text = decoded(stream.read(), whole=True)
     tree = html.document_fromstring(text.encode("utf-8", "replace"), parser=html.HTMLParser(encoding="utf-8"))
-    for part in tree.xpath("//script | //style | //noscript | //template | //comment()"):
+    title, links = " ".join((tree.findtext(".//title") or "").split())[:500], _links(tree, url) if url else ""
+    main = trafilatura.extract(text, url=url or None, include_comments=not url, favor_recall=True) or ""
+    words = _words(tree)
+    if len(main) < (min(400, len(words)) if url else 0.8 * len(words)):
+        main = words
+    return title, (main[:chars] + links).strip()
+
+
+def _links(tree, url: str) -> str:
+    links = {}
+    for link in tree.iter("a"):
+        name = " ".join(link.text_content().split())[:200]
+        with contextlib.suppress(ValueError):
+            address = urldefrag(urljoin(url, link.get("href", "").strip()))[0]
+            if name and address.startswith(("http://", "https://")) and address != url and len(address) < 500:
+                links.setdefault(address, name)
+    lines = (f"\n- {name}: {to}" for to, name in list(links.items())[:200])
+    return "\n\nLinks on the page:" + "".join(lines) if links else ""
+
+
+def _words(tree) -> str:
+    """Every word below the title, a line for a block and a tab between cells; takes the tree apart."""
+    for part in tree.xpath("//script | //style | //noscript | //template | //title | //comment()"):
         if part.getparent() is not None:  # a comment beside the page has none
             part.drop_tree()
-    for part in tree.iter("p", "div", "br", "li", "tr", "td", "th", "h1", "h2", "h3", "h4", "dt", "dd", "title"):
+    for part in tree.iter("p", "div", "br", "li", "tr", "td", "th", "h1", "h2", "h3", "h4", "dt", "dd", "section"):
         part.tail = ("\t" if part.tag in ("td", "th") else "\n") + (part.tail or "")
     lines = (re.sub("[ \r\f\v]+", " ", line).strip() for line in tree.text_content().split("\n"))
-    words = "\n".join(line for line in lines if line)
-    main = trafilatura.extract(text, include_comments=True, favor_recall=True) or ""
-    title = " ".join((tree.findtext(".//title") or "").split())
-    yield f"{title}\n{main}" if len(main) > 0.8 * len(words) else words
+    return "\n".join(line for line in lines if line)
 
 
 def _pdf(stream, chars: int) -> Iterator[str]:
@@ -479,312 +518,6 @@ def _shapes(shapes, depth: int = 0) -> Iterator[str]:
 READERS: dict[str, Callable[[io.BufferedIOBase, int], Iterator[str]]] = {
     "text": _text, "html": _html, "pdf": _pdf, "zip": _zip, "xlsx": _xlsx, "docx": _docx, "pptx": _pptx,
 }  # fmt: skip
-
-# ---------------------------------------------------------------------------------------------------------------------
-# images and recordings: what their headers say
-
-
-def image_size(body: bytes) -> tuple[str, int, int]:
-    """(type, width, height) of a png, jpeg, gif or webp image by its header, which is all that is looked at; ToolError."""
-    try:
-        if body[:8] == b"\x89PNG\r\n\x1a\n" and body[12:16] == b"IHDR":
-            return "png", *struct.unpack(">II", body[16:24])
-        if body[:6] in (b"GIF87a", b"GIF89a"):
-            return "gif", *struct.unpack("<HH", body[6:10])
-        if body[:3] == b"\xff\xd8\xff":
-            return "jpeg", *_jpeg_size(body)
-        if body[:4] == b"RIFF" and body[8:12] == b"WEBP":
-            return "webp", *_webp_size(body)
-    except (struct.error, IndexError) as error:
-        raise ToolError("The image is damaged: its header is cut off.") from error
-    raise ToolError("The file is not a png, jpeg, gif or webp image.")
-
-
-def _jpeg_size(body: bytes) -> tuple[int, int]:
-    at = 2
-    while at < len(body):
-        if body[at] != 0xFF:
-            at += 1
-            continue
-        marker = body[at + 1]
-        if marker in (0xFF, 0x00, 0x01, *range(0xD0, 0xD9)):  # fill bytes and markers without a length
-            at += 1 if marker == 0xFF else 2
-            continue
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack(">HH", body[at + 5 : at + 9])
-            return width, height
-        at += 2 + max(2, struct.unpack(">H", body[at + 2 : at + 4])[0])
-    raise IndexError
-
-
-def _webp_size(body: bytes) -> tuple[int, int]:
-    if body[12:16] == b"VP8X":
-        return 1 + int.from_bytes(body[24:27], "little"), 1 + int.from_bytes(body[27:30], "little")
-    if body[12:16] == b"VP8L":
-        bits = struct.unpack("<I", body[21:25])[0]
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    width, height = struct.unpack("<HH", body[26:30])
-    return width & 0x3FFF, height & 0x3FFF
-
-
-def audio_length(body: bytes) -> tuple[str, float | None]:
-    """(type, seconds) of a wav, mp3, flac, ogg or m4a recording; None seconds if its header does not say; ToolError."""
-    kinds = {b"fLaC": ("flac", _flac_seconds), b"OggS": ("ogg", _ogg_seconds)}
-    if body[:4] == b"RIFF" and body[8:12] == b"WAVE":
-        kind, measure = "wav", _wav_seconds
-    elif body[4:8] == b"ftyp":
-        kind, measure = "m4a", _m4a_seconds
-    elif body[:3] == b"ID3" or (body[:1] == b"\xff" and len(body) > 4 and body[1] & 0xE6 == 0xE2):
-        kind, measure = "mp3", _mp3_seconds
-    elif body[:4] in kinds:
-        kind, measure = kinds[body[:4]]
-    else:
-        raise ToolError("The file is not a wav, mp3, flac, ogg or m4a recording.")
-    try:
-        return kind, measure(body)
-    except (struct.error, IndexError, ZeroDivisionError):
-        return kind, None
-
-
-def _wav_seconds(body: bytes) -> float | None:
-    at, rate = 12, 0
-    while at + 8 <= len(body):
-        name, size = body[at : at + 4], struct.unpack("<I", body[at + 4 : at + 8])[0]
-        if name == b"fmt ":
-            rate = struct.unpack("<I", body[at + 16 : at + 20])[0]
-        elif name == b"data":  # a stream may not know its size
-            return min(size, len(body) - at - 8) / rate
-        at += 8 + size + size % 2
-    return None
-
-
-def _flac_seconds(body: bytes) -> float | None:
-    packed = int.from_bytes(body[18:26], "big")  # 20 bits of rate, 3 of channels, 5 of depth, 36 of samples
-    return (packed & (1 << 36) - 1) / (packed >> 44) or None
-
-
-def _ogg_seconds(body: bytes) -> float | None:
-    last = body.rfind(b"OggS")
-    samples = struct.unpack("<q", body[last + 6 : last + 14])[0]
-    at = body.find(b"\x01vorbis", 0, 512)
-    return samples / (struct.unpack("<I", body[at + 12 : at + 16])[0] if at >= 0 else 48000)  # Opus: always 48 kHz
-
-
-def _m4a_seconds(body: bytes) -> float | None:
-    start, end = 0, len(body)
-    while start + 8 <= end:
-        size, name = struct.unpack(">I4s", body[start : start + 8])
-        head = 16 if size == 1 else 8
-        size = struct.unpack(">Q", body[start + 8 : start + 16])[0] if size == 1 else size or end - start
-        if name == b"mvhd":
-            wide = body[start + 8] == 1
-            at = start + (28 if wide else 20)
-            rate, length = struct.unpack(">IQ" if wide else ">II", body[at : at + (12 if wide else 8)])
-            return length / rate
-        if name == b"moov":
-            end = min(end, start + size)
-            start += head
-        else:
-            start += max(size, 8)
-    return None
-
-
-def _mp3_seconds(body: bytes) -> float | None:
-    at = 0
-    if body[:3] == b"ID3":
-        at = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(body[6:10], (21, 14, 7, 0), strict=True))
-    while body[at] != 0xFF or body[at + 1] & 0xE6 != 0xE2:  # the first frame of layer III
-        at = body.index(b"\xff", at + 1, at + 65536) if b"\xff" in body[at + 1 : at + 65536] else len(body)
-    first = body[at + 1] >> 3 & 3 == 3  # MPEG 1; else 2 or 2.5
-    rates = (44100, 48000, 32000)
-    rate = rates[body[at + 2] >> 2 & 3] / {3: 1, 2: 2, 0: 4}.get(body[at + 1] >> 3 & 3, 0)
-    kbits = ((0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320) if first
-             else (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160))[body[at + 2] >> 4]  # fmt: skip
-    for mark in (b"Xing", b"Info"):  # a header that counts the frames
-        found = body.find(mark, at, at + 64)
-        if found >= 0 and body[found + 7] & 1:
-            return struct.unpack(">I", body[found + 8 : found + 12])[0] * (1152 if first else 576) / rate
-    return (len(body) - at) / (kbits * 125)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# endpoints
-
-
-def describe_image(files_dir: str, path: str, question: str, *, seconds: float) -> str:
-    """What the vision endpoint answers to `question` about a png, jpeg, gif or webp image in `files_dir`.
-
-    The image goes as it is, in a data URI of its true type. ToolError for a file that is no such image, that has more than
-    20 MB or 50 million pixels, or that the endpoint does not take; ToolFault if the endpoint fails or is not set.
-    """
-    deadline = time.monotonic() + seconds
-    body = _whole(files_dir, path, MOST_IMAGE_BYTES)
-    kind, width, height = image_size(body)
-    if not 0 < width * height <= MOST_PIXELS:
-        raise ToolError(f"The image has {width:,} x {height:,} pixels; up to {MOST_PIXELS:,} can be looked at.")
-    url = f"data:image/{kind};base64,{base64.b64encode(body).decode()}"
-    content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": url}}]
-    with endpoint("VISION") as (client, model):
-        create = client.chat.completions.with_streaming_response.create
-        reply = asked(
-            lambda left: create(model=model, messages=[{"role": "user", "content": content}], timeout=left),
-            deadline, "the vision endpoint",
-        )  # fmt: skip
-    try:
-        text = reply["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError) as error:
-        raise ToolFault(f"the vision endpoint answers without a message: {str(reply)[:200]}") from error
-    if not isinstance(text, str) or not text.strip():
-        raise ToolFault("the vision endpoint gives an empty answer")
-    return text
-
-
-def transcribe_audio(files_dir: str, path: str, *, seconds: float) -> str:
-    """The words of a wav, mp3, flac, ogg or m4a recording in `files_dir`, from the speech endpoint.
-
-    A long one is sent in pieces of up to ten minutes: wav by itself, the others through ffmpeg. ToolError for a file that is
-    no such recording, that has more than 100 MB or two hours, or that the endpoint does not take; ToolFault if the endpoint
-    fails or is not set, or if a long recording needs an ffmpeg that is not there.
-    """
-    deadline = time.monotonic() + seconds
-    fd = opened(files_dir, _no_member(path), MOST_AUDIO_BYTES)
-    with os.fdopen(fd, "rb") as stream, endpoint("SPEECH") as (client, model):
-        body = stream.read(MOST_AUDIO_BYTES)
-        kind, length = audio_length(body)
-        if length and length > MOST_AUDIO_SECONDS:
-            raise ToolError(f"The recording lasts {length:,.0f} s; up to {MOST_AUDIO_SECONDS:,} can be listened to.")
-        if len(body) <= PIECE_BYTES and (length or 0) <= PIECE_SECONDS:
-            pieces = iter([(kind, body)])
-        elif kind == "wav" and (sliced := _wav_pieces(body)):
-            pieces = sliced
-        else:
-            pieces = _ffmpeg_pieces(fd, kind, deadline)
-        create, texts = client.audio.transcriptions.with_streaming_response.create, []
-        for kind, piece in pieces:  # noqa: PLW2901 - of a piece, the type that it has
-            # the name on our disk is nobody's business; the endpoint goes by its ending
-            file = (f"recording.{kind}", piece, {"mp3": "audio/mpeg", "m4a": "audio/mp4"}.get(kind, f"audio/{kind}"))
-            reply = asked(
-                lambda left, file=file: create(model=model, file=file, response_format="json", timeout=left),
-                deadline, "the speech endpoint",
-            )  # fmt: skip
-            if not isinstance(reply, dict) or not isinstance(reply.get("text"), str):
-                raise ToolFault(f"the speech endpoint answers without a text: {str(reply)[:200]}")
-            texts.append(reply["text"].strip())
-    return "\n".join(texts).strip() or "(no words were heard)"
-
-
-def _no_member(path: str) -> str:
-    if "::" in path:
-        raise ToolError("Images and recordings inside archives cannot be read.")
-    return path
-
-
-def _whole(files_dir: str, path: str, most_bytes: int) -> bytes:
-    with os.fdopen(opened(files_dir, _no_member(path), most_bytes), "rb") as stream:
-        return stream.read(most_bytes)
-
-
-def _wav_pieces(body: bytes) -> Iterator[tuple[str, bytes]] | None:
-    """Cuts plain PCM; None for what the wave module does not read."""
-    try:
-        whole = wave.open(io.BytesIO(body))
-    except (wave.Error, EOFError):
-        return None
-    rate = whole.getframerate() * whole.getnchannels() * whole.getsampwidth()
-    frames = int(min(PIECE_SECONDS, PIECE_BYTES / rate) * whole.getframerate())
-    return (("wav", _as_wav(data, *whole.getparams()[:3])) for data in iter(lambda: whole.readframes(frames), b""))
-
-
-def _as_wav(data: bytes, channels: int, width: int, rate: int) -> bytes:
-    out = io.BytesIO()
-    with wave.open(out, "wb") as piece:
-        piece.setnchannels(channels)
-        piece.setsampwidth(width)
-        piece.setframerate(rate)
-        piece.writeframes(data)
-    return out.getvalue()
-
-
-def _ffmpeg_pieces(fd: int, kind: str, deadline: float) -> Iterator[tuple[str, bytes]]:
-    """Pieces as 16 kHz mono wav, from a child that runs ffmpeg; its demuxer is set, so no playlist can name other files."""
-    ffmpeg = shutil.which("ffmpeg")
-    if not ffmpeg:
-        raise ToolFault("a recording this long is sent in pieces, which needs ffmpeg: apt-get install ffmpeg")
-    command = [ffmpeg, "-nostdin", "-v", "error", "-protocol_whitelist", "file", "-f", "mov" if kind == "m4a" else kind, "-i",
-               "/proc/self/fd/0", "-t", str(MOST_AUDIO_SECONDS), "-vn", "-ac", "1", "-ar", "16000", "-f", "s16le",
-               "-protocol_whitelist", "pipe", "pipe:1"]  # fmt: skip
-    with _running(fd, {"do": "ffmpeg", "command": command}, deadline) as pipe:
-        for number in itertools.count():
-            data = _read(pipe, PIECE_SECONDS * 32_000, deadline)
-            if not data and number == 0:
-                raise ToolError("The recording is damaged: ffmpeg finds no sound in it.")
-            if not data:
-                return
-            yield "wav", _as_wav(data, 1, 2, 16_000)
-
-
-@contextlib.contextmanager
-def endpoint(name: str):
-    """(client, model) of the endpoint that NAME_URL, NAME_MODEL and NAME_API_KEY set; ToolFault if they do not.
-
-    The client takes no proxy, no organization and no header from the environment, and follows no redirect.
-    """
-    url, model, key = (os.environ.get(f"{name}_{part}", "") for part in ("URL", "MODEL", "API_KEY"))
-    if not url.startswith(("http://", "https://")) or not model:
-        raise ToolFault(f"no endpoint for this tool: set {name}_URL and {name}_MODEL (and {name}_API_KEY)")
-    import openai
-
-    def only_ours(request):
-        kept = ("host", "content-type", "content-length", "accept", "connection", "x-stainless-raw-response")
-        for header in [header for header in request.headers if header.lower() not in kept]:
-            del request.headers[header]
-        if key:
-            request.headers["authorization"] = f"Bearer {key}"
-
-    hooks = {"request": [only_ours]}
-    http = openai.DefaultHttpxClient(follow_redirects=False, trust_env=False, event_hooks=hooks)
-    with openai.OpenAI(base_url=url, api_key=key or "none", max_retries=0, http_client=http) as client:
-        yield client, model
-
-
-def asked(request, deadline: float, what: str, tries: int = 4, most_bytes: int = 4 << 20):
-    """The JSON that an endpoint answers to `request(seconds left)`.
-
-    429, 5xx and a broken connection are tried again while there is time, then ToolFault; so are other refusals, but for
-    those of the file itself (400, 413, 415, 422), which are a ToolError.
-    """
-    import openai
-
-    problem = "no time is left"
-    for attempt in range(tries):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            break
-        pause = 0.3 * 2**attempt
-        try:
-            body = bytearray()
-            with request(left) as response:
-                for chunk in response.iter_bytes():
-                    body += chunk
-                    if len(body) > most_bytes or time.monotonic() > deadline:
-                        raise ToolFault(f"{what} answers too much or too slowly")
-            return json.loads(body)
-        except openai.APIStatusError as error:
-            problem = f"{error.status_code} {str(error)[:200]}"
-            if error.status_code in (400, 413, 415, 422):
-                raise ToolError(f"{what} does not take this file: {problem}") from error
-            if error.status_code not in (408, 409, 429) and error.status_code < 500:
-                break
-            after = error.response.headers.get("retry-after", "")
-            pause = max(pause, float(after)) if re.fullmatch(r"\d{1,5}", after) else pause
-        except openai.OpenAIError as error:
-            problem = f"{type(error).__name__} {str(error)[:200]}"
-        except (ValueError, RecursionError):
-            problem = "it does not answer with JSON"
-        if attempt == tries - 1 or time.monotonic() + pause >= deadline:
-            break
-        time.sleep(pause)
-    raise ToolFault(f"{what} failed: {problem}")
 
 
 if __name__ == "__main__":

@@ -122,9 +122,14 @@ def seed_of(*parts) -> int:
 # reading what models write
 
 
+def after_thoughts(text: str) -> str:
+    """What a turn says after its last </think>, up to thoughts that are opened and never closed."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
 def extract_answer(text: str) -> str | None:
-    """The content of the last balanced \\boxed{} after the last </think>, or None where there is none or it is blank."""
-    text = text.rpartition("</think>")[2]
+    """The content of the last balanced \\boxed{} after the thoughts, or None where there is none or it is blank."""
+    text = after_thoughts(text)
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -163,9 +168,9 @@ _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.S)
 
 
 def parse_calls(text: str) -> list[tuple[str, object, str]]:
-    """The tool calls of a turn, after its last </think>, as (name, arguments, error text or "")."""
+    """The tool calls of a turn, after its thoughts, as (name, arguments, error text or "")."""
     calls = []
-    for match in _CALL.finditer(text.rpartition("</think>")[2]):
+    for match in _CALL.finditer(after_thoughts(text)):
         if not match[0].endswith("</tool_call>"):
             calls.append(("", {}, "The tool call has no closing </tool_call>."))
             continue

@@ -327,7 +327,7 @@ def image2text(context: Context, image_path: str, query: str = "Describe the ima
     image_path: the image file
     query: what to find out about the image
     """
-    from attachments import describe_image
+    from media import describe_image
 
     return describe_image(*_file(context, image_path), query, seconds=context.left())
 
@@ -337,7 +337,7 @@ def audio2text(context: Context, audio_path: str) -> str:
 
     audio_path: the audio file
     """
-    from attachments import transcribe_audio
+    from media import transcribe_audio
 
     return transcribe_audio(*_file(context, audio_path), seconds=context.left())
 

@@ -20,9 +20,6 @@ import re
 import socket
 import sqlite3
 import ssl
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 import urllib.parse
@@ -32,13 +29,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from attachments import body_to_text, page_to_text
 from sandbox import ToolError, ToolFault
 
 MOST_BYTES = 10 << 20  # of a page, before and after decompression
 MOST_REDIRECTS = 5
 MOST_CHARS = 500_000  # of a page's text
 WIDER = {"iso-8859-1": "cp1252", "latin-1": "cp1252", "us-ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030"}
-NOT_INSTALLED = 3  # what the reader of pages exits with
 VERSION = 1  # of what the cache holds: raise it when the reading of pages or results changes
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,20 +229,23 @@ def fetch(url: str, *, seconds: float, most_bytes=MOST_BYTES, allow=frozenset(),
 OURS = re.compile(r"credit|quota|token|api.?key|unauthori|subscription|plan|billing", re.I)
 
 
-def api(method: str, url: str, *, headers: dict, body=None, seconds: float, what: str, tries: int = 4):
+def api(method: str, url: str, *, headers: dict, body: dict | bytes | None = None, seconds: float,
+        what: str, tries: int = 4, share: float = 0.5):  # fmt: skip
     """The JSON that a configured endpoint answers. Its host needs no permission; redirects are not followed.
+
+    A body goes as JSON, or as it is with a Content-Type in `headers`. One try takes up to `share` of the time that is left.
 
     What may pass (429, 5xx, no JSON, no connection) is tried again within `seconds`, then a ToolFault; so are, at once,
     wrong keys and used-up quotas. A request that the endpoint does not take is a ToolError.
     """
     deadline, parts = time.monotonic() + seconds, urllib.parse.urlsplit(url)
     home = f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
-    data = None if body is None else json.dumps(body).encode()
+    data = json.dumps(body).encode() if isinstance(body, dict) else body
     sent = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": "Reagent"} | headers
     for attempt in range(tries):
         left, pause, status = deadline - time.monotonic(), 0.0, 0
         try:
-            until = time.monotonic() + max(left / 2, min(left, 1.0))  # a slow body leaves room for another try
+            until = time.monotonic() + max(left * share, min(left, 1.0))  # a slow body leaves room for another try
             status, got, answer = exchange(checked(url, {home}), method, sent, data, until, MOST_BYTES)
             if 200 <= status < 300:
                 return json.loads(answer)
@@ -253,7 +253,7 @@ def api(method: str, url: str, *, headers: dict, body=None, seconds: float, what
             pause = float(got["Retry-After"]) if re.fullmatch(r"\d{1,5}", got.get("Retry-After", "")) else 0.0
         except (ToolError, ToolFault, ValueError, RecursionError) as error:
             problem = _without_keys(str(error), headers)
-        if status in (400, 422) and not OURS.search(problem):
+        if status in (400, 413, 415, 422) and not OURS.search(problem):
             raise ToolError(f"{what} does not take this: {problem}")
         pause = max(pause, 0.3 * 2**attempt * random.uniform(0.8, 1.2))
         for_good = 300 <= status < 500 and status not in (408, 429)
@@ -270,7 +270,7 @@ def _without_keys(text: str, headers: dict) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pages as text, read in a child that can be killed
+# pages as text
 
 
 def text_of(page: Page, seconds: float) -> tuple[str, str]:
@@ -283,52 +283,8 @@ def text_of(page: Page, seconds: float) -> tuple[str, str]:
             body = b"\xef\xbb\xbf" + body.decode(WIDER.get(named[1].lower(), named[1])).encode()
     head = body[:4096]
     if re.search(rb"<(!doctype\s+html|html|head|body|div|p|table|title)\b", head, re.I) and b"\0" not in head:
-        return _html_in_child(body, page.url, seconds)
-    from attachments import file_to_text
-
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "page").write_bytes(body)
-        return "", file_to_text(folder, "page", seconds=seconds, chars=MOST_CHARS)
-
-
-def _html_in_child(body: bytes, url: str, seconds: float) -> tuple[str, str]:
-    command = [sys.executable, "-E", "-s", __file__, url]
-    try:
-        done = subprocess.run(command, input=body, capture_output=True, timeout=max(seconds, 0.1), env={}, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise ToolError("The page took too long to read.") from error
-    if done.returncode == NOT_INSTALLED:
-        raise ToolFault(done.stderr.decode("utf-8", "replace"))
-    if done.returncode:
-        raise ToolError("The page cannot be read: its reader crashed.")
-    return tuple(json.loads(done.stdout))
-
-
-def _read_html(text: str, url: str) -> tuple[str, str]:
-    """(title, the main text and the links); runs in the child."""
-    import trafilatura
-    from lxml import html as parser
-
-    tree = parser.document_fromstring(text.encode(), parser=parser.HTMLParser(encoding="utf-8"))
-    title, links = " ".join((tree.findtext(".//title") or "").split()), {}
-    for link in tree.iter("a"):
-        name = " ".join(link.text_content().split())[:200]
-        with contextlib.suppress(ValueError):
-            address = urllib.parse.urldefrag(urllib.parse.urljoin(url, link.get("href", "").strip()))[0]
-            if name and address.startswith(("http://", "https://")) and address != url and len(address) < 500:
-                links.setdefault(address, name)
-    main = trafilatura.extract(text, url=url, include_comments=False, favor_recall=True) or ""
-    if len(main) < 400:  # no article but a list, a form, an index: all the words there are
-        for part in tree.xpath("//script | //style | //noscript | //template | //title | //comment()"):
-            part.drop_tree()
-        for part in tree.iter("p", "div", "br", "li", "tr", "td", "th", "h1", "h2", "h3", "h4", "dt", "dd", "section"):
-            part.tail = (" " if part.tag in ("td", "th") else "\n") + (part.tail or "")
-        lines = (" ".join(line.split()) for line in tree.text_content().splitlines())
-        main = max(main, "\n".join(line for line in lines if line), key=len)
-    text = main[:MOST_CHARS]
-    if links:
-        text += "\n\nLinks on the page:\n" + "\n".join(f"- {name}: {to}" for to, name in list(links.items())[:200])
-    return title[:500], text.strip() or "(a page without text)"
+        return page_to_text(body, page.url, seconds=seconds, chars=MOST_CHARS)
+    return "", body_to_text(body, seconds=seconds, chars=MOST_CHARS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -523,30 +479,10 @@ class Web:
                     "messages": [{"role": "system", "content": SUMMARY_PROMPT}, page]}
             where = self.environ["SUMMARY_URL"].rstrip("/") + "/chat/completions"
             try:
-                got = api("POST", where, headers=headers, body=body, seconds=seconds, what="the summariser")
+                got = api("POST", where, headers=headers, body=body, seconds=seconds, what="the summariser", share=1.0)
                 said = got["choices"][0]["message"]["content"]
                 return said.rpartition("</think>")[2].strip() or "(nothing)"
             except (ToolError, LookupError, TypeError, AttributeError) as error:  # never the model's doing
                 raise ToolFault(f"the summariser failed: {error}") from error
 
         return self._through("answer", {"url": url, "query": query}, ask)
-
-
-def main(url: str) -> None:
-    """The child that reads HTML: from standard input, as JSON to standard output."""
-    import resource
-
-    from attachments import decoded
-
-    try:
-        import trafilatura  # noqa: F401
-    except ImportError as error:
-        print(f"pages cannot be read without trafilatura: {error}", file=sys.stderr)
-        sys.exit(NOT_INSTALLED)
-    for limit, value in ((resource.RLIMIT_AS, 2 << 30), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
-        resource.setrlimit(limit, (value, value))
-    print(json.dumps(_read_html(decoded(sys.stdin.buffer.read(), whole=True), url)))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -20,7 +20,7 @@ def multipart(content_type: str, body: bytes):
 
 
 class MediaServer:
-    """`plays`: answers to give first, (status, headers, body) each, or "hang" or "drip"; then it answers properly:
+    """`plays`: answers to give first, (status, headers, body) each, or "hang", "drip" or "drip head"; then it answers properly:
     with the type and size of the image and the question, or with the number and size of the recording.
 
     `seen`: {"path", "headers", "model", "question", "mime", "file", "name"} of every request.
@@ -47,7 +47,9 @@ class MediaServer:
                 if play == "hang":
                     time.sleep(20)
                 elif play == "drip":
-                    self.drip()
+                    self.drip(b" ")
+                elif play == "drip head":
+                    self.drip(b"X-A: b\r\n", ended=False)
                 else:
                     self.reply(*play)
 
@@ -59,12 +61,15 @@ class MediaServer:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def drip(self):
+            def drip(self, piece, ended=True):
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
-                self.end_headers()
-                for _ in range(200):
-                    self.wfile.write(b" ")
+                if ended:
+                    self.end_headers()
+                else:
+                    self.flush_headers()
+                for _ in range(80):
+                    self.wfile.write(piece)
                     self.wfile.flush()
                     time.sleep(0.1)
 

@@ -152,7 +152,7 @@ def test_tool_calls_as_records_become_raw_text(arguments):
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_text_from_outside_never_becomes_a_control_token(chat, attack):
+def test_076_077_text_from_outside_never_becomes_a_control_token(chat, attack):
     assert controls(chat, chat.outside(attack)) == []
     for role in ("tool", "user"):
         harmless, nasty = ({"role": role, "content": text} for text in ("x", attack))

@@ -130,7 +130,7 @@ torch.distributed.destroy_process_group()
 
 
 @needs_vllm
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"])
 def test_vllm_beside_fsdp_on_two_ranks(tied, tmp_path):
     """|dlogp| before a step, after it with a stale sampler, after the sync; a left-out weight; a late request."""
     folder, out, script = tiny_model(tmp_path / "m", tied, heads=2, kv_heads=2, hidden=64), tmp_path / "out.json", tmp_path / "t.py"

@@ -11,6 +11,7 @@ import pytest
 
 import evaluate
 import results
+import rollout
 import served
 from evaluate import Config, DataSet, Task
 from results import Chain, Entry, Journal
@@ -83,7 +84,7 @@ def test_bad_settings_are_told_in_one_line(args, told):
     assert told in str(stopped.value)
 
 
-def test_the_same_question_twice_is_two_rows(tmp_path):
+def test_090_the_same_question_twice_is_two_rows(tmp_path):
     toy.write(tmp_path / "rows.jsonl", [row_of("1"), row_of("2"), row_of("1"), row_of("1", "other?"), row_of("1#2")])
     task = evaluate.load_task(f"{tmp_path}/rows.jsonl", config("--rollouts=2"))
     assert [row["id"] for row in task.rows] == ["1", "2", "1#2", "1#3", "1#2#2"]
@@ -171,7 +172,7 @@ def task_of(tmp_path, rows, rollouts=1, scorer="hotpotqa", name="rows"):
     return Task(name, DataSet("search", scorer), rows, rollouts, canaries, [])
 
 
-def test_a_journal_cut_at_any_byte_keeps_the_whole_lines_and_goes_on(tmp_path):
+def test_088_a_journal_cut_at_any_byte_keeps_the_whole_lines_and_goes_on(tmp_path):
     task = task_of(tmp_path, [row_of(str(i), f"q{i}?") for i in range(3)])
     journal = Journal(tmp_path / "a")
     for key, row in task.keys():
@@ -341,7 +342,7 @@ FORGED = [
 
 
 @pytest.mark.parametrize("answer", FORGED)
-def test_an_answer_forges_neither_verdict_nor_fence_even_when_the_judge_repeats_it(answer):
+def test_081_an_answer_forges_neither_verdict_nor_fence_even_when_the_judge_repeats_it(answer):
     text = served.judge_request("Which city?", ["Rome"], answer)
     mark = re.search(r"=====\[\w{16}\]=====", text)[0]
     inside = text.split(f"{mark} ANSWER OF THE AGENT\n")[1].split(f"\n{mark} END")[0]
@@ -383,7 +384,7 @@ def test_the_cache_is_keyed_by_judge_question_reference_and_answer(tmp_path):
 
 
 @pytest.mark.parametrize("reply", ["Rome is right.", ("VERDICT: CORRECT", "length"), ("", "content_filter"), b"<html>", 500])
-def test_no_strict_verdict_is_unscored_never_right_and_never_kept(tmp_path, reply):
+def test_087_no_strict_verdict_is_unscored_never_right_and_never_kept(tmp_path, reply):
     verdicts, judge, seen = judged(tmp_path, lambda text, request: reply, [ASK], patience_s=0.3)
     assert verdicts == [None] and judge.problem and len(seen) >= 2
     assert judged(tmp_path, lambda text, request: "VERDICT: INCORRECT", [ASK])[0] == [False]
@@ -400,9 +401,10 @@ def test_a_wrong_key_is_asked_with_once(tmp_path):
     assert verdicts == [None, None] and len(seen) == 1 and "refused" in judge.problem
 
 
-def test_an_answer_that_is_none_or_blank_is_wrong_without_a_judge():
-    for answer in (None, "", " \n"):
+def test_086_an_answer_that_is_none_or_blank_is_wrong_without_a_judge():
+    for answer in (None, "", " \n", rollout.extract_answer("<think>\\boxed{a}")):
         assert evaluate.scored(evaluate.DATASETS["hle"], row_of("1"), answer)["correct"] is False
+    assert evaluate.scored(evaluate.DATASETS["math500"], row_of("1", answer="3"), "x" * 1_000_000)["correct"] is False
     assert evaluate.scored(evaluate.DATASETS["hle"], row_of("1", answer="a"), "a")["correct"] is None
     assert evaluate.scored(evaluate.DATASETS["bamboogle"], row_of("1", answer="a b"), "a c b")["f1"] == pytest.approx(1.0 * 4 / 5, abs=0.2)
 

@@ -258,7 +258,7 @@ def test_answers_without_a_judge_are_judged_later_and_the_model_is_not_asked_aga
     assert figures["judge"].startswith("another/") and figures["scored"][0] == 1.0
 
 
-def test_a_judge_that_is_down_leaves_answers_unscored(world, tmp_path, capfd):
+def test_087_a_judge_that_is_down_leaves_answers_unscored(world, tmp_path, capfd):
     with chat_server(knows, tokenizer_of(world)) as (url, _), chat_server(says(500)) as (judge, _):
         rows = run(world, tmp_path, *served(world, url), "--judged=all", f"--judge={judge}", "--patience_s=0.3")
     assert [r["correct"] for r in rows] == [None] * 4 and "4 of 4 answers stay unscored (no answer from" in capfd.readouterr().err
@@ -295,7 +295,7 @@ def test_a_local_run_cut_anywhere_and_resumed_leaves_the_same_bytes(world, tmp_p
         assert (again / "results.jsonl").read_bytes() == (tmp_path / "straight" / "results.jsonl").read_bytes(), share
 
 
-def test_two_runs_cannot_write_one_folder(world, tmp_path):
+def test_089_two_runs_cannot_write_one_folder(world, tmp_path):
     holder = evaluate.Journal(str(tmp_path))
     with pytest.raises(SystemExit, match=f"is being written by process {os.getpid()} on .*, since 20"):
         run(world, tmp_path, f"--model={world}/model", *HF)
@@ -318,7 +318,7 @@ def test_two_ranks_share_the_questions_and_leave_the_same_file(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_kills_leave_the_file_of_an_undisturbed_run(world, tmp_path):
+def test_088_twenty_kills_leave_the_file_of_an_undisturbed_run(world, tmp_path):
     """SIGKILL at random moments of start, sampling and writing."""
     rng, args = random.Random(0), ("--rollouts=12", "--max_live_chains=4", "--max_tokens_per_attempt=400")
     start = lambda out: subprocess.Popen(  # noqa: E731

@@ -61,7 +61,7 @@ def test_sft_on_two_ranks(world, tmp_path):
 
 @pytest.mark.parametrize(
     "stage, ranks",
-    [("sft", 1), ("grpo", 2), pytest.param("sft", 2, marks=pytest.mark.slow), pytest.param("grpo", 1, marks=pytest.mark.slow)],
+    [("sft", 1), ("grpo", 1), pytest.param("sft", 2, marks=pytest.mark.slow), pytest.param("grpo", 2, marks=pytest.mark.slow)],
 )
 def test_the_reward_model(world, tmp_path, stage, ranks):
     script = tmp_path / "train.py"

@@ -1,8 +1,9 @@
 """The tools and the toolbox: arguments, limits, local search. Numbers are those of the list of attacks on the tools.
 
-Elsewhere: 1-43 tests/test_sandbox.py; 44-59 tests/test_attachments.py; 60-75 tests/test_web.py, here what a call sees
-of them; 76-78 and malformed calls of 83 tests/test_rollout.py, where text becomes tokens; 79 the sandbox has no network
-and no environment (22, 40-43); 81 and 86-90 the tests of judges and of evaluate.py.
+Elsewhere: 1-43 tests/test_sandbox.py; 44-59 tests/test_attachments.py, of images tests/test_media.py; 60-75 tests/test_web.py,
+here what a call sees of them; 76-78 and malformed calls of 83 tests/test_rollout.py and test_chat.py, where text becomes
+tokens; 79 needs no test of its own, the sandbox has no network and no environment (22, 40-43); 81, 86-88 and 90
+tests/test_evaluate.py, 87-89 also test_evaluate_jobs.py.
 """
 
 import asyncio
