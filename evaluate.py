@@ -36,7 +36,7 @@ from results import (
     write_results,
 )
 from rows import Chat, JsonlRows, check_choices, check_rl_row, parse_config, run_facts
-from scorers import score
+from scorers import SCORERS, score
 
 SCORER_OF_KIND = {"qa": "hotpotqa", "math": "math", "gaia": "gaia", "choice": "choice"}
 F1_FLOOR = 0.3  # a token F1 below it earns nothing (the released reward)
@@ -557,8 +557,10 @@ def write_reports(cfg: Config, tasks: list[Task], journal: Journal, judge: str, 
     (out / "report.md").write_text(text, encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summaries, indent=1), encoding="utf-8")
     config = {key: str(value) for key, value in dataclasses.asdict(cfg).items()}
-    write_report(out / "report.html", title=f"Evaluation of {cfg.model}", episodes=page_episodes(out, tasks),
-                 table_markdown=text, config=config)
+    shown, total = page_episodes(out, tasks)
+    which = f"of {total:,} episodes" if total > len(shown) else "episodes"
+    write_report(out / "report.html", title=f"Evaluation of {cfg.model}", episodes=shown, which=which, table_markdown=text,
+                 config=config)
     return text
 
 
@@ -680,9 +682,13 @@ def main(cfg: Config) -> None:
 
 def score_file(path: str) -> None:
     """One JSON line for each row of {"scorer", "pred", "gold"}."""
-    rows = JsonlRows(path, lambda row: None if {"scorer", "pred", "gold"} <= set(row) else "needs scorer, pred, gold")
-    for i in range(len(rows)):
-        row = rows[i]
+
+    def check(row):
+        if not {"scorer", "pred", "gold"} <= set(row) or row["gold"] == []:
+            return "needs scorer, pred and at least one gold"
+        return None if row["scorer"] in SCORERS else f"no scorer {row['scorer']!r}: {', '.join(SCORERS)}"
+
+    for row in JsonlRows(path, check, "score takes a file of rows with scorer, pred and gold"):
         print(json.dumps(score(row["scorer"], row["pred"], row["gold"])))
 
 
@@ -697,7 +703,7 @@ def command(argv: list[str]) -> None:
             score_file(argv[1])
         else:
             print(json.dumps(compare(question_means(argv[1]), question_means(argv[2])), indent=1))
-    except ValueError as error:  # names file and line, or the scorer
+    except ValueError as error:  # names file and line
         raise SystemExit(str(error)) from error
 
 

@@ -500,7 +500,7 @@ def main(cfg: Config) -> None:
         newest = sorted((out / "episodes").glob("*.jsonl"))[-4:]
         episodes = [json.loads(text) for path in newest for text in open(path)]
         write_report(out / "report.html", title=f"Reagent-{cfg.variant.upper()}, {out}", episodes=episodes[-1000:],
-                     log=log, config=dataclasses.asdict(cfg))
+                     which="newest episodes", log=log, config=dataclasses.asdict(cfg))
     meet("the end")
     toolbox.close()
     dist.destroy_process_group()

@@ -107,12 +107,12 @@ def slim(episode: dict) -> dict:
     return kept
 
 
-def summary(episodes: list[dict]) -> list[tuple[str, str]]:
-    """The strip of figures above the table: (label, value) pairs over slim episodes."""
+def summary(episodes: list[dict], which: str = "episodes") -> list[tuple[str, str]]:
+    """The strip of figures above the table: (label, value) pairs over slim episodes; `which` they are is the first label."""
     if not episodes:
         return []
     counts = {name: sum(name in e["outcomes"] for e in episodes) for name in ("fixed", "broken", "dropped")}
-    pairs = [("episodes", f"{len(episodes):,}")]
+    pairs = [(which, f"{len(episodes):,}")]
     for stage, label in enumerate(("first attempts right", "refined attempts right")):
         verdicts = [e["attempts"][stage].get("correct") for e in episodes
                     if len(e.get("attempts") or []) > stage and "dropped" not in e["outcomes"]]
@@ -362,14 +362,14 @@ def config_html(config: dict) -> str:
     return f"<details class='config'>{head}<dl>{rows}</dl></details>"
 
 
-def write_report(path, *, title: str, episodes=(), log=(), table_markdown: str = "", config=None) -> None:
+def write_report(path, *, title: str, episodes=(), which="episodes", log=(), table_markdown: str = "", config=None) -> None:
     """Write the page to `path`, beside and renamed.
 
-    episodes: Episode.to_json() dicts, in the order to show; log: the dicts of log.jsonl; table_markdown: text with
-    pipe tables, e.g. report.md; config: any flat dict.
+    episodes: Episode.to_json() dicts, in the order to show; which: what to call them if they are not all; log: the dicts
+    of log.jsonl; table_markdown: text with pipe tables, e.g. report.md; config: any flat dict.
     """
     shown = [slim(episode) for episode in episodes]
-    strip = "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for label, value in summary(shown))
+    strip = "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for label, value in summary(shown, which))
     made = time.strftime("%Y-%m-%d %H:%M")
     table = f'<section id="results">{table_html(table_markdown)}</section>' if table_markdown.strip() else ""
     page = PAGE.format(
@@ -803,8 +803,8 @@ def main(folder: str) -> None:
     if (run / "run.json").is_file():
         facts = json.loads((run / "run.json").read_text())
     table = (run / "report.md").read_text(encoding="utf-8") if (run / "report.md").is_file() else ""
-    write_report(run / "report.html", title=str(run), episodes=episodes[-LIVE_EPISODES:], log=log, table_markdown=table,
-                 config=facts.get("config", {}))
+    write_report(run / "report.html", title=str(run), episodes=episodes[-LIVE_EPISODES:], which="newest episodes",
+                 log=log, table_markdown=table, config=facts.get("config", {}))
     print(f"wrote {run / 'report.html'}")
     found, _ = panels(numeric_series(log))
     chosen = [panel for panel in found if panel[0] == "Learning"][:6] or found[:6]

@@ -332,7 +332,7 @@ def question_means(path: str) -> dict[tuple, float]:
             return "a result row needs 'id' and 'correct'"
         names.append((row.get("dataset", ""), str(row.pop("id")), bool(row["correct"])))  # an id stands there k times
 
-    JsonlRows(path, check)
+    JsonlRows(path, check, "compare takes two results.jsonl")
     for dataset, name, correct in names:
         seen.setdefault((dataset, name), []).append(float(correct))
     return {key: sum(values) / len(values) for key, values in seen.items()}
@@ -386,8 +386,8 @@ def write_results(out: Path, tasks: list, journal: Journal, judge: str) -> None:
     part.replace(out / "results.jsonl")
 
 
-def page_episodes(out: Path, tasks: list, most: int = 1000) -> list[dict]:
-    """Episodes for the report page, as many of each set; of an encrypted row the figures without the texts."""
+def page_episodes(out: Path, tasks: list, most: int = 1000) -> tuple[list[dict], int]:
+    """(episodes for the report page, as many of each set; of how many); of an encrypted row the figures without the texts."""
     shown, seen = [], Counter()
     with open(out / "results.jsonl", encoding="utf-8") as file:
         for line in map(json.loads, file):
@@ -404,7 +404,7 @@ def page_episodes(out: Path, tasks: list, most: int = 1000) -> list[dict]:
             episode["dropped"] = line["status"] if line["status"] in ("fault", "prompt_too_long") else ""
             episode |= {"ids": range(line.get("tokens", 0)), "mask": [1] * line.get("sampled", 0)}  # counted, not shown
             shown.append(episode)
-    return shown
+    return shown, sum(seen.values())
 
 
 def percent(figure: list[float] | None) -> str:

@@ -121,7 +121,7 @@ class JsonlRows:
     def __init__(self, path: str, check: Callable[[dict], str | None] | None = None, hint: str = ""):
         self.path, self.offsets = str(path), array("q")
         if not Path(path).is_file():
-            raise SystemExit(f"no {path}" + (f": {hint}" if hint else ""))
+            raise SystemExit(f"no file {path}" + (f": {hint}" if hint else ""))
         keys, offset = array("q"), 0  # of the ids: 8 bytes, however long they are
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):

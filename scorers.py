@@ -9,6 +9,7 @@ import multiprocessing
 import re
 import string
 from collections import Counter
+from functools import partial
 
 MATH_SECONDS = 5.0  # math-verify can hang for longer than its own timeout: a child is killed after this
 
@@ -200,26 +201,32 @@ def score_choice(pred: str, gold: str) -> bool:
 
 def score(scorer: str, pred: str | None, gold) -> dict:
     """One prediction against one gold answer or a list of aliases; an unknown scorer is a ValueError."""
-    golds = [str(g) for g in gold] if isinstance(gold, list) else [str(gold)]
+    if scorer not in SCORERS:
+        raise ValueError(f"no scorer {scorer!r}: {', '.join(SCORERS)}")
     pred = "" if pred is None else str(pred)
-    if scorer in ("hotpotqa", "2wiki", "bamboogle"):
-        result = score_qa(pred, golds, yes_no_exact=True)
-    elif scorer == "musique":
-        result = score_qa(pred, golds, yes_no_exact=False)
-    elif scorer == "math":
-        results = [score_math(pred, g) for g in golds]
-        result = next((r for r in results if r["correct"]), results[0])
-    elif scorer in _RULES:
-        result = {"correct": any(_RULES[scorer](pred, g) for g in golds)}
-    else:
-        raise ValueError(f"no scorer {scorer!r}: {', '.join([*_RULES, 'math', 'hotpotqa', '2wiki', 'bamboogle', 'musique'])}")
+    result = SCORERS[scorer](pred, [str(g) for g in gold] if isinstance(gold, list) else [str(gold)])
     result["correct"] = bool(result["correct"] and pred.strip())
     return {"status": "ok", **result}
 
 
-_RULES = {
-    "gaia": score_gaia,
-    "gsm8k_official": score_gsm8k,
-    "hendrycks_is_equiv": lambda pred, gold: plain_latex(pred) == plain_latex(gold),
-    "choice": score_choice,
+def _any(rule):
+    return lambda pred, golds: {"correct": any(rule(pred, gold) for gold in golds)}
+
+
+def _math(pred: str, golds: list[str]) -> dict:
+    results = [score_math(pred, gold) for gold in golds]
+    return next((result for result in results if result["correct"]), results[0])
+
+
+_exact_yes_no = partial(score_qa, yes_no_exact=True)
+SCORERS = {  # name: prediction, gold answers -> {"correct", ...}
+    "gaia": _any(score_gaia),
+    "gsm8k_official": _any(score_gsm8k),
+    "hendrycks_is_equiv": _any(lambda pred, gold: plain_latex(pred) == plain_latex(gold)),
+    "choice": _any(score_choice),
+    "math": _math,
+    "hotpotqa": _exact_yes_no,
+    "2wiki": _exact_yes_no,
+    "bamboogle": _exact_yes_no,
+    "musique": partial(score_qa, yes_no_exact=False),
 }

@@ -144,7 +144,7 @@ def test_the_defaults_are_the_papers_recipe_and_what_is_missing_is_named_in_one_
     assert (cfg.lr, cfg.prompts_per_step, cfg.prompts_per_minibatch, cfg.group_size) == (5e-7, 64, 16, 8)
     assert (cfg.temperature, cfg.rrm_weight, cfg.max_turns, cfg.steps) == (0.7, 0.3, 13, 300)
     text = run("grpo_unified.py", ok=False).strip()
-    assert text == "no data/reagent/rl_train.jsonl: run python data/reagent/prepare.py (or data/toy/prepare.py)"
+    assert text == "no file data/reagent/rl_train.jsonl: run python data/reagent/prepare.py (or data/toy/prepare.py)"
 
 
 @pytest.mark.parametrize(
