@@ -1,5 +1,5 @@
 # The toy's reward model, second half: GRPO on its own judgments.
-model = "out/toy/rrm_sft/step-000260"
+model = "out/toy/rrm_sft/step-000300"
 data = "data/toy/rrm_rl.jsonl"
 eval_data = "data/toy/rrm_test.jsonl"
 judgments_per_step = 32
