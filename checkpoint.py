@@ -75,8 +75,10 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer) -> dict:
 
 
 def check_resume(saved: dict, config: dict, may_change: set[str], folder) -> None:
-    """Refuses to resume when a field that changes the math differs, naming it."""
-    changed = [k for k in config if k not in may_change and saved.get(k) != config[k]]
+    """Refuses to resume when a field that changes the math differs, naming it; a server may have another address."""
+    served = lambda value: str(value).startswith(("http://", "https://"))  # noqa: E731
+    same = lambda a, b: a == b or served(a) and served(b)  # noqa: E731
+    changed = [k for k in config if k not in may_change and not same(saved.get(k), config[k])]
     if changed:
         text = ", ".join(f"{k}: {saved.get(k)!r} -> {config[k]!r}" for k in changed)
         raise SystemExit(f"{folder} was trained with other settings ({text}): start a new --out_dir or restore them")

@@ -190,6 +190,9 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
 def test_resume_names_the_changed_field():
     with pytest.raises(SystemExit, match="lr: 1 -> 2"):
         checkpoint.check_resume({"lr": 1, "out_dir": "a"}, {"lr": 2, "out_dir": "b"}, {"out_dir"}, "run")
+    checkpoint.check_resume({"rrm": "http://a:1/v1"}, {"rrm": "https://b:2/v1,http://c:3/v1"}, set(), "run")  # it moved
+    with pytest.raises(SystemExit, match="rrm: 'http://a:1/v1' -> 'out/rrm'"):
+        checkpoint.check_resume({"rrm": "http://a:1/v1"}, {"rrm": "out/rrm"}, set(), "run")
 
 
 def test_a_folder_without_a_model_is_a_clear_error(tmp_path):
