@@ -53,7 +53,7 @@ class Config:
     rows: int = 64  # rows of the trainer's batch, chains of a rollout
     vocab: int = 400  # V of the trainer's model
     lengths: str = "ragged,equal"  # of the trainer's rows: uniform 16 to 512, or all 264
-    tokens_per_microbatch: int = 2048  # on a CPU small ones stay in the caches
+    tokens_per_microbatch: int = 1100  # on a CPU small ones stay in the caches
     plot: str = "out/bench/growth.svg"  # written by the section growth
     out_dir: str = "out/bench"  # models made for the measurement are kept here
 

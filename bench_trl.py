@@ -35,7 +35,8 @@ def make_trainer(folder: str, rows: int, tools=None, **options):
 
     arguments = GRPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows, **(OPTIONS | options))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    data, coin, tokenizer = Dataset.from_list([{"prompt": "-"}] * 8), random.Random(0), bench.make_tokenizer()
+    data, coin = Dataset.from_list([{"prompt": "-"}] * 8), random.Random(0)
+    tokenizer = bench.shared.load_tokenizer(folder) if tools else bench.make_tokenizer()
     if tools:
         from trl import chat_template_utils
 
