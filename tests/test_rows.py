@@ -71,7 +71,7 @@ def test_an_empty_file_ends_the_program_with_the_hint(write, text):
 
 def test_a_missing_file_ends_the_program_with_the_hint(tmp_path):
     for path in (tmp_path, tmp_path / "none.jsonl"):  # a folder is no file
-        with pytest.raises(SystemExit, match=f"no {path}: run prepare.py"):
+        with pytest.raises(SystemExit, match=f"no file {path}: run prepare.py"):
             JsonlRows(path, hint="run prepare.py")
 
 
