@@ -93,14 +93,14 @@ def file_to_text(files_dir: str, path: str, *, seconds: float = 30.0, chars: int
         os.close(fd)
 
 
-def page_to_text(body: bytes, url: str, *, seconds: float = 30.0, chars: int = 200_000) -> tuple[str, str]:
+def page_to_text(body: bytes, url: str, *, seconds: float, chars: int) -> tuple[str, str]:
     """(title, text and links) of a page of HTML that stood at `url`; errors as of file_to_text."""
     with _in_memory(body) as fd:
         reply = _in_child(fd, {"do": "page", "url": url, "chars": chars}, seconds)
     return reply["title"], reply["text"]
 
 
-def body_to_text(body: bytes, *, seconds: float = 30.0, chars: int = 200_000) -> str:
+def body_to_text(body: bytes, *, seconds: float, chars: int) -> str:
     """The text of bytes that are no page of HTML, as file_to_text reads a file that holds them."""
     with _in_memory(body) as fd:
         return _in_child(fd, {"do": "file", "name": "page", "members": [], "chars": chars}, seconds)["text"]
@@ -325,9 +325,9 @@ def html_text(text: str, url: str, chars: int) -> tuple[str, str]:
     tree = html.document_fromstring(text.encode("utf-8", "replace"), parser=html.HTMLParser(encoding="utf-8"))
     title, links = " ".join((tree.findtext(".//title") or "").split())[:500], _links(tree, url) if url else ""
     main = trafilatura.extract(text, url=url or None, include_comments=not url, favor_recall=True) or ""
-    words = _words(tree)
-    if len(main) < (min(400, len(words)) if url else 0.8 * len(words)):
-        main = words
+    if not url or len(main) < 400:
+        words = _words(tree)
+        main = words if len(main) < (1.0 if url else 0.8) * len(words) else main
     return title, (main[:chars] + links).strip()
 
 

@@ -36,7 +36,7 @@ MOST_BYTES = 10 << 20  # of a page, before and after decompression
 MOST_REDIRECTS = 5
 MOST_CHARS = 500_000  # of a page's text
 WIDER = {"iso-8859-1": "cp1252", "latin-1": "cp1252", "us-ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030"}
-VERSION = 1  # of what the cache holds: raise it when the reading of pages or results changes
+VERSION = 2  # of what the cache holds: raise it when the reading of pages or results changes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # addresses: what a URL of the model may reach
@@ -264,7 +264,8 @@ def api(method: str, url: str, *, headers: dict, body: dict | bytes | None = Non
 
 def _without_keys(text: str, headers: dict) -> str:
     """Without what stands in our headers, whole or in part: an endpoint may tell the key that it refuses, and the model reads."""
-    for secret in {word for value in headers.values() for word in (value, *value.split()) if word != "Bearer"}:
+    values = [value for name, value in headers.items() if name != "Content-Type"]
+    for secret in {word for value in values for word in (value, *value.split()) if word != "Bearer"}:
         text = text.replace(secret, "[key]")
     return text
 

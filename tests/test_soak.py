@@ -51,9 +51,10 @@ def test_three_hundred_steps_hold_no_more_than_a_hundred(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(temporary))
     seen, began = {}, time.monotonic()
     with judge_server() as (url, _), open(tmp_path / "output", "w+") as output:  # a pipe would fill up
-        run = subprocess.Popen([sys.executable, str(script), *GRPO, *SMALL, "--tools=python", "--max_dlogp=100", "--steps=301",
-                     "--save_interval=50", "--keep_last=1", f"--model={world}/model", f"--data={world}/rl.jsonl",
-                     f"--rrm={url}", f"--out_dir={tmp_path}/run"], cwd=ROOT, stdout=output, stderr=output)  # fmt: skip
+        command = [sys.executable, str(script), *GRPO, *SMALL, "--tools=python", "--max_dlogp=100", "--steps=301",
+                   "--save_interval=50", "--keep_last=1", f"--model={world}/model", f"--data={world}/rl.jsonl",
+                   f"--rrm={url}", f"--out_dir={tmp_path}/run"]  # fmt: skip
+        run = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
         while run.poll() is None and 300 not in seen:
             step = len(log.read_bytes().splitlines()) if log.exists() else 0
             if step // 50 * 50 not in {0, *seen}:
