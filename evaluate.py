@@ -36,7 +36,7 @@ from results import (
     write_results,
 )
 from rows import Chat, JsonlRows, check_choices, check_rl_row, parse_config, run_facts
-from scorers import SCORERS, score
+from scorers import score, unknown
 
 SCORER_OF_KIND = {"qa": "hotpotqa", "math": "math", "gaia": "gaia", "choice": "choice"}
 F1_FLOOR = 0.3  # a token F1 below it earns nothing (the released reward)
@@ -686,7 +686,7 @@ def score_file(path: str) -> None:
     def check(row):
         if not {"scorer", "pred", "gold"} <= set(row) or row["gold"] == []:
             return "needs scorer, pred and at least one gold"
-        return None if row["scorer"] in SCORERS else f"no scorer {row['scorer']!r}: {', '.join(SCORERS)}"
+        return unknown(row["scorer"])
 
     for row in JsonlRows(path, check, "score takes a file of rows with scorer, pred and gold"):
         print(json.dumps(score(row["scorer"], row["pred"], row["gold"])))

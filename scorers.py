@@ -201,12 +201,18 @@ def score_choice(pred: str, gold: str) -> bool:
 
 def score(scorer: str, pred: str | None, gold) -> dict:
     """One prediction against one gold answer or a list of aliases; an unknown scorer is a ValueError."""
-    if scorer not in SCORERS:
-        raise ValueError(f"no scorer {scorer!r}: {', '.join(SCORERS)}")
+    if problem := unknown(scorer):
+        raise ValueError(problem)
     pred = "" if pred is None else str(pred)
     result = SCORERS[scorer](pred, [str(g) for g in gold] if isinstance(gold, list) else [str(gold)])
     result["correct"] = bool(result["correct"] and pred.strip())
     return {"status": "ok", **result}
+
+
+def unknown(scorer) -> str | None:
+    """What is wrong with the name of a scorer, or None."""
+    known = isinstance(scorer, str) and scorer in SCORERS
+    return None if known else f"no scorer {scorer!r}: {', '.join(SCORERS)}"
 
 
 def _any(rule):
