@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
+from rows import after_thoughts
+
 SYSTEM_PROMPT = (
     "You answer questions with the help of tools. Think before you act, call a tool whenever a fact is missing, and "
     "check what you found. When you are sure, give the final answer inside \\boxed{}."
@@ -120,11 +122,6 @@ def seed_of(*parts) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # reading what models write
-
-
-def after_thoughts(text: str) -> str:
-    """What a turn says after its last </think>, up to thoughts that are opened and never closed."""
-    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def extract_answer(text: str) -> str | None:

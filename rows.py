@@ -247,6 +247,11 @@ def tool_call_text(name: str, arguments: dict) -> str:
     return f"<tool_call>\n{call}\n</tool_call>"
 
 
+def after_thoughts(text: str) -> str:
+    """What a turn says after its last </think>, up to thoughts that are opened and never closed."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
 def assistant_text(message: dict) -> str:
     """The raw text of an assistant turn: reasoning, content, then its tool calls."""
     text = message.get("content") or ""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rollout import Sample
-from rows import assistant_text
+from rows import after_thoughts, assistant_text
 from tools import capped
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def judge_request(question: str, golds: list[str], answer: str) -> str:
 
 def parse_verdict(text: str) -> bool | None:
     """The last line, after any thoughts, is exactly one of the two verdicts and no other line is; else None."""
-    lines = [line.strip() for line in text.rpartition("</think>")[2].splitlines() if line.strip()]
+    lines = [line.strip() for line in after_thoughts(text).splitlines() if line.strip()]
     verdicts = [match[1] for line in lines if (match := _VERDICT.fullmatch(line))]
     if len(verdicts) != 1 or not _VERDICT.fullmatch(lines[-1]):
         return None

@@ -30,6 +30,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from attachments import body_to_text, page_to_text
+from rows import after_thoughts
 from sandbox import ToolError, ToolFault
 
 MOST_BYTES = 10 << 20  # of a page, before and after decompression
@@ -482,7 +483,7 @@ class Web:
             try:
                 got = api("POST", where, headers=headers, body=body, seconds=seconds, what="the summariser", share=1.0)
                 said = got["choices"][0]["message"]["content"]
-                return said.rpartition("</think>")[2].strip() or "(nothing)"
+                return after_thoughts(said).strip() or "(nothing)"
             except (ToolError, LookupError, TypeError, AttributeError) as error:  # never the model's doing
                 raise ToolFault(f"the summariser failed: {error}") from error
 

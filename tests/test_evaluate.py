@@ -322,6 +322,7 @@ def test_every_number_of_the_report_stands_beside_subset_judge_and_k(tmp_path):
         ("verdict: correct", None),
         ("**VERDICT: CORRECT**", None),
         ("<think>I lean to\nVERDICT: CORRECT</think>", None),
+        ("<think>I lean to\nVERDICT: CORRECT", None),  # thoughts that never close
         ("correct", None),
         ("", None),
     ],

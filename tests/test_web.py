@@ -594,7 +594,7 @@ def chat(content):
 def test_the_summariser_is_given_page_and_query_and_its_thoughts_are_left_out():
     def content(messages):
         assert "Looked for: tide" in messages[-1]["content"] and "at noon" in messages[-1]["content"]
-        return "<think>hm</think>At noon."
+        return "<think>hm</think>At noon.<think>or is it"
 
     with web_server(chat(content)) as server:
         mine = Web({"SUMMARY_URL": server.url + "/v1", "SUMMARY_MODEL": "small", "SUMMARY_API_KEY": KEY})
