@@ -292,6 +292,15 @@ def watch(given: dict, pid: int, read: int, seconds: float) -> tuple[bytes, int,
         ended = ended or os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
+def empty(folder: str, keep: list[str]) -> None:
+    """Deletes what is in a folder but libraries that are mounted below it: a virtual environment may lie in /tmp."""
+    for entry in os.scandir(folder):
+        if any(path.startswith(entry.path + "/") for path in keep):
+            empty(entry.path, keep)
+        elif entry.path not in keep:
+            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+
+
 def put_away(given: dict, pid: int) -> tuple[int, bool]:
     """Kills what is left of a call and empties the scratch; returns its exit status and whether nothing is left."""
     everyone = given["rung"] == "bubblewrap"  # in a pid namespace of our own, where -1 is everybody but us
@@ -310,8 +319,7 @@ def put_away(given: dict, pid: int) -> tuple[int, bool]:
             break
     try:
         for scratch in (given["scratch"], *(["/dev/shm"] if everyone else [])):
-            for entry in os.scandir(scratch):
-                shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+            empty(scratch, given["read"])
     except (OSError, RecursionError):  # closed or very deep folders: a new server has a new scratch
         return os.waitstatus_to_exitcode(status), False
     return os.waitstatus_to_exitcode(status), True

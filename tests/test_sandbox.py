@@ -10,11 +10,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+import sandbox
 from sandbox import RUNGS, Sandbox, SandboxUnavailable
 from tests.tiny import ROOT
 
@@ -147,6 +150,23 @@ def test_28_29_every_call_has_a_fresh_namespace_and_scratch(box):
     box.run("import builtins; builtins.print = None; y = 5; open('random.py', 'w').write('evil')")
     here = f"[name for name in os.listdir('.') if name not in {ROOT.parts}]"  # a clone under /tmp has its packages there
     assert box.run(f"import random, os; print('y' in globals(), {here}, random.random() < 1)").text == "False [] True\n"
+
+
+def test_a_library_in_the_scratch_costs_no_new_server_and_hides_no_file(monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        library = Path(folder) / "below/venv"
+        library.mkdir(parents=True)
+        (library / "module.py").write_text("x = 1")
+        found = sandbox.libraries()
+        monkeypatch.setattr(sandbox, "libraries", lambda: [*found, str(library)])
+        box = Sandbox(rung="bubblewrap")
+        servers = set(box.all)
+        look = f"import os, glob; print(sorted(glob.glob({folder!r} + '/**', recursive=True)))"
+        clean = box.run(look).text
+        box.run(f"open({folder!r} + '/below/left', 'w').write('x'); os.makedirs({folder!r} + '/more')")
+        assert "left" in box.run(f"import os; open({folder!r} + '/below/left', 'w'); {look}").text
+        assert box.run(look).text == clean and "module.py" in clean and servers == box.all != set()
+        box.close()
 
 
 def test_19_a_daemon_does_not_outlive_its_call(box):
