@@ -27,17 +27,17 @@ def finished(folder, first, steps):
 
 def test_equal_steps_and_equal_attempts_are_two_rows_of_one_run(tmp_path):
     for seed, first in enumerate((0.4, 0.6)):
-        finished(tmp_path / "4" / "R" / str(seed), first, 2 * ablation.STEPS)
-    before = {"4": {"first": 0.1, "grounded": 0.0, "refined": 0.9, "calls": 1.5}}
-    text = ablation.write_results(tmp_path, {"4": tmp_path}, before, seeds=2).splitlines()
+        finished(tmp_path / "toy" / "R" / str(seed), first, 2 * ablation.STEPS)
+    before = {"toy": {"first": 0.1, "grounded": 0.0, "refined": 0.9, "calls": 1.5}}
+    text = ablation.write_results(tmp_path, before, seeds=2).splitlines()
     rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in text if line.startswith("| ")}
     assert rows["R"][0] == "0.500 ± 0.141" and rows["R"][-1] == "50 ± 0 |"
     assert rows["R, 2x steps"][0] == "1.000 ± 0.000" and rows["SFT (refined: Reagent-C)"][2] == "0.9"
-    assert "R, 4 hops" in (tmp_path / "curves.svg").read_text() and "U" not in rows
+    assert "R, toy" in (tmp_path / "curves.svg").read_text() and "U" not in rows
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
     finished(tmp_path / "run", 0.5, 3)
     before = (tmp_path / "run" / "result.json").read_bytes()
-    ablation.run(tmp_path, "toy", "U", 0, "no model here", tmp_path / "run")
+    ablation.run(ablation.World(tmp_path, "no model here", "search"), "toy", "U", 0, tmp_path / "run")
     assert (tmp_path / "run" / "result.json").read_bytes() == before

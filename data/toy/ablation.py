@@ -2,8 +2,8 @@
 
     python data/toy/ablation.py [--seeds=5] [--sft=out/toy/sft/step-000250] [--rrm=toy|FOLDER] [--out=out/toy/ablation]
 
-All runs start from the same agent and have the same judge, by default the rule annotator; on trails of 4, and of 6, which
-no demonstration shows. Every run is a process of its own on one core, two at a time; what is finished is not run again.
+All runs of a world start from the same agent and have the same judge, by default the rule annotator: the toy, and its harder
+form (prepare.py --hard). Every run is a process of its own on one core, two at a time; what is finished is not run again.
 Reagent-U samples twice the attempts of R and rule a step, so those two run twice the steps: "R" is at equal steps, "R, 2x
 steps" at equal attempts. Writes table.md and curves.svg into `out`.
 """
@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -51,22 +52,51 @@ def cpu_seconds(command: list[str], log: Path) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def run(world: Path, judge: str, arm: str, seed: int, sft: str, out: Path) -> None:
+@dataclass(frozen=True)
+class World:
+    """Where a world's rows lie, the agent that all its runs start from, and the tools they have."""
+
+    data: Path
+    sft: str
+    tools: str
+
+
+def make_worlds(out: Path, sft: str) -> dict[str, World]:
+    """The toy with the agent of `make demo`; the harder one is made here, with an agent of its own."""
+    hard = out / "world"
+    end = hard / "agent/step-000250"
+    if not end.is_dir():
+        hard.mkdir(parents=True, exist_ok=True)
+        cpu_seconds([sys.executable, "data/toy/prepare.py", "--hard", f"--out={hard}"], hard / "run.log")
+        cpu_seconds([sys.executable, "sft.py", "config/sft_toy_tiny.py", f"--model={hard}/model",
+                     f"--data={hard}/sft.jsonl", f"--out_dir={hard}/agent"], hard / "run.log")
+    return {"toy": World(ROOT / "data/toy", sft, "search"), "hard": World(hard, str(end), "search,python")}
+
+
+def try_out(world: World, judge: str, agents: list[str], out: Path) -> list[dict]:
+    """The figures of the agents on the world's held-out questions."""
+    command = [sys.executable, "data/toy/trial.py", *agents, f"--rrm={judge}", f"--data={world.data}/rl_test.jsonl"]
+    if not (out / "trial.json").is_file():
+        cpu_seconds([*command, f"--tools={world.tools}", f"--out={out}"], out / "run.log")
+    figures = json.loads((out / "trial.json").read_text())
+    return [figures[agent] for agent in agents]
+
+
+def run(world: World, judge: str, arm: str, seed: int, out: Path) -> None:
     """One run of an arm and the trial of its checkpoints -> result.json in `out`."""
     if (out / "result.json").is_file():
         return
+    resumed = (out / "run.log").exists()
     out.mkdir(parents=True, exist_ok=True)
     steps = STEPS * (2 if arm in TWICE else 1)
-    train = [sys.executable, "grpo_unified.py", "config/grpo_unified_toy_tiny.py", *ARMS[arm], f"--model={sft}", f"--rrm={judge}",
-             f"--data={world}/rl_train.jsonl", "--eval_data=", f"--prompts_per_step={QUESTIONS}", f"--group_size={GROUP}",
+    train = [sys.executable, "grpo_unified.py", "config/grpo_unified_toy_tiny.py", *ARMS[arm], f"--model={world.sft}",
+             f"--rrm={judge}", f"--data={world.data}/rl_train.jsonl", "--eval_data=", f"--tools={world.tools}", f"--prompts_per_step={QUESTIONS}", f"--group_size={GROUP}",
              f"--steps={steps}", "--lr_end=1", f"--save_interval={STEPS}", "--keep_last=0", f"--seed={seed}",
              "--max_rrm_failures=1", f"--out_dir={out}"]
     seconds = cpu_seconds(train, out / "run.log")
     ends = [f"{out}/step-{step:06d}" for step in range(STEPS, steps + 1, STEPS)]
-    try_out = [sys.executable, "data/toy/trial.py", *ends, f"--rrm={judge}", f"--data={world}/rl_test.jsonl"]
-    cpu_seconds(try_out, out / "run.log")
-    figures = json.loads((out / "trial.json").read_text())
-    result = {"cpu_seconds": seconds, "trials": [figures[end] for end in ends]}
+    # of a run that was stopped and went on, only the last process is known
+    result = {"cpu_seconds": None if resumed else seconds, "trials": try_out(world, judge, ends, out)}
     (out / "result.json").write_text(json.dumps(result))
 
 
@@ -89,7 +119,8 @@ def figures_of(folders: list[Path], arm: str, twice: bool) -> dict[str, list]:
         values["steps to .9"].append(reached)
         values["attempts to .9"].append(reached and reached * per_step(arm))
         values["score of wrong"].append(statistics.mean(wrong) if wrong else None)
-        values["CPU-s"].append(result["cpu_seconds"] * (1 if twice or arm not in TWICE else 0.5))
+        seconds = result["cpu_seconds"]
+        values["CPU-s"].append(seconds and seconds * (1 if twice or arm not in TWICE else 0.5))
     return values
 
 
@@ -110,11 +141,11 @@ def mean_curve(folders: list[Path], key: str, per: int) -> list[tuple[float, flo
     return [((i + 1) * per, statistics.mean(found)) for i, found in enumerate(steps) if None not in found]
 
 
-def write_results(out: Path, worlds: dict, before: dict, seeds: int) -> str:
+def write_results(out: Path, before: dict[str, dict], seeds: int) -> str:
+    """Tables and curves of what is finished; `before`: the figures of each world's agent after SFT."""
     text, drawn = [], []
-    for name in worlds:
-        text += [f"\nTrails of {name}, {seeds} seeds\n", "| variant | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-        start = before[name]
+    for name, start in before.items():
+        text += [f"\n{name}, {seeds} seeds\n", "| variant | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
         text.append(f"| SFT (refined: Reagent-C) | {start['first']} | {start['grounded']} | {start['refined']} | {start['calls']}"
                     + " | -" * 4 + " |")
         for arm in ARMS:
@@ -127,7 +158,7 @@ def write_results(out: Path, worlds: dict, before: dict, seeds: int) -> str:
                 label = arm + ", 2x steps" * twice
                 text.append(f"| {label} | " + " | ".join(cell(values[column]) for column in COLUMNS) + " |")
             lines = {stage: mean_curve(folders, f"accuracy/{stage}", per_step(arm)) for stage in ("first", "refined")}
-            drawn.append(("", f"{arm}, {name} hops", {stage: points for stage, points in lines.items() if points}))
+            drawn.append(("", f"{arm}, {name}", {stage: points for stage, points in lines.items() if points}))
     (out / "table.md").write_text("\n".join(text).strip() + "\n")
     (out / "curves.svg").write_text(figure_svg(drawn).replace(">step<", ">attempts<"), encoding="utf-8")
     return "\n".join(text)
@@ -142,24 +173,18 @@ def main(argv: list[str]) -> None:
     out, seeds = Path(options["out"]), int(options["seeds"])
     if not Path(options["sft"]).is_dir():
         raise SystemExit(f"no {options['sft']}: run make demo first, or give --sft=FOLDER")
-    worlds, judge = {"4": ROOT / "data/toy", "6": out / "world6"}, options["rrm"]
-    out.mkdir(parents=True, exist_ok=True)
-    cpu_seconds([sys.executable, "data/toy/prepare.py", "--hops=6", f"--out={out}/world6"], out / "prepare.log")
-    before = {}
+    judge, before = options["rrm"], {}
+    worlds = make_worlds(out, options["sft"])
     for name, world in worlds.items():
-        where = out / name / "sft"
-        if not (where / "trial.json").is_file():
-            where.mkdir(parents=True, exist_ok=True)
-            cpu_seconds([sys.executable, "data/toy/trial.py", options["sft"], f"--rrm={judge}", f"--data={world}/rl_test.jsonl",
-                         f"--out={where}"], where / "run.log")
-        before[name] = json.loads((where / "trial.json").read_text())[options["sft"]]
+        (out / name / "sft").mkdir(parents=True, exist_ok=True)
+        (before[name],) = try_out(world, judge, [world.sft], out / name / "sft")
     with ThreadPoolExecutor(max_workers=2) as pool:
-        jobs = [pool.submit(run, worlds[name], judge, arm, seed, options["sft"], out / name / arm.replace(" ", "_") / str(seed))
-                for seed in range(seeds) for name in worlds for arm in ARMS]
+        jobs = [pool.submit(run, world, judge, arm, seed, out / name / arm.replace(" ", "_") / str(seed))
+                for seed in range(seeds) for name, world in worlds.items() for arm in ARMS]
         for done, job in enumerate(jobs, 1):
             job.result()
             print(f"{done} of {len(jobs)} runs", flush=True)
-    print(write_results(out, worlds, before, seeds))
+    print(write_results(out, before, seeds))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """The toy: a world of trails, a word-level tokenizer, a random Qwen3 of 0.3 M parameters and rows for every stage.
 
-    python data/toy/prepare.py [--out=data/toy] [--seed=0] [--hops=4]
+    python data/toy/prepare.py [--out=data/toy] [--seed=0] [--hard]
 
 A question names a place and a number of hops; each lookup gives the next place, the last one a code:
 "Follow the trail of 3 from Ada. Which code is at its end?"  Ada -> Rome -> Nile -> code 42.
 The documents are drawn afresh for every question, so nothing can be memorised and only looking things up pays. The
 demonstrations for SFT are lazy on purpose: on long trails they stop early and guess. One symbol is one token: tiny
 models fail to learn to copy names of two tokens on some seeds.
+
+--hard: trails of 6, every place has a toll, and the python tool is to add the last one to the code: "has toll 7. has code
+42." Demonstrations use that tool in refined attempts only; first attempts guess, also at the end of the trail.
 """
 
 import argparse
@@ -22,18 +25,25 @@ import rollout  # noqa: E402
 NAMES = """Ada Bern Cleo Dune Elba Finn Gaza Hugo Iris Juno Kiel Lena Mars Nile Oslo Paul Quin Rome Siena Troy Uma
 Vera Wien Xena York Zoe Aral Bath Cork Dale""".split()
 CODES = ["17", "23", "38", "42", "56", "61", "79", "84"]
+TOLLS = ["5", "6", "7", "9", "11", "13", "15", "18"]
+TOTALS = sorted({str(int(toll) + int(code)) for toll in TOLLS for code in CODES})
 DOCS = 10  # documents a question has: its trail, and another trail that leads elsewhere
 HOPS = (1, 1, 2, 3, 4)  # drawn for demonstrations; RL and the test set have --hops
 FOLLOWS = {1: 0.9, 2: 0.3, 3: 0.02, 4: 0.0}  # share of demonstrations that follow the whole trail, by its length
 REFINED = 0.65  # share of demonstrations that go on with a refined attempt
 OBEYS = 0.7  # share of critiques that name the right place; the others are obeyed too, so critiques must be read
 TOOLS = [{"type": "function", "function": {"name": "search"}}]  # the toy's template shows the name only
+HARD_TOOLS = [*TOOLS, {"type": "function", "function": {"name": "python"}}]
 QUESTION = "Follow the trail of {hops} from {start}. Which code is at its end?"
+HARD_QUESTION = "Follow the trail of {hops} from {start}. What do toll and code at its end add up to?"
+HARD_CALL = '<tool_call>\n{{"name": "python", "arguments": {{"code": "print({code})"}}}}\n</tool_call>'
+FACTS = re.compile(r"(?:has toll (\d+)\. )?(leads to|has code) (\w+)\.")
 CALL = '<tool_call>\n{{"name": "search", "arguments": {{"queries": ["{name}"], "top_k": 1}}}}\n</tool_call>'
-STOPPED, WRONG, DONE = (
+STOPPED, WRONG, DONE, NOT_ADDED = (
     "The trail was not followed to its end. Go on from ",
     "The answer is not what was found. Look again at ",
     "The trail was followed to its end. Look again at ",
+    "Toll and code were not added. Look again at ",
 )
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -46,17 +56,34 @@ TEMPLATE = (
 # the world
 
 
-def make_world(rng: random.Random, hops: int) -> dict:
-    """A question with its documents: {"trail": names, "code", "docs": {name: text}}; a second trail uses up the rest."""
+def make_world(rng: random.Random, hops: int, hard: bool = False) -> dict:
+    """A question with its documents: {"trail": names, "code", "docs": {name: text}}; a second trail uses up the rest.
+
+    In a hard world "code" is what is to be added up: "7 + 42".
+    """
     names, codes = rng.sample(NAMES, DOCS), rng.sample(CODES, 2)
     docs = {}
     for trail, code in ((names[:hops], codes[0]), (names[hops:], codes[1])):
         docs |= {a: f"leads to {b}." for a, b in zip(trail, trail[1:])} | {trail[-1]: f"has code {code}."}
-    return {"trail": names[:hops], "code": codes[0], "docs": docs, "hops": hops}
+    if hard:
+        docs = {name: f"has toll {rng.choice(TOLLS)}. {text}" for name, text in docs.items()}
+    trail = names[:hops]
+    return {"trail": trail, "code": fact(docs[trail[-1]])[1], "docs": docs, "hops": hops, "hard": hard}
+
+
+def fact(text: str) -> tuple[str, str]:
+    """("leads to", a name) or ("has code", a code, in a hard world toll + code) of a document."""
+    toll, kind, value = FACTS.search(text).groups()
+    return kind, f"{toll} + {value}" if toll and kind == "has code" else value
+
+
+def answer_of(code: str) -> str:
+    """A code is the answer itself; "7 + 42" adds up to it."""
+    return str(sum(map(int, code.split(" + "))))
 
 
 def question_of(world: dict) -> str:
-    return QUESTION.format(hops=world["hops"], start=world["trail"][0])
+    return (HARD_QUESTION if world["hard"] else QUESTION).format(hops=world["hops"], start=world["trail"][0])
 
 
 def found(world: dict, name: str) -> str:
@@ -75,10 +102,18 @@ def lookups(world: dict, name: str, most: int) -> tuple[list[dict], str | None, 
         text = world["docs"].get(name)
         if text is None:
             return messages, None, None
-        if text.startswith("has code "):
-            return messages, text.split()[-1].rstrip("."), name
-        name = text.split()[-1].rstrip(".")
+        kind, value = fact(text)
+        if kind == "has code":
+            return messages, value, name
+        name = value
     return messages, None, name
+
+
+def added(code: str) -> list[dict]:
+    """The python tool adds up "7 + 42"; a code of the plain toy needs no tool."""
+    if " + " not in code:
+        return []
+    return [{"role": "assistant", "content": HARD_CALL.format(code=code)}, {"role": "tool", "content": answer_of(code) + "\n"}]
 
 
 def final(answer: str) -> dict:
@@ -88,6 +123,8 @@ def final(answer: str) -> dict:
 def first_attempt(rng: random.Random, world: dict, follows: bool) -> list[dict]:
     depth = world["hops"] if follows else rng.randrange(world["hops"])
     messages, code, _ = lookups(world, world["trail"][0], depth)
+    if world["hard"]:
+        code = rng.choice(TOTALS)
     return [*messages, final(code or rng.choice(CODES))]
 
 
@@ -99,11 +136,14 @@ def read_attempt(question: str, messages: list[dict]) -> dict:
     """What a judge can see in one attempt without knowing the world: needed places, which were looked up, codes seen."""
     match = re.search(r"trail of (\d+) from (\w+)", question)
     hops, place = int(match[1]), match[2]
-    results = {}
+    results, printed = {}, set()
     for message in messages:
-        hit = re.match(r'Results for "(\w+)":\n1\. \w+ \(doc:\w+\)\n(leads to|has code) (\w+)\.', message["content"])
-        if message["role"] == "tool" and hit:
-            results[hit[1]] = (hit[2], hit[3])
+        if message["role"] != "tool":
+            continue
+        printed.add(message["content"].strip())
+        hit = re.match(r'Results for "(\w+)":\n1\. \w+ \(doc:\w+\)\n(.*)', message["content"])
+        if hit and FACTS.match(hit[2]):
+            results[hit[1]] = fact(hit[2])
     needed, code = [], None
     while place is not None and code is None and len(needed) < hops:
         kind, value = results.get(place, ("", None))
@@ -114,8 +154,13 @@ def read_attempt(question: str, messages: list[dict]) -> dict:
     answer = boxed[-1] if boxed and messages[-1]["role"] == "assistant" else None
     if needed[-1][1] and code is None and place is not None and len(needed) < hops:
         needed.append((place, False))
-    found_code = code or (seen[-1] if seen else None)
-    return dict(hops=hops, needed=needed, found=found_code, answer=answer, grounded=bool(answer) and answer == found_code)
+    result = code or (seen[-1] if seen else None)
+    if result and " + " in result:
+        result = answer_of(result) if answer_of(result) in printed else None
+    steps = hops + ("add up" in question)
+    if code and steps > hops:
+        needed.append((needed[-1][0], result is not None))
+    return dict(hops=hops, steps=steps, needed=needed, found=result, answer=answer, grounded=bool(answer) and answer == result)
 
 
 def annotate(question: str, messages: list[dict]) -> str:
@@ -133,19 +178,21 @@ def annotate(question: str, messages: list[dict]) -> str:
     seen_it = "yes" if seen["grounded"] else "no"
     think = f"{steps} Found {seen['found'] or 'none'}. Answer {seen['answer'] or 'none'}: {seen_it}. Verdict {verdict}."
     place, was = seen["needed"][-1]
-    opening = STOPPED if not was else DONE if seen["grounded"] else WRONG
-    return judgment_text(think, f"{opening}{place}.", score_of(done, seen["hops"], seen["grounded"]))
+    opening = DONE if seen["grounded"] else WRONG
+    if not was:
+        opening = NOT_ADDED if len(seen["needed"]) > seen["hops"] else STOPPED
+    return judgment_text(think, f"{opening}{place}.", score_of(done, seen["steps"], seen["grounded"]))
 
 
-def score_of(done: int, hops: int, grounded: bool) -> float:
-    """1 for a grounded answer; without one, the share of the needed lookups, below 0.5.
+def score_of(done: int, steps: int, grounded: bool) -> float:
+    """1 for a grounded answer; without one, the share of the needed lookups (and of the addition), below 0.5.
 
-    With (done + grounded) / (hops + 1) a complete trail with a wrong answer scores 0.8: GRPO of the reward model, which
-    is also paid for agreeing with correctness, then unlearns the annotated scores. With 0.45 * done / hops + 0.55 *
+    With (done + grounded) / (steps + 1) a complete trail with a wrong answer scores 0.8: GRPO of the reward model, which
+    is also paid for agreeing with correctness, then unlearns the annotated scores. With 0.45 * done / steps + 0.55 *
     grounded a refined attempt that goes on from the middle of the trail, as its critique said, scores 0.55: once the
     first attempts are right the pool pushes such attempts down, and refined ones end below first ones (.945, .973).
     """
-    return 1.0 if grounded else 0.45 * done / hops
+    return 1.0 if grounded else 0.45 * done / steps
 
 
 def judgment_text(think: str, critique: str, score: float) -> str:
@@ -165,9 +212,9 @@ def docs_of(world: dict) -> list[dict]:
     return [{"title": name, "text": text} for name, text in sorted(world["docs"].items())]
 
 
-def sft_row(rng: random.Random) -> dict:
+def sft_row(rng: random.Random, hard: bool = False) -> dict:
     """A demonstration; most of them go on with a critique and a refined attempt that obeys it."""
-    world = make_world(rng, rng.choice(HOPS))
+    world = make_world(rng, rng.choice(HOPS), hard)
     attempt = first_attempt(rng, world, rng.random() < FOLLOWS[world["hops"]])
     messages = [{"role": "system", "content": rollout.SYSTEM_PROMPT}, {"role": "user", "content": question_of(world)}]
     messages += attempt
@@ -178,14 +225,15 @@ def sft_row(rng: random.Random) -> dict:
         start = critique.rpartition(" ")[2].rstrip(".")
         again, code, _ = lookups(world, start, DOCS)
         messages.append({"role": "user", "content": rollout.REFINE_PROMPT.replace("{critique}", critique)})
-        messages += [*again, final(code or "none")]  # no guess: a critique of another question must not pay
-    return {"messages": messages, "tools": TOOLS}
+        # without a code no guess: a critique of another question must not pay
+        messages += [*again, *added(code), final(answer_of(code))] if code else [*again, final("none")]
+    return {"messages": messages, "tools": HARD_TOOLS if hard else TOOLS}
 
 
-def rl_row(rng: random.Random, i: int, split: str, hops: int = 4) -> dict:
-    world = make_world(rng, hops)
-    row = {"id": f"toy-{split}-{i}", "question": question_of(world), "answer": world["code"], "kind": "qa"}
-    return row | {"docs": docs_of(world), "meta": {"hops": hops, "dataset": "toy"}}
+def rl_row(rng: random.Random, i: int, split: str, hard: bool = False) -> dict:
+    world = make_world(rng, 6 if hard else 4, hard)
+    row = {"id": f"toy-{split}-{i}", "question": question_of(world), "answer": answer_of(world["code"]), "kind": "qa"}
+    return row | {"docs": docs_of(world), "meta": {"hops": world["hops"], "dataset": "toy"}}
 
 
 def rrm_row(rng: random.Random, i: int) -> dict:
@@ -235,6 +283,13 @@ def rrm_test_row(rng: random.Random, i: int) -> dict:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tokenizer and model
+
+
+def hard_phrases() -> list[str]:
+    """What --hard says besides."""
+    before, after = HARD_CALL.removeprefix("<tool_call>").removesuffix("</tool_call>").format(code="|").split("|")
+    facts = [")\nhas toll ", "leads to ", "has code "]
+    return [before, " + ", after, HARD_QUESTION.partition("{start}")[2], NOT_ADDED, " python", *facts, *TOLLS, *TOTALS]
 
 
 def toy_phrases() -> list[str]:
@@ -311,7 +366,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", default=str(Path(__file__).parent))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hops", type=int, default=4, help="length of the trails of RL and of its test set")
+    parser.add_argument("--hard", action="store_true", help="longer trails, and a sum to compute at their end")
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -319,16 +374,16 @@ def main() -> None:
     def rng(name):
         return random.Random(f"{args.seed}/{name}")
 
-    parameters = make_model(out / "model", make_tokenizer(toy_phrases()), args.seed)
+    phrases = toy_phrases() + (hard_phrases() if args.hard else [])
+    parameters = make_model(out / "model", make_tokenizer(phrases), args.seed)
     print(f"model          {parameters:,} parameters")
     source = {
-        "sft": lambda r, i: sft_row(r),
-        "rl_train": lambda r, i: rl_row(r, i, "train", args.hops),
-        "rl_test": lambda r, i: rl_row(r, i, "test", args.hops),
-        "rrm_sft": rrm_row,
-        "rrm_rl": rrm_row,
-        "rrm_test": rrm_test_row,
+        "sft": lambda r, i: sft_row(r, args.hard),
+        "rl_train": lambda r, i: rl_row(r, i, "train", args.hard),
+        "rl_test": lambda r, i: rl_row(r, i, "test", args.hard),
     }
+    if not args.hard:  # there the rule annotator is the judge
+        source |= {"rrm_sft": rrm_row, "rrm_rl": rrm_row, "rrm_test": rrm_test_row}
     sizes = dict(sft=20_000, rl_train=2000, rl_test=256, rrm_sft=20_000, rrm_rl=4000, rrm_test=512)
     for name, make in source.items():
         draw = rng(name)

@@ -1,12 +1,14 @@
 """Tries agents on held-out toy questions: first attempts, refined ones, and what the critique is worth.
 
-    python data/toy/trial.py out/toy/sft/step-000250 out/toy/u/step-000040 [--rrm=toy|FOLDER] [--seed=0] [--data=FILE] [--out=FOLDER]
+    python data/toy/trial.py out/toy/sft/step-000250 out/toy/u/step-000040 [--rrm=toy|FOLDER] [--seed=0]
+        [--data=FILE] [--tools=search] [--out=FOLDER]
 
 No reward model is used for the first attempts. `shuffled` refines with the critique of another question. The figures go
 into trial.json in `out`, by default the folder that holds the last agent.
 """
 
 import asyncio
+import contextlib
 import json
 import random
 import sys
@@ -26,22 +28,24 @@ def grounded(episode, stage: int) -> bool:
     """Right, and the answer stood in a tool result of the chain before it was given."""
     attempt = episode.attempts[min(stage, len(episode.attempts) - 1)]
     seen = [m["content"] for m in episode.messages[: attempt.messages[1]] if m["role"] == "tool"]
-    return bool(attempt.correct) and any(f"has code {attempt.answer}." in text for text in seen)
+    return bool(attempt.correct) and any(text.strip() == attempt.answer or f"has code {attempt.answer}." in text for text in seen)
 
 
-def trial(folder: str, rrm: str = "toy", seed: int = 0, data: str = str(Path(__file__).parent / "rl_test.jsonl")):
+def trial(folder: str, rrm: str = "toy", seed: int = 0, data: str = str(Path(__file__).parent / "rl_test.jsonl"),
+          tools: str = "search"):
     """-> (figures, episodes with the judge's own critiques) of one agent on the rows of `data`."""
     rows = list(JsonlRows(data))
     chat, rounds = Chat(shared.load_tokenizer(folder)), rollout.Rounds()
     engine = rollout.HFEngine(folder, chat.stop_ids, rounds)
     judge = rollout.make_judge(rrm, chat, rounds, engine="hf", max_context=1024)
     limits = rollout.Limits(8, 12, 400, 1024, final_tokens=12)
-    setup = rollout.Setup(engine, chat, Toolbox(["search"]), limits, rule_reward, judge, refine=True)
-    episodes = asyncio.run(rollout.run_chains([(row, (seed, "trial", 0)) for row in rows], setup, rounds))
-    critiques = [e.attempts[0].critique or "" for e in episodes]
-    moved = critiques[1:] + critiques[:1]
-    setup.judge = None
-    shuffled = asyncio.run(rollout.refine_with(episodes, rows, moved, setup, rounds, (seed, "shuffled")))
+    with contextlib.closing(Toolbox(tools.split(","))) as toolbox:
+        setup = rollout.Setup(engine, chat, toolbox, limits, rule_reward, judge, refine=True)
+        episodes = asyncio.run(rollout.run_chains([(row, (seed, "trial", 0)) for row in rows], setup, rounds))
+        critiques = [e.attempts[0].critique or "" for e in episodes]
+        moved = critiques[1:] + critiques[:1]
+        setup.judge = None
+        shuffled = asyncio.run(rollout.refine_with(episodes, rows, moved, setup, rounds, (seed, "shuffled")))
 
     def share(values):
         return round(sum(map(bool, values)) / len(rows), 3)
@@ -72,7 +76,7 @@ def transcript(episode) -> str:
 def main(argv: list[str]) -> None:
     options = dict(arg[2:].split("=", 1) for arg in argv if arg.startswith("--"))
     folders = [arg for arg in argv if not arg.startswith("--")]
-    if not folders or set(options) - {"rrm", "seed", "data", "out"}:
+    if not folders or set(options) - {"rrm", "seed", "data", "tools", "out"}:
         raise SystemExit(__doc__)
     out = Path(options.pop("out", Path(folders[-1]).parent))
     options["seed"] = int(options.get("seed", 0))
