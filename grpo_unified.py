@@ -28,7 +28,7 @@ import checkpoint
 import model as shared
 import rollout
 from evaluate import rule_reward
-from report import write_report
+from report import newest_episodes, write_report
 from rows import Chat, JsonlRows, batch_indices, check_choices, check_rl_row, parse_config, run_facts
 from tools import Toolbox
 
@@ -497,9 +497,7 @@ def main(cfg: Config) -> None:
         if stopping:
             break
     if rank == 0:
-        newest = sorted((out / "episodes").glob("*.jsonl"))[-4:]
-        episodes = [json.loads(text) for path in newest for text in open(path)]
-        write_report(out / "report.html", title=f"Reagent-{cfg.variant.upper()}, {out}", episodes=episodes[-1000:],
+        write_report(out / "report.html", title=f"Reagent-{cfg.variant.upper()}, {out}", episodes=newest_episodes(out),
                      which="newest episodes", log=log, config=dataclasses.asdict(cfg))
     meet("the end")
     toolbox.close()

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 CHARS_PER_MESSAGE = 20_000  # longer messages are cut in the middle: a thousand long episodes must still open
-LIVE_EPISODES = 1_000  # how many of a run's newest episodes `python report.py` puts on its page
+LIVE_EPISODES = 1_000  # how many of a run's newest episodes go on its page
 
 # section of the page -> first words of the keys it shows, in that order; what is named nowhere stands under Other
 SECTIONS = {
@@ -790,21 +790,26 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
-def main(folder: str) -> None:
-    run = Path(folder)
-    log, facts = read_jsonl(run / "log.jsonl"), {}
-    episodes = []
+def newest_episodes(run: Path) -> list[dict]:
+    """The last LIVE_EPISODES of a run, in their order."""
+    episodes: list[dict] = []
     for path in sorted((run / "episodes").glob("*.jsonl"), reverse=True):
         episodes = read_jsonl(path) + episodes
         if len(episodes) >= LIVE_EPISODES:
             break
+    return episodes[-LIVE_EPISODES:]
+
+
+def main(folder: str) -> None:
+    run = Path(folder)
+    log, facts, episodes = read_jsonl(run / "log.jsonl"), {}, newest_episodes(run)
     if not log and not episodes:
         raise SystemExit(f"{run}: neither log.jsonl nor episodes/*.jsonl there; give the folder of a run")
     if (run / "run.json").is_file():
         facts = json.loads((run / "run.json").read_text())
     table = (run / "report.md").read_text(encoding="utf-8") if (run / "report.md").is_file() else ""
-    write_report(run / "report.html", title=str(run), episodes=episodes[-LIVE_EPISODES:], which="newest episodes",
-                 log=log, table_markdown=table, config=facts.get("config", {}))
+    write_report(run / "report.html", title=str(run), episodes=episodes, which="newest episodes", log=log,
+                 table_markdown=table, config=facts.get("config", {}))
     print(f"wrote {run / 'report.html'}")
     found, _ = panels(numeric_series(log))
     chosen = [panel for panel in found if panel[0] == "Learning"][:6] or found[:6]
