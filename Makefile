@@ -1,5 +1,5 @@
 # make demo      the toy from nothing to a Reagent-U trained agent, with a table and transcripts at the end
-# make ablation  what each part of Reagent-U is worth: 90 runs of about two CPU-minutes
+# make ablation  what each part of Reagent-U is worth: 90 runs of one to five CPU-minutes
 # make test      everything that CI runs;  make test-slow  the long ones
 PY := .venv/bin/python
 export OMP_NUM_THREADS := 1
