@@ -420,9 +420,7 @@ def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
             boxes[key] = Toolbox(names, corpus=cfg.corpus, seconds_per_call=task.spec.seconds_per_call, block=cfg.block,
                                  files_dir=cfg.files_dir if "file_reader" in names else "", cache=cfg.cache,
                                  replay=cfg.replay, allow=cfg.allow)
-        online = "search" in names and not cfg.corpus and any("docs" not in row for row in task.rows)
-        if online and not boxes[key].web.settings["search"]:
-            raise SystemExit(f"{task.name}: nothing to search: give --corpus=FILE or a search provider (see web.py)")
+        boxes[key].check_rows(task.rows, task.name)
     return boxes
 
 

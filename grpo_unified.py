@@ -50,6 +50,7 @@ class Config:
     fixed_critique: str = ""  # ablation: every refinement reads this instead of the judge's critique
     tools: str = "search,browse,python"
     corpus: str = ""  # local pages for rows without docs
+    files_dir: str = ""  # where the files of rows lie (data/reagent/files after prepare.py --media)
     # sampling
     prompts_per_step: int = 64
     group_size: int = 8  # G: Reagent-U samples G attempts and refines each
@@ -93,7 +94,7 @@ class Config:
 
 
 MAY_CHANGE = {"out_dir", "save_interval", "keep_last", "timeout_s", "gpu_memory_share", "engine_sleep", "max_live_chains"}
-MAY_CHANGE |= {"tokens_per_microbatch", "checkpoint_activations", "shard_ranks", "max_skips", "wandb"}
+MAY_CHANGE |= {"tokens_per_microbatch", "checkpoint_activations", "shard_ranks", "max_skips", "files_dir", "wandb"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the 2G pool and the loss
@@ -311,7 +312,9 @@ def main(cfg: Config) -> None:
     rows = JsonlRows(cfg.data, check_rl_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)")
     eval_rows = JsonlRows(cfg.eval_data, check_rl_row) if cfg.eval_data else []
     tokenizer = shared.load_tokenizer(cfg.model)
-    chat, toolbox = Chat(tokenizer), Toolbox(cfg.tools.split(","), corpus=cfg.corpus)
+    chat, toolbox = Chat(tokenizer), Toolbox(cfg.tools.split(","), corpus=cfg.corpus, files_dir=cfg.files_dir)
+    toolbox.check_rows(rows, cfg.data)
+    toolbox.check_rows(eval_rows, cfg.eval_data)
     rank, world, device = shared.init_distributed(cfg.timeout_s)
     gloo = dist.new_group(backend="gloo")
     tp = cfg.tensor_parallel

@@ -548,6 +548,16 @@ class Toolbox:
             self.loop, self.gates = loop, {n: asyncio.Semaphore(room) for n, room in rooms.items()}
         return self.gates[name]
 
+    def check_rows(self, rows, what: str) -> None:
+        """SystemExit, before work starts, where a row needs a search or files that these tools cannot reach."""
+        found = self.corpus or self.web.settings["search"] or "search" not in self.names
+        readers = self.files_dir and {"file_reader", "image2text", "audio2text"} & set(self.names)
+        for row in rows:
+            if not found and "docs" not in row:
+                raise SystemExit(f"{what}: nothing to search: give --corpus=FILE or a search provider (see web.py)")
+            if row.get("files") and not readers:
+                raise SystemExit(f"{what}: row {row.get('id')} has files: give --files_dir=FOLDER and a tool that reads them")
+
     def close(self) -> None:
         self.closed = True
         for jobs in self.spare:

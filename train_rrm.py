@@ -247,6 +247,7 @@ class Common:
     limit: int = 0  # rows; 0: all
     tools: str = "search,browse,python"
     corpus: str = ""  # local pages for rows without docs
+    files_dir: str = ""  # where the files of rows lie
     engine: str = "vllm"  # vllm | hf
     temperature: float = 0.7
     max_turns: int = 13
@@ -286,7 +287,8 @@ def agent_at_work(cfg, folder: str):
     """-> (Setup without a judge, rounds, rows, run): an agent's engine and tools; `run(coroutine)` runs chains."""
     rows = JsonlRows(cfg.data, check_rl_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)")
     chat, rounds = Chat(shared.load_tokenizer(folder)), rollout.Rounds()
-    toolbox = Toolbox(cfg.tools.split(","), corpus=cfg.corpus)
+    toolbox = Toolbox(cfg.tools.split(","), corpus=cfg.corpus, files_dir=cfg.files_dir)
+    toolbox.check_rows(rows, cfg.data)
     engine = rollout.make_engine(cfg.engine, folder, chat.stop_ids, rounds, max_context=cfg.max_context)
     limits = rollout.Limits(cfg.max_turns, cfg.max_new_tokens_per_turn, cfg.max_tokens_per_attempt, cfg.max_context,
                             final_tokens=min(512, cfg.max_new_tokens_per_turn))

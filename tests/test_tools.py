@@ -7,6 +7,7 @@ tests/test_evaluate.py, 87-89 also test_evaluate_jobs.py.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -674,6 +675,25 @@ def test_a_file_is_read_through_the_toolbox(tmp_path):
 
 
 @needs_bubblewrap
+@pytest.mark.parametrize(
+    ("tools", "row", "told"),
+    [
+        ("search", {}, "nothing to search"),
+        ("search", {"docs": []}, None),
+        ("python", {}, None),
+        ("search,file_reader", {"docs": [], "files": ["a.txt"]}, None),
+        ("search", {"docs": [], "files": ["a.txt"]}, "row q has files"),
+    ],
+)
+def test_rows_that_the_tools_cannot_serve_are_refused_before_work_starts(tmp_path, monkeypatch, tools, row, told):
+    for key in [key for key in os.environ if key.endswith(("_API_KEY", "_URL"))]:
+        monkeypatch.delenv(key)
+    toolbox = Toolbox(tools.split(","), files_dir=str(tmp_path))
+    with pytest.raises(SystemExit, match=f"rows.jsonl: {told}") if told else contextlib.nullcontext():
+        toolbox.check_rows([{"id": "q", **row}], "rows.jsonl")
+    toolbox.close()
+
+
 def test_what_python_code_does_wrong_is_told_apart():
     toolbox = Toolbox(["python"], seconds_per_call=2)
     codes = {"print(1 + 1)": "ok", "1 / 0": "error", "while True: pass": "timeout"}
