@@ -7,7 +7,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from rows import check_messages, check_rl_row
 
@@ -80,18 +82,26 @@ def test_a_zip_is_read_by_the_name_of_its_member(tmp_path):
     assert [record for _, record in records] == [MUSIQUE]
 
 
-def test_parquet_is_read_or_the_missing_library_is_named(tmp_path):
+def test_parquet_is_read_and_a_broken_file_is_named(tmp_path):
     path = tmp_path / "rows.parquet"
-    path.write_bytes(b"")
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        with pytest.raises(SystemExit, match="pip install pyarrow"):
-            list(hotpot.read_records(path))
-        return
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([MUSIQUE]), path)
+    parquet.write_table(pyarrow.Table.from_pylist([MUSIQUE]), path)
     assert run(hotpot, tmp_path, path) == [MUSIQUE_ROW]
+    path.write_bytes(b"")
+    with pytest.raises(SystemExit, match="rows.parquet: not a parquet file"):
+        run(hotpot, tmp_path, path)
+
+
+@pytest.mark.parametrize("record", [{**MUSIQUE, "paragraphs": 3}, {**MUSIQUE, "paragraphs": [None]}])
+def test_a_record_that_is_broken_inside_is_told_by_its_place_and_leaves_no_output(tmp_path, record):
+    path = jsonl(tmp_path / "rows.jsonl", [MUSIQUE, record])
+    with pytest.raises(SystemExit, match=r"rows.jsonl:2: broken inside"):
+        run(hotpot, tmp_path, path)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_null_list_of_aliases_is_no_alias(tmp_path):
+    row = {**MUSIQUE, "answer_aliases": None}
+    assert run(hotpot, tmp_path, jsonl(tmp_path / "rows.jsonl", [row]))[0]["answer"] == [MUSIQUE["answer"]]
 
 
 @pytest.mark.parametrize("record, reason", [
@@ -170,6 +180,7 @@ LAYOUTS = [
      {"id": "gsm8k-00001", "answer": "1000", "meta": {"dataset": "gsm8k", "solution": "It is 1,000.\n#### 1,000"}}),
     ("2wiki200", {"question": "q", "answer": ["NY", "New York"]}, {"answer": ["NY", "New York"], "kind": "qa"}),
     ("hotpotqa", HOTPOT, {"id": "5a", "question": "Who?", "answer": "Ada"}),
+    ("bamboogle", {"question": "q", "answer": {"value": "NY", "aliases": ["New York"]}}, {"answer": ["NY", "New York"]}),
     ("musique", MUSIQUE, {"answer": ["NY", "New York"]}),
     ("webwalker", {"question": "q", "answer": "a", "root_url": "https://x.org",
                    "info": {"lang": "en", "difficulty_level": "easy", "golden_path": ["root"]}},
@@ -334,9 +345,38 @@ def test_two_responses_in_one_turn_are_two_tool_messages_and_assistant_turns_in_
     assert [m["content"] for m in messages[1:4]] == ["hm\n" + CALL, "1", "2"]
 
 
-def test_tools_may_be_json_text():
+@pytest.mark.parametrize("given", ['[{"type": "function", "function": {"name": "search"}}]', [{"name": "search", "x": None}]])
+def test_tools_may_be_json_text_or_lack_their_wrapping(given):
     schemas = [{"type": "function", "function": {"name": "search"}}]
-    assert convert("sft", {"messages": PLAIN, "tools": json.dumps(schemas)})["tools"] == schemas
+    assert convert("sft", {"messages": PLAIN, "tools": given})["tools"] == schemas
+
+
+@pytest.mark.parametrize("record", [
+    {"instruction": "q", "output": f"{CALL}\n<tool_response>\nfound\n</tool_response>\n\\boxed{{a}}"},
+    {"messages": [PLAIN[0], PLAIN[1], {"role": "user", "content": "<tool_response>\nfound\n</tool_response>"}, PLAIN[3]]},
+])
+def test_results_inside_a_turn_are_tool_turns_that_nobody_trains(record):
+    assert convert("sft", record)["messages"] == PLAIN
+
+
+def test_text_after_a_result_stays_the_users():
+    turns = [*PLAIN[:2], {"role": "user", "content": "<tool_response>\nfound\n</tool_response>\nGo on."}, PLAIN[3]]
+    found = convert("sft", {"messages": turns})["messages"]
+    assert [(m["role"], m["content"]) for m in found[2:4]] == [("tool", "found"), ("user", "Go on.")]
+
+
+def test_keys_that_parquet_adds_to_calls_and_schemas_are_left_out(tmp_path):
+    def call(**arguments):
+        return {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+    results = [{"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}]
+    turns = [PLAIN[0], call(queries=["x"]), results[0], call(code="1"), results[1], PLAIN[3]]
+    schemas = [{"name": "f", "parameters": {"properties": {"queries": {"type": "array"}}}},
+               {"name": "g", "parameters": {"properties": {"code": {"type": "string"}}}}]
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns, "tools": schemas}]), path)
+    (row,) = run(reagent, tmp_path, path, "--set=sft")
+    assert "null" not in json.dumps(row) and row == convert("sft", {"messages": turns, "tools": schemas})
 
 
 @pytest.mark.parametrize("record, reason", [
@@ -376,7 +416,16 @@ def test_rows_for_the_judges_rl_need_only_a_score():
 
 def test_rows_for_the_judges_rl_may_have_correctness_and_gold_instead_of_a_score():
     row = convert("rrm_rl", {"question": "q", "trajectory": "t", "correct": False, "answer": "a"})
-    assert row == {"question": "q", "trajectory": "t", "correct": False, "answer": "a"}
+    assert row == {"question": "q", "trajectory": "t", "correct": False, "answer": ["a"]}
+
+
+@pytest.mark.parametrize("request_text", [
+    "You get a question: judge the agent trajectory: be strict.\nQuestion: Who?\nAgent Trajectory: [user]\nq",
+    "**Question:** Who?\n\n**Agent Trajectory:** [user]\nq", "## Question:\nWho?\n## Trajectory:\n[user]\nq",
+])
+def test_the_labels_of_a_request_stand_at_the_beginning_of_a_line(request_text):
+    row = convert("rrm_sft", {"instruction": request_text, "output": BLOCKS})
+    assert (row["question"], row["trajectory"]) == ("Who?", "[user]\nq")
 
 
 def test_a_trajectory_of_messages_stays_a_list_also_as_json_text():
@@ -405,6 +454,17 @@ def test_tasks_get_kind_answers_and_source():
     assert convert("rl", verl)["answer"] == ["a"]
 
 
+@pytest.mark.parametrize("given, expected", [
+    ({"target": ["Paris", "paris"]}, ["Paris", "paris"]), ([["a"], "b", 3], ["a", "b", "3"]), (True, None), ({"x": 1}, None)])
+def test_answers_are_texts_or_the_task_is_left_out(given, expected):
+    record = {"question": "q", "reward_model": {"ground_truth": given}}
+    if expected:
+        assert convert("rl", record)["answer"] == expected
+    else:
+        with pytest.raises(reagent.Unfit, match="neither text nor a number"):
+            convert("rl", record)
+
+
 def test_media_are_found_under_files_dir_by_path_or_name_and_never_outside(tmp_path):
     files = tmp_path / "files"
     (files / "images").mkdir(parents=True)
@@ -416,11 +476,49 @@ def test_media_are_found_under_files_dir_by_path_or_name_and_never_outside(tmp_p
         record = {"question": "<image>\nq", "ground_truth": "a", "multimodal_info": {"images": [{"path": path}]}}
         return reagent.convert("rl", record, "s", 1, files)
 
-    for path in ("images/1.jpg", "./images/1.jpg", "/data/train/1.jpg"):
+    for path in ("images/1.jpg", "./images/1.jpg", "/data/train/images/1.jpg", "1.jpg"):
         assert files_of(path)["files"] == ["images/1.jpg"] and files_of(path)["question"] == "q"
     for path in ("../secret.jpg", "link.jpg", "images/2.jpg", str(tmp_path / "secret.jpg")):
         with pytest.raises(reagent.Unfit, match="not under files_dir"):
             files_of(path)
+    with pytest.raises(reagent.Unfit, match="namesakes"):  # another set's first image
+        files_of("other/1.jpg")
+    for given in ({"multimodal_info": '{"image": "images/1.jpg"}'}, {"images": [{"path": "images/1.jpg"}]}):
+        found = reagent.convert("rl", {"question": "<image>\nq", "ground_truth": "a", **given}, "s", 1, files)
+        assert found["files"] == ["images/1.jpg"]
+    with pytest.raises(reagent.Unfit, match="names no file"):
+        reagent.convert("rl", {"question": "<image>\nq", "ground_truth": "a"}, "s", 1, files)
+
+
+def test_a_file_whose_media_are_missing_is_counted_and_the_others_are_written(tmp_path, capsys):
+    images = jsonl(tmp_path / "a.jsonl", [{"question": "q", "ground_truth": "a", "images": ["x.jpg"]}])
+    rows = run(reagent, tmp_path, images, f"--input={jsonl(tmp_path / 'b.jsonl', [{'question': 'q', 'ground_truth': 'a'}])}",
+               "--set=rl")
+    assert [row["id"] for row in rows] == ["b-000001"] and "1 skipped, its media file is not" in capsys.readouterr().out
+
+
+def test_ids_that_restart_in_every_file_lose_no_question(tmp_path):
+    def tasks(*questions):
+        return [{"id": i, "question": question, "ground_truth": "a"} for i, question in enumerate(questions)]
+
+    first, second = jsonl(tmp_path / "a.jsonl", tasks("p", "q")), jsonl(tmp_path / "b.jsonl", tasks("p", "r"))
+    rows = run(reagent, tmp_path, first, f"--input={second}", "--set=rl")
+    assert [row["question"] for row in rows] == ["p", "q", "r"] and len({row["id"] for row in rows}) == 3
+
+
+def test_the_table_is_printed_and_nothing_left_where_a_set_fails(tmp_path, capsys):
+    good, bad = jsonl(tmp_path / "a.jsonl", [{"messages": PLAIN}]), tmp_path / "b.jsonl"
+    bad.write_text("{")
+    with pytest.raises(SystemExit, match="b.jsonl:1: not JSON"):
+        run(reagent, tmp_path, good, f"--input={bad}", "--set=sft")
+    assert "sft: a.jsonl" in capsys.readouterr().out and not list((tmp_path / "out").glob("*"))
+    with pytest.raises(SystemExit, match="b.jsonl:1: not JSON"):
+        reagent.main(["--set=sft", f"--input={bad}", "--inspect"])
+
+
+def test_a_lone_surrogate_does_not_end_the_set(tmp_path):
+    rows = run(reagent, tmp_path, jsonl(tmp_path / "a.jsonl", [{"question": "hi \ud83d", "ground_truth": "a"}]), "--set=rl")
+    assert rows[0]["question"] == "hi ?"
 
 
 def test_a_file_of_mixed_records_is_counted_by_reason(tmp_path, capsys):

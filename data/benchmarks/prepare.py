@@ -33,6 +33,7 @@ from data.hotpotqa.prepare import (  # noqa: E402
     fetch,
     first_of_each_id,
     gold_answers,
+    placed,
     print_table,
     read_records,
     write_rows,
@@ -130,6 +131,8 @@ def convert(record: dict, place: str, name: str, position: int) -> tuple[dict | 
     question, answer = field(record, "question"), field(record, "answer")
     if not isinstance(question, str):
         raise ValueError(f"{place}: no question; keys found: {', '.join(map(str, record))}")
+    if isinstance(answer, dict):  # {"value", "aliases"}
+        answer = [answer.get("value"), *(answer.get("aliases") or [])]
     attached = record.get("file_name") or ""
     if bench.text_only and (attached or record.get("image")):
         return None, "has an attachment or an image"
@@ -186,7 +189,7 @@ def convert_files(name: str, paths: list[tuple[Path, str]], tallies: dict, only:
 
     def converted(path, member):
         for place, record in read(path, member):
-            row, reason = convert(record, place, name, next(positions))
+            row, reason = placed(convert, record, place, name, next(positions))
             yield (row, reason) if not row or only is None or row["id"] in only else (None, "not in the subset")
 
     for path, member in paths:
@@ -252,9 +255,7 @@ def main(argv=None):
     for name in names:
         try:
             written = prepare(name, [Path(path) for path in args.input], Path(args.out), tallies)
-        except ValueError as error:
-            raise SystemExit(str(error)) from error
-        except SystemExit as error:
+        except (ValueError, SystemExit) as error:
             failed.append(f"{name}: {error}")
             continue
         if not written:

@@ -100,7 +100,7 @@ def parse_records(name, lines, is_list):
     if is_list:
         try:
             rows = json.loads(b"".join(lines))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{name}: not a JSON list: {error}") from error
         yield from enumerate(rows, 1)
         return
@@ -109,7 +109,7 @@ def parse_records(name, lines, is_list):
             continue
         try:
             yield number, json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{name}:{number}: not JSON: {error}") from error
 
 
@@ -144,7 +144,11 @@ def read_parquet(path):
     except ImportError as error:
         raise SystemExit(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
     number = 0
-    for batch in parquet.ParquetFile(path).iter_batches(batch_size=1000):
+    try:
+        file = parquet.ParquetFile(path)
+    except (ValueError, OSError) as error:  # pyarrow's own errors are of these kinds
+        raise ValueError(f"{path}: not a parquet file: {error}") from error
+    for batch in file.iter_batches(batch_size=1000):
         for record in batch.to_pylist():
             number += 1
             yield f"{path}:{number}", record
@@ -159,18 +163,19 @@ def first_byte(file):
 
 
 def write_rows(path, rows):
-    """Write `rows` as jsonl, beside and renamed; returns how many. No row at all is an error, not an empty file."""
+    """Write `rows` as jsonl, beside and renamed; returns how many. No row at all, or an error among them, leaves no file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     count = 0
-    with open(part, "w", encoding="utf-8") as out:
-        for count, row in enumerate(rows, 1):
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
-    if not count:
-        part.unlink()
-        return 0
-    part.replace(path)
+    try:
+        with open(part, "w", encoding="utf-8", errors="replace") as out:  # a lone surrogate becomes "?"
+            for count, row in enumerate(rows, 1):
+                out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        if count:
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return count
 
 
@@ -190,7 +195,7 @@ def print_table(tallies):
 def documents(record):
     """The paragraphs of a record as [{"title", "text"}], None when the record has no paragraphs at all."""
     if "paragraphs" in record:
-        docs = [{"title": str(p.get("title", "")), "text": p.get("paragraph_text", p.get("text", ""))}
+        docs = [{"title": str(p.get("title", "")), "text": p.get("paragraph_text", p.get("text")) or ""}
                 for p in record["paragraphs"]]
     elif isinstance(record.get("context"), dict):
         pairs = zip(record["context"]["title"], record["context"]["sentences"])
@@ -205,7 +210,7 @@ def documents(record):
 def gold_answers(record):
     """All accepted answers, without repeats and in the publisher's order; [] when the record has none."""
     given = record.get("answers", record.get("answer"))
-    answers = [*(given if isinstance(given, list) else [given]), *record.get("answer_aliases", [])]
+    answers = [*(given if isinstance(given, list) else [given]), *(record.get("answer_aliases") or [])]
     return list(dict.fromkeys(a.strip() for a in answers if isinstance(a, str) and a.strip()))
 
 
@@ -254,9 +259,18 @@ def convert(record, place):
             "meta": meta}, ""
 
 
+def placed(convert, record, place, *rest):
+    """convert(record, place, *rest); what is broken inside the record is a ValueError that names the place."""
+    try:
+        return convert(record, place, *rest)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{place}: broken inside ({type(error).__name__}: {error})") from error
+
+
 def convert_file(path, tally, seen, member=""):
     """Yield the RL rows of one file; `tally` counts read, converted and each reason to skip; `seen` holds the ids."""
-    yield from first_of_each_id((convert(record, place) for place, record in read_records(path, member)), tally, seen)
+    results = (placed(convert, record, place) for place, record in read_records(path, member))
+    yield from first_of_each_id(results, tally, seen)
 
 
 def first_of_each_id(results, tally, seen):

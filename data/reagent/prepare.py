@@ -11,10 +11,12 @@ of the README. The schemas of the sets are not documented, so every common layou
   sft      messages | conversations (sharegpt) | instruction, input, output (alpaca) | prompt or question, response
   rrm_*    question, trajectory, think, critique, score | any layout of sft whose reply is the three blocks
   rl       question, ground_truth (or answer), category, meta_info, multimodal_info | prompt, reward_model.ground_truth
-A record that fits none is counted with its reason; when a file has none that fits, that is an error naming its keys.
+A record that fits none is counted with its reason; when a file has none that fits, that is an error naming its keys (but
+where only its media are missing: those come with --media).
 """
 import argparse
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -40,8 +42,10 @@ DATA_FILES = (".json", ".jsonl", ".parquet")
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool",
          "function_response": "tool", "tool_response": "tool", "function_call": "call", "tool_call": "call"}
 MEDIA = re.compile(r"\.(png|jpe?g|gif|webp|bmp|tiff?|wav|mp3|flac|m4a|ogg|pdf|docx?|xlsx?|pptx?|csv|txt|zip)$", re.I)
-RESPONSES = re.compile(r"\s*(?:<tool_response>.*?</tool_response>\s*)+", re.S)
-JUDGED = re.compile(r"question:\s*(.+?)\s*(?:agent(?:'s)?\s+)?trajectory(?: of the agent)?:\s*(.+)", re.S | re.I)
+RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.S)
+JUDGED = re.compile(r"^[ *#]*question[ *]*:[\s*]*(.+?)\s*^[ *#]*"
+                    r"(?:agent(?:'s)? +)?trajectory(?: of the agent)?[ *]*:[\s*]*(.+)", re.S | re.I | re.M)
+NO_MEDIA = "its media file is not under files_dir (--media fetches it)"
 
 
 class Unfit(ValueError):
@@ -82,8 +86,8 @@ def turns_of(record: dict) -> list[dict]:
         listed = record["prompt"] + ([{"role": "assistant", "content": reply}] if isinstance(reply, str) else [])
     if listed is not None:
         listed = json.loads(listed) if isinstance(listed, str) else listed
-        turns = [{**turn, "role": turn.get("role", turn.get("from")), "content": turn.get("content", turn.get("value"))}
-                 for turn in listed]
+        turns = [{**without_nulls(turn), "role": turn.get("role", turn.get("from")),
+                  "content": turn.get("content", turn.get("value"))} for turn in listed]
     else:
         question = next((record[key] for key in ("instruction", "prompt", "question") if record.get(key)), None)
         if not isinstance(question, str) or not isinstance(reply, str):
@@ -97,10 +101,16 @@ def turns_of(record: dict) -> list[dict]:
     return turns
 
 
+def pieces(role: str, text: str) -> list[tuple[str, str]]:
+    """A turn cut at its <tool_response> blocks, which become tool turns: rendered as a user's text their tags would be
+    broken, and as the agent's they would be trained."""
+    cut = [("tool" if i % 2 else role, part) for i, part in enumerate(RESPONSE.split(text))]
+    return [(who, part) for who, part in cut if part or who == "tool"] or [(role, text)]
+
+
 def messages_of(record: dict) -> list[dict]:
     """Messages of our protocol: calls as raw text in assistant turns, results in tool turns, no assistant turn after
-    another. A user turn that is nothing but <tool_response> blocks becomes tool turns: rendered as a user's text, its
-    tags would be broken, and the ids would not be those of an episode."""
+    another."""
     messages: list[dict] = []
     for turn in turns_of(record):
         role, text = ROLES.get(turn["role"], turn["role"]), content_text(turn["content"])
@@ -108,14 +118,26 @@ def messages_of(record: dict) -> list[dict]:
             role, text = "assistant", as_call(text)
         elif role == "assistant":
             text = assistant_text({**turn, "content": text})
-        if role in ("user", "tool") and RESPONSES.fullmatch(text):
-            for result in re.findall(r"<tool_response>\n?(.*?)\n?</tool_response>", text, re.S):
-                messages.append({"role": "tool", "content": result})
-        elif role == "assistant" and messages and messages[-1]["role"] == "assistant":
-            messages[-1]["content"] += "\n" + text
-        else:
-            messages.append({"role": role, "content": text})
+        for who, part in pieces(role, text) if role in ("user", "tool", "assistant") else [(role, text)]:
+            if who == "assistant" and messages and messages[-1]["role"] == "assistant":
+                messages[-1]["content"] += "\n" + part
+            else:
+                messages.append({"role": who, "content": part})
     return messages
+
+
+def without_nulls(value):
+    """`value` without the null keys of its objects: a parquet file gives every call and schema the keys of all others."""
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return {k: without_nulls(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+def schemas_of(tools) -> list[dict]:
+    """Tool schemas, a list or its JSON text; {"name", "description", "parameters"} alone is wrapped as a function."""
+    tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    found = without_nulls(list(tools or []))
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in found]
 
 
 def sft_row(record: dict) -> dict:
@@ -125,8 +147,7 @@ def sft_row(record: dict) -> dict:
         raise Unfit("the last turn is not the agent's")
     if problem := check_messages(messages):
         raise Unfit(re.sub(r"message \d+: ", "", problem))
-    tools = record.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    tools = schemas_of(record.get("tools"))
     return {"messages": messages, **({"tools": tools} if tools else {})}
 
 
@@ -175,8 +196,10 @@ def rrm_row(record: dict, for_sft: bool) -> dict:
     row = {"question": question, "trajectory": trajectory, **{k: v for k, v in parts.items() if v not in ("", None)}}
     if record.get("correct", record.get("is_correct")) in (True, False):
         row["correct"] = bool(record.get("correct", record.get("is_correct")))
+    if not isinstance(question, str) or not isinstance(trajectory, (str, list)):
+        raise Unfit("question or trajectory is not text")
     if gold := record.get("answer") or record.get("gold"):
-        row["answer"] = gold
+        row["answer"] = gold_answers(gold)
     if "score" not in row and (for_sft or "correct" not in row):
         raise Unfit("the judgment is not the three blocks" if reply else "no score between 0 and 1")
     if for_sft:
@@ -207,21 +230,48 @@ def media_paths(value) -> list[str]:
 
 
 def resolve(path: str, files_dir: Path) -> str:
-    """`path` as it is found under files_dir, or by its name alone anywhere under it; leaving files_dir is refused."""
+    """`path` as it is found under files_dir, or the one file there that shares most of its end (1.jpg of another set is
+    another image); leaving files_dir is refused."""
     base = files_dir.resolve()
     wanted = (base / path.lstrip("/")).resolve()
     if wanted.is_relative_to(base) and wanted.is_file():
         return str(wanted.relative_to(base))
-    found = names_under(base).get(Path(path).name)
-    if found is None or not found.resolve().is_relative_to(base):
-        raise Unfit("its media file is not under files_dir")
-    return str(found.relative_to(base))
+    namesakes = [found for found in names_under(base).get(Path(path).name, []) if found.resolve().is_relative_to(base)]
+    shared = [len(os.path.commonprefix([found.parts[::-1], Path(path).parts[::-1]])) for found in namesakes]
+    best = [found for found, length in zip(namesakes, shared) if length == max(shared)]
+    if not best:
+        raise Unfit(NO_MEDIA)
+    if len(best) > 1 or (max(shared) == 1 and len(Path(path).parts) > 1 and len(best[0].relative_to(base).parts) > 1):
+        raise Unfit("its media file has only namesakes under files_dir")
+    return str(best[0].relative_to(base))
 
 
 @lru_cache(maxsize=1)
-def names_under(folder: Path) -> dict[str, Path]:
-    """{name: path} of every file under `folder`, walked once; the first of two files of one name."""
-    return {path.name: path for path in sorted(folder.rglob("*"), reverse=True) if path.is_file()}
+def names_under(folder: Path) -> dict[str, list[Path]]:
+    """{name: paths} of every file under `folder`, walked once."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found.setdefault(path.name, []).append(path)
+    return found
+
+
+def gold_answers(answer) -> list[str]:
+    """Accepted answers as texts: of a text, a number, a list (of lists) of them, or {"target": any of these}."""
+    if isinstance(answer, dict):
+        answer = next((answer[key] for key in ("target", "ground_truth", "value") if key in answer), answer)
+    listed = answer if isinstance(answer, list) else [answer]
+    flat = [item for part in listed for item in (part if isinstance(part, list) else [part])]
+    if any(isinstance(item, bool) or not isinstance(item, (str, int, float)) for item in flat):
+        raise Unfit("an answer is neither text nor a number")
+    return [text for text in dict.fromkeys(str(item).strip() for item in flat) if text]
+
+
+def media_of(record: dict, files_dir: Path) -> list[str]:
+    """The files of a task, relative to files_dir; the fields may be JSON text."""
+    given = [record.get(key) for key in ("multimodal_info", "images", "image", "audios", "audio")]
+    given = [json.loads(value) if isinstance(value, str) and value[:1] in ("{", "[") else value for value in given]
+    return list(dict.fromkeys(resolve(path, files_dir) for path in media_paths(given)))
 
 
 def rl_row(record: dict, source: str, number: int, files_dir: Path) -> dict:
@@ -234,15 +284,17 @@ def rl_row(record: dict, source: str, number: int, files_dir: Path) -> dict:
                    if a not in (None, "", [])), None)
     if not isinstance(question, str) or answer is None:
         raise Unfit("no question or no ground truth")
-    answers = [str(a).strip() for a in (answer if isinstance(answer, list) else [answer])]
     info = record.get("meta_info") if isinstance(record.get("meta_info"), dict) else {}
     dataset, category = str(info.get("source") or source), str(record.get("category") or "")
     is_math = re.search(r"math|deepscaler|aime|gsm8k", f"{category} {dataset} {source}", re.I)
-    question = re.sub(r"<(image|audio|video)>\s*", "", question).strip()
-    row = {"id": str(record.get("id") or f"{source}-{number:06d}"), "question": question,
-           "answer": [a for a in dict.fromkeys(answers) if a], "kind": "math" if is_math else "qa",
+    files = media_of(record, files_dir)
+    question, marks = re.subn(r"<(image|audio|video)>\s*", "", question)
+    if marks and not files:
+        raise Unfit("a task with an image or a sound names no file")
+    identity = record.get("id")
+    row = {"id": f"{source}-{number:06d}" if identity in (None, "") else str(identity), "question": question.strip(),
+           "answer": gold_answers(answer), "kind": "math" if is_math else "qa",
            "meta": {"dataset": dataset, **({"category": category} if category else {})}}
-    files = [resolve(path, files_dir) for path in dict.fromkeys(media_paths(record.get("multimodal_info")))]
     if files:
         row["files"] = files
     if problem := check_rl_row(row):
@@ -261,30 +313,45 @@ def convert(name: str, record, source: str, number: int, files_dir: Path) -> dic
         if name == "rl":
             return rl_row(record, source, number, files_dir)
         return rrm_row(record, for_sft=name == "rrm_sft")
-    except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError, json.JSONDecodeError) as error:
         raise Unfit(f"broken inside ({type(error).__name__})") from error
+
+
+def told_apart(row: dict, source: Path, seen: dict[str, int]) -> None:
+    """Notes the row's id, or raises Unfit; an id that another question has gets the file's name: ids restart in files."""
+    question = hash(row["question"])
+    if seen.get(row["id"]) == question:
+        raise Unfit("id seen before")
+    if row["id"] in seen:
+        row["id"] = f"{source.parent.name}/{source.stem}/{row['id']}"
+    if row["id"] in seen:
+        raise Unfit("id seen before in its file, with another question")
+    seen[row["id"]] = question
 
 
 def convert_files(name: str, paths: list[Path], tallies: dict, files_dir: Path):
     """Yield the rows of all files of a set; a file without one fitting record is an error that names its keys."""
-    seen: set[str] = set()
+    seen: dict[str, int] = {}
+    names = Counter(path.name for path in paths)
     for path in paths:
-        tally, keys = tallies.setdefault(f"{name}: {path.name}", Counter()), []
+        label = path.name if names[path.name] == 1 else f"{path.parent.name}/{path.name}"
+        tally, keys = tallies.setdefault(f"{name}: {label}", Counter()), []
         for number, (_, record) in enumerate(read_records(path), 1):
             tally["read"] += 1
             keys = keys or (sorted(map(str, record)) if isinstance(record, dict) else [type(record).__name__])
             try:
                 row = convert(name, record, path.stem, number, files_dir)
-                if "id" in row and row["id"] in seen:
-                    raise Unfit("id seen before")
+                if "id" in row:
+                    told_apart(row, path, seen)
             except Unfit as reason:
                 tally[str(reason)] += 1
                 continue
-            seen.add(row.get("id", ""))
             tally["converted"] += 1
             yield row
         if tally["read"] and not tally["converted"]:
             reason = max((key for key in tally if key != "read"), key=tally.__getitem__)
+            if reason == NO_MEDIA:
+                continue
             raise SystemExit(f"{path}: none of {tally['read']:,} records fits the set {name!r} (most often: {reason}); "
                              f"keys found: {', '.join(keys)}. --inspect shows the first ones")
 
@@ -348,21 +415,22 @@ def main(argv=None):
         download_media(Path(args.files_dir), args.revision)
 
     tallies: dict = {}
-    for name in [args.set] if args.set else SETS:
-        paths = [Path(path) for path in args.input] or download(name, args.revision)
-        if args.inspect:
-            inspect(paths)
-            continue
-        target = Path(args.out) / SETS[name][1]
-        try:
+    try:
+        for name in [args.set] if args.set else SETS:
+            paths = [Path(path) for path in args.input] or download(name, args.revision)
+            if args.inspect:
+                inspect(paths)
+                continue
+            target = Path(args.out) / SETS[name][1]
             written = write_rows(target, convert_files(name, paths, tallies, Path(args.files_dir)))
-        except ValueError as error:
-            raise SystemExit(str(error)) from error
-        if not written:
-            raise SystemExit(f"{target}: not written, the files hold no record")
-        print(f"wrote {written:,} rows to {target}")
-    if tallies:
-        print_table(tallies)
+            if not written:
+                raise SystemExit(f"{target}: not written, the files hold no record that fits")
+            print(f"wrote {written:,} rows to {target}")
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    finally:
+        if tallies:
+            print_table(tallies)
 
 
 if __name__ == "__main__":
