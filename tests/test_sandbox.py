@@ -175,8 +175,8 @@ def test_19_a_daemon_does_not_outlive_its_call(box):
     assert result.text == "ok\n" or box.rung != "bubblewrap" and "Operation not permitted" in result.text
     if box.rung != "bubblewrap":  # a call is one process there
         return
-    names = box.run("import os\nprint(len([p for p in os.listdir('/proc') if p.isdigit()]))")
-    assert int(names.text) <= 3
+    count = "import os\nprint(len([p for p in os.listdir('/proc') if p.isdigit()]))"
+    assert any(int(box.run(count).text) <= 3 for _ in range(20))  # init may reap what was killed a moment later
 
 
 def test_5_a_fork_bomb_is_stopped_from_outside_and_the_next_call_works(box):
