@@ -28,7 +28,7 @@ demo: data/toy/rl_test.jsonl
 	$(TORCHRUN) train_rrm.py config/train_rrm_toy_sft.py --seed=$(SEED) --out_dir=$(OUT)/rrm_sft
 	$(TORCHRUN) train_rrm.py config/train_rrm_toy_grpo.py --seed=$(SEED) --model=$(OUT)/rrm_sft/step-000300 --out_dir=$(OUT)/rrm
 	$(TORCHRUN) grpo_unified.py config/grpo_unified_toy_tiny.py --seed=$(SEED) --model=$(OUT)/sft/step-000250 --rrm=$(OUT)/rrm/step-000030 --out_dir=$(OUT)/u
-	$(PY) report.py $(OUT)/u
+	$(PY) evaluate.py page $(OUT)/u
 	$(PY) data/toy/trial.py $(OUT)/sft/step-000250 $(OUT)/u/step-000040 --rrm=$(OUT)/rrm/step-000030 --seed=$(SEED)
 
 ablation: out/toy/sft/step-000250

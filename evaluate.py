@@ -4,6 +4,8 @@
     torchrun --nproc_per_node=8 evaluate.py --model=FOLDER --dataset=gaia_text
     python evaluate.py score rows.jsonl          # {"scorer", "pred", "gold"} rows -> one JSON line each
     python evaluate.py compare A.jsonl B.jsonl   # paired: difference, 95 % interval, questions gained and lost
+    python evaluate.py page RUN_FOLDER           # report.html and curve.svg of a run once more
+    python evaluate.py rrm --rrm=FOLDER --eval_data=FILE [--against=OTHER] [--agent=FOLDER]   # a reward model on held-out judgments
 
 A run appends every finished chain to OUT/journal-<rank>.jsonl, keyed (dataset, id, rollout), and can be killed at any
 instant: the same command goes on with what is missing. At its end OUT/results.jsonl holds the rows in the order of the
@@ -13,7 +15,6 @@ data, without timings, and OUT/report.md, report.html and summary.json the numbe
 import asyncio
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -21,81 +22,26 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 import rollout
-from results import (
-    SEALED,
-    Journal,
-    about,
-    compare,
-    markdown,
-    page_episodes,
-    question_means,
-    sealed,
-    summarise,
-    unsealed,
-    write_results,
-)
-from rows import Chat, JsonlRows, check_choices, check_rl_row, parse_config, run_facts
-from scorers import score, unknown
-
-SCORER_OF_KIND = {"qa": "hotpotqa", "math": "math", "gaia": "gaia", "choice": "choice"}
-F1_FLOOR = 0.3  # a token F1 below it earns nothing (the released reward)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the rule reward
-
-
-def rule_reward(row: dict, answer: str | None, form: str = "em_f1") -> tuple[float, bool]:
-    """R_rule of an RL row and whether the answer is right by the benchmark's own metric (paper section 3.3).
-
-    em_f1: 1 for an exact match, else the token F1 if it is at least 0.3 (qa only); em: the metric alone.
-    """
-    if answer is None or not answer.strip():
-        return 0.0, False
-    result = score(SCORER_OF_KIND[row["kind"]], answer, row["answer"])
-    reward = float(result["correct"])
-    if form == "em_f1" and not result["correct"] and result.get("f1", 0.0) >= F1_FLOOR:
-        reward = result["f1"]
-    return reward, result["correct"]
-
+from reagent import engines, reward_model
+from reagent.chat import Chat
+from reagent.config import check_choices, parse_config, read_prompt, run_facts
+from reagent.reward_model import check_rrm_row
+from reagent.rows import JsonlRows, check_rl_row
+from reagent.scorers import SCORER_OF_KIND, rule_reward, score, unknown
+from results.benchmarks import DATASETS, DataSet, Task, load_tasks
+from results.journal import SEALED, Journal, about, page_episodes, sealed, write_results
+from results.judging import judgment_report, paired_bootstrap, report_table
+from results.page import write_report, write_run_page
+from results.statistics import compare, markdown, question_means, summarise
+from tools import Toolbox
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the data sets and the knobs
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """How a benchmark is run. scorer "judge": an LLM compares the answer with the reference; "": by the row's kind."""
-
-    tools: str
-    scorer: str
-    rollouts: int = 1
-    max_turns: int = 30  # turns with tool calls (paper, section 4.1)
-    seconds_per_call: float = 30.0
-
-
-_SEARCH, _MATH, _ALL = "search,browse", "python", "search,browse,python,file_reader,image2text,audio2text"
-DATASETS = {
-    "gaia": DataSet(_ALL, "gaia", rollouts=3, seconds_per_call=60.0),
-    "gaia_text": DataSet("search,browse,python", "gaia", rollouts=3),
-    "math500": DataSet(_MATH, "math"),
-    "aime24": DataSet(_MATH, "math", rollouts=8),  # 30 questions: one rollout is all noise
-    "aime25": DataSet(_MATH, "math", rollouts=8),
-    "gsm8k": DataSet(_MATH, "math"),
-    "2wiki": DataSet(_SEARCH, "2wiki"),
-    "2wiki200": DataSet(_SEARCH, "2wiki"),
-    "hotpotqa": DataSet(_SEARCH, "hotpotqa"),
-    "hotpotqa200": DataSet(_SEARCH, "hotpotqa"),
-    "hotpotqa1000": DataSet(_SEARCH, "hotpotqa"),
-    "musique": DataSet(_SEARCH, "musique"),
-    "musique200": DataSet(_SEARCH, "musique"),
-    "bamboogle": DataSet(_SEARCH, "bamboogle"),
-    "webwalker": DataSet(_SEARCH, "judge"),
-    "webwalker200": DataSet(_SEARCH, "judge"),
-    "hle": DataSet(_SEARCH, "judge"),
-    "xbench": DataSet(_SEARCH, "judge"),
-}
-OWN_ROWS = DataSet("search,browse,python", "")  # --dataset=rows.jsonl
 
 
 @dataclass
@@ -151,7 +97,9 @@ class Config:
 
 # these change neither questions nor answers, so a resumed run may change them; rows are keyed by set, id and rollout
 MAY_CHANGE = {"dataset", "data_dir", "files_dir", "limit", "ids", "rollouts", "judge", "judge_model", "judge_cache"}
+
 MAY_CHANGE |= {"judged", "endpoint", "gpu_memory_share", "max_live_chains", "tensor_parallel", "out_dir", "retries"}
+
 MAY_CHANGE |= {"patience_s", "timeout_s", "cache"}
 
 
@@ -166,123 +114,6 @@ def check_config(cfg: Config) -> None:
         raise SystemExit("--rrm is read by --refine alone")
     if not cfg.dataset:
         raise SystemExit(f"--dataset: one or more of {', '.join(DATASETS)}, or files of RL rows")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# rows
-
-
-@dataclass
-class Task:
-    """One data set of a run: its rows (decrypted, ids unique), each with a `digest` of what its file holds."""
-
-    name: str
-    spec: DataSet
-    rows: list[dict]
-    rollouts: int
-    canaries: dict[str, str]  # id -> key of an encrypted row
-    longest: list[str]  # its longest questions, those left out by --limit too: they say how much room a prompt needs
-    limits: rollout.Limits | None = None
-
-    @property
-    def subset(self) -> str:
-        """Names the questions and references that the numbers are about."""
-        return hashlib.sha256("".join(row["digest"] for row in self.rows).encode()).hexdigest()[:8]
-
-    def keys(self):
-        """(dataset, id, rollout) and the row, in the order of the final file."""
-        for row in self.rows:
-            for n in range(self.rollouts):
-                yield (self.name, row["id"], n), row
-
-
-def load_tasks(cfg: Config) -> list[Task]:
-    """Reads and checks the rows of every data set before anything starts."""
-    tasks = [load_task(name, cfg) for name in cfg.dataset]
-    twice = [name for name, n in Counter(task.name for task in tasks).items() if n > 1]
-    if twice:
-        raise SystemExit(f"--dataset: {twice[0]} is given twice")
-    known = {row["id"] for task in tasks for row in task.rows}
-    if missing := [i for i in cfg.ids if i not in known]:
-        raise SystemExit(f"--ids: no question {', '.join(missing[:5])} in {', '.join(cfg.dataset)}")
-    return tasks
-
-
-def load_task(name: str, cfg: Config) -> Task:
-    if name.endswith(".jsonl"):
-        path, name, spec, hint = name, Path(name).stem, OWN_ROWS, ""
-        if name in DATASETS:
-            spec = DATASETS[name]
-    elif name in DATASETS:
-        path, spec = str(Path(cfg.data_dir) / f"{name}.jsonl"), DATASETS[name]
-        hint = f"run python data/benchmarks/prepare.py --dataset={name}"
-    else:
-        raise SystemExit(f"--dataset: no {name!r}: there are {', '.join(DATASETS)}, and files of RL rows (*.jsonl)")
-    changes = dict(tools=cfg.tools, max_turns=cfg.max_turns, seconds_per_call=cfg.seconds_per_call)
-    spec = dataclasses.replace(spec, **{key: value for key, value in changes.items() if value})
-    if cfg.judged == "all":
-        spec = dataclasses.replace(spec, scorer="judge")
-    rows, canaries = read_rows(path, hint)
-    longest = sorted((rollout.shown_question(row) for row in rows), key=len)[-20:]
-    if cfg.ids:
-        rows = [row for row in rows if row["id"] in cfg.ids]
-    rows = rows[: cfg.limit] if cfg.limit else rows
-    check_files(rows, spec, path, cfg.files_dir)
-    return Task(name, spec, rows, cfg.rollouts or spec.rollouts, canaries, longest)
-
-
-def read_rows(path: str, hint: str = "") -> tuple[list[dict], dict[str, str]]:
-    """(rows, {id: canary} of the encrypted ones). A question that stands there twice is two rows: the second of two
-    equal ids gets "#2" behind it (or the next number that is free)."""
-
-    def check(row):
-        problem = check_rl_row(row)
-        row.pop("id", None)  # JsonlRows would refuse the second
-        return problem
-
-    try:
-        file = JsonlRows(path, check, hint)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    rows, canaries, seen = [], {}, set()
-    for i in range(len(file)):
-        row = file[i]
-        name = str(row["id"])
-        base, copies = name, 1
-        while name in seen:
-            copies += 1
-            name = f"{base}#{copies}"
-        seen.add(name)
-        row["id"] = name
-        whole = json.dumps([row["question"], row["answer"], row.get("docs"), row.get("files")])
-        row["digest"] = hashlib.sha256(whole.encode()).hexdigest()[:12]
-        meta = row.get("meta") or {}
-        if not isinstance(meta, dict):
-            raise SystemExit(f"{path}: row {name}: 'meta' is an object, not {type(meta).__name__}")
-        if meta.get("encrypted"):
-            try:
-                canaries[row["id"]] = meta["canary"]
-                row["question"], row["answer"] = (unsealed(row[key], meta["canary"]) for key in ("question", "answer"))
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise SystemExit(f"{path}: row {row['id']} cannot be decrypted with its canary ({error})") from error
-        row["meta"] = {k: v for k, v in meta.items() if k not in ("encrypted", "canary", "solution", "dataset")}
-        rows.append(row)
-    return rows, canaries
-
-
-def check_files(rows: list[dict], spec: DataSet, path: str, files_dir: str) -> None:
-    """Every attachment must lie inside files_dir, whatever links lead out of it."""
-    if "file_reader" not in spec.tools:
-        return
-    base, missing = os.path.realpath(files_dir), []
-    for row in rows:
-        for name in row.get("files", []):
-            real = os.path.realpath(os.path.join(base, name))
-            if not (os.path.isfile(real) and os.path.commonpath([base, real]) == base):
-                missing.append(f"{name} (row {row['id']})")
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise SystemExit(f"{path}: {len(missing)} files are not in {files_dir}: {', '.join(missing[:5])}{more}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,13 +160,13 @@ def scored(spec: DataSet, row: dict, answer: str | None) -> dict:
 class Agent:
     engine: object
     chat: object
-    rounds: rollout.Rounds | None
+    rounds: engines.Rounds | None
     positions: int  # tokens that a chain may have
     how: str  # how it is asked, for the report
 
 
 def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
-    from served import ChatEngine, Line, ServedEngine, TextChat, look_up
+    from reagent.served import ChatEngine, Line, ServedEngine, TextChat, look_up
 
     line = Line(cfg.model, "MODEL_API_KEY", patience_s=cfg.patience_s, most=cfg.max_live_chains)
     found = runner.run(look_up(line, cfg.served_model, cfg.endpoint))
@@ -346,7 +177,7 @@ def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
         how = f"{found.model} by chat completions: history rendered again by the server, token counts estimated"
         chat = TextChat()
         return Agent(ChatEngine(line, found, chat), chat, None, positions, how)
-    from model import load_tokenizer
+    from reagent.policy import load_tokenizer
 
     folder = cfg.tokenizer or found.root
     try:
@@ -362,13 +193,13 @@ def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
 
 
 def local_agent(cfg: Config, tp_group) -> Agent:
-    from model import load_tokenizer
+    from reagent.policy import load_tokenizer
 
-    chat, rounds, positions = Chat(load_tokenizer(cfg.model)), rollout.Rounds(), positions_of(cfg.model)
+    chat, rounds, positions = Chat(load_tokenizer(cfg.model)), engines.Rounds(), positions_of(cfg.model)
     context = min(cfg.max_context or positions, positions)
     options = dict(max_context=context, gpu_memory_share=cfg.gpu_memory_share)
     options |= dict(tp_group=tp_group, tp_size=cfg.tensor_parallel)
-    engine = rollout.make_engine(cfg.engine, cfg.model, chat.stop_ids, rounds, **options)
+    engine = engines.make_engine(cfg.engine, cfg.model, chat.stop_ids, rounds, **options)
     return Agent(engine, chat, rounds, positions, f"{cfg.engine} in this process")
 
 
@@ -404,7 +235,7 @@ def limits_of(cfg: Config, task: Task, agent: Agent, prompt: int) -> rollout.Lim
 
 def prompt_tokens(task: Task, agent: Agent, toolbox, system: str) -> int:
     """The tokens of the longest prompt."""
-    user = lambda text: [{"role": "system", "content": system}, {"role": "user", "content": text}]  # noqa: E731
+    user = lambda text: [{"role": "system", "content": system}, {"role": "user", "content": text}]
     return max(len(agent.chat.prompt(user(text), toolbox.schemas)) for text in task.longest)
 
 
@@ -429,7 +260,7 @@ def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
 
 
 def setup_of(cfg: Config, task: Task, agent: Agent, toolbox, critic) -> rollout.Setup:
-    system = rollout.read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
+    system = read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
     task.limits = limits = limits_of(cfg, task, agent, prompt_tokens(task, agent, toolbox, system))
     print(f"{task.name}: {len(task.rows)} questions x {task.rollouts}, subset {task.subset}, tools {task.spec.tools};",
           f"{1 + cfg.refine} attempt(s) of {limits.max_tokens_per_attempt} tokens and {limits.max_turns} turns with",
@@ -484,7 +315,6 @@ def fault_text(episode) -> str:
 
 
 def progress(what: str, total: int, done: int, rank: int = 0):
-    from tqdm import tqdm
 
     pause = 1.0 if sys.stderr.isatty() else 30.0  # seconds
     return tqdm(desc=what, total=total, initial=done, disable=rank > 0, mininterval=pause)
@@ -492,7 +322,8 @@ def progress(what: str, total: int, done: int, rank: int = 0):
 
 def make_answer_judge(cfg: Config, runner: asyncio.Runner):
     """The judge of answers, or None; it is looked up only when answers wait for it."""
-    from served import AnswerJudge, Line, ServerDown, look_up
+    from reagent.served import Line, ServerDown, look_up
+    from results.verdicts import AnswerJudge
 
     line = Line(cfg.judge, "JUDGE_API_KEY", patience_s=cfg.patience_s, request_s=300.0, most=16)
     model = cfg.judge_model
@@ -540,7 +371,6 @@ async def judge_answers(tasks: list[Task], journal: Journal, judge) -> int:
 
 def write_reports(cfg: Config, tasks: list[Task], journal: Journal, judge: str, how: str) -> str:
     """results.jsonl, summary.json, report.md and report.html; returns report.md."""
-    from report import write_report
 
     out = Path(cfg.out_dir)
     write_results(out, tasks, journal, judge)
@@ -578,16 +408,16 @@ def check_resume(out: Path, cfg: Config) -> None:
             raise SystemExit(f"{out} holds another run ({what}): give another --out_dir")
 
 
-def stopping(critic: rollout.Judge) -> rollout.Judge:
+def stopping(critic: reward_model.Judge) -> reward_model.Judge:
     """A reward model that is down stops the run: its chains would keep their first answer and count as finished."""
-    from served import ServerDown
+    from reagent.served import ServerDown
 
     ask = critic.ask
 
     async def asked(*args):
         try:
             return await ask(*args)
-        except rollout.JudgeDown as down:
+        except reward_model.JudgeDown as down:
             raise ServerDown(f"the reward model is away: {down}") from down
 
     critic.ask = asked
@@ -600,9 +430,9 @@ def run_missing(cfg: Config, tasks, toolboxes, journal: Journal, runner, rank: i
     agent = served_agent(cfg, runner) if cfg.model.startswith("http") else local_agent(cfg, group)
     critic = None
     if cfg.refine:
-        prompt = rollout.read_prompt(cfg.rrm_prompt_file, rollout.RRM_PROMPT)
+        prompt = read_prompt(cfg.rrm_prompt_file, reward_model.RRM_PROMPT)
         options = dict(engine=cfg.engine, max_context=cfg.rrm_max_context, prompt=prompt)
-        critic = stopping(rollout.make_judge(cfg.rrm, agent.chat, agent.rounds or rollout.Rounds(), **options))
+        critic = stopping(reward_model.make_judge(cfg.rrm, agent.chat, agent.rounds or engines.Rounds(), **options))
     if rank == 0:
         facts = run_facts(cfg) | {"agent": agent.how, "subsets": {task.name: task.subset for task in tasks}}
         (Path(cfg.out_dir) / "run.json").write_text(json.dumps(facts, indent=1))
@@ -625,18 +455,18 @@ def join_ranks(cfg: Config, rank: int, world: int, stack):
         return None, lambda phase: None
     import torch.distributed as dist
 
-    import model as shared
+    from reagent import run
 
-    shared.init_distributed(cfg.timeout_s)
+    run.init_distributed(cfg.timeout_s)
     stack.callback(dist.destroy_process_group)
     gloo, tp = dist.new_group(backend="gloo"), cfg.tensor_parallel
     groups = [dist.new_group(list(range(a, a + tp)), backend="gloo") for a in range(0, world, tp)] if tp > 1 else []
-    return groups[rank // tp] if groups else None, lambda phase: shared.meet(phase, gloo, cfg.timeout_s)
+    return groups[rank // tp] if groups else None, lambda phase: run.meet(phase, gloo, cfg.timeout_s)
 
 
 def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- everything that can be wrong, before work starts
-    from served import ServerDown
+    from reagent.served import ServerDown
 
     check_config(cfg)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -678,6 +508,113 @@ def main(cfg: Config) -> None:
             print(f"{left} chains failed for want of infrastructure: run the same command again", file=sys.stderr)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# judging a judge
+
+
+@dataclass
+class Common:
+    """What annotate and report share: how the agent works."""
+
+    data: str = "data/reagent/rl_train.jsonl"  # RL rows that the agent works on
+    limit: int = 0  # rows; 0: all
+    tools: str = "search,browse,python"
+    corpus: str = ""  # local pages for rows without docs
+    files_dir: str = ""  # where the files of rows lie
+    engine: str = "vllm"  # vllm | hf
+    temperature: float = 0.7
+    max_turns: int = 13
+    max_new_tokens_per_turn: int = 4096
+    max_tokens_per_attempt: int = 11_000
+    max_context: int = 32_768  # tokens of a chain
+    rrm_max_context: int = 32_768
+    max_live_chains: int = 64
+    seed: int = 0
+
+
+@dataclass
+class ReportConfig(Common):
+    rrm: str = ""  # the judge: folder | URL[,URL] | toy
+    against: str = ""  # another judge, for a paired comparison
+    eval_data: str = "data/toy/rrm_test.jsonl"  # RRM rows
+    rrm_prompt_file: str = ""  # another prompt for both judges
+    agent: str = ""  # a folder: its answers before and after refinement (critique lift) on `data`
+    out_dir: str = "out/rrm_report"
+
+
+@contextlib.contextmanager
+def agent_at_work(cfg, folder: str):
+    """-> (Setup without a judge, rounds, rows, run): an agent's engine and tools; `run(coroutine)` runs chains."""
+    from reagent.policy import load_tokenizer
+
+    rows = JsonlRows(cfg.data, check_rl_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)")
+    chat, rounds = Chat(load_tokenizer(folder)), engines.Rounds()
+    toolbox = Toolbox(cfg.tools.split(","), corpus=cfg.corpus, files_dir=cfg.files_dir)
+    toolbox.check_rows(rows, cfg.data)
+    engine = engines.make_engine(cfg.engine, folder, chat.stop_ids, rounds, max_context=cfg.max_context)
+    limits = rollout.Limits(cfg.max_turns, cfg.max_new_tokens_per_turn, cfg.max_tokens_per_attempt, cfg.max_context,
+                            final_tokens=min(512, cfg.max_new_tokens_per_turn))
+    setup = rollout.Setup(engine, chat, toolbox, limits, rule_reward, temperature=cfg.temperature)
+    with asyncio.Runner() as runner:
+        yield setup, rounds, [rows[i] for i in range(min(cfg.limit or len(rows), len(rows)))], runner.run
+    toolbox.close()
+
+
+def critique_lift(setup, judge, rows: list[dict], rounds, run, seed: int) -> dict:
+    """How many answers refinement fixes and breaks with the judge's own critique, another question's, an empty one."""
+    setup = dataclasses.replace(setup, judge=judge)
+    episodes = run(rollout.run_chains([(row, (seed, "lift", 0)) for row in rows], setup, rounds))
+    pairs = [(e, row) for e, row in zip(episodes, rows) if e.attempts and e.attempts[0].critique and not e.dropped]
+    if not pairs:
+        raise SystemExit("critique lift: the judge gave no valid critique")
+    own = [e.attempts[0].critique for e, _ in pairs]
+    lift = {"lift/questions": len(pairs), "lift/first": sum(e.attempts[0].correct for e, _ in pairs) / len(pairs)}
+    for name, critiques in (("own", own), ("shuffled", own[1:] + own[:1]), ("empty", [""] * len(own))):
+        setup.judge = None
+        refined = run(rollout.refine_with(*zip(*pairs), critiques, setup, rounds, (seed, name)))
+        moves = [(bool(e.attempts[0].correct), bool(e.attempts[-1].correct)) for e in refined]
+        lift |= {f"lift/{name}/fixed": moves.count((False, True)), f"lift/{name}/broken": moves.count((True, False))}
+        lift[f"lift/{name}/refined"] = sum(after for _, after in moves) / len(moves)
+    return lift
+
+
+def report(cfg: ReportConfig) -> None:
+    """A judge on held-out judgments, beside another one, and what its critiques do for an agent; table and log.jsonl."""
+    from reagent.policy import load_tokenizer
+
+    if not cfg.rrm:
+        raise SystemExit("report needs --rrm")
+    rows = list(JsonlRows(cfg.eval_data, check_rrm_row))
+    prompt = read_prompt(cfg.rrm_prompt_file, reward_model.RRM_PROMPT)
+    found, judged = {}, []
+    for spec in filter(None, (cfg.rrm, cfg.against)):
+        folder = next((name for name in (cfg.agent, spec) if name and Path(name).is_dir()), None)
+        if folder is None:
+            raise SystemExit(f"report: {spec} is no folder, so lengths need a tokenizer: give --agent=FOLDER")
+        chat, rounds = Chat(load_tokenizer(folder)), engines.Rounds()
+        judge = reward_model.make_judge(spec, chat, rounds, engine=cfg.engine, max_context=cfg.rrm_max_context, prompt=prompt)
+        asked = (judge(row["question"], row["trajectory"], (cfg.seed, i)) for i, row in enumerate(rows))
+        with asyncio.Runner() as runner:
+            judged.append(runner.run(engines.run_together(asked, rounds, cfg.max_live_chains)))
+        lengths = [len(chat.text(j.think + j.critique)) for j in judged[-1] if j]
+        found[spec] = judgment_report(judged[-1], rows, lengths)
+        print(f"\n{spec} on {len(rows)} trajectories of {cfg.eval_data}\n{report_table(found[spec])}")
+    if cfg.against:
+        found[cfg.rrm] |= paired_bootstrap(judged[1], judged[0], rows)
+    if cfg.agent:
+        with agent_at_work(cfg, cfg.agent) as (setup, rounds, questions, run):
+            judge = reward_model.make_judge(cfg.rrm, setup.chat, rounds, engine=cfg.engine, max_context=cfg.rrm_max_context,
+                                       prompt=prompt)
+            found[cfg.rrm] |= critique_lift(setup, judge, questions, rounds, run, cfg.seed)
+    for name, value in found[cfg.rrm].items():
+        if name.startswith(("difference", "lift")):
+            print(f"{name:24} {value}")
+    out = Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "log.jsonl", "a") as file:
+        file.writelines(json.dumps({"rrm": spec, **numbers}) + "\n" for spec, numbers in found.items())
+
+
 def score_file(path: str) -> None:
     """One JSON line for each row of {"scorer", "pred", "gold"}."""
 
@@ -691,16 +628,23 @@ def score_file(path: str) -> None:
 
 
 def command(argv: list[str]) -> None:
-    """score FILE | compare A B | the keys of a run."""
-    if argv[:1] not in (["score"], ["compare"]):
+    """score FILE | compare A B | page FOLDER | rrm … | the keys of a run."""
+    files = {"score": 1, "compare": 2, "page": 1}
+    if argv[:1] == ["rrm"]:
+        return report(parse_config(ReportConfig, argv[1:]))
+    if not argv or argv[0] not in files:
         return main(parse_config(Config, argv))
-    if len(argv) != (2 if argv[0] == "score" else 3):
+    name, *paths = argv
+    if len(paths) != files[name] or paths[0].startswith("-"):
         raise SystemExit(__doc__)
     try:
-        if argv[0] == "score":
-            score_file(argv[1])
+        if name == "score":
+            score_file(*paths)
+        elif name == "page":
+            write_run_page(*paths)
         else:
-            print(json.dumps(compare(question_means(argv[1]), question_means(argv[2])), indent=1))
+            a, b = map(question_means, paths)
+            print(json.dumps(compare(a, b), indent=1))
     except ValueError as error:  # names file and line
         raise SystemExit(str(error)) from error
 

@@ -24,12 +24,25 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
-import model as shared
 import rollout
-from evaluate import rule_reward
-from report import newest_episodes, write_report
-from rows import Chat, JsonlRows, batch_indices, check_choices, check_rl_row, parse_config, run_facts
+from reagent import engines, reward_model, run
+from reagent.chat import Chat
+from reagent.config import check_choices, parse_config, read_prompt, run_facts
+from reagent.policy import (
+    Row,
+    backward,
+    balance,
+    clip_gradients,
+    collate,
+    full_weights,
+    load_policy,
+    load_tokenizer,
+    memory_of,
+    shard,
+)
+from reagent.rows import JsonlRows, batch_indices, check_rl_row
+from reagent.scorers import rule_reward
+from results.page import newest_episodes, write_report
 from tools import Toolbox
 
 
@@ -171,7 +184,7 @@ def reward_tensor(episodes: list, group: int, read) -> torch.Tensor:
     return table
 
 
-def training_rows(episodes: list, advantages: torch.Tensor, group: int, loss_agg: str) -> list[shared.Row]:
+def training_rows(episodes: list, advantages: torch.Tensor, group: int, loss_agg: str) -> list[Row]:
     """The rows of a minibatch: one a chain, both attempts in it with their own advantage, weights as in grpo_loss."""
     chosen = []  # (episode, [(span, advantage, trained tokens)])
     for i, episode in enumerate(episodes):
@@ -197,7 +210,7 @@ def training_rows(episodes: list, advantages: torch.Tensor, group: int, loss_agg
             before = sum(episode.mask[:a])
             columns["logp_mu"] += episode.logps[before : before + n]
         end = max(b for (_, b), _, _ in spans)
-        rows.append(shared.Row(episode.ids[:end], mask[:end], columns))
+        rows.append(Row(episode.ids[:end], mask[:end], columns))
     return rows
 
 
@@ -267,14 +280,14 @@ def update(policy, optimizer, minibatches: list, cfg: Config, device, gloo) -> t
     if cfg.old_logps == "recomputed":
         with torch.no_grad():
             for where, mb in [((i, k), mb) for i, part in enumerate(minibatches) for k, mb in enumerate(part)]:
-                old[where] = policy(shared.collate(mb, columns, device), cfg.temperature)[0]
+                old[where] = policy(collate(mb, columns, device), cfg.temperature)[0]
     totals, norms, worst = Counter(), [], 0.0
     for i, part in enumerate(minibatches):
         if not part:
             continue
         sums = Counter()
         for k, mb in enumerate(part):
-            batch = shared.collate(mb, columns, device)
+            batch = collate(mb, columns, device)
             logps, entropy = policy(batch, cfg.temperature)
             weights, mu = batch.columns["weight"], batch.columns["logp_mu"]
             behind = mu
@@ -282,15 +295,15 @@ def update(policy, optimizer, minibatches: list, cfg: Config, device, gloo) -> t
                 behind = old[i, k]
                 weights = weights * (behind - mu).exp().clamp(max=2.0)
             loss, clipped = grpo_loss(logps, behind, batch.columns["advantage"], weights, cfg.clip_low, cfg.clip_high)
-            shared.backward(loss + 0.0 * logps.sum())
+            backward(loss + 0.0 * logps.sum())
             gap = (logps.detach() - mu).abs()
             sums.update(loss=loss.item(), clipped=clipped, tokens=len(logps), entropy=entropy.sum().item())
             if not totals and len(gap):  # before the first update sampler and trainer are the same policy
                 sums.update(gap=gap.sum().item(), compared=len(gap))
                 worst = max(worst, gap.max().item())
         names = ("loss", "clipped", "tokens", "entropy", "gap", "compared")
-        sums = Counter(dict(zip(names, shared.sum_over_ranks([sums[n] for n in names], gloo))))
-        norm = shared.clip_gradients(policy, cfg.max_grad_norm)
+        sums = Counter(dict(zip(names, run.sum_over_ranks([sums[n] for n in names], gloo))))
+        norm = clip_gradients(policy, cfg.max_grad_norm)
         dlogp, skipped = sums["gap"] / max(sums["compared"], 1), ""
         if not math.isfinite(norm + sums["loss"]):
             skipped = f"loss {sums['loss']}, gradient norm {norm}"
@@ -311,61 +324,61 @@ def main(cfg: Config) -> None:
     check_config(cfg)
     rows = JsonlRows(cfg.data, check_rl_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)")
     eval_rows = JsonlRows(cfg.eval_data, check_rl_row) if cfg.eval_data else []
-    tokenizer = shared.load_tokenizer(cfg.model)
+    tokenizer = load_tokenizer(cfg.model)
     chat, toolbox = Chat(tokenizer), Toolbox(cfg.tools.split(","), corpus=cfg.corpus, files_dir=cfg.files_dir)
     toolbox.check_rows(rows, cfg.data)
     toolbox.check_rows(eval_rows, cfg.eval_data)
-    rank, world, device = shared.init_distributed(cfg.timeout_s)
+    rank, world, device = run.init_distributed(cfg.timeout_s)
     gloo = dist.new_group(backend="gloo")
     tp = cfg.tensor_parallel
     if world % tp:
         raise SystemExit(f"tensor_parallel = {tp} does not divide {world} ranks")
     patience = timedelta(seconds=cfg.timeout_s)
     tp_groups = [dist.new_group(list(range(a, a + tp)), patience, "gloo") for a in range(0, world, tp)] if tp > 1 else []
-    leads, engines = rank % tp == 0, world // tp
+    leads, n_engines = rank % tp == 0, world // tp
 
     def meet(phase, error=None):
-        shared.meet(phase, gloo, cfg.timeout_s, error)
+        run.meet(phase, gloo, cfg.timeout_s, error)
 
     # ---------------------------------------------------------------- engines first (they reseed), then the policy
-    out, rounds = Path(cfg.out_dir), rollout.Rounds()
+    out, rounds = Path(cfg.out_dir), engines.Rounds()
     out.mkdir(parents=True, exist_ok=True)
     options = dict(max_context=cfg.max_context, gpu_memory_share=cfg.gpu_memory_share, sleep=cfg.engine_sleep)
     options |= dict(tp_group=tp_groups[rank // tp] if tp > 1 else None, tp_size=tp)
-    engine = rollout.make_engine(cfg.engine, cfg.model, chat.stop_ids, rounds, **options)
-    prompt = rollout.read_prompt(cfg.rrm_prompt_file, rollout.RRM_PROMPT)
+    engine = engines.make_engine(cfg.engine, cfg.model, chat.stop_ids, rounds, **options)
+    prompt = read_prompt(cfg.rrm_prompt_file, reward_model.RRM_PROMPT)
     judge = None
     if cfg.variant != "rule":
         options_rrm = dict(engine=cfg.engine, max_context=cfg.rrm_max_context, prompt=prompt)
-        judge = rollout.make_judge(cfg.rrm, chat, rounds, **options_rrm)
+        judge = reward_model.make_judge(cfg.rrm, chat, rounds, **options_rrm)
     torch.manual_seed(cfg.seed)
-    policy = shared.shard(shared.load_policy(cfg.model, cfg.checkpoint_activations), device, cfg.shard_ranks)
+    policy = shard(load_policy(cfg.model, cfg.checkpoint_activations), device, cfg.shard_ranks)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     weights_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     # ---------------------------------------------------------------- resume
     facts, start, log, best = run_facts(cfg), 0, [], {"step": None, "accuracy": -1.0}
-    found = checkpoint.checkpoints(out)
+    found = run.checkpoints(out)
     if found:
         saved = json.loads((found[-1] / "trainer.json").read_text())
         may_change = MAY_CHANGE | ({"steps"} if cfg.lr_end == 1.0 else set())
-        checkpoint.check_resume(saved["config"], facts["config"], may_change, found[-1])
-        checkpoint.load_checkpoint(found[-1], policy, optimizer)
+        run.check_resume(saved["config"], facts["config"], may_change, found[-1])
+        run.load_checkpoint(found[-1], policy, optimizer)
         start, log, best = saved["step"], saved["log"], saved["best"]
-        engine.load_weights(shared.full_weights(policy, weights_dtype))
+        engine.load_weights(full_weights(policy, weights_dtype))
     if rank == 0:
         (out / "run.json").write_text(json.dumps(facts, indent=1))
         (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         (out / "episodes").mkdir(exist_ok=True)
         per = cfg.group_size * (2 if cfg.variant == "u" else 1)
-        print(f"variant {cfg.variant}: {cfg.prompts_per_step} questions x {per} attempts a step, {engines} engine(s), "
-              f"about {shared.memory_of(policy, cfg):.1f} GB a rank to train, -> {out}")
-    tracker = start_wandb(cfg, rank)
-    stop = checkpoint.asked_to_stop()
+        print(f"variant {cfg.variant}: {cfg.prompts_per_step} questions x {per} attempts a step, {n_engines} engine(s), "
+              f"about {memory_of(policy, cfg):.1f} GB a rank to train, -> {out}")
+    tracker = run.start_wandb(cfg, rank)
+    stop = run.asked_to_stop()
     runner = asyncio.Runner()
     limits = rollout.Limits(cfg.max_turns, cfg.max_new_tokens_per_turn, cfg.max_tokens_per_attempt, cfg.max_context,
                             final_tokens=min(512, cfg.max_new_tokens_per_turn))
-    system_prompt = rollout.read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
+    system_prompt = read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
 
     def sample(jobs: list, version: int, what: str) -> list:
         """Runs this engine's share of the jobs [(row, key)]; returns all episodes, in the order of the jobs."""
@@ -378,8 +391,8 @@ def main(cfg: Config) -> None:
         bar = tqdm(total=len(jobs), desc=what, leave=False, disable=rank > 0 or not sys.stderr.isatty())
         try:
             if leads:
-                share = [job for i, job in enumerate(jobs) if i // cfg.group_size % engines == rank // tp]
-                done = rollout.run_chains(share, setup, rounds, cfg.max_live_chains, lambda _: bar.update(engines))
+                share = [job for i, job in enumerate(jobs) if i // cfg.group_size % n_engines == rank // tp]
+                done = rollout.run_chains(share, setup, rounds, cfg.max_live_chains, lambda _: bar.update(n_engines))
                 try:
                     mine = runner.run(done)
                 finally:  # also after an error: those that follow would wait for ever
@@ -387,14 +400,14 @@ def main(cfg: Config) -> None:
                         engine.finish()
             else:
                 engine.follow()
-        except Exception as problem:  # noqa: BLE001 - the others wait for this rank: they must hear of it
+        except Exception as problem:  # the others wait for this rank: they must hear of it
             error = problem
         bar.close()
         meet(f"the rollout of {what}", error)
         shares = [None] * world
         dist.all_gather_object(shares, mine, group=gloo)
         queues = [iter(share) for share in shares[::tp]]
-        return [next(queues[i // cfg.group_size % engines]) for i in range(len(jobs))]
+        return [next(queues[i // cfg.group_size % n_engines]) for i in range(len(jobs))]
 
     def evaluate_policy(version: int) -> dict:
         jobs = [(eval_rows[i], (cfg.seed, "eval", 0)) for i in range(len(eval_rows))]
@@ -424,7 +437,7 @@ def main(cfg: Config) -> None:
         began_rollout = time.perf_counter()
         episodes = sample(jobs, step, f"step {step + 1}")
         if judge:
-            asked, failed = shared.sum_over_ranks([judge.asked - asked, judge.failed - failed], gloo)
+            asked, failed = run.sum_over_ranks([judge.asked - asked, judge.failed - failed], gloo)
             line |= {"judge/asked": int(asked), "judge/failed": int(failed)}
             if failed > cfg.max_rrm_failures * asked:
                 raise SystemExit(f"step {step + 1}: {failed:.0f} of {asked:.0f} judgments failed, more than "
@@ -447,18 +460,18 @@ def main(cfg: Config) -> None:
             part = [q for q in range(a, a + cfg.prompts_per_minibatch) if kept[q]]
             chosen = [episodes[q * cfg.group_size + g] for q in part for g in range(cfg.group_size)]
             batch = training_rows(chosen, advantages[part], cfg.group_size, cfg.loss_agg) if part else []
-            minibatches.append(shared.balance(batch, world, cfg.tokens_per_microbatch)[rank] if batch else [])
-        with shared.phase(f"the update of step {step + 1}", meet):
+            minibatches.append(balance(batch, world, cfg.tokens_per_microbatch)[rank] if batch else [])
+        with run.phase(f"the update of step {step + 1}", meet):
             totals, norms, skipped, worst = update(policy, optimizer, minibatches, cfg, device, gloo)
         skips = skips + 1 if skipped else 0
         if skipped and (step == 0 or skips > cfg.max_skips):
-            good = checkpoint.checkpoints(out)
+            good = run.checkpoints(out)
             raise SystemExit(f"step {step + 1}: {skipped} ({skips} in a row); last good checkpoint: {good[-1] if good else 'none'}")
 
         # ------------------------------------------------------------ weights to the sampler, also after a skipped step
         began_sync = time.perf_counter()
-        with shared.phase(f"the weight sync of step {step + 1}", meet):
-            engine.load_weights(shared.full_weights(policy, weights_dtype))
+        with run.phase(f"the weight sync of step {step + 1}", meet):
+            engine.load_weights(full_weights(policy, weights_dtype))
         ended = time.perf_counter()
 
         # ------------------------------------------------------------ log, evaluate, save
@@ -473,7 +486,7 @@ def main(cfg: Config) -> None:
             "seconds/rollout": round(began_train - began_rollout, 3), "seconds/train": round(began_sync - began_train, 3),
             "seconds/sync": round(ended - began_sync, 3), "tokens_per_second": round(tokens / (ended - began_rollout)),
         }
-        stopping = shared.sum_over_ranks([len(stop)], gloo)[0] > 0
+        stopping = run.sum_over_ranks([len(stop)], gloo)[0] > 0
         last = step + 1 == cfg.steps
         if eval_rows and ((step + 1) % cfg.eval_interval == 0 or last):
             line |= evaluate_policy(step + 1)
@@ -494,9 +507,9 @@ def main(cfg: Config) -> None:
             print(f"step {step + 1:4d} " + "  ".join(f"{k} {line[k]:.4g}" for k in shown if k in line)
                   + f"  {line['seconds/step']:.1f} s" + (f"  SKIPPED: {skipped}" if skipped else ""), flush=True)
         if (step + 1) % cfg.save_interval == 0 or last or stopping or better:
-            checkpoint.save_checkpoint(out, step + 1, policy, optimizer, tokenizer, {**facts, "log": log, "best": best}, meet)
+            run.save_checkpoint(out, step + 1, policy, optimizer, tokenizer, {**facts, "log": log, "best": best}, meet)
             if rank == 0:
-                checkpoint.prune(out, cfg.keep_last, best["step"])
+                run.prune(out, cfg.keep_last, best["step"])
         if stopping:
             break
     if rank == 0:
@@ -512,13 +525,6 @@ def show_episode(chat: Chat, episode) -> str:
     earned = [f"[{a.termination}, answer {a.answer}, reward {a.reward}, score {a.score}]" for a in episode.attempts]
     return "\n".join([f"--- {episode.id}", chat.paint(episode.ids, episode.mask), *earned])
 
-
-def start_wandb(cfg, rank: int):
-    if not cfg.wandb or rank:
-        return None
-    import wandb
-
-    return wandb.init(project="reagent", name=cfg.out_dir, config=dataclasses.asdict(cfg))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,22 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
-import model as shared
-from report import write_report
-from rows import Chat, JsonlRows, batch_indices, check_messages, parse_config, run_facts
+from reagent import run
+from reagent.chat import Chat, check_messages
+from reagent.config import parse_config, run_facts
+from reagent.policy import (
+    Row,
+    backward,
+    balance,
+    clip_gradients,
+    collate,
+    load_policy,
+    load_tokenizer,
+    memory_of,
+    shard,
+)
+from reagent.rows import JsonlRows, batch_indices
+from results.page import write_report
 
 
 @dataclass
@@ -84,9 +96,9 @@ def check_row(row: dict) -> str | None:
     return check_messages(messages)
 
 
-def render(chat: Chat, row: dict) -> shared.Row:
+def render(chat: Chat, row: dict) -> Row:
     ids, mask = chat.row(sft_messages(row), row.get("tools"))
-    return shared.Row(ids, mask)
+    return Row(ids, mask)
 
 
 def learning_rate(step: int, cfg) -> float:
@@ -99,7 +111,7 @@ def learning_rate(step: int, cfg) -> float:
 
 def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data
-    tokenizer = shared.load_tokenizer(cfg.model)
+    tokenizer = load_tokenizer(cfg.model)
     chat = Chat(tokenizer)
     rows = JsonlRows(cfg.data, check_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)")
     for i in range(min(cfg.show, len(rows))):
@@ -109,14 +121,14 @@ def main(cfg: Config) -> None:
         return
 
     # ---------------------------------------------------------------- processes, model, optimizer
-    rank, world, device = shared.init_distributed(cfg.timeout_s)
+    rank, world, device = run.init_distributed(cfg.timeout_s)
     gloo = dist.new_group(backend="gloo")
 
     def meet(phase, error=None):
-        shared.meet(phase, gloo, cfg.timeout_s, error)
+        run.meet(phase, gloo, cfg.timeout_s, error)
 
     torch.manual_seed(cfg.seed)
-    policy = shared.shard(shared.load_policy(cfg.model, cfg.checkpoint_activations), device, cfg.shard_ranks, cfg.cpu_offload)
+    policy = shard(load_policy(cfg.model, cfg.checkpoint_activations), device, cfg.shard_ranks, cfg.cpu_offload)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
@@ -125,19 +137,19 @@ def main(cfg: Config) -> None:
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     facts, start, log = run_facts(cfg), 0, []
-    found = checkpoint.checkpoints(out) if cfg.resume else []
+    found = run.checkpoints(out) if cfg.resume else []
     if found:
         saved = json.loads((found[-1] / "trainer.json").read_text())
-        checkpoint.check_resume(saved["config"], facts["config"], MAY_CHANGE, found[-1])
-        checkpoint.load_checkpoint(found[-1], policy, optimizer)
+        run.check_resume(saved["config"], facts["config"], MAY_CHANGE, found[-1])
+        run.load_checkpoint(found[-1], policy, optimizer)
         start, log = saved["step"], saved["log"]
     if rank == 0:
         (out / "run.json").write_text(json.dumps(facts, indent=1))
         (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         print(f"{len(rows)} rows, {cfg.rows_per_step} a step on {world} ranks, from step {start} of {cfg.steps}, "
-              f"about {shared.memory_of(policy, cfg):.1f} GB a rank -> {out}")
-    tracker = start_wandb(cfg, rank)
-    stop = checkpoint.asked_to_stop()
+              f"about {memory_of(policy, cfg):.1f} GB a rank -> {out}")
+    tracker = run.start_wandb(cfg, rank)
+    stop = run.asked_to_stop()
 
     # ---------------------------------------------------------------- loop
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=rank > 0 or not sys.stderr.isatty())
@@ -150,15 +162,15 @@ def main(cfg: Config) -> None:
         fitting = [row for row in batch_rows if len(row.ids) <= cfg.max_tokens_per_row]
         trained = sum(sum(row.mask) for row in fitting)  # the denominator, over all ranks: every rank sees the batch
         total_loss, norm, skipped = 0.0, 0.0, False
-        with shared.phase(f"the update of step {step + 1}", meet):
+        with run.phase(f"the update of step {step + 1}", meet):
             if trained:
-                for microbatch in shared.balance(fitting, world, cfg.tokens_per_microbatch)[rank]:
-                    logps, _ = policy(shared.collate(microbatch, (), device))
+                for microbatch in balance(fitting, world, cfg.tokens_per_microbatch)[rank]:
+                    logps, _ = policy(collate(microbatch, (), device))
                     loss = -logps.sum() / trained
-                    shared.backward(loss)
+                    backward(loss)
                     total_loss += loss.item()
-                norm = shared.clip_gradients(policy, cfg.max_grad_norm)
-                total_loss = shared.sum_over_ranks([total_loss], gloo)[0]
+                norm = clip_gradients(policy, cfg.max_grad_norm)
+                total_loss = run.sum_over_ranks([total_loss], gloo)[0]
                 skipped = not math.isfinite(norm + total_loss)
                 if not skipped:
                     optimizer.step()
@@ -178,11 +190,11 @@ def main(cfg: Config) -> None:
             tqdm.write(text) if bar.disable is False else print(text, flush=True)
             if tracker:
                 tracker.log(line)
-        stopping = shared.sum_over_ranks([len(stop)], gloo)[0] > 0
+        stopping = run.sum_over_ranks([len(stop)], gloo)[0] > 0
         if (step + 1) % cfg.save_interval == 0 or step + 1 == cfg.steps or stopping:
-            checkpoint.save_checkpoint(out, step + 1, policy, optimizer, tokenizer, {**facts, "log": log}, meet)
+            run.save_checkpoint(out, step + 1, policy, optimizer, tokenizer, {**facts, "log": log}, meet)
             if rank == 0:
-                checkpoint.prune(out, cfg.keep_last, None)
+                run.prune(out, cfg.keep_last, None)
         if stopping:
             break
     if rank == 0:
@@ -190,13 +202,6 @@ def main(cfg: Config) -> None:
     meet("the end")
     dist.destroy_process_group()
 
-
-def start_wandb(cfg, rank: int):
-    if not cfg.wandb or rank:
-        return None
-    import wandb
-
-    return wandb.init(project="reagent", name=cfg.out_dir, config=dataclasses.asdict(cfg))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,8 @@
     python tools.py search '{"queries": ["capital of Peru"]}' --corpus=corpus.jsonl --block=mirrors.txt
 """
 
-import array
 import asyncio
 import contextlib
-import hashlib
 import inspect
 import json
 import math
@@ -16,17 +14,15 @@ import re
 import sys
 import threading
 import time
-import zipfile
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-
-from sandbox import Sandbox, ToolError, ToolFault
-from web import Web
+from toolkit.sandbox import Sandbox, ToolError, ToolFault
+from toolkit.search import Corpus, Index, docs_index, passages
+from toolkit.text import capped, clean
+from toolkit.web import Web
 
 
 @dataclass(frozen=True)
@@ -57,191 +53,10 @@ class Context:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# local search: BM25 (k1 1.2, b 0.75), titles counted twice
-
-STOP_WORDS = (
-    "a an and are as at be been being but by did do does for from had has have he her his how in is it its not of on "
-    "or she that the their there these they this those to was were what when where which who whom whose why with"
-)
-STOP_WORDS = frozenset(STOP_WORDS.split())
-CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"  # written without spaces: a character is a word
-WORD = re.compile(f"[{CJK}]|[^\\W{CJK}]+")
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words without stop words and plural s; all of them if nothing else is there ("The Who")."""
-    found = WORD.findall(text.lower())
-    return [_stem(word) for word in found if word not in STOP_WORDS] or found
-
-
-@lru_cache(maxsize=1 << 18)
-def _stem(word: str) -> str:
-    if len(word) > 4 and word.endswith("ies"):
-        return word[:-3] + "y"
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
-
-
-class Index:
-    """BM25 over (title, text, url) pages in memory: an inverted list of (page, weight) for every word."""
-
-    def __init__(self, pages: list[tuple[str, str, str]]):
-        self.pages = pages
-        counts = [Counter(words(title) * 2 + words(text)) for title, text, _ in pages]
-        lengths = [sum(count.values()) for count in counts]
-        mean = sum(lengths) / max(len(lengths), 1) or 1.0
-        self.postings: dict[str, list[tuple[int, float]]] = {}
-        for page, (count, length) in enumerate(zip(counts, lengths)):
-            norm = 1.2 * (0.25 + 0.75 * length / mean)
-            for word, n in count.items():
-                self.postings.setdefault(word, []).append((page, n * 2.2 / (n + norm)))
-
-    def search(self, query: str, top_k: int) -> list[tuple[str, str, str]]:
-        scores: dict[int, float] = {}
-        for word in set(words(query)):
-            hits = self.postings.get(word, ())
-            idf = math.log(1 + (len(self.pages) - len(hits) + 0.5) / (len(hits) + 0.5))
-            for page, weight in hits:
-                scores[page] = scores.get(page, 0.0) + idf * weight
-        best = sorted(scores, key=lambda page: (-scores[page], page))[:top_k]
-        return [self.pages[page] for page in best]
-
-    def page(self, url: str) -> tuple[str, str] | None:
-        """(title, text) of an address; paragraphs under one address are one page."""
-        found = [page for page in self.pages if page[2] == url]
-        return (found[0][0], "\n\n".join(text for _, text, _ in found)) if found else None
-
-
-@lru_cache(maxsize=4096)
-def docs_index(docs: tuple[tuple[str, str], ...]) -> Index:
-    return Index([(title, text, f"doc:{title}") for title, text in docs])
-
-
-class Corpus:
-    """BM25 over a file of `{"id", "title", "text", "url"?}` rows, one a line. The index is kept beside it (`.bm25.npz`)
-    and built again when the file has changed; texts are read from the file when they are found."""
-
-    VERSION = 1  # raise it when `words` or the arrays change
-
-    def __init__(self, path: str):
-        if not Path(path).is_file():
-            raise SystemExit(f"no corpus {path}: --corpus is a file of rows with id, title and text")
-        self.path, self.file = path, open(path, "rb")
-        about = os.fstat(self.file.fileno())
-        key = np.array([self.VERSION, about.st_size, about.st_mtime_ns])
-        arrays = self._kept(key)
-        if arrays is None:
-            arrays = self._build() | {"key": key}
-            with contextlib.suppress(OSError):  # a folder that cannot be written: built again the next time
-                self._keep(arrays)
-        vars(self).update(arrays)  # see the end of _build
-
-    def _kept(self, key: np.ndarray) -> dict[str, np.ndarray] | None:
-        try:
-            with np.load(self.path + ".bm25.npz", allow_pickle=False) as kept:
-                return dict(kept) if np.array_equal(kept["key"], key) else None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or not whole
-            return None
-
-    def _keep(self, arrays: dict[str, np.ndarray]) -> None:
-        """Written beside and renamed: another process finds the old index or the new one."""
-        beside = f"{self.path}.{os.getpid()}.{threading.get_ident()}.npz"
-        try:
-            np.savez(beside, **arrays)
-            os.replace(beside, self.path + ".bm25.npz")
-        finally:
-            Path(beside).unlink(missing_ok=True)
-
-    def _build(self) -> dict[str, np.ndarray]:
-        vocabulary: dict[str, int] = {}
-        row_start, row_bytes, urls, lengths, at = [], [], [], [], 0
-        page_of, word_of, times = array.array("i"), array.array("i"), array.array("i")
-        for number, line in enumerate(self.file, 1):
-            if line.strip():
-                title, text, url = _corpus_row(self.path, number, line)
-                count = Counter(words(title) * 2 + words(text))
-                page_of.extend([len(urls)] * len(count))
-                word_of.extend([vocabulary.setdefault(word, len(vocabulary)) for word in count])
-                times.extend(count.values())
-                row_start.append(at), row_bytes.append(len(line)), urls.append(url), lengths.append(count.total())
-            at += len(line)
-        hashes = np.array([_hash(word) for word in vocabulary], "<u8")
-        order = np.argsort(hashes)
-        word = np.argsort(order)[np.array(word_of, "<i8")]  # numbered as their hashes are sorted
-        page, n, length = np.array(page_of, "<i4"), np.array(times, "<f8"), np.array(lengths, "<f8")
-        in_pages = np.bincount(word, minlength=len(order))
-        idf = np.log(1 + (len(urls) - in_pages + 0.5) / (in_pages + 0.5))
-        norm = 1.2 * (0.25 + 0.75 * length / max(length.mean() if len(length) else 0.0, 1e-9))
-        by_word = np.argsort(word, kind="stable")
-        url_hash = np.array([_hash(url) for url in urls], "<u8")
-        by_url = np.argsort(url_hash, kind="stable")
-        weight = idf[word] * n * 2.2 / (n + norm[page])
-        # word_hash and url_hash are sorted; word i is in hit_page[word_start[i] : word_start[i + 1]] with hit_weight
-        return {"word_hash": hashes[order], "word_start": np.concatenate([[0], np.cumsum(in_pages)]),
-                "hit_page": page[by_word], "hit_weight": weight[by_word].astype("<f4"),
-                "url_hash": url_hash[by_url], "url_row": by_url,
-                "row_start": np.array(row_start, "<i8"), "row_bytes": np.array(row_bytes, "<i8")}  # fmt: skip
-
-    def _row(self, page: int) -> tuple[str, str, str]:
-        line = os.pread(self.file.fileno(), int(self.row_bytes[page]), int(self.row_start[page]))
-        try:
-            return _corpus_row(self.path, page + 1, line)
-        except SystemExit as error:
-            raise ToolFault(f"the corpus {self.path} was changed while it is in use") from error
-
-    def search(self, query: str, top_k: int) -> list[tuple[str, str, str]]:
-        scores = np.zeros(len(self.row_start), "<f4")
-        for word in sorted(set(words(query))):
-            found = np.searchsorted(self.word_hash, np.uint64(_hash(word)))
-            if found < len(self.word_hash) and self.word_hash[found] == _hash(word):
-                hits = slice(*self.word_start[found : found + 2])
-                scores[self.hit_page[hits]] += self.hit_weight[hits]
-        best = np.flatnonzero(scores)
-        if len(best) > top_k:  # all that tie with the last one stay: the order does not hang on the partition
-            best = best[scores[best] >= np.partition(scores[best], -top_k)[-top_k]]
-        return [self._row(page) for page in best[np.lexsort((best, -scores[best]))][:top_k]]
-
-    def page(self, url: str) -> tuple[str, str] | None:
-        """(title, text) of an address; paragraphs under one address are one page."""
-        ends = [np.searchsorted(self.url_hash, np.uint64(_hash(url)), side) for side in ("left", "right")]
-        found = [row for row in map(self._row, self.url_row[slice(*ends)]) if row[2] == url]
-        return (found[0][0], "\n\n".join(text for _, text, _ in found)) if found else None
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
-def _corpus_row(path: str, number: int, line: bytes) -> tuple[str, str, str]:
-    try:
-        row = json.loads(line)
-        return row["title"] + "", row["text"] + "", str(row.get("url") or f"doc:{row['id']}")  # texts, or a TypeError
-    except (ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{path}:{number}: not a corpus row (id, title, text): {error!r}") from error
-
-
-def passages(text: str, query: str, chars: int) -> str:
-    """The parts of a text that match a query best, in the order of the text, `chars` at most; "" if none matches."""
-    parts = [""]
-    for line in text.splitlines():
-        for piece in (line[i : i + 800] for i in range(0, len(line), 800)):
-            if len(parts[-1]) + len(piece) > 800:
-                parts.append("")
-            parts[-1] += piece + "\n"
-    chosen = []
-    for _, part, number in Index([("", part, i) for i, part in enumerate(parts)]).search(query, len(parts)):
-        chars -= len(part) + 4
-        if chars < 0:
-            break
-        chosen.append(number)
-    chosen.sort()
-    shown = [parts[i] if i == before + 1 else f"[…]\n{parts[i]}" for before, i in zip([-1, *chosen], chosen)]
-    return "".join(shown).rstrip()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # the tools
 
 MOST_QUERIES = 10
+
 PASSAGE_CHARS, SUMMARY_CHARS = 5000, 60_000  # of a longer page that are shown for a query, or go to the summariser
 
 
@@ -316,7 +131,7 @@ def file_reader(context: Context, file_path: str) -> str:
 
     file_path: the file; a member of an archive as archive.zip::member
     """
-    from attachments import file_to_text
+    from toolkit.files import file_to_text
 
     return file_to_text(*_file(context, file_path), seconds=context.left())
 
@@ -327,7 +142,7 @@ def image2text(context: Context, image_path: str, query: str = "Describe the ima
     image_path: the image file
     query: what to find out about the image
     """
-    from media import describe_image
+    from toolkit.media import describe_image
 
     return describe_image(*_file(context, image_path), query, seconds=context.left())
 
@@ -337,7 +152,7 @@ def audio2text(context: Context, audio_path: str) -> str:
 
     audio_path: the audio file
     """
-    from media import transcribe_audio
+    from toolkit.media import transcribe_audio
 
     return transcribe_audio(*_file(context, audio_path), seconds=context.left())
 
@@ -497,7 +312,7 @@ class Toolbox:
             text, status = str(error), "error" if isinstance(error, ToolError) else "fault"
         except TimeoutError as error:
             text, status = str(error) or f"{name} took longer than {self.seconds:g} s and was given up.", "timeout"
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a tool that raises is an observation
+        except (Exception, SystemExit) as error:  # a tool that raises is an observation
             text, status = f"{name} failed: {type(error).__name__}: {str(error)[:500]}", "error"
         return Observation(clean(capped(text, self.output_chars)), status, time.perf_counter() - began)
 
@@ -516,7 +331,7 @@ class Toolbox:
         def job():
             try:
                 found = self._run(name, arguments, context), None
-            except BaseException as error:  # noqa: BLE001 - it is raised again in the caller
+            except BaseException as error:  # it is raised again in the caller
                 found = None, error
             with self.lock:
                 self.running[name] -= 1
@@ -564,28 +379,6 @@ class Toolbox:
             jobs.put(None)
         if self.sandbox:
             self.sandbox.close()
-
-
-def capped(text: str, most: int) -> str:
-    """The text with its middle left out where it is longer than `most` characters, and a note of how much."""
-    if len(text) <= most:
-        return text
-    half, rest = text[: most // 2], text[len(text) - (most - most // 2) :]
-    return f"{half}\n[… {len(text) - most:,} characters left out …]\n{rest}"
-
-
-COMBINING = "\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"
-UNSEEN = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b."  # terminal sequences
-    r"|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]"  # controls, tags
-    f"|(?<=[{COMBINING}]{{8}})[{COMBINING}]+"
-)
-
-
-def clean(text: str) -> str:
-    """Text that a terminal, a page and a JSON file can show: no control codes, no lone surrogates, \\n at line ends."""
-    text = UNSEEN.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return text.encode("utf-8", "replace").decode("utf-8") if re.search("[\ud800-\udfff]", text) else text
 
 
 def main(argv: list[str]) -> int:

@@ -28,7 +28,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from data.hotpotqa.prepare import (  # noqa: E402
+from data.hotpotqa.prepare import (
     SOURCES,
     fetch,
     first_of_each_id,

@@ -27,9 +27,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from data.hotpotqa.prepare import fetch, print_table, read_records, write_rows  # noqa: E402
-from rollout import parse_judgment  # noqa: E402
-from rows import assistant_text, check_messages, check_rl_row, tool_call_text  # noqa: E402
+from data.hotpotqa.prepare import fetch, print_table, read_records, write_rows
+from reagent.chat import assistant_text, check_messages, tool_call_text
+from reagent.reward_model import parse_judgment
+from reagent.rows import check_rl_row
 
 # set -> (data set of the hub, file written)
 SETS = {

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from report import figure_svg, read_jsonl  # noqa: E402
+from results.page import figure_svg, read_jsonl
 
 STEPS, QUESTIONS, GROUP = 24, 8, 8
 ARMS = {

@@ -20,7 +20,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import rollout  # noqa: E402
+import rollout
+from reagent import chat, reward_model
 
 NAMES = """Ada Bern Cleo Dune Elba Finn Gaza Hugo Iris Juno Kiel Lena Mars Nile Oslo Paul Quin Rome Siena Troy Uma
 Vera Wien Xena York Zoe Aral Bath Cork Dale""".split()
@@ -200,7 +201,7 @@ def judgment_text(think: str, critique: str, score: float) -> str:
 
 
 def blocks(text: str) -> dict:
-    judgment = rollout.parse_judgment(text)
+    judgment = reward_model.parse_judgment(text)
     return {"think": judgment.think, "critique": judgment.critique, "score": judgment.score}
 
 
@@ -259,7 +260,7 @@ def stumble(rng: random.Random) -> list[dict]:
     before, _, after = CALL.replace("{{", "{").replace("}}", "}").partition("{name}")
     pieces = (before, after, "<tool_call>", "}", " from ", '": 1. ', rng.choice(NAMES), rng.choice(CODES))
     text = "".join(["<tool_call>", *rng.choices(pieces, k=rng.randint(1, 4))])
-    answers = [problem or 'No results for "".' for _, _, problem in rollout.parse_calls(text)]
+    answers = [problem or 'No results for "".' for _, _, problem in chat.parse_calls(text)]
     return [{"role": "assistant", "content": text}] + [{"role": "tool", "content": answer} for answer in answers]
 
 
@@ -294,13 +295,13 @@ def hard_phrases() -> list[str]:
 
 def toy_phrases() -> list[str]:
     """Every fixed phrase of the toy; each becomes one token. Control strings inside judged text are broken by U+200B."""
-    p = rollout
+    p, r = rollout, reward_model
     before, _, after = CALL.replace("{{", "{").replace("}}", "}").partition("{name}")
     refine = p.REFINE_PROMPT.partition("{critique}")
-    request = re.split(r"\{question\}|\{trajectory\}", p.JUDGE_REQUEST)
+    request = re.split(r"\{question\}|\{trajectory\}", r.JUDGE_REQUEST)
     open_tag, close_tag = "<tool_call>", "</tool_call>"
     question = re.split(r"\{hops\}|\{start\}", QUESTION)
-    phrases = [p.SYSTEM_PROMPT, *re.split("</?think>", p.RRM_PROMPT), p.FINAL_PROMPT, refine[0], refine[2], *request, *question]
+    phrases = [p.SYSTEM_PROMPT, *re.split("</?think>", r.RRM_PROMPT), p.FINAL_PROMPT, refine[0], refine[2], *request, *question]
     phrases += [before.removeprefix(open_tag), after.removesuffix(close_tag)]
     phrases += ["The tool call has no closing ", "The tool call is not valid JSON: ", rollout.LEFT_OUT]
     phrases += [tag.replace("<", "<\u200b") for tag in (open_tag, close_tag)]

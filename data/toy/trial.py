@@ -17,11 +17,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-import model as shared  # noqa: E402
-import rollout  # noqa: E402
-from evaluate import rule_reward  # noqa: E402
-from rows import Chat, JsonlRows  # noqa: E402
-from tools import Toolbox  # noqa: E402
+import rollout
+from reagent import engines, reward_model
+from reagent.chat import Chat
+from reagent.policy import load_tokenizer
+from reagent.rows import JsonlRows
+from reagent.scorers import rule_reward
+from tools import Toolbox
 
 
 def grounded(episode, stage: int) -> bool:
@@ -35,9 +37,9 @@ def trial(folder: str, rrm: str = "toy", seed: int = 0, data: str = str(Path(__f
           tools: str = "search"):
     """-> (figures, episodes with the judge's own critiques) of one agent on the rows of `data`."""
     rows = list(JsonlRows(data))
-    chat, rounds = Chat(shared.load_tokenizer(folder)), rollout.Rounds()
-    engine = rollout.HFEngine(folder, chat.stop_ids, rounds)
-    judge = rollout.make_judge(rrm, chat, rounds, engine="hf", max_context=1024)
+    chat, rounds = Chat(load_tokenizer(folder)), engines.Rounds()
+    engine = engines.HFEngine(folder, chat.stop_ids, rounds)
+    judge = reward_model.make_judge(rrm, chat, rounds, engine="hf", max_context=1024)
     limits = rollout.Limits(8, 12, 400, 1024, final_tokens=12)
     with contextlib.closing(Toolbox(tools.split(","))) as toolbox:
         setup = rollout.Setup(engine, chat, toolbox, limits, rule_reward, judge, refine=True)

@@ -1,0 +1,1 @@
+"""What the stages share and a test must pin; no command line in here."""

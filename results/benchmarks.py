@@ -1,0 +1,164 @@
+"""The 18 evaluation sets by name: their tools, scorers and rows."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from reagent.rows import JsonlRows, check_rl_row, shown_question
+from results.journal import unsealed
+
+_SEARCH, _MATH, _ALL = "search,browse", "python", "search,browse,python,file_reader,image2text,audio2text"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """How a benchmark is run. scorer "judge": an LLM compares the answer with the reference; "": by the row's kind."""
+
+    tools: str
+    scorer: str
+    rollouts: int = 1
+    max_turns: int = 30  # turns with tool calls (paper, section 4.1)
+    seconds_per_call: float = 30.0
+
+DATASETS = {
+    "gaia": DataSet(_ALL, "gaia", rollouts=3, seconds_per_call=60.0),
+    "gaia_text": DataSet("search,browse,python", "gaia", rollouts=3),
+    "math500": DataSet(_MATH, "math"),
+    "aime24": DataSet(_MATH, "math", rollouts=8),  # 30 questions: one rollout is all noise
+    "aime25": DataSet(_MATH, "math", rollouts=8),
+    "gsm8k": DataSet(_MATH, "math"),
+    "2wiki": DataSet(_SEARCH, "2wiki"),
+    "2wiki200": DataSet(_SEARCH, "2wiki"),
+    "hotpotqa": DataSet(_SEARCH, "hotpotqa"),
+    "hotpotqa200": DataSet(_SEARCH, "hotpotqa"),
+    "hotpotqa1000": DataSet(_SEARCH, "hotpotqa"),
+    "musique": DataSet(_SEARCH, "musique"),
+    "musique200": DataSet(_SEARCH, "musique"),
+    "bamboogle": DataSet(_SEARCH, "bamboogle"),
+    "webwalker": DataSet(_SEARCH, "judge"),
+    "webwalker200": DataSet(_SEARCH, "judge"),
+    "hle": DataSet(_SEARCH, "judge"),
+    "xbench": DataSet(_SEARCH, "judge"),
+}
+
+OWN_ROWS = DataSet("search,browse,python", "")  # --dataset=rows.jsonl
+
+
+
+
+@dataclass
+class Task:
+    """One data set of a run: its rows (decrypted, ids unique), each with a `digest` of what its file holds."""
+
+    name: str
+    spec: DataSet
+    rows: list[dict]
+    rollouts: int
+    canaries: dict[str, str]  # id -> key of an encrypted row
+    longest: list[str]  # its longest questions, those left out by --limit too: they say how much room a prompt needs
+    limits: object = None  # rollout.Limits
+
+    @property
+    def subset(self) -> str:
+        """Names the questions and references that the numbers are about."""
+        return hashlib.sha256("".join(row["digest"] for row in self.rows).encode()).hexdigest()[:8]
+
+    def keys(self):
+        """(dataset, id, rollout) and the row, in the order of the final file."""
+        for row in self.rows:
+            for n in range(self.rollouts):
+                yield (self.name, row["id"], n), row
+
+
+def load_tasks(cfg) -> list[Task]:
+    """Reads and checks the rows of every data set before anything starts."""
+    tasks = [load_task(name, cfg) for name in cfg.dataset]
+    twice = [name for name, n in Counter(task.name for task in tasks).items() if n > 1]
+    if twice:
+        raise SystemExit(f"--dataset: {twice[0]} is given twice")
+    known = {row["id"] for task in tasks for row in task.rows}
+    if missing := [i for i in cfg.ids if i not in known]:
+        raise SystemExit(f"--ids: no question {', '.join(missing[:5])} in {', '.join(cfg.dataset)}")
+    return tasks
+
+
+def load_task(name: str, cfg) -> Task:
+    if name.endswith(".jsonl"):
+        path, name, spec, hint = name, Path(name).stem, OWN_ROWS, ""
+        if name in DATASETS:
+            spec = DATASETS[name]
+    elif name in DATASETS:
+        path, spec = str(Path(cfg.data_dir) / f"{name}.jsonl"), DATASETS[name]
+        hint = f"run python data/benchmarks/prepare.py --dataset={name}"
+    else:
+        raise SystemExit(f"--dataset: no {name!r}: there are {', '.join(DATASETS)}, and files of RL rows (*.jsonl)")
+    changes = dict(tools=cfg.tools, max_turns=cfg.max_turns, seconds_per_call=cfg.seconds_per_call)
+    spec = dataclasses.replace(spec, **{key: value for key, value in changes.items() if value})
+    if cfg.judged == "all":
+        spec = dataclasses.replace(spec, scorer="judge")
+    rows, canaries = read_rows(path, hint)
+    longest = sorted((shown_question(row) for row in rows), key=len)[-20:]
+    if cfg.ids:
+        rows = [row for row in rows if row["id"] in cfg.ids]
+    rows = rows[: cfg.limit] if cfg.limit else rows
+    check_files(rows, spec, path, cfg.files_dir)
+    return Task(name, spec, rows, cfg.rollouts or spec.rollouts, canaries, longest)
+
+
+def read_rows(path: str, hint: str = "") -> tuple[list[dict], dict[str, str]]:
+    """(rows, {id: canary} of the encrypted ones). A question that stands there twice is two rows: the second of two
+    equal ids gets "#2" behind it (or the next number that is free)."""
+
+    def check(row):
+        problem = check_rl_row(row)
+        row.pop("id", None)  # JsonlRows would refuse the second
+        return problem
+
+    try:
+        file = JsonlRows(path, check, hint)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    rows, canaries, seen = [], {}, set()
+    for i in range(len(file)):
+        row = file[i]
+        name = str(row["id"])
+        base, copies = name, 1
+        while name in seen:
+            copies += 1
+            name = f"{base}#{copies}"
+        seen.add(name)
+        row["id"] = name
+        whole = json.dumps([row["question"], row["answer"], row.get("docs"), row.get("files")])
+        row["digest"] = hashlib.sha256(whole.encode()).hexdigest()[:12]
+        meta = row.get("meta") or {}
+        if not isinstance(meta, dict):
+            raise SystemExit(f"{path}: row {name}: 'meta' is an object, not {type(meta).__name__}")
+        if meta.get("encrypted"):
+            try:
+                canaries[row["id"]] = meta["canary"]
+                row["question"], row["answer"] = (unsealed(row[key], meta["canary"]) for key in ("question", "answer"))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise SystemExit(f"{path}: row {row['id']} cannot be decrypted with its canary ({error})") from error
+        row["meta"] = {k: v for k, v in meta.items() if k not in ("encrypted", "canary", "solution", "dataset")}
+        rows.append(row)
+    return rows, canaries
+
+
+def check_files(rows: list[dict], spec: DataSet, path: str, files_dir: str) -> None:
+    """Every attachment must lie inside files_dir, whatever links lead out of it."""
+    if "file_reader" not in spec.tools:
+        return
+    base, missing = os.path.realpath(files_dir), []
+    for row in rows:
+        for name in row.get("files", []):
+            real = os.path.realpath(os.path.join(base, name))
+            if not (os.path.isfile(real) and os.path.commonpath([base, real]) == base):
+                missing.append(f"{name} (row {row['id']})")
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise SystemExit(f"{path}: {len(missing)} files are not in {files_dir}: {', '.join(missing[:5])}{more}")
+

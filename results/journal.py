@@ -1,0 +1,225 @@
+"""What an evaluation leaves: the journal of finished chains, the statistics, the tables.
+
+A `task` is evaluate.Task: one data set of a run with its rows. No torch at import.
+"""
+
+import base64
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+from collections import Counter
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+from reagent.rows import drop_cut_line
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encrypted rows: their texts lie on no disk in the open
+
+SEALED = ("question", "gold", "messages", "attempts")  # of a record of an encrypted row
+
+
+def _xor(data: bytes, key: str) -> bytes:
+    return bytes(a ^ b for a, b in zip(data, cycle(key.encode())))
+
+
+def sealed(text: str, canary: str) -> str:
+    """As xbench publishes its texts: UTF-8, XOR with the canary repeated, base64."""
+    return base64.b64encode(_xor(text.encode("utf-8", "replace"), canary)).decode()
+
+
+def unsealed(text: str, canary: str) -> str:
+    return _xor(base64.b64decode(text, validate=True), canary).decode()
+
+
+def opened(line: dict) -> dict:
+    """A record with its encrypted texts in memory."""
+    return line | json.loads(unsealed(line["sealed"], line["canary"])) if "sealed" in line else line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the journal: append-only, one writer, safe against kill -9
+
+
+@dataclass
+class Entry:
+    """What the statistics need of a finished chain; its whole record lies at `offset` of `path`. Lists: by attempt."""
+
+    path: str
+    offset: int
+    digest: str
+    status: str  # answered | no_answer | prompt_too_long
+    answers: list[str | None]
+    correct: list[bool | None]  # None: a judge must say
+    f1: list[float | None]
+    ended: list[str]
+    timeouts: int  # of the scorer
+    calls: int
+    tokens: int
+
+
+def entry_of(line: dict, path: str, offset: int) -> Entry:
+    attempts = line["attempts"]
+    return Entry(
+        path, offset, line["row"], line["status"], [a["answer"] for a in attempts], [a["correct"] for a in attempts],
+        [a.get("f1") for a in attempts], [a["termination"] for a in attempts],
+        sum(a["scorer_status"] == "timeout" for a in attempts), sum(len(a["calls"]) for a in attempts), line["tokens"],
+    )
+
+
+class Journal:
+    """OUT/journal-<rank>.jsonl of all ranks, and the right to write this rank's. A line without its end is no line.
+
+    Lines: a record of a finished chain; {"fault"}: the infrastructure failed it; {"verdict"}: what a judge said.
+    """
+
+    def __init__(self, folder: str, rank: int = 0):
+        self.folder, self.path = Path(folder), Path(folder) / f"journal-{rank}.jsonl"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = _locked(self.folder / f"lock-{rank}")
+        drop_cut_line(self.path)
+        self.entries: dict[tuple, Entry] = {}
+        self.faults: dict[tuple, str] = {}
+        self.verdicts: dict[tuple, list[tuple[str, bool]]] = {}  # (*key, attempt, digest of row and answer)
+        self._read(self.path)
+        self.read_other_ranks()
+        self.file = open(self.path, "ab", buffering=0)
+
+    def read_other_ranks(self) -> None:
+        """What the others have written by now; to read a line twice changes nothing."""
+        for path in sorted(self.folder.glob("journal-*.jsonl")):
+            if path != self.path:
+                self._read(path)
+
+    def _read(self, path: Path) -> None:
+        if not path.exists():
+            return
+        with open(path, "rb") as file:
+            offset = 0
+            for number, line in enumerate(file, 1):
+                if line.endswith(b"\n"):
+                    try:
+                        self._take(json.loads(line), str(path), offset)
+                    except (ValueError, KeyError, TypeError) as error:
+                        what = f"{type(error).__name__}: {error}"
+                        raise SystemExit(f"{path}:{number}: not a line of a journal ({what})") from error
+                offset += len(line)
+
+    def _take(self, line: dict, path: str, offset: int) -> None:
+        key = (line["dataset"], line["id"], line["rollout"])
+        if "verdict" in line:
+            said = (line["judge"], line["verdict"])
+            self.verdicts.setdefault((*key, line["attempt"], line["about"]), []).append(said)
+        elif "fault" in line:
+            self.faults[key] = line["fault"]
+        else:
+            self.entries[key] = entry_of(opened(line), path, offset)
+            self.faults.pop(key, None)
+
+    def append(self, line: dict) -> None:
+        """One write per line; a torn one has no end and is dropped at the next start."""
+        data = json.dumps(line).encode() + b"\n"
+        offset = self.file.seek(0, os.SEEK_END)
+        while data:
+            data = data[self.file.write(data) :]
+        self._take(line, str(self.path), offset)
+
+    def record(self, key: tuple) -> dict:
+        entry = self.entries[key]
+        with open(entry.path, "rb") as file:
+            file.seek(entry.offset)
+            return json.loads(file.readline())
+
+    def done(self, key: tuple, row: dict) -> bool:
+        """Whether the chain is finished, and of this version of the row."""
+        return key in self.entries and self.entries[key].digest == row["digest"]
+
+    def verdict(self, key: tuple, attempt: int, judge: str) -> bool | None:
+        """What this judge said, or, where no judge is named, the last one; None: unscored."""
+        said = self.verdicts.get((*key, attempt, about(self.entries[key], attempt)), [])
+        return next((correct for name, correct in reversed(said) if judge in ("", name)), None)
+
+    def close(self) -> None:
+        self.file.close()
+        self.lock.close()
+
+
+def about(entry: Entry, attempt: int) -> str:
+    """What a verdict is about: the row and the answer."""
+    return hashlib.sha256(json.dumps([entry.digest, entry.answers[attempt]]).encode()).hexdigest()[:12]
+
+
+def _locked(path: Path):
+    """The lock file, held; who holds it is written inside."""
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        raise SystemExit(f"{path.parent} is being written by {file.read().strip() or 'another run'}") from error
+    file.truncate(0)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    print(f"process {os.getpid()} on {socket.gethostname()}, since {since}", file=file, flush=True)
+    return file
+
+
+
+
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files and tables
+
+
+def final_line(journal: Journal, key: tuple, row: dict, judge: str) -> dict | None:
+    """A row of results.jsonl: verdicts filled in, timings left out. None: the chain is missing."""
+    if not journal.done(key, row):
+        name = dict(dataset=key[0], id=key[1], rollout=key[2], row=row["digest"], status="fault", correct=None)
+        return name | {"fault": journal.faults[key]} if key in journal.faults else None
+    entry, kept = journal.entries[key], journal.record(key)
+    line = opened(kept)
+    for i, attempt in enumerate(line["attempts"]):
+        if entry.correct[i] is None:
+            attempt["correct"] = journal.verdict(key, i, judge)
+        for call in attempt["calls"]:
+            call.pop("seconds", None)
+    line["correct"] = line["attempts"][-1]["correct"] if line["attempts"] else False
+    if "sealed" in kept:
+        line["sealed"] = sealed(json.dumps({name: line.pop(name) for name in SEALED}), line["canary"])
+    return line
+
+
+def write_results(out: Path, tasks: list, journal: Journal, judge: str) -> None:
+    """results.jsonl in the order of the data, beside and renamed: the same bytes however often the run was killed."""
+    part = out / "results.jsonl.part"
+    with open(part, "w", encoding="utf-8") as file:
+        for task in tasks:
+            for key, row in task.keys():
+                if line := final_line(journal, key, row, judge):
+                    file.write(json.dumps(line) + "\n")
+    part.replace(out / "results.jsonl")
+
+
+def page_episodes(out: Path, tasks: list, most: int = 1000) -> tuple[list[dict], int]:
+    """(episodes for the report page, as many of each set; of how many); of an encrypted row the figures without the texts."""
+    shown, seen = [], Counter()
+    with open(out / "results.jsonl", encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            seen[line["dataset"]] += 1
+            if seen[line["dataset"]] > most // len(tasks):
+                continue
+            episode = dict(question=f"[{line['dataset']} {line['id']}]", gold=[], messages=[], attempts=[]) | line
+            if "sealed" in line:
+                episode["question"] += " kept encrypted"
+                episode["attempts"] = [{"correct": line["correct"], "termination": line["status"]}]
+                episode.pop("sealed"), episode.pop("canary")
+            episode["id"] = f"{line['id']} / {line['rollout']}"
+            episode["meta"] = line.get("meta", {}) | {"dataset": line["dataset"]}
+            episode["dropped"] = line["status"] if line["status"] in ("fault", "prompt_too_long") else ""
+            episode |= {"ids": range(line.get("tokens", 0)), "mask": [1] * line.get("sampled", 0)}  # counted, not shown
+            shown.append(episode)
+    return shown, sum(seen.values())

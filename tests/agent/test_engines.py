@@ -1,0 +1,148 @@
+"""Both engines against the trainer: the sampler's log-probs are the policy's, before and after a weight sync."""
+
+import asyncio
+import importlib.util
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from reagent.chat import Chat
+from reagent.engines import HFEngine, Rounds, run_together
+from reagent.policy import Row, collate, full_weights, load_tokenizer
+from tests.helpers.tiny import ROOT, tiny_model
+from tests.loss.test_model import policy_of, torchrun
+
+needs_vllm = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
+
+
+def sample(engine, rounds, prompts, temperature=0.9, new=12):
+    chains = [engine.generate(ids, max_new_tokens=new, temperature=temperature, seed=i) for i, ids in enumerate(prompts)]
+    return asyncio.run(run_together(chains, rounds))
+
+
+PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [1, 2], [40] * 30]
+
+
+def trainer_logps(policy, prompt, sampled, temperature=0.9):
+    row = Row(prompt + sampled.ids, [0] * len(prompt) + [1] * len(sampled.ids))
+    with torch.no_grad():
+        return policy(collate([row], (), torch.device("cpu")), temperature)[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def test_the_transformers_engine_returns_the_trainers_logps(folder):
+    rounds = Rounds()
+    samples = sample(HFEngine(folder, [258], rounds), rounds, PROMPTS)
+    policy = policy_of(folder)
+    for prompt, got in zip(PROMPTS, samples):
+        assert torch.allclose(torch.tensor(got.logps), trainer_logps(policy, prompt, got), atol=1e-4)
+
+
+def test_temperature_zero_is_greedy_decoding_in_transformers(folder):
+    rounds = Rounds()
+    samples = sample(HFEngine(folder, [], rounds), rounds, PROMPTS, temperature=0.0)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for prompt, got in zip(PROMPTS, samples):
+        out = plain.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+        assert out[0, len(prompt) :].tolist() == got.ids
+
+
+def test_a_round_can_be_repeated_to_the_bit(folder):
+    def once():
+        rounds = Rounds()
+        return sample(HFEngine(folder, [258], rounds), rounds, PROMPTS)
+
+    assert once() == once()
+
+
+def test_a_left_out_weight_is_an_error_and_a_sync_changes_the_sampler(folder, tmp_path):
+    rounds = Rounds()
+    engine = HFEngine(folder, [], rounds)
+    other = policy_of(tiny_model(tmp_path, seed=1))
+    before = sample(engine, rounds, PROMPTS)
+    pairs = list(full_weights(other, torch.float32))
+    with pytest.raises(ValueError, match="left out"):
+        engine.load_weights(iter(pairs[:-1]))
+    engine.load_weights(iter(pairs))
+    after = sample(engine, rounds, PROMPTS)
+    assert after != before
+    assert torch.allclose(torch.tensor(after[3].logps), trainer_logps(other, PROMPTS[3], after[3]), atol=1e-4)
+
+
+VLLM = """
+import asyncio, json, sys
+sys.path[:0] = [{root!r}]
+import torch
+from reagent import run
+from reagent.policy import Row, backward, collate, full_weights, load_policy, load_tokenizer, shard
+from reagent.engines import VLLMEngine
+from tests.agent.test_engines import PROMPTS, trainer_logps
+from tests.helpers.tiny import random_rows
+rank, world, device = run.init_distributed(120)
+engine = VLLMEngine({folder!r}, [258], max_context=256)
+policy = shard(load_policy({folder!r}, False), device)
+optimizer = torch.optim.AdamW(policy.parameters(), lr=0.05)
+
+def gap():
+    async def go():
+        return await asyncio.gather(*(engine.generate(p, max_new_tokens=12, temperature=0.9, seed=i) for i, p in enumerate(PROMPTS)))
+    samples = asyncio.run(go())
+    gaps = [(torch.tensor(s.logps) - trainer_logps(policy, p, s)).abs() for p, s in zip(PROMPTS, samples)]
+    return torch.cat(gaps).mean().item()
+
+report = dict(before=gap())
+rows = random_rows([9, 14, 30])
+logps, _ = policy(collate(rows, ("advantage",), device))
+backward(-logps.mean())
+optimizer.step()
+report["stale"] = gap()
+engine.load_weights(full_weights(policy, torch.float32))
+report["after"] = gap()
+report["busy"] = engine.busy_seconds
+
+left_out = [pair for pair in full_weights(policy, torch.float32)][:-1]
+try:
+    engine.load_weights(iter(left_out))
+except ValueError as error:
+    report["error"] = str(error)
+engine.load_weights(full_weights(policy, torch.float32))
+
+async def late():
+    ended = []
+    async def one(name, new, wait):
+        await asyncio.sleep(wait)
+        await engine.generate(PROMPTS[0], max_new_tokens=new, temperature=0.9, seed=3)
+        ended.append(name)
+    engine.stop_ids = []
+    await asyncio.gather(one("long", 200, 0), one("late", 4, 0.05))
+    return ended
+report["ended"] = asyncio.run(late())
+if rank == 0:
+    json.dump(report, open({out!r}, "w"))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@needs_vllm
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"])
+def test_vllm_beside_fsdp_on_two_ranks(tied, tmp_path):
+    """|dlogp| before a step, after it with a stale sampler, after the sync; a left-out weight; a late request."""
+    folder, out, script = tiny_model(tmp_path / "m", tied, heads=2, kv_heads=2, hidden=64), tmp_path / "out.json", tmp_path / "t.py"
+    script.write_text(VLLM.format(root=str(ROOT), folder=folder, out=str(out)))
+    torchrun(script, timeout=400)
+    report = json.loads(out.read_text())
+    assert report["before"] < 1e-4 and report["after"] < 1e-4 and report["stale"] > 1e-2, report
+    assert "left out" in report["error"]
+    assert report["ended"] == ["late", "long"]
+
+
+def test_the_byte_level_chat_stops_where_the_engines_do(folder):
+    chat = Chat(load_tokenizer(folder))
+    assert chat.closer_id in chat.stop_ids

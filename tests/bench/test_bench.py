@@ -1,0 +1,151 @@
+"""bench.py: the floors against counted operations, the layouts it compares, its clocks and its errors."""
+
+import importlib.util
+import math
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from tests.bench import bench
+
+VOCAB = 50
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return bench.make_model(tmp_path_factory.mktemp("bench"), VOCAB, hidden=32, layers=2, ff=48, heads=2)
+
+
+def test_forward_flops_are_those_that_pytorch_counts_less_the_upper_half_of_attention(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    n, width = 24, 2 * 32  # layers times hidden
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(torch.arange(n)[None])
+    square, triangle = 4 * width * n * n, 2 * width * n * (n + 1)
+    assert counted.get_total_flops() - square == bench.forward_flops(model.config, [n], n) - triangle
+
+
+def test_matrix_weights_are_the_matrices_of_the_blocks(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert bench.matrix_weights(model.config) == sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+
+
+def test_the_table_puts_the_floors_beside_the_seconds():
+    machine = bench.Machine(flops=1e9, bandwidth=2e9)
+    line = bench.Line("work", [4.0, 1.0, 2.0], tokens=10, flops=1e9, moved=1e9, peak=5e6)
+    cells = [cell.strip() for cell in bench.table([line], machine).splitlines()[2].split("|")][1:8]
+    assert cells == ["work", "10", "2.000", "5", "50%", "1.000", "0.500"]
+
+
+def test_works_are_timed_in_turn_after_a_warm_up():
+    seen = []
+    clock = iter(range(100))
+
+    def timed(work):
+        work()
+        return next(clock)
+
+    seconds = bench.alternate({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 2, timed)
+    assert seen == ["a", "b"] * 3 and seconds == {"a": [0, 2], "b": [1, 3]}
+
+
+def test_the_peak_holds_what_was_freed_before_the_end():
+    size = 200_000_000
+    peak, total = bench.peak_of(lambda: torch.ones(size // 4).sum().item())
+    assert total == size // 4 and size <= peak < 1.1 * size
+
+
+def test_two_rows_a_chain_have_the_gradient_of_one(folder):
+    one, two = bench.chain_layouts(3, VOCAB)
+    assert len(two) == 2 * len(one)
+    a, b = (bench.gradient(folder, rows, 300) for rows in (one, two))
+    assert max(x.abs().max() for x in a.values()) > 1e-4
+    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+
+
+def test_the_token_ratio_of_the_layouts_is_the_arithmetic_one():
+    one, two = bench.chain_layouts(5, VOCAB)
+    prompt, critique = 32, 16
+    first = [len(row.ids) - prompt for row in two[::2]]
+    refined = [len(chain.ids) - prompt - critique - length for chain, length in zip(one, first)]
+    p, both, c = prompt * 5, sum(first + refined), critique * 5
+    assert sum(len(row.ids) for row in one) == p + both + c
+    assert sum(len(row.ids) for row in two) == 2 * p + both + sum(first) + c  # 2P + 3L + c where both attempts are as long
+
+
+def test_the_gradient_is_not_clipped_and_that_of_the_plain_loss(folder):
+    rows = bench.random_rows([20, 9], VOCAB, prompt=4)
+    got = bench.gradient(folder, rows, 64)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loss = 0.0
+    for row in rows:
+        logps = torch.log_softmax(model(torch.tensor([row.ids])).logits[0, :-1], -1)
+        logps = logps.gather(1, torch.tensor(row.ids[1:])[:, None])[3:, 0]
+        ratio = logps.exp()  # the sampler's log-probs are 0 here
+        advantage, weight = (torch.tensor(row.columns[name]) for name in ("advantage", "weight"))
+        loss = loss - (weight * torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.34) * advantage)).sum()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(got[name], -parameter.grad, atol=1e-6), name
+
+
+def test_the_ratios_begin_at_one(folder):
+    rows, policy = bench.random_rows([12, 7], VOCAB, prompt=3), bench.load(folder)
+    bench.set_mu(policy, rows)
+    logps, _ = policy(bench.collate(rows, ("logp_mu",), bench.CPU))
+    assert torch.allclose(logps, torch.tensor([x for row in rows for x in row.columns["logp_mu"]]), atol=1e-6)
+
+
+def test_points_that_follow_the_flops_lie_on_the_line_of_the_plot():
+    lines = [bench.Line("", [f / 10], flops=f) for f in (10.0, 30.0, 100.0)]
+    root = ET.fromstring(f"<svg>{bench.growth_panel(lines, [1, 2, 4], 'x', 0)}</svg>")
+    path = [tuple(map(float, point.split(","))) for point in root.find("polyline").get("points").split()]
+    assert [(float(c.get("cx")), float(c.get("cy"))) for c in root.findall("circle")] == path
+
+
+def test_lookups_take_the_time_they_are_told():
+    import asyncio
+
+    tools = bench.Tools(lambda: 0.01)
+    seen = asyncio.run(tools.call("search", {"queries": ["Quin"]}))
+    assert "leads to Rome." in seen.text and seen.seconds == 0.01
+    assert asyncio.run(tools.call("search", {})).status == "error"
+
+
+def test_an_unknown_section_is_an_error_that_lists_the_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "measure_machine", lambda: bench.Machine(1e9, 1e9))
+    with pytest.raises(SystemExit, match="what = 'speed': one of trainer"):
+        bench.main(bench.Config(what="speed", out_dir=str(tmp_path)))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is not None, reason="TRL is installed")
+def test_without_trl_the_comparison_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "measure_machine", lambda: bench.Machine(1e9, 1e9))
+    with pytest.raises(SystemExit, match="pip install trl"):
+        bench.main(bench.Config(vs="trl", out_dir=str(tmp_path)))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+def test_trl_makes_the_same_update(folder):
+    from tests.bench import bench_trl
+
+    rows = bench.random_rows([20, 33, 9, 16, 12, 40, 8, 15], VOCAB, prompt=4)
+    bench.set_mu(bench.load(folder), rows)
+    a, b = bench.gradient(folder, rows, 64), bench_trl.gradient(folder, rows)
+    assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+
+
+@pytest.mark.slow
+def test_the_agent_knows_its_tasks_by_heart(tmp_path):
+    agent = bench.Agent(bench.Config(out_dir=str(tmp_path), rows=4), temperature=0.1)
+    episodes = agent.chains(agent.judge)
+    assert [[len(a.calls) for a in e.attempts] for e in episodes] == [[2, 2]] * 4
+    assert all(a.termination == "answered" and a.score == 1.0 for e in episodes for a in e.attempts)
+    assert agent.sampled > sum(sum(e.mask) for e in episodes)  # judgments too
+    answers = [re.sub(r"\D", "", bench.FACTS[{"Quin": "Rome", "Siena": "Troy", "Uma": "Vera", "Wien": "Xena"}[s]]) for s in bench.STARTS]
+    assert [e.attempts[1].answer for e in episodes] == answers
+    assert not math.isnan(agent.line("", [1.0], 1, [len(e.ids) for e in episodes], 9).flops)

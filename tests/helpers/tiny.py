@@ -1,0 +1,48 @@
+"""Tiny models and rows for the tests, made on the spot."""
+
+import importlib.util
+import random
+from pathlib import Path
+
+from reagent.policy import Row
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(path: str):
+    """A script that is known by its path only, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).parent.name + "_script", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+toy = load("data/toy/prepare.py")
+
+
+def tiny_model(folder, tied=True, seed=0, phrases=(), hidden=32, **shape) -> str:
+    """A byte-level Qwen3 of two layers; returns the folder."""
+    toy.make_model(folder, toy.make_tokenizer(list(phrases)), seed, tied, hidden=hidden, ff=64, **shape)
+    return str(folder)
+
+
+def toy_world(folder, demonstrations=64, questions=16, model="model", **shape):
+    """A tiny model with the toy's tokenizer, sft.jsonl and rl.jsonl in `folder`, which is returned."""
+    tiny_model(folder / model, phrases=toy.toy_phrases(), **shape)
+    rng = random.Random(0)
+    toy.write(folder / "sft.jsonl", (toy.sft_row(rng) for _ in range(demonstrations)))
+    toy.write(folder / "rl.jsonl", (toy.rl_row(rng, i, "train") for i in range(questions)))
+    return folder
+
+
+def random_rows(lengths, seed=0, vocab=250) -> list[Row]:
+    """Rows with random ids and masks; the columns hold advantage, weight and old log-probs."""
+    rng = random.Random(seed)
+    rows = []
+    for n in lengths:
+        mask = [0] + [int(rng.random() < 0.6) for _ in range(n - 1)]
+        mask[-1] = 1
+        columns = {name: [rng.uniform(-1, 1) for _ in range(sum(mask))] for name in ("advantage", "logp_mu")}
+        columns["weight"] = [1 / (len(lengths) * sum(mask))] * sum(mask)
+        rows.append(Row([rng.randrange(vocab) for _ in range(n)], mask, columns))
+    return rows

@@ -1,0 +1,211 @@
+"""Packing, log-probs, gradients and checkpoints, against transformers and plain PyTorch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from grpo_unified import grpo_loss
+from reagent import run
+from reagent.policy import (
+    Row,
+    _ChunkedLogprobs,
+    backward,
+    balance,
+    collate,
+    load_policy,
+    load_tokenizer,
+    shard,
+)
+from tests.helpers.tiny import ROOT, random_rows, tiny_model
+
+COLUMNS = ("advantage", "weight", "logp_mu")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("tied"))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+def policy_of(folder, checkpoint_activations=False):
+    run.init_distributed(60)
+    return shard(load_policy(folder, checkpoint_activations), CPU)
+
+
+def gradients(policy, microbatches):
+    """Gradient of the GRPO loss over micro-batches, by parameter name."""
+    policy.zero_grad()
+    total = 0.0
+    for rows in microbatches:
+        batch = collate(rows, COLUMNS, CPU)
+        logps, _ = policy(batch, 0.7)
+        c = batch.columns
+        loss, _ = grpo_loss(logps, logps.detach() + 0.1 * c["logp_mu"], c["advantage"], c["weight"], 0.2, 0.34)
+        backward(loss)
+        total += loss.item()
+    return total, {n: p.grad.full_tensor().clone() for n, p in policy.named_parameters()}
+
+
+def assert_same(a, b, tolerance=1e-5):
+    assert abs(a[0] - b[0]) < tolerance
+    for name in a[1]:
+        assert torch.allclose(a[1][name], b[1][name], atol=tolerance), name
+
+
+@pytest.mark.parametrize("which", ["folder", "untied"])
+def test_packed_logps_equal_those_of_single_rows_in_transformers(which, request):
+    folder, rows = request.getfixturevalue(which), random_rows([7, 19, 19, 3])
+    got, entropy = policy_of(folder)(collate(rows, (), CPU), 0.7)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected, expected_entropy = [], []
+    for row in rows:
+        logits = plain(torch.tensor([row.ids])).logits[0] / 0.7
+        logps = F.log_softmax(logits[:-1], -1)
+        keep = torch.tensor(row.mask[1:], dtype=torch.bool)
+        expected.append(logps.gather(1, torch.tensor(row.ids[1:])[:, None])[keep, 0])
+        expected_entropy.append(-(logps.exp() * logps).sum(-1)[keep])
+    assert torch.allclose(got, torch.cat(expected), atol=1e-5)
+    assert torch.allclose(entropy, torch.cat(expected_entropy), atol=1e-4)
+
+
+@pytest.mark.parametrize("kept", [399, 400])  # numbers; the softmax of the 10 tokens has 400
+def test_the_chunked_head_has_the_gradient_of_full_logits(kept, monkeypatch):
+    monkeypatch.setattr("reagent.policy.HEAD_CHUNK", 3)
+    monkeypatch.setattr("reagent.policy.HEAD_KEPT", kept)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(10, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    targets, scale = torch.randint(40, (10,)), torch.randn(10)
+    logps, _ = _ChunkedLogprobs.apply(hidden, weight, targets, 0.7)
+    got = torch.autograd.grad((scale * logps).sum(), (hidden, weight))
+    full = F.log_softmax(hidden @ weight.t() / 0.7, -1).gather(1, targets[:, None])[:, 0]
+    expected = torch.autograd.grad((scale * full).sum(), (hidden, weight))
+    assert torch.allclose(logps, full, atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected))
+
+
+def test_the_microbatch_split_does_not_change_the_gradient(folder):
+    rows, policy = random_rows([9, 4, 16, 16, 5]), policy_of(folder)
+    assert_same(gradients(policy, [rows]), gradients(policy, [rows[:1], rows[1:4], [], rows[4:]]))
+
+
+def test_activation_checkpointing_does_not_change_the_gradient(folder):
+    rows = random_rows([9, 4, 16])
+    assert_same(gradients(policy_of(folder), [rows]), gradients(policy_of(folder, True), [rows]))
+
+
+def test_a_chain_in_one_row_equals_two_separate_rows(folder):
+    (chain,) = random_rows([30])
+    first = sum(chain.mask[:12])
+    alone = Row(chain.ids[:12], chain.mask[:12], {k: v[:first] for k, v in chain.columns.items()})
+    second = Row(chain.ids, [0] * 12 + chain.mask[12:], {k: v[first:] for k, v in chain.columns.items()})
+    policy = policy_of(folder)
+    assert_same(gradients(policy, [[chain]]), gradients(policy, [[alone, second]]))
+
+
+def test_balance_deals_every_row_once_in_equally_many_microbatches():
+    rows = random_rows([50, 3, 17, 90, 20, 41, 8, 8, 8])
+    dealt = balance(rows, 3, 60)
+    assert len({len(part) for part in dealt}) == 1
+    flat = [id(row) for part in dealt for microbatch in part for row in microbatch]
+    assert sorted(flat) == sorted(map(id, rows))
+    assert all(sum(len(r.ids) for r in mb) <= 60 or len(mb) == 1 for part in dealt for mb in part)
+
+
+TWO_RANKS = """
+import json, sys, torch
+sys.path[:0] = [{root!r}]
+from reagent import run
+from reagent.policy import Row, _ChunkedLogprobs, backward, balance, collate, full_weights, load_policy, load_tokenizer, shard
+from tests.loss.test_model import gradients
+from tests.helpers.tiny import random_rows
+rank, world, device = run.init_distributed(60)
+policy = shard(load_policy({folder!r}, False), device)
+rows = random_rows([9, 4, 16, 30, 5])
+mine = balance(rows, world, 32)[rank]
+loss, grads = gradients(policy, mine)
+total = run.sum_over_ranks([loss])[0]
+names = [name for name, _ in full_weights(policy, torch.float32)]
+if rank == 0:
+    torch.save((total, grads, names), {out!r})
+torch.distributed.destroy_process_group()
+"""
+
+
+def launcher(ranks):
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0",
+            "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+
+
+def torchrun(script, *args, ranks=2, timeout=240):
+    command = [*launcher(ranks), str(script), *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=os.environ)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_ranks_with_unequal_rows_have_the_gradient_of_one(folder, tmp_path):
+    script, out = tmp_path / "two.py", tmp_path / "two.pt"
+    script.write_text(TWO_RANKS.format(root=str(ROOT), folder=folder, out=str(out)))
+    torchrun(script)
+    total, grads, names = torch.load(out)
+    assert_same((total, grads), gradients(policy_of(folder), [random_rows([9, 4, 16, 30, 5])]))
+    assert "lm_head.weight" in names  # tied, and yet yielded: the sampler's head would go stale
+
+
+def test_a_checkpoint_restores_parameters_optimizer_and_facts_to_the_bit(folder, tmp_path):
+    policy = policy_of(folder)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    tokenizer = load_tokenizer(folder)
+
+    def step():
+        gradients(policy, [random_rows([9, 4])])
+        optimizer.step()
+        return [p.full_tensor().clone() for p in policy.parameters()]
+
+    step()
+    saved = run.save_checkpoint(tmp_path, 1, policy, optimizer, tokenizer, {"log": [1]}, lambda *_: None)
+    straight = step()
+    step()
+    facts = run.load_checkpoint(saved, policy, optimizer)
+    assert facts == {"step": 1, "log": [1]}
+    assert all(torch.equal(a, b) for a, b in zip(step(), straight))
+    again = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)  # and it is a Hugging Face folder
+    assert again.config.model_type == "qwen3"
+
+
+def test_a_half_written_checkpoint_is_not_one(tmp_path):
+    (tmp_path / "step-000003.tmp").mkdir()
+    (tmp_path / "step-000002").mkdir()
+    assert [p.name for p in run.checkpoints(tmp_path)] == ["step-000002"]
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path):
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    run.prune(tmp_path, 2, best_step=1)
+    assert [p.name for p in run.checkpoints(tmp_path)] == ["step-000001", "step-000003", "step-000004"]
+
+
+def test_resume_names_the_changed_field():
+    with pytest.raises(SystemExit, match="lr: 1 -> 2"):
+        run.check_resume({"lr": 1, "out_dir": "a"}, {"lr": 2, "out_dir": "b"}, {"out_dir"}, "run")
+    run.check_resume({"rrm": "http://a:1/v1"}, {"rrm": "https://b:2/v1,http://c:3/v1"}, set(), "run")  # it moved
+    with pytest.raises(SystemExit, match="rrm: 'http://a:1/v1' -> 'out/rrm'"):
+        run.check_resume({"rrm": "http://a:1/v1"}, {"rrm": "out/rrm"}, set(), "run")
+
+
+def test_a_folder_without_a_model_is_a_clear_error(tmp_path):
+    (tmp_path / "readme").write_text(json.dumps({}))
+    with pytest.raises(SystemExit, match="is not a model folder"):
+        load_policy(str(tmp_path), False)

@@ -1,0 +1,145 @@
+"""The command line: presets and --key=value over a dataclass."""
+
+import importlib
+import json
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from reagent.config import parse_config, run_facts
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Config:
+    model: str = "tiny"  # a folder
+    lr: float = 1e-3
+    steps: int = 10
+    resume: bool = True
+    show: bool = False
+    limit: int | None = None
+    names: list[str] = field(default_factory=list)
+    betas: tuple[float, ...] = (0.9, 0.999)
+
+
+@pytest.fixture
+def preset(tmp_path):
+    def write(text: str, name: str = "preset.py") -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_nothing_given_is_the_defaults():
+    assert parse_config(Config, []) == Config()
+
+
+def test_a_preset_is_python(preset):
+    path = preset("# a comment\n_k = 1024\nsteps = 2 * _k\nlr = 3\nnames = ['a']\nbetas = (0.8, 1)\nlimit = None\n")
+    assert parse_config(Config, [path]) == Config(steps=2048, lr=3.0, names=["a"], betas=(0.8, 1.0))
+
+
+def test_the_later_wins(preset):
+    one, two = preset("steps = 1\nlr = 0.1\n", "one.py"), preset("steps = 2\n", "two.py")
+    assert parse_config(Config, [one, two]) == Config(steps=2, lr=0.1)
+    assert parse_config(Config, [one, two, "--steps=3", "--steps=4"]).steps == 4
+    assert parse_config(Config, ["--steps=3", two, one]).steps == 1
+
+
+@pytest.mark.parametrize(("arg", "key", "value"), [
+    ("--steps=-1", "steps", -1),
+    ("--steps=16_384", "steps", 16384),
+    ("--lr=5e-7", "lr", 5e-7),
+    ("--lr=1", "lr", 1.0),
+    ("--model=a=b", "model", "a=b"),
+    ("--model=", "model", ""),
+    ("--model=7", "model", "7"),
+    ("--show", "show", True),
+    ("--resume=False", "resume", False),
+    ("--resume=true", "resume", True),
+    ("--limit=5", "limit", 5),
+    ("--limit=none", "limit", None),
+    ("--names=a,b", "names", ["a", "b"]),
+    ("--names=", "names", []),
+    ("--betas=0.9,1", "betas", (0.9, 1.0)),
+])  # fmt: skip
+def test_text_of_the_command_line_becomes_the_type_of_its_key(arg, key, value):
+    found = getattr(parse_config(Config, [arg]), key)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("arg", ["--steps=1.5", "--steps=", "--steps", "--steps=True", "--lr=fast", "--resume=1",
+                                 "--resume=", "--limit=x", "--betas=0.9,x", "--model", "--names"])  # fmt: skip
+def test_a_value_of_the_wrong_type_ends_the_program_with_key_and_origin(arg):
+    key = arg[2:].partition("=")[0]
+    with pytest.raises(SystemExit, match=f"command line: {key} = .* is not of type"):
+        parse_config(Config, [arg])
+
+
+@pytest.mark.parametrize("line", ["steps = 1.0", "steps = True", "resume = 1", "lr = False", "model = 3",
+                                  "model = None", "limit = 0.5", "names = 3", "names = [1]",
+                                  "betas = {0.9}"])  # fmt: skip
+def test_a_value_of_the_wrong_type_in_a_preset_names_the_file(preset, line):
+    path = preset(line)
+    with pytest.raises(SystemExit, match=f"{path}: {line.split()[0]} = .* is not of type"):
+        parse_config(Config, [path])
+
+
+def test_an_unknown_key_ends_the_program_with_key_and_origin(preset):
+    with pytest.raises(SystemExit, match="command line: unknown key 'stepz'"):
+        parse_config(Config, ["--stepz=3"])
+    path = preset("import math\nsteps = 1\n")  # an import is a key too, and none of ours
+    with pytest.raises(SystemExit, match=f"{path}: unknown key 'math'"):
+        parse_config(Config, [path])
+
+
+@pytest.mark.parametrize("arg", ["steps=3", "-steps=3", "run"])
+def test_what_is_neither_preset_nor_key_ends_the_program(arg):
+    with pytest.raises(SystemExit, match=f"command line: '{arg}' is neither"):
+        parse_config(Config, [arg])
+
+
+def test_a_missing_or_broken_preset_ends_the_program_with_its_name(preset):
+    with pytest.raises(SystemExit, match="no preset nowhere.py"):
+        parse_config(Config, ["nowhere.py"])
+    for text in ("steps = ", "steps = 1 / 0", "steps = undefined"):
+        with pytest.raises(SystemExit, match="preset.py: (SyntaxError|ZeroDivisionError|NameError)"):
+            parse_config(Config, [preset(text)])
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_prints_the_commented_dataclass(capsys, flag):
+    with pytest.raises(SystemExit) as end:
+        parse_config(Config, ["--steps=3", flag])
+    assert end.value.code == 0 and 'model: str = "tiny"  # a folder' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["sft", "train_rrm", "grpo_unified"])
+def test_every_preset_parses_for_its_script(script):
+    module = __import__(script)
+    presets = sorted((ROOT / "config").glob(f"{script}_*.py"))
+    assert presets and all(parse_config(module.Config, [str(preset)]) for preset in presets)
+
+
+def test_the_facts_of_a_run_are_json_and_hold_config_commit_and_versions():
+    facts = json.loads(json.dumps(run_facts(Config(steps=3))))
+    assert facts["config"]["steps"] == 3 and {"python", "torch", "transformers"} <= set(facts["versions"])
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    assert facts["git"] == (git.stdout.strip() or None)
+    assert facts["machine"]["cores"] and isinstance(facts["machine"]["gpus"], list)
+
+
+def test_a_machine_without_git_has_a_run_without_a_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert run_facts(Config())["git"] is None
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
+def test_every_preset_fits_the_script_that_it_is_named_after(preset):
+    script = next(name for name in ("grpo_unified", "train_rrm", "sft") if preset.stem.startswith(name))
+    config = parse_config(importlib.import_module(script).Config, [str(preset)])
+    assert config.steps > 0 and (preset.stem.endswith("8b") or config.out_dir != type(config)().out_dir)

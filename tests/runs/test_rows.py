@@ -1,0 +1,171 @@
+"""JSONL files by byte offsets, the check of RL rows, and the stateless cursor over rows."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from reagent.rows import JsonlRows, batch_indices, check_rl_row
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared" / "data"
+RL_ROW = {"id": "a", "question": "q", "answer": "1", "kind": "math"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_text(text: str | bytes) -> str:
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write_text
+
+
+# ---------------------------------------------------------------- JsonlRows
+
+
+def test_rows_come_back_in_any_order(write):
+    rows = [{"id": i, "text": "ü🦜\u2028" * i} for i in range(50)]
+    read = JsonlRows(write("\n".join(json.dumps(row, ensure_ascii=False) for row in rows)))
+    assert len(read) == 50 and list(read) == rows
+    assert [read[i] for i in (49, 0, -1, 25)] == [rows[i] for i in (49, 0, 49, 25)]
+
+
+def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_no_rows(write):
+    assert list(JsonlRows(write('\ufeff{"id": 1}\r\n\r\n  \n{"id": 2}\r\n\n'))) == [{"id": 1}, {"id": 2}]
+
+
+@pytest.mark.parametrize(("text", "problem"), [
+    ('{"id": 1}\n\n{"id": 2, "te', "rows.jsonl:3: not a JSON line"),
+    (b'{"id": 1}\n{"id": "\xff"}\n', "rows.jsonl:2: not a JSON line"),
+    ("[" * 100_000, "rows.jsonl:1: not a JSON line"),
+    ('{"id": 1}\n[2]\n', "rows.jsonl:2: a row is a JSON object, not list"),
+    ('{"id": "x"}\n{"id": "y"}\n{"id": "x"}\n', "rows.jsonl:3: id 'x' stands in line 1 too"),
+    ('{"id": [1]}\n{"id": [1]}\n', "rows.jsonl:2: id .1. stands in line 1 too"),
+])  # fmt: skip
+def test_a_line_that_cannot_be_read_is_an_error_that_names_file_and_line(write, text, problem):
+    with pytest.raises(ValueError, match=problem):
+        JsonlRows(write(text))
+
+
+def test_a_row_that_fails_the_check_is_an_error_that_names_file_and_line(write):
+    with pytest.raises(ValueError, match="rows.jsonl:3: 'kind' is 'essay'"):
+        path = write("\n\n".join(json.dumps(row) for row in (RL_ROW, {**RL_ROW, "id": "b", "kind": "essay"})))
+        JsonlRows(path, check_rl_row)
+
+
+def test_different_ids_with_one_python_hash_are_two_rows(write):
+    assert hash(-1) == hash(-2) and hash(1) == hash(1.0)
+    assert len(JsonlRows(write('{"id": -1}\n{"id": -2}\n{"id": 1}\n{"id": 1.0}\n{"id": "1"}\n'))) == 5
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_an_empty_file_ends_the_program_with_the_hint(write, text):
+    with pytest.raises(SystemExit, match="rows.jsonl is empty: run prepare.py"):
+        JsonlRows(write(text), hint="run prepare.py")
+
+
+def test_a_missing_file_ends_the_program_with_the_hint(tmp_path):
+    for path in (tmp_path, tmp_path / "none.jsonl"):  # a folder is no file
+        with pytest.raises(SystemExit, match=f"no file {path}: run prepare.py"):
+            JsonlRows(path, hint="run prepare.py")
+
+
+@pytest.mark.slow
+def test_a_million_rows_open_within_a_minute_and_100_megabytes(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with open(path, "w") as file:
+        for i in range(1_000_000):
+            file.write(json.dumps({**RL_ROW, "id": f"row-{i}", "question": f"How much is {i} + 1? " * 10}) + "\n")
+    script = f"""
+import resource, time
+from reagent.rows import JsonlRows, check_rl_row
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before, start = peak(), time.process_time()
+rows = JsonlRows({str(path)!r}, check_rl_row)
+print(time.process_time() - start, peak() - before, rows[999_999]["id"])
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    seconds, megabytes, last = run.stdout.split()
+    print(f"{seconds} CPU seconds, {megabytes} MB")
+    assert last == "row-999999" and float(seconds) < 60 and float(megabytes) < 100, run.stdout
+
+
+def test_rows_need_no_torch_to_be_read():
+    script = "import sys, reagent.rows, reagent.config, reagent.chat; print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- RL rows
+
+
+@pytest.mark.parametrize("more", [{}, {"answer": ["1", "one"]}, {"docs": []}, {"docs": [{"title": "t", "text": ""}]},
+                                  {"files": ["a.png"]}, {"id": 0}, {"meta": {"level": 1}}])  # fmt: skip
+def test_good_rl_rows_pass(more):
+    assert check_rl_row({**RL_ROW, **more}) is None
+
+
+@pytest.mark.parametrize(("more", "problem"), [
+    ({"id": None}, "needs 'id'"),
+    ({"question": ""}, "needs 'question'"),
+    ({"answer": []}, "needs 'answer'"),
+    ({"question": ["q"]}, "'question' is a text"),
+    ({"answer": 42}, "a text or a list of texts"),
+    ({"answer": ["1", None]}, "a text or a list of texts"),
+    ({"answer": " "}, "a text or a list of texts"),
+    ({"kind": None}, "math, qa, gaia or choice"),
+    ({"docs": "text"}, "'docs' is a list"),
+    ({"docs": [{"title": "t"}]}, "'docs' is a list"),
+    ({"docs": [{"title": "t", "text": None}]}, "'docs' is a list"),
+    ({"files": "a.png"}, "'files' is a list"),
+    ({"files": [1]}, "'files' is a list"),
+])  # fmt: skip
+def test_a_bad_rl_row_gets_a_text_that_names_the_key(more, problem):
+    assert problem in check_rl_row({**RL_ROW, **more})
+
+
+# ---------------------------------------------------------------- the cursor
+
+
+@pytest.mark.parametrize(("n", "batch"), [(12, 4), (10, 4), (7, 7), (3, 8), (1, 2)])
+def test_every_epoch_holds_every_row_once(n, batch):
+    epochs = 2 * batch  # steps cross the seams of the epochs
+    stream = [i for step in range(2 * n) for i in batch_indices(step, batch, n, seed=0)]
+    for epoch in range(epochs):
+        assert Counter(stream[epoch * n : (epoch + 1) * n]) == Counter(range(n))
+
+
+def test_a_step_depends_on_nothing_but_its_number():
+    forwards = [batch_indices(step, 4, 10, seed=3) for step in range(20)]
+    assert [batch_indices(step, 4, 10, seed=3) for step in reversed(range(20))] == forwards[::-1]
+
+
+def test_the_order_is_that_of_other_processes():
+    script = "from reagent.rows import batch_indices; print([batch_indices(s, 5, 1000, 1) for s in range(3)])"
+    runs = [subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
+                           env={"PYTHONHASHSEED": seed}, check=True).stdout for seed in ("1", "2")]  # fmt: skip
+    assert runs[0] == runs[1] == f"{[batch_indices(s, 5, 1000, 1) for s in range(3)]}\n"
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [tuple(batch_indices(epoch, 50, 50, seed)) for seed in range(3) for epoch in range(3)]
+    assert len(set(orders)) == 9
+
+
+def test_a_step_within_an_epoch_has_no_row_twice():
+    assert all(len(set(batch_indices(step, 8, 2000, seed=0))) == 8 for step in range(250))
+
+
+# ---------------------------------------------------------------- real rows
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no real rows here")
+def test_real_files_open_with_every_line():
+    for path in sorted(SHARED.glob("*/*.jsonl")):
+        lines = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+        assert list(JsonlRows(path)) == lines

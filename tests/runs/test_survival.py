@@ -1,0 +1,271 @@
+"""Runs that survive: kills, SIGTERM, a full disk, dead and hung ranks, NaN, stale samplers, more than one machine."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import grpo_unified
+import sft
+from reagent import engines, run
+from reagent.config import parse_config
+from tests.helpers.judge_server import judge_server
+from tests.helpers.tiny import ROOT, toy_world
+from tests.loss.test_model import launcher
+from tests.runs.test_jobs import GRPO, final_state
+
+SFT = ("--rows_per_step=4", "--save_interval=1", "--tokens_per_microbatch=2000", "--keep_last=3", "--lr=1e-3",
+       "--checkpoint_activations=false", "--timeout_s=60")
+SMALL = ("--prompts_per_step=2", "--prompts_per_minibatch=1", "--max_new_tokens_per_turn=16", "--max_tokens_per_attempt=300",
+         "--max_context=900")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return toy_world(tmp_path_factory.mktemp("world"))
+
+
+def sft_run(world, out, *more):
+    return [sys.executable, "sft.py", *SFT, f"--model={world}/model", f"--data={world}/sft.jsonl", f"--out_dir={out}", *more]
+
+
+def grpo(world, out, url, *more):
+    return [f"--model={world}/model", f"--data={world}/rl.jsonl", f"--rrm={url}", f"--out_dir={out}", *GRPO, *SMALL, *more]
+
+
+def start(command, **options):
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=pipe, stderr=subprocess.STDOUT, env=os.environ, **options)
+
+
+def wait_for(path, process, seconds=120):
+    """Until `path` (a glob under a folder) is there; the process must be alive meanwhile."""
+    deadline = time.monotonic() + seconds
+    while not list(path.parent.glob(path.name)):
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        assert time.monotonic() < deadline, f"no {path} after {seconds} s"
+        time.sleep(0.02)
+
+
+def finish(command, code=0):
+    process = start(command)
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == code, text[-3000:]
+    return text
+
+
+def check_newest(out):
+    """The newest checkpoint of a killed run is whole: transformers loads it, its step is its name's."""
+    found = run.checkpoints(out)
+    if found:
+        AutoModelForCausalLM.from_pretrained(found[-1])
+        assert json.loads((found[-1] / "trainer.json").read_text())["step"] == int(found[-1].name[5:])
+        assert (found[-1] / "trainer" / ".metadata").stat().st_size > 0
+    return len(found)
+
+
+FORKS = multiprocessing.get_context("forkserver")  # imports once: a run starts in a second, not in ten
+FORKS.set_forkserver_preload(["sft", "grpo_unified"])
+
+
+def killed_until_done(script, arguments, rng, kills):
+    """SIGKILLs the run at random moments after its next checkpoint, `kills` times; then lets it end."""
+    cfg = parse_config(script.Config, arguments)
+    for _ in range(kills):
+        before = run.checkpoints(cfg.out_dir)
+        process = FORKS.Process(target=script.main, args=(cfg,))
+        process.start()
+        while run.checkpoints(cfg.out_dir)[-1:] == before[-1:] and process.is_alive():
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the run ended before its last kill"
+        check_newest(Path(cfg.out_dir))
+    process = FORKS.Process(target=script.main, args=(cfg,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(world, tmp_path):
+    for name, kills in (("straight", 0), ("killed", 2)):
+        killed_until_done(sft, sft_run(world, tmp_path / name, "--steps=20")[2:], random.Random(1), kills)
+    assert final_state(tmp_path / "killed", 20) == final_state(tmp_path / "straight", 20)
+    assert not list((tmp_path / "killed").glob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_fifty_kills_of_reagent_u_change_nothing(world, tmp_path):
+    with judge_server() as (url, _):
+        for name, kills in (("straight", 0), ("killed", 50)):
+            arguments = grpo(world, tmp_path / name, url, "--steps=150", "--save_interval=1", "--keep_last=3")
+            began = time.monotonic()
+            killed_until_done(grpo_unified, arguments, random.Random(2), kills)
+            print(f"{name}: {kills} kills, {time.monotonic() - began:.0f} s")
+    assert final_state(tmp_path / "killed", 150) == final_state(tmp_path / "straight", 150)
+
+
+def stopped_by(number, command, run):
+    """(exit code, output) of a run that got the signal after its first step."""
+    process = start(command)
+    wait_for(run / "log.jsonl", process)
+    while not (run / "log.jsonl").read_text():
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        time.sleep(0.02)
+    process.send_signal(number)
+    text = process.communicate(timeout=90)[0]
+    return process.returncode, text
+
+
+def goes_on_from(command) -> int:
+    """The step that a run says it starts from; the run is killed then."""
+    process = start(command)
+    found = next(filter(None, (re.search(r"from step (\d+) of", line) for line in process.stdout)))
+    process.terminate()
+    process.communicate(timeout=90)
+    return int(found[1])
+
+
+LONG = ("--steps=4000", "--save_interval=4000")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_saves_and_ends_the_run_with_0_and_it_goes_on_from_there(world, tmp_path, number):
+    command = sft_run(world, tmp_path / "run", *LONG)
+    code, text = stopped_by(number, command, tmp_path / "run")
+    saved = run.checkpoints(tmp_path / "run")
+    assert code == 0 and check_newest(tmp_path / "run") == 1, text[-2000:]
+    assert goes_on_from(command) == int(saved[0].name[5:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_reaches_all_ranks_and_they_save_together(world, tmp_path, number):
+    command = [*launcher(2), *sft_run(world, tmp_path / "run", *LONG)[1:]]
+    _, text = stopped_by(number, command, tmp_path / "run")  # torchrun's own code says that it was stopped
+    saved = run.checkpoints(tmp_path / "run")
+    assert check_newest(tmp_path / "run") == 1 and not list((tmp_path / "run").glob("*.tmp")), text[-2000:]
+    assert goes_on_from(command) == int(saved[0].name[5:])
+
+
+@pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap makes the small disk")
+def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_whole(world, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = sft_run(world, disk / "run", "--steps=400", "--keep_last=0")
+    listing = f"{' '.join(command)}; echo ended $?; ls {disk}/run; cp -r {disk}/run {tmp_path}/left"
+    small = ["bwrap", "--dev-bind", "/", "/", "--size", "3000000", "--tmpfs", str(disk), "sh", "-c", listing]
+    text = finish(small)
+    assert "ended 1" in text and "No space left on device" in text and "saving" in text, text[-2000:]
+    assert check_newest(tmp_path / "left") >= 1 and not list((tmp_path / "left").glob("*.tmp"))
+
+
+def two_ranks(world, out, url, *more):
+    restarts = [a for a in more if a.startswith("--max-restarts")]
+    rest = [a for a in more if a not in restarts]
+    return [*launcher(2), *restarts, "grpo_unified.py", *grpo(world, out, url, *rest)]
+
+
+def workers(launcher):
+    """Process ids of the ranks, in the order of their ranks."""
+    children = open(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read().split()
+    found = {}
+    for pid in children:
+        environ = open(f"/proc/{pid}/environ").read()
+        if "LOCAL_RANK=" in environ:
+            found[environ.split("LOCAL_RANK=")[1][0]] = int(pid)
+    return [found[rank] for rank in sorted(found)]
+
+
+def test_a_rank_that_hangs_is_named_with_the_phase(world, tmp_path):
+    with judge_server() as (url, _):
+        process = start(two_ranks(world, tmp_path / "run", url, "--steps=500", "--save_interval=1000", "--timeout_s=6"))
+        wait_for(tmp_path / "run" / "episodes" / "step-000001.jsonl", process)
+        hung, text = workers(process)[1], ""
+        os.kill(hung, signal.SIGSTOP)
+        limit = threading.Timer(90, process.kill)
+        limit.start()
+        for line in process.stdout:
+            text += line
+            if "rank 0 stops" in line:
+                os.kill(hung, signal.SIGKILL)  # so does torchrun, after half a minute
+        limit.cancel()
+        process.wait(30)
+    assert process.returncode != 0 and re.search(r"rank 0 stops: a rank is missing after .*[Rr]anks? 1\b", text, re.S), text[-3000:]
+
+
+@pytest.mark.slow
+def test_a_dead_rank_brings_the_run_back_from_the_last_checkpoint(world, tmp_path, monkeypatch):
+    with judge_server() as (url, _):
+        more = ("--max-restarts=1", "--steps=6", "--save_interval=1", "--timeout_s=150")
+        monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # else the new ranks find the dead one's address
+        process = start(two_ranks(world, tmp_path / "run", url, *more))
+        wait_for(tmp_path / "run" / "step-000002", process)
+        os.kill(workers(process)[1], signal.SIGKILL)
+        text = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, text[-3000:]
+    log = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+
+
+def in_this_process(world, out, url, *more):
+    """grpo_unified.main of one rank; returns its log."""
+    import torch.distributed as dist
+
+    try:
+        grpo_unified.main(parse_config(grpo_unified.Config, grpo(world, out, url, *more)))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return [json.loads(line) for line in open(out / "log.jsonl")]
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_and_the_next_one_is_taken(world, tmp_path, monkeypatch):
+    calls, plain = [], grpo_unified.grpo_loss
+
+    def broken(*args):
+        calls.append(1)
+        loss, clipped = plain(*args)
+        return (loss * float("nan") if len(calls) == 3 else loss), clipped
+
+    monkeypatch.setattr(grpo_unified, "grpo_loss", broken)
+    with judge_server() as (url, _):
+        log = in_this_process(world, tmp_path, url, "--steps=3", "--save_interval=1")
+    assert [bool(line["skipped"]) for line in log] == [False, True, False] and "nan" in log[1]["skipped"]
+    assert log[2]["dlogp/mean"] < 1e-4  # the weights were synced all the same
+    assert "nan" not in str(log[2]["loss"])
+
+
+def test_a_sampler_that_drifts_off_skips_and_then_stops_naming_the_last_good_checkpoint(world, tmp_path, monkeypatch):
+
+    syncs, load = [], engines.HFEngine.load_weights
+
+    def stale(self, pairs):
+        syncs.append(1)
+        load(self, ((name, value + (0.3 if len(syncs) > 1 else 0)) for name, value in pairs))
+
+    monkeypatch.setattr(engines.HFEngine, "load_weights", stale)
+    with judge_server() as (url, _), pytest.raises(SystemExit) as stopped:
+        in_this_process(world, tmp_path, url, "--steps=9", "--save_interval=1", "--max_skips=2", "--keep_last=0")
+    text = str(stopped.value)
+    assert "sampler and trainer differ" in text and "(3 in a row)" in text and "last good checkpoint" in text and "step-000004" in text
+
+
+def test_a_step_whose_judgments_fail_beyond_the_limit_stops_with_one_line(world, tmp_path):
+    with judge_server(lambda text: "no judgment today") as (url, _), pytest.raises(SystemExit) as stopped:
+        in_this_process(world, tmp_path, url, "--steps=2")
+    assert "4 of 4 judgments failed, more than max_rrm_failures = 0.2" in str(stopped.value)

@@ -1,0 +1,1 @@
+"""What tools.py stands on: search, the web, files, media, the sandbox. It imports neither reagent nor results."""

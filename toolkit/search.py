@@ -1,0 +1,200 @@
+"""Local search: BM25 over documents in memory, or over a file of pages with its index beside it."""
+
+import array
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import threading
+import zipfile
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from toolkit.sandbox import ToolFault
+
+STOP_WORDS = (
+    "a an and are as at be been being but by did do does for from had has have he her his how in is it its not of on "
+    "or she that the their there these they this those to was were what when where which who whom whose why with"
+)
+
+STOP_WORDS = frozenset(STOP_WORDS.split())
+
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"  # written without spaces: a character is a word
+
+WORD = re.compile(f"[{CJK}]|[^\\W{CJK}]+")
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without stop words and plural s; all of them if nothing else is there ("The Who")."""
+    found = WORD.findall(text.lower())
+    return [_stem(word) for word in found if word not in STOP_WORDS] or found
+
+
+@lru_cache(maxsize=1 << 18)
+def _stem(word: str) -> str:
+    if len(word) > 4 and word.endswith("ies"):
+        return word[:-3] + "y"
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
+
+
+class Index:
+    """BM25 over (title, text, url) pages in memory: an inverted list of (page, weight) for every word."""
+
+    def __init__(self, pages: list[tuple[str, str, str]]):
+        self.pages = pages
+        counts = [Counter(words(title) * 2 + words(text)) for title, text, _ in pages]
+        lengths = [sum(count.values()) for count in counts]
+        mean = sum(lengths) / max(len(lengths), 1) or 1.0
+        self.postings: dict[str, list[tuple[int, float]]] = {}
+        for page, (count, length) in enumerate(zip(counts, lengths)):
+            norm = 1.2 * (0.25 + 0.75 * length / mean)
+            for word, n in count.items():
+                self.postings.setdefault(word, []).append((page, n * 2.2 / (n + norm)))
+
+    def search(self, query: str, top_k: int) -> list[tuple[str, str, str]]:
+        scores: dict[int, float] = {}
+        for word in set(words(query)):
+            hits = self.postings.get(word, ())
+            idf = math.log(1 + (len(self.pages) - len(hits) + 0.5) / (len(hits) + 0.5))
+            for page, weight in hits:
+                scores[page] = scores.get(page, 0.0) + idf * weight
+        best = sorted(scores, key=lambda page: (-scores[page], page))[:top_k]
+        return [self.pages[page] for page in best]
+
+    def page(self, url: str) -> tuple[str, str] | None:
+        """(title, text) of an address; paragraphs under one address are one page."""
+        found = [page for page in self.pages if page[2] == url]
+        return (found[0][0], "\n\n".join(text for _, text, _ in found)) if found else None
+
+
+@lru_cache(maxsize=4096)
+def docs_index(docs: tuple[tuple[str, str], ...]) -> Index:
+    return Index([(title, text, f"doc:{title}") for title, text in docs])
+
+
+class Corpus:
+    """BM25 over a file of `{"id", "title", "text", "url"?}` rows, one a line. The index is kept beside it (`.bm25.npz`)
+    and built again when the file has changed; texts are read from the file when they are found."""
+
+    VERSION = 1  # raise it when `words` or the arrays change
+
+    def __init__(self, path: str):
+        if not Path(path).is_file():
+            raise SystemExit(f"no corpus {path}: --corpus is a file of rows with id, title and text")
+        self.path, self.file = path, open(path, "rb")
+        about = os.fstat(self.file.fileno())
+        key = np.array([self.VERSION, about.st_size, about.st_mtime_ns])
+        arrays = self._kept(key)
+        if arrays is None:
+            arrays = self._build() | {"key": key}
+            with contextlib.suppress(OSError):  # a folder that cannot be written: built again the next time
+                self._keep(arrays)
+        vars(self).update(arrays)  # see the end of _build
+
+    def _kept(self, key: np.ndarray) -> dict[str, np.ndarray] | None:
+        try:
+            with np.load(self.path + ".bm25.npz", allow_pickle=False) as kept:
+                return dict(kept) if np.array_equal(kept["key"], key) else None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or not whole
+            return None
+
+    def _keep(self, arrays: dict[str, np.ndarray]) -> None:
+        """Written beside and renamed: another process finds the old index or the new one."""
+        beside = f"{self.path}.{os.getpid()}.{threading.get_ident()}.npz"
+        try:
+            np.savez(beside, **arrays)
+            os.replace(beside, self.path + ".bm25.npz")
+        finally:
+            Path(beside).unlink(missing_ok=True)
+
+    def _build(self) -> dict[str, np.ndarray]:
+        vocabulary: dict[str, int] = {}
+        row_start, row_bytes, urls, lengths, at = [], [], [], [], 0
+        page_of, word_of, times = array.array("i"), array.array("i"), array.array("i")
+        for number, line in enumerate(self.file, 1):
+            if line.strip():
+                title, text, url = _corpus_row(self.path, number, line)
+                count = Counter(words(title) * 2 + words(text))
+                page_of.extend([len(urls)] * len(count))
+                word_of.extend([vocabulary.setdefault(word, len(vocabulary)) for word in count])
+                times.extend(count.values())
+                row_start.append(at), row_bytes.append(len(line)), urls.append(url), lengths.append(count.total())
+            at += len(line)
+        hashes = np.array([_hash(word) for word in vocabulary], "<u8")
+        order = np.argsort(hashes)
+        word = np.argsort(order)[np.array(word_of, "<i8")]  # numbered as their hashes are sorted
+        page, n, length = np.array(page_of, "<i4"), np.array(times, "<f8"), np.array(lengths, "<f8")
+        in_pages = np.bincount(word, minlength=len(order))
+        idf = np.log(1 + (len(urls) - in_pages + 0.5) / (in_pages + 0.5))
+        norm = 1.2 * (0.25 + 0.75 * length / max(length.mean() if len(length) else 0.0, 1e-9))
+        by_word = np.argsort(word, kind="stable")
+        url_hash = np.array([_hash(url) for url in urls], "<u8")
+        by_url = np.argsort(url_hash, kind="stable")
+        weight = idf[word] * n * 2.2 / (n + norm[page])
+        # word_hash and url_hash are sorted; word i is in hit_page[word_start[i] : word_start[i + 1]] with hit_weight
+        return {"word_hash": hashes[order], "word_start": np.concatenate([[0], np.cumsum(in_pages)]),
+                "hit_page": page[by_word], "hit_weight": weight[by_word].astype("<f4"),
+                "url_hash": url_hash[by_url], "url_row": by_url,
+                "row_start": np.array(row_start, "<i8"), "row_bytes": np.array(row_bytes, "<i8")}  # fmt: skip
+
+    def _row(self, page: int) -> tuple[str, str, str]:
+        line = os.pread(self.file.fileno(), int(self.row_bytes[page]), int(self.row_start[page]))
+        try:
+            return _corpus_row(self.path, page + 1, line)
+        except SystemExit as error:
+            raise ToolFault(f"the corpus {self.path} was changed while it is in use") from error
+
+    def search(self, query: str, top_k: int) -> list[tuple[str, str, str]]:
+        scores = np.zeros(len(self.row_start), "<f4")
+        for word in sorted(set(words(query))):
+            found = np.searchsorted(self.word_hash, np.uint64(_hash(word)))
+            if found < len(self.word_hash) and self.word_hash[found] == _hash(word):
+                hits = slice(*self.word_start[found : found + 2])
+                scores[self.hit_page[hits]] += self.hit_weight[hits]
+        best = np.flatnonzero(scores)
+        if len(best) > top_k:  # all that tie with the last one stay: the order does not hang on the partition
+            best = best[scores[best] >= np.partition(scores[best], -top_k)[-top_k]]
+        return [self._row(page) for page in best[np.lexsort((best, -scores[best]))][:top_k]]
+
+    def page(self, url: str) -> tuple[str, str] | None:
+        """(title, text) of an address; paragraphs under one address are one page."""
+        ends = [np.searchsorted(self.url_hash, np.uint64(_hash(url)), side) for side in ("left", "right")]
+        found = [row for row in map(self._row, self.url_row[slice(*ends)]) if row[2] == url]
+        return (found[0][0], "\n\n".join(text for _, text, _ in found)) if found else None
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _corpus_row(path: str, number: int, line: bytes) -> tuple[str, str, str]:
+    try:
+        row = json.loads(line)
+        return row["title"] + "", row["text"] + "", str(row.get("url") or f"doc:{row['id']}")  # texts, or a TypeError
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{path}:{number}: not a corpus row (id, title, text): {error!r}") from error
+
+
+def passages(text: str, query: str, chars: int) -> str:
+    """The parts of a text that match a query best, in the order of the text, `chars` at most; "" if none matches."""
+    parts = [""]
+    for line in text.splitlines():
+        for piece in (line[i : i + 800] for i in range(0, len(line), 800)):
+            if len(parts[-1]) + len(piece) > 800:
+                parts.append("")
+            parts[-1] += piece + "\n"
+    chosen = []
+    for _, part, number in Index([("", part, i) for i, part in enumerate(parts)]).search(query, len(parts)):
+        chars -= len(part) + 4
+        if chars < 0:
+            break
+        chosen.append(number)
+    chosen.sort()
+    shown = [parts[i] if i == before + 1 else f"[…]\n{parts[i]}" for before, i in zip([-1, *chosen], chosen)]
+    return "".join(shown).rstrip()
+
