@@ -37,7 +37,11 @@ ablation: out/toy/sft/step-000250
 out/toy/sft/step-000250:
 	$(MAKE) demo
 
-test: .venv/test-installed
+lint: .venv/test-installed
+	$(PY) -m ruff format --check -q .
+	$(PY) -m ruff check -q .
+
+test: lint
 	$(PY) -m pytest -q -m "not slow" tests
 
 test-slow: .venv/test-installed
@@ -46,4 +50,4 @@ test-slow: .venv/test-installed
 clean:
 	rm -rf out data/toy/*.jsonl data/toy/model
 
-.PHONY: demo ablation test test-slow clean
+.PHONY: lint demo ablation test test-slow clean

@@ -1,15 +1,19 @@
-"""Evaluation: the 18 benchmarks of the paper through the agent loop of training, with numbers that can be trusted.
+"""Evaluation: the 18 benchmarks of the paper through the agent loop of training, with numbers that
+can be trusted.
 
-    python evaluate.py --model=FOLDER|URL --dataset=hotpotqa,math500 --rollouts=3 [preset.py] [--key=value ...]
+    python evaluate.py --model=FOLDER|URL --dataset=hotpotqa,math500 [preset.py] [--key=value ...]
     torchrun --nproc_per_node=8 evaluate.py --model=FOLDER --dataset=gaia_text
-    python evaluate.py score rows.jsonl          # {"scorer", "pred", "gold"} rows -> one JSON line each
-    python evaluate.py compare A.jsonl B.jsonl   # paired: difference, 95 % interval, questions gained and lost
+    python evaluate.py score rows.jsonl  # {"scorer", "pred", "gold"} rows -> one JSON line each
+    python evaluate.py compare A.jsonl B.jsonl
+        # paired: difference, 95 % interval, questions gained and lost
     python evaluate.py page RUN_FOLDER           # report.html and curve.svg of a run once more
-    python evaluate.py rrm --rrm=FOLDER --eval_data=FILE [--against=OTHER] [--agent=FOLDER]   # a reward model on held-out judgments
+    python evaluate.py rrm --rrm=FOLDER --eval_data=FILE [--against=OTHER] [--agent=FOLDER]
+        # a reward model on held-out judgments
 
-A run appends every finished chain to OUT/journal-<rank>.jsonl, keyed (dataset, id, rollout), and can be killed at any
-instant: the same command goes on with what is missing. At its end OUT/results.jsonl holds the rows in the order of the
-data, without timings, and OUT/report.md, report.html and summary.json the numbers. `-h` prints all keys.
+A run appends every finished chain to OUT/journal-<rank>.jsonl, keyed (dataset, id, rollout), and
+can be killed at any instant: the same command goes on with what is missing. At its end
+OUT/results.jsonl holds the rows in the order of the data, without timings, and OUT/report.md,
+report.html and summary.json the numbers. `-h` prints all keys.
 """
 
 import asyncio
@@ -38,16 +42,16 @@ from results.page import write_report, write_run_page
 from results.statistics import compare, markdown, question_means, summarise
 from tools import Toolbox
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the data sets and the knobs
-
-
 
 
 @dataclass
 class Config:
     # what is evaluated
-    model: str = "out/u/step-000300"  # a Hugging Face folder or name, or http://…/v1 of a served model
+    model: str = (
+        "out/u/step-000300"  # a Hugging Face folder or name, or http://…/v1 of a served model
+    )
     dataset: tuple[str, ...] = ("gaia_text",)  # names, or files of RL rows
     data_dir: str = "data/benchmarks"  # where NAME.jsonl lie
     files_dir: str = "data/benchmarks/files"  # attachments of GAIA
@@ -60,7 +64,9 @@ class Config:
     prompt_file: str = ""  # another system prompt, for a checkpoint that was trained on it
     tools: str = ""  # names, or none; "": as the table says
     max_turns: int = 0  # with tool calls; 0: as the table says
-    max_tokens_per_attempt: int = 32_768  # tool results included; less where the model's positions do not hold it
+    max_tokens_per_attempt: int = (
+        32_768  # tool results included; less where the model's positions do not hold it
+    )
     max_new_tokens_per_turn: int = 0  # 0: as many as the attempt has left
     max_context: int = 0  # tokens of a chain; 0: the model's positions
     refine: bool = False  # Reagent-C: a second attempt after the critique of the reward model
@@ -90,15 +96,36 @@ class Config:
     # run
     seed: int = 0
     out_dir: str = "out/eval"
-    retries: int = 2  # more tries at a chain that the infrastructure failed, before a later run tries it
+    retries: int = (
+        2  # more tries at a chain that the infrastructure failed, before a later run tries it
+    )
     patience_s: float = 600.0  # how long to wait for a server that is away
     timeout_s: float = 86_400.0  # how long ranks wait for each other
 
 
-# these change neither questions nor answers, so a resumed run may change them; rows are keyed by set, id and rollout
-MAY_CHANGE = {"dataset", "data_dir", "files_dir", "limit", "ids", "rollouts", "judge", "judge_model", "judge_cache"}
+# these change neither questions nor answers, so a resumed run may change them; rows are keyed by
+# set, id and rollout
+MAY_CHANGE = {
+    "dataset",
+    "data_dir",
+    "files_dir",
+    "limit",
+    "ids",
+    "rollouts",
+    "judge",
+    "judge_model",
+    "judge_cache",
+}
 
-MAY_CHANGE |= {"judged", "endpoint", "gpu_memory_share", "max_live_chains", "tensor_parallel", "out_dir", "retries"}
+MAY_CHANGE |= {
+    "judged",
+    "endpoint",
+    "gpu_memory_share",
+    "max_live_chains",
+    "tensor_parallel",
+    "out_dir",
+    "retries",
+}
 
 MAY_CHANGE |= {"patience_s", "timeout_s", "cache"}
 
@@ -109,30 +136,41 @@ def check_config(cfg: Config) -> None:
         if getattr(cfg, key) < 0:
             raise SystemExit(f"{key} = {getattr(cfg, key)}: not below 0")
     if cfg.refine and not cfg.rrm:
-        raise SystemExit("--refine needs the reward model whose critique is read: --rrm=http://…/v1 or --rrm=FOLDER")
+        raise SystemExit(
+            "--refine needs the reward model whose critique is read: --rrm=http://…/v1 or "
+            "--rrm=FOLDER"
+        )
     if cfg.rrm and not cfg.refine:
         raise SystemExit("--rrm is read by --refine alone")
     if not cfg.dataset:
         raise SystemExit(f"--dataset: one or more of {', '.join(DATASETS)}, or files of RL rows")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # from a finished chain to a line of the journal
 
 
 def record_of(episode, task: Task, row: dict, n: int) -> dict:
-    """A finished chain as one line; every attempt is scored here unless a judge must. Texts of an encrypted row are
-    encrypted again: they lie on no disk in the open."""
+    """A finished chain as one line; every attempt is scored here unless a judge must. Texts of an
+    encrypted row are encrypted again: they lie on no disk in the open."""
     attempts = [dataclasses.asdict(attempt) for attempt in episode.attempts]
     for attempt in attempts:
         attempt |= scored(task.spec, row, attempt["answer"])
     answered = bool(attempts) and attempts[-1]["answer"] is not None
     line = {
-        "dataset": task.name, "id": row["id"], "rollout": n, "row": row["digest"],
+        "dataset": task.name,
+        "id": row["id"],
+        "rollout": n,
+        "row": row["digest"],
         "status": episode.dropped or ("answered" if answered else "no_answer"),
         "correct": attempts[-1]["correct"] if attempts else False,
-        "question": episode.question, "gold": episode.gold, "messages": episode.messages, "attempts": attempts,
-        "meta": row["meta"], "tokens": len(episode.ids), "sampled": sum(episode.mask),
+        "question": episode.question,
+        "gold": episode.gold,
+        "messages": episode.messages,
+        "attempts": attempts,
+        "meta": row["meta"],
+        "tokens": len(episode.ids),
+        "sampled": sum(episode.mask),
     }
     if canary := task.canaries.get(row["id"]):
         line["sealed"] = sealed(json.dumps({key: line.pop(key) for key in SEALED}), canary)
@@ -141,7 +179,9 @@ def record_of(episode, task: Task, row: dict, n: int) -> dict:
 
 
 def scored(spec: DataSet, row: dict, answer: str | None) -> dict:
-    """{"correct", "rule_reward", "em"?, "f1"?, "scorer_status"} of an answer; correct None where a judge must say."""
+    """{"correct", "rule_reward", "em"?, "f1"?, "scorer_status"} of an answer; correct None where a
+    judge must say.
+    """
     if answer is None or not answer.strip():
         return {"correct": False, "rule_reward": 0.0, "scorer_status": "ok"}
     if spec.scorer == "judge":
@@ -152,7 +192,7 @@ def scored(spec: DataSet, row: dict, answer: str | None) -> dict:
     return kept | {"correct": right, "rule_reward": float(right), "scorer_status": result["status"]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the agent: an engine in this process or a server, its chat, its limits
 
 
@@ -171,10 +211,16 @@ def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
     line = Line(cfg.model, "MODEL_API_KEY", patience_s=cfg.patience_s, most=cfg.max_live_chains)
     found = runner.run(look_up(line, cfg.served_model, cfg.endpoint))
     if found.kind == "chat":
-        print(f"{cfg.model} takes messages only: it renders the history again at every turn, limits are estimates")
+        print(
+            f"{cfg.model} takes messages only: it renders the history again at every turn, limits "
+            "are estimates"
+        )
         # four characters are a token only roughly: stay clear of the server's own limit
         positions = (found.max_context or 32_768) * 3 // 4
-        how = f"{found.model} by chat completions: history rendered again by the server, token counts estimated"
+        how = (
+            f"{found.model} by chat completions: history rendered again by the server, token "
+            "counts estimated"
+        )
         chat = TextChat()
         return Agent(ChatEngine(line, found, chat), chat, None, positions, how)
     from reagent.policy import load_tokenizer
@@ -183,7 +229,10 @@ def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
     try:
         chat = Chat(load_tokenizer(folder))
     except (SystemExit, ValueError) as error:
-        hint = "--tokenizer=FOLDER names the tokenizer of the served model, --endpoint=chat does without"
+        hint = (
+            "--tokenizer=FOLDER names the tokenizer of the served model, --endpoint=chat does "
+            "without"
+        )
         raise SystemExit(f"{error}: {hint}") from error
     how = f"{found.model} by completions, token ids in and out"
     if found.kind == "text":
@@ -195,7 +244,11 @@ def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
 def local_agent(cfg: Config, tp_group) -> Agent:
     from reagent.policy import load_tokenizer
 
-    chat, rounds, positions = Chat(load_tokenizer(cfg.model)), engines.Rounds(), positions_of(cfg.model)
+    chat, rounds, positions = (
+        Chat(load_tokenizer(cfg.model)),
+        engines.Rounds(),
+        positions_of(cfg.model),
+    )
     context = min(cfg.max_context or positions, positions)
     options = dict(max_context=context, gpu_memory_share=cfg.gpu_memory_share)
     options |= dict(tp_group=tp_group, tp_size=cfg.tensor_parallel)
@@ -211,7 +264,9 @@ def positions_of(folder: str) -> int:
         config = AutoConfig.from_pretrained(folder).get_text_config()
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
-        raise SystemExit(f"{folder} does not say how many positions the model has: {why}") from error
+        raise SystemExit(
+            f"{folder} does not say how many positions the model has: {why}"
+        ) from error
     return config.max_position_embeddings
 
 
@@ -235,12 +290,17 @@ def limits_of(cfg: Config, task: Task, agent: Agent, prompt: int) -> rollout.Lim
 
 def prompt_tokens(task: Task, agent: Agent, toolbox, system: str) -> int:
     """The tokens of the longest prompt."""
-    user = lambda text: [{"role": "system", "content": system}, {"role": "user", "content": text}]
+
+    def user(text):
+        return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+
     return max(len(agent.chat.prompt(user(text), toolbox.schemas)) for text in task.longest)
 
 
 def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
-    """(tools, seconds) -> Toolbox, one for all sets that share them; says before the start what search would lack."""
+    """(tools, seconds) -> Toolbox, one for all sets that share them; says before the start what
+    search would lack.
+    """
     from tools import Toolbox
 
     boxes = {}
@@ -248,32 +308,54 @@ def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
         names = [name for name in task.spec.tools.split(",") if name != "none"]
         key = (task.spec.tools, task.spec.seconds_per_call)
         if key not in boxes:
-            boxes[key] = Toolbox(names, corpus=cfg.corpus, seconds_per_call=task.spec.seconds_per_call, block=cfg.block,
-                                 files_dir=cfg.files_dir if "file_reader" in names else "", cache=cfg.cache,
-                                 replay=cfg.replay, allow=cfg.allow)
+            boxes[key] = Toolbox(
+                names,
+                corpus=cfg.corpus,
+                seconds_per_call=task.spec.seconds_per_call,
+                block=cfg.block,
+                files_dir=cfg.files_dir if "file_reader" in names else "",
+                cache=cfg.cache,
+                replay=cfg.replay,
+                allow=cfg.allow,
+            )
         boxes[key].check_rows(task.rows, task.name)
     return boxes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # running and judging
 
 
 def setup_of(cfg: Config, task: Task, agent: Agent, toolbox, critic) -> rollout.Setup:
     system = read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
     task.limits = limits = limits_of(cfg, task, agent, prompt_tokens(task, agent, toolbox, system))
-    print(f"{task.name}: {len(task.rows)} questions x {task.rollouts}, subset {task.subset}, tools {task.spec.tools};",
-          f"{1 + cfg.refine} attempt(s) of {limits.max_tokens_per_attempt} tokens and {limits.max_turns} turns with",
-          f"calls in {limits.max_context} positions", flush=True)
+    print(
+        f"{task.name}: {len(task.rows)} questions x {task.rollouts}, subset {task.subset}, tools "
+        f"{task.spec.tools};",
+        f"{1 + cfg.refine} attempt(s) of {limits.max_tokens_per_attempt} tokens and "
+        f"{limits.max_turns} turns with",
+        f"calls in {limits.max_context} positions",
+        flush=True,
+    )
     return rollout.Setup(
-        agent.engine, agent.chat, toolbox, limits, lambda row, answer: (None, None),  # record_of scores
-        critic, cfg.refine, cfg.temperature, cfg.top_p, system_prompt=system,
+        agent.engine,
+        agent.chat,
+        toolbox,
+        limits,
+        lambda row, answer: (None, None),  # record_of scores
+        critic,
+        cfg.refine,
+        cfg.temperature,
+        cfg.top_p,
+        system_prompt=system,
     )
 
 
-async def run_task(cfg: Config, task: Task, setup: rollout.Setup, agent: Agent, journal: Journal, rank=0, world=1):
-    """Runs what is missing of this process's share of the questions. A chain that the infrastructure failed is tried
-    again, in the end noted as such and left to a later run."""
+async def run_task(
+    cfg: Config, task: Task, setup: rollout.Setup, agent: Agent, journal: Journal, rank=0, world=1
+):
+    """Runs what is missing of this process's share of the questions. A chain that the
+    infrastructure failed is tried again, in the end noted as such and left to a later run."""
     place = {row["id"]: i for i, row in enumerate(task.rows)}
     mine = [(key, row) for key, row in task.keys() if place[row["id"]] % world == rank]
     waiting = {(key[1], key[2]): (key, row) for key, row in mine if not journal.done(key, row)}
@@ -292,7 +374,9 @@ async def run_task(cfg: Config, task: Task, setup: rollout.Setup, agent: Agent, 
                 journal.append(line)
                 bar.update()
                 tally.update(right=line["correct"] is True, scored=line["correct"] is not None)
-                accuracy = f"{tally['right'] / tally['scored']:.3f}" if tally["scored"] else "to be judged"
+                accuracy = (
+                    f"{tally['right'] / tally['scored']:.3f}" if tally["scored"] else "to be judged"
+                )
                 bar.set_postfix(accuracy=accuracy, refresh=False)
             for heavy in (episode.ids, episode.mask, episode.logps, episode.messages):
                 heavy.clear()  # thousands of chains would fill the memory
@@ -304,13 +388,17 @@ async def run_task(cfg: Config, task: Task, setup: rollout.Setup, agent: Agent, 
         if not waiting:
             break
     for name, (key, row) in waiting.items():
-        journal.append(dict(dataset=key[0], id=key[1], rollout=key[2], row=row["digest"], fault=faults[name]))
+        journal.append(
+            dict(dataset=key[0], id=key[1], rollout=key[2], row=row["digest"], fault=faults[name])
+        )
     bar.close()
 
 
 def fault_text(episode) -> str:
     """What failed: the tool, or the engine."""
-    calls = [call for attempt in episode.attempts for call in attempt.calls if call["status"] == "fault"]
+    calls = [
+        call for attempt in episode.attempts for call in attempt.calls if call["status"] == "fault"
+    ]
     return f"tool {calls[0]['name']}" if calls else episode.dropped
 
 
@@ -344,15 +432,27 @@ async def judge_answers(tasks: list[Task], journal: Journal, judge) -> int:
             if journal.done(key, row):
                 entry = journal.entries[key]
                 open_ = [i for i, correct in enumerate(entry.correct) if correct is None]
-                waiting += [(task, key, row, i) for i in open_ if journal.verdict(key, i, judge.name) is None]
+                waiting += [
+                    (task, key, row, i)
+                    for i in open_
+                    if journal.verdict(key, i, judge.name) is None
+                ]
     bar = progress(f"judge {judge.model}", len(waiting), 0)
 
     async def one(task, key, row, attempt) -> bool:
         entry = journal.entries[key]
         golds = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-        correct = await judge(row["question"], golds, entry.answers[attempt], secret=row["id"] in task.canaries)
+        correct = await judge(
+            row["question"], golds, entry.answers[attempt], secret=row["id"] in task.canaries
+        )
         if correct is not None:
-            name = dict(dataset=key[0], id=key[1], rollout=key[2], attempt=attempt, about=about(entry, attempt))
+            name = dict(
+                dataset=key[0],
+                id=key[1],
+                rollout=key[2],
+                attempt=attempt,
+                about=about(entry, attempt),
+            )
             journal.append({**name, "judge": judge.name, "verdict": correct})
         bar.update()
         return correct is None
@@ -360,12 +460,15 @@ async def judge_answers(tasks: list[Task], journal: Journal, judge) -> int:
     unscored = sum(await asyncio.gather(*(one(*job) for job in waiting)))
     bar.close()
     if unscored:
-        print(f"{unscored} of {len(waiting)} answers stay unscored ({judge.problem}):",
-              "run the same command again to have them judged", file=sys.stderr)
+        print(
+            f"{unscored} of {len(waiting)} answers stay unscored ({judge.problem}):",
+            "run the same command again to have them judged",
+            file=sys.stderr,
+        )
     return unscored
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what a run leaves
 
 
@@ -375,9 +478,16 @@ def write_reports(cfg: Config, tasks: list[Task], journal: Journal, judge: str, 
     out = Path(cfg.out_dir)
     write_results(out, tasks, journal, judge)
     summaries = [summarise(task, journal, judge, cfg.refine) for task in tasks]
-    facts = [f"model {cfg.model} ({how})", f"temperature {cfg.temperature}, top_p {cfg.top_p}, seed {cfg.seed}"]
-    facts += [f"{t.name}: tools {t.spec.tools}, {t.limits.max_tokens_per_attempt} tokens an attempt, "
-              f"{t.limits.max_context} positions, {t.limits.max_turns} turns with calls" for t in tasks if t.limits]
+    facts = [
+        f"model {cfg.model} ({how})",
+        f"temperature {cfg.temperature}, top_p {cfg.top_p}, seed {cfg.seed}",
+    ]
+    facts += [
+        f"{t.name}: tools {t.spec.tools}, {t.limits.max_tokens_per_attempt} tokens an attempt, "
+        f"{t.limits.max_context} positions, {t.limits.max_turns} turns with calls"
+        for t in tasks
+        if t.limits
+    ]
     facts += [f"system prompt {cfg.prompt_file}"] * bool(cfg.prompt_file)
     facts += [f"local pages {cfg.corpus}"] * bool(cfg.corpus)
     facts += [f"refined after critiques of {cfg.rrm}"] * cfg.refine
@@ -387,16 +497,24 @@ def write_reports(cfg: Config, tasks: list[Task], journal: Journal, judge: str, 
     config = {key: str(value) for key, value in dataclasses.asdict(cfg).items()}
     shown, total = page_episodes(out, tasks)
     which = f"of {total:,} episodes" if total > len(shown) else "episodes"
-    write_report(out / "report.html", title=f"Evaluation of {cfg.model}", episodes=shown, which=which, table_markdown=text,
-                 config=config)
+    write_report(
+        out / "report.html",
+        title=f"Evaluation of {cfg.model}",
+        episodes=shown,
+        which=which,
+        table_markdown=text,
+        config=config,
+    )
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def check_resume(out: Path, cfg: Config) -> None:
-    """A folder holds the answers of one agent: a changed key that changes the answers is refused by name."""
+    """A folder holds the answers of one agent: a changed key that changes the answers is refused by
+    name.
+    """
     path, now = out / "run.json", json.loads(json.dumps(dataclasses.asdict(cfg)))
     if path.is_file():
         before = json.loads(path.read_text())["config"]
@@ -409,7 +527,9 @@ def check_resume(out: Path, cfg: Config) -> None:
 
 
 def stopping(critic: reward_model.Judge) -> reward_model.Judge:
-    """A reward model that is down stops the run: its chains would keep their first answer and count as finished."""
+    """A reward model that is down stops the run: its chains would keep their first answer and count
+    as finished.
+    """
     from reagent.served import ServerDown
 
     ask = critic.ask
@@ -424,24 +544,37 @@ def stopping(critic: reward_model.Judge) -> reward_model.Judge:
     return critic
 
 
-def run_missing(cfg: Config, tasks, toolboxes, journal: Journal, runner, rank: int, world: int, group) -> str:
-    """Builds the agent and runs this process's share of what is missing; returns how the agent is asked."""
+def run_missing(
+    cfg: Config, tasks, toolboxes, journal: Journal, runner, rank: int, world: int, group
+) -> str:
+    """Builds the agent and runs this process's share of what is missing; returns how the agent is
+    asked.
+    """
     tp = cfg.tensor_parallel
     agent = served_agent(cfg, runner) if cfg.model.startswith("http") else local_agent(cfg, group)
     critic = None
     if cfg.refine:
         prompt = read_prompt(cfg.rrm_prompt_file, reward_model.RRM_PROMPT)
         options = dict(engine=cfg.engine, max_context=cfg.rrm_max_context, prompt=prompt)
-        critic = stopping(reward_model.make_judge(cfg.rrm, agent.chat, agent.rounds or engines.Rounds(), **options))
+        critic = stopping(
+            reward_model.make_judge(
+                cfg.rrm, agent.chat, agent.rounds or engines.Rounds(), **options
+            )
+        )
     if rank == 0:
-        facts = run_facts(cfg) | {"agent": agent.how, "subsets": {task.name: task.subset for task in tasks}}
+        facts = run_facts(cfg) | {
+            "agent": agent.how,
+            "subsets": {task.name: task.subset for task in tasks},
+        }
         (Path(cfg.out_dir) / "run.json").write_text(json.dumps(facts, indent=1))
     if rank % tp:  # a tensor-parallel rank that does not lead
         agent.engine.follow()
         return agent.how
     try:
         for task in tasks:
-            setup = setup_of(cfg, task, agent, toolboxes[task.spec.tools, task.spec.seconds_per_call], critic)
+            setup = setup_of(
+                cfg, task, agent, toolboxes[task.spec.tools, task.spec.seconds_per_call], critic
+            )
             runner.run(run_task(cfg, task, setup, agent, journal, rank // tp, world // tp))
     finally:  # also after an error: those that follow would wait for ever
         if tp > 1:
@@ -450,7 +583,9 @@ def run_missing(cfg: Config, tasks, toolboxes, journal: Journal, runner, rank: i
 
 
 def join_ranks(cfg: Config, rank: int, world: int, stack):
-    """(the group of this rank's engine or None, a function in which all ranks meet); left when `stack` closes."""
+    """(the group of this rank's engine or None, a function in which all ranks meet); left when
+    `stack` closes.
+    """
     if world == 1:
         return None, lambda phase: None
     import torch.distributed as dist
@@ -460,12 +595,18 @@ def join_ranks(cfg: Config, rank: int, world: int, stack):
     run.init_distributed(cfg.timeout_s)
     stack.callback(dist.destroy_process_group)
     gloo, tp = dist.new_group(backend="gloo"), cfg.tensor_parallel
-    groups = [dist.new_group(list(range(a, a + tp)), backend="gloo") for a in range(0, world, tp)] if tp > 1 else []
-    return groups[rank // tp] if groups else None, lambda phase: run.meet(phase, gloo, cfg.timeout_s)
+    groups = (
+        [dist.new_group(list(range(a, a + tp)), backend="gloo") for a in range(0, world, tp)]
+        if tp > 1
+        else []
+    )
+    return groups[rank // tp] if groups else None, lambda phase: run.meet(
+        phase, gloo, cfg.timeout_s
+    )
 
 
 def main(cfg: Config) -> None:
-    # ---------------------------------------------------------------- everything that can be wrong, before work starts
+    # -------------------- everything that can be wrong, before work starts
     from reagent.served import ServerDown
 
     check_config(cfg)
@@ -475,7 +616,10 @@ def main(cfg: Config) -> None:
     asks = bool(judged and cfg.judge and cfg.judged != "none")
     if judged and not asks:
         names = ", ".join(task.name for task in judged)
-        print(f"no judge: the answers of {names} stay unscored until a run has --judge=http://…/v1", file=sys.stderr)
+        print(
+            f"no judge: the answers of {names} stay unscored until a run has --judge=http://…/v1",
+            file=sys.stderr,
+        )
     with contextlib.ExitStack() as stack:
         toolboxes = make_toolboxes(cfg, tasks)
         for toolbox in toolboxes.values():
@@ -491,7 +635,10 @@ def main(cfg: Config) -> None:
         except ServerDown as down:
             keys = [(key, row) for task in tasks for key, row in task.keys()]
             done = sum(journal.done(key, row) for key, row in keys)
-            text = f"{down}; {done} of {len(keys)} chains are finished: run the same command again to go on"
+            text = (
+                f"{down}; {done} of {len(keys)} chains are finished: run the same command again to "
+                "go on"
+            )
             raise SystemExit(text) from None
         meet("the chains")
         if rank > 0:
@@ -505,10 +652,13 @@ def main(cfg: Config) -> None:
         print(write_reports(cfg, tasks, journal, judge.name if judge else "", how))
         left = sum(not journal.done(key, row) for task in tasks for key, row in task.keys())
         if left:
-            print(f"{left} chains failed for want of infrastructure: run the same command again", file=sys.stderr)
+            print(
+                f"{left} chains failed for want of infrastructure: run the same command again",
+                file=sys.stderr,
+            )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # judging a judge
 
 
@@ -544,42 +694,76 @@ class ReportConfig(Common):
 
 @contextlib.contextmanager
 def agent_at_work(cfg, folder: str):
-    """-> (Setup without a judge, rounds, rows, run): an agent's engine and tools; `run(coroutine)` runs chains."""
+    """-> (Setup without a judge, rounds, rows, run): an agent's engine and tools; `run(coroutine)`
+    runs chains.
+    """
     from reagent.policy import load_tokenizer
 
-    rows = JsonlRows(cfg.data, check_rl_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)")
+    rows = JsonlRows(
+        cfg.data, check_rl_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)"
+    )
     chat, rounds = Chat(load_tokenizer(folder)), engines.Rounds()
     toolbox = Toolbox(cfg.tools.split(","), corpus=cfg.corpus, files_dir=cfg.files_dir)
     toolbox.check_rows(rows, cfg.data)
-    engine = engines.make_engine(cfg.engine, folder, chat.stop_ids, rounds, max_context=cfg.max_context)
-    limits = rollout.Limits(cfg.max_turns, cfg.max_new_tokens_per_turn, cfg.max_tokens_per_attempt, cfg.max_context,
-                            final_tokens=min(512, cfg.max_new_tokens_per_turn))
+    engine = engines.make_engine(
+        cfg.engine, folder, chat.stop_ids, rounds, max_context=cfg.max_context
+    )
+    limits = rollout.Limits(
+        cfg.max_turns,
+        cfg.max_new_tokens_per_turn,
+        cfg.max_tokens_per_attempt,
+        cfg.max_context,
+        final_tokens=min(512, cfg.max_new_tokens_per_turn),
+    )
     setup = rollout.Setup(engine, chat, toolbox, limits, rule_reward, temperature=cfg.temperature)
     with asyncio.Runner() as runner:
-        yield setup, rounds, [rows[i] for i in range(min(cfg.limit or len(rows), len(rows)))], runner.run
+        yield (
+            setup,
+            rounds,
+            [rows[i] for i in range(min(cfg.limit or len(rows), len(rows)))],
+            runner.run,
+        )
     toolbox.close()
 
 
 def critique_lift(setup, judge, rows: list[dict], rounds, run, seed: int) -> dict:
-    """How many answers refinement fixes and breaks with the judge's own critique, another question's, an empty one."""
+    """How many answers refinement fixes and breaks with the judge's own critique, another
+    question's, an empty one.
+    """
     setup = dataclasses.replace(setup, judge=judge)
     episodes = run(rollout.run_chains([(row, (seed, "lift", 0)) for row in rows], setup, rounds))
-    pairs = [(e, row) for e, row in zip(episodes, rows) if e.attempts and e.attempts[0].critique and not e.dropped]
+    pairs = [
+        (e, row)
+        for e, row in zip(episodes, rows)
+        if e.attempts and e.attempts[0].critique and not e.dropped
+    ]
     if not pairs:
         raise SystemExit("critique lift: the judge gave no valid critique")
     own = [e.attempts[0].critique for e, _ in pairs]
-    lift = {"lift/questions": len(pairs), "lift/first": sum(e.attempts[0].correct for e, _ in pairs) / len(pairs)}
-    for name, critiques in (("own", own), ("shuffled", own[1:] + own[:1]), ("empty", [""] * len(own))):
+    lift = {
+        "lift/questions": len(pairs),
+        "lift/first": sum(e.attempts[0].correct for e, _ in pairs) / len(pairs),
+    }
+    for name, critiques in (
+        ("own", own),
+        ("shuffled", own[1:] + own[:1]),
+        ("empty", [""] * len(own)),
+    ):
         setup.judge = None
         refined = run(rollout.refine_with(*zip(*pairs), critiques, setup, rounds, (seed, name)))
         moves = [(bool(e.attempts[0].correct), bool(e.attempts[-1].correct)) for e in refined]
-        lift |= {f"lift/{name}/fixed": moves.count((False, True)), f"lift/{name}/broken": moves.count((True, False))}
+        lift |= {
+            f"lift/{name}/fixed": moves.count((False, True)),
+            f"lift/{name}/broken": moves.count((True, False)),
+        }
         lift[f"lift/{name}/refined"] = sum(after for _, after in moves) / len(moves)
     return lift
 
 
 def report(cfg: ReportConfig) -> None:
-    """A judge on held-out judgments, beside another one, and what its critiques do for an agent; table and log.jsonl."""
+    """A judge on held-out judgments, beside another one, and what its critiques do for an agent;
+    table and log.jsonl.
+    """
     from reagent.policy import load_tokenizer
 
     if not cfg.rrm:
@@ -590,21 +774,35 @@ def report(cfg: ReportConfig) -> None:
     for spec in filter(None, (cfg.rrm, cfg.against)):
         folder = next((name for name in (cfg.agent, spec) if name and Path(name).is_dir()), None)
         if folder is None:
-            raise SystemExit(f"report: {spec} is no folder, so lengths need a tokenizer: give --agent=FOLDER")
+            raise SystemExit(
+                f"report: {spec} is no folder, so lengths need a tokenizer: give --agent=FOLDER"
+            )
         chat, rounds = Chat(load_tokenizer(folder)), engines.Rounds()
-        judge = reward_model.make_judge(spec, chat, rounds, engine=cfg.engine, max_context=cfg.rrm_max_context, prompt=prompt)
-        asked = (judge(row["question"], row["trajectory"], (cfg.seed, i)) for i, row in enumerate(rows))
+        judge = reward_model.make_judge(
+            spec, chat, rounds, engine=cfg.engine, max_context=cfg.rrm_max_context, prompt=prompt
+        )
+        asked = (
+            judge(row["question"], row["trajectory"], (cfg.seed, i)) for i, row in enumerate(rows)
+        )
         with asyncio.Runner() as runner:
             judged.append(runner.run(engines.run_together(asked, rounds, cfg.max_live_chains)))
         lengths = [len(chat.text(j.think + j.critique)) for j in judged[-1] if j]
         found[spec] = judgment_report(judged[-1], rows, lengths)
-        print(f"\n{spec} on {len(rows)} trajectories of {cfg.eval_data}\n{report_table(found[spec])}")
+        print(
+            f"\n{spec} on {len(rows)} trajectories of {cfg.eval_data}\n{report_table(found[spec])}"
+        )
     if cfg.against:
         found[cfg.rrm] |= paired_bootstrap(judged[1], judged[0], rows)
     if cfg.agent:
         with agent_at_work(cfg, cfg.agent) as (setup, rounds, questions, run):
-            judge = reward_model.make_judge(cfg.rrm, setup.chat, rounds, engine=cfg.engine, max_context=cfg.rrm_max_context,
-                                       prompt=prompt)
+            judge = reward_model.make_judge(
+                cfg.rrm,
+                setup.chat,
+                rounds,
+                engine=cfg.engine,
+                max_context=cfg.rrm_max_context,
+                prompt=prompt,
+            )
             found[cfg.rrm] |= critique_lift(setup, judge, questions, rounds, run, cfg.seed)
     for name, value in found[cfg.rrm].items():
         if name.startswith(("difference", "lift")):
@@ -612,7 +810,9 @@ def report(cfg: ReportConfig) -> None:
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "log.jsonl", "a") as file:
-        file.writelines(json.dumps({"rrm": spec, **numbers}) + "\n" for spec, numbers in found.items())
+        file.writelines(
+            json.dumps({"rrm": spec, **numbers}) + "\n" for spec, numbers in found.items()
+        )
 
 
 def score_file(path: str) -> None:

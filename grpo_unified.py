@@ -1,12 +1,14 @@
-"""Stage 3, the agent: GRPO with rule rewards, Reagent-R or Reagent-U (paper section 3.3, equations 3-6).
+"""Stage 3, the agent: GRPO with rule rewards, Reagent-R or Reagent-U (paper section 3.3, equations
+3-6).
 
-    torchrun --nproc_per_node=8 grpo_unified.py                                  # the paper's recipe, Qwen3-8B
+    torchrun --nproc_per_node=8 grpo_unified.py  # the paper's recipe, Qwen3-8B
     torchrun --nproc_per_node=2 grpo_unified.py config/grpo_unified_toy_tiny.py  # a laptop
 
-For each question, i = 1..G:  o1_i ~ pi(.|q);  (c_i, s1_i) from the reward model;  o2_i ~ pi(.|q, o1_i, c_i);  s2_i.
-R = R_rule + lambda * s. Reagent-U normalises over the pool of 2G, Reagent-R over the G first attempts; `rule` has
-lambda = 0 and no reward model. Differences from the paper: sampling with top_p 1 (a truncated sampler is not the policy
-that is trained), asymmetric clipping as in the released script, pools without any spread of rewards are dropped.
+For each question, i = 1..G:  o1_i ~ pi(.|q);  (c_i, s1_i) from the reward model;  o2_i ~ pi(.|q,
+o1_i, c_i);  s2_i. R = R_rule + lambda * s. Reagent-U normalises over the pool of 2G, Reagent-R over
+the G first attempts; `rule` has lambda = 0 and no reward model. Differences from the paper:
+sampling with top_p 1 (a truncated sampler is not the policy that is trained), asymmetric clipping
+as in the released script, pools without any spread of rewards are dropped.
 """
 
 import asyncio
@@ -53,14 +55,18 @@ class Config:
     data: str = "data/reagent/rl_train.jsonl"  # RL rows
     eval_data: str = ""  # RL rows for the evaluation during training; "": none
     variant: str = "u"  # u | r | rule
-    rrm: str = "http://localhost:8001/v1"  # URL[,URL] of the reward model | its folder (in process) | toy
+    rrm: str = (
+        "http://localhost:8001/v1"  # URL[,URL] of the reward model | its folder (in process) | toy
+    )
     rrm_weight: float = 0.3  # lambda
     rule_form: str = "em_f1"  # em_f1 | em
     max_rrm_failures: float = 0.2  # share of judgments of a step that may fail before the run stops
     prompt_file: str = ""  # another system prompt
     rrm_prompt_file: str = ""  # another prompt for the reward model
     rrm_max_context: int = 32_768  # tokens; longer trajectories are shortened inside tool results
-    fixed_critique: str = ""  # ablation: every refinement reads this instead of the judge's critique
+    fixed_critique: str = (
+        ""  # ablation: every refinement reads this instead of the judge's critique
+    )
     tools: str = "search,browse,python"
     corpus: str = ""  # local pages for rows without docs
     files_dir: str = ""  # where the files of rows lie (data/reagent/files after prepare.py --media)
@@ -86,7 +92,9 @@ class Config:
     lr_end: float = 1.0  # share of lr that a linear decay ends at; 1: constant, the paper's
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    max_dlogp: float = 0.05  # mean |logp(sampler) - logp(trainer)|: an error on step 1, later the step is skipped
+    max_dlogp: float = (
+        0.05  # mean |logp(sampler) - logp(trainer)|: an error on step 1, later the step is skipped
+    )
     max_skips: int = 5  # steps skipped in a row before the run stops
     # engine and memory
     engine: str = "vllm"  # vllm | hf
@@ -106,19 +114,38 @@ class Config:
     wandb: bool = False
 
 
-MAY_CHANGE = {"out_dir", "save_interval", "keep_last", "timeout_s", "gpu_memory_share", "engine_sleep", "max_live_chains"}
-MAY_CHANGE |= {"tokens_per_microbatch", "checkpoint_activations", "shard_ranks", "max_skips", "files_dir", "wandb"}
+MAY_CHANGE = {
+    "out_dir",
+    "save_interval",
+    "keep_last",
+    "timeout_s",
+    "gpu_memory_share",
+    "engine_sleep",
+    "max_live_chains",
+}
+MAY_CHANGE |= {
+    "tokens_per_microbatch",
+    "checkpoint_activations",
+    "shard_ranks",
+    "max_skips",
+    "files_dir",
+    "wandb",
+}
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the 2G pool and the loss
 
 
-def pooled_advantages(rewards: torch.Tensor, eps: float = 1e-6, pool: str = "joint") -> torch.Tensor:
-    """A = (R - mean(R_pool)) / (std(R_pool) + eps) (paper equation 5), unbiased std over the attempts that remain.
+def pooled_advantages(
+    rewards: torch.Tensor, eps: float = 1e-6, pool: str = "joint"
+) -> torch.Tensor:
+    """A = (R - mean(R_pool)) / (std(R_pool) + eps) (paper equation 5), unbiased std over the
+    attempts that remain.
 
-    rewards (N, 2, G): question, stage, sibling; NaN where an attempt is missing. Returns (N, 2, G) with 0 there, in
-    pools with one attempt or none, and in pools whose max - min is under 1e-6: the std of equal fp32 numbers is not 0.
-    pool: "joint" over the 2G attempts of a question, "per_stage" over the G of each stage.
+    rewards (N, 2, G): question, stage, sibling; NaN where an attempt is missing. Returns (N, 2, G)
+    with 0 there, in pools with one attempt or none, and in pools whose max - min is under 1e-6: the
+    std of equal fp32 numbers is not 0. pool: "joint" over the 2G attempts of a question,
+    "per_stage" over the G of each stage.
     """
     n, stages, group = rewards.shape
     flat = rewards.double().reshape((n, stages * group) if pool == "joint" else (n * stages, group))
@@ -128,14 +155,17 @@ def pooled_advantages(rewards: torch.Tensor, eps: float = 1e-6, pool: str = "joi
     mean = filled.sum(1, keepdim=True) / count.clamp(min=1)
     centred = (filled - mean) * there
     std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    spread = flat.nan_to_num(-math.inf).amax(1, keepdim=True) - flat.nan_to_num(math.inf).amin(1, keepdim=True)
+    spread = flat.nan_to_num(-math.inf).amax(1, keepdim=True) - flat.nan_to_num(math.inf).amin(
+        1, keepdim=True
+    )
     advantages = torch.where((count > 1) & (spread >= 1e-6), centred / (std + eps), 0.0)
     return advantages.reshape(rewards.shape).to(rewards.dtype)
 
 
 def kept_pools(rewards: torch.Tensor, rules: torch.Tensor, drop: str) -> torch.Tensor:
-    """(N,) bool: which pools train. equal: any spread of rewards will do; rule_equal: the rule rewards must differ;
-    release: neither all rewards <= 0 nor all >= 1 (the released script). rewards, rules (N, 2, G), NaN = missing."""
+    """(N,) bool: which pools train. equal: any spread of rewards will do; rule_equal: the rule
+    rewards must differ; release: neither all rewards <= 0 nor all >= 1 (the released script).
+    rewards, rules (N, 2, G), NaN = missing."""
 
     def spread(x):
         x = x.flatten(1)
@@ -151,31 +181,42 @@ def kept_pools(rewards: torch.Tensor, rules: torch.Tensor, drop: str) -> torch.T
 
 
 def grpo_loss(logps, old_logps, advantages, weights, clip_low: float, clip_high: float):
-    """Clipped surrogate (paper equation 6): -sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t), r = pi / pi_old.
+    """Clipped surrogate (paper equation 6): -sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high)
+    A_t), r = pi / pi_old.
 
-    All (M,). The weights hold the denominator: 1 / (N |o|) for seq_mean, 1 / (all tokens) for token_mean, counted over
-    the minibatch on all ranks. Returns (loss, number of clipped tokens).
+    All (M,). The weights hold the denominator: 1 / (N |o|) for seq_mean, 1 / (all tokens) for
+    token_mean, counted over the minibatch on all ranks. Returns (loss, number of clipped tokens).
     """
     ratio = (logps - old_logps).exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     return -(weights * torch.minimum(plain, clipped)).sum(), (clipped < plain).sum().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # episodes -> rewards -> rows
 
 
 def set_rewards(episodes: list, rrm_weight: float, scored: bool) -> None:
-    """R = R_rule + lambda * s (paper equation 4). Without a valid judgment, or in a dropped chain: no reward."""
+    """R = R_rule + lambda * s (paper equation 4). Without a valid judgment, or in a dropped chain:
+    no reward.
+    """
     for episode in episodes:
         for attempt in episode.attempts:
             attempt.reward = None
-            if not episode.dropped and attempt.rule_reward is not None and (attempt.score is not None or not scored):
-                attempt.reward = attempt.rule_reward + (rrm_weight * attempt.score if scored else 0.0)
+            if (
+                not episode.dropped
+                and attempt.rule_reward is not None
+                and (attempt.score is not None or not scored)
+            ):
+                attempt.reward = attempt.rule_reward + (
+                    rrm_weight * attempt.score if scored else 0.0
+                )
 
 
 def reward_tensor(episodes: list, group: int, read) -> torch.Tensor:
-    """(N, 2, G) of read(attempt), NaN where an attempt has no reward; episodes come question by question."""
+    """(N, 2, G) of read(attempt), NaN where an attempt has no reward; episodes come question by
+    question.
+    """
     table = torch.full((len(episodes) // group, 2, group), math.nan, dtype=torch.float64)
     for i, episode in enumerate(episodes):
         for stage, attempt in enumerate(episode.attempts):
@@ -185,7 +226,9 @@ def reward_tensor(episodes: list, group: int, read) -> torch.Tensor:
 
 
 def training_rows(episodes: list, advantages: torch.Tensor, group: int, loss_agg: str) -> list[Row]:
-    """The rows of a minibatch: one a chain, both attempts in it with their own advantage, weights as in grpo_loss."""
+    """The rows of a minibatch: one a chain, both attempts in it with their own advantage, weights
+    as in grpo_loss.
+    """
     chosen = []  # (episode, [(span, advantage, trained tokens)])
     for i, episode in enumerate(episodes):
         spans = []
@@ -199,7 +242,9 @@ def training_rows(episodes: list, advantages: torch.Tensor, group: int, loss_agg
     tokens = sum(n for _, spans in chosen for _, _, n in spans)
     rows = []
     for episode, spans in chosen:
-        spans = [span for span in spans if span[1] != 0.0]  # no gradient: counted above, not computed
+        spans = [
+            span for span in spans if span[1] != 0.0
+        ]  # no gradient: counted above, not computed
         if not spans:
             continue
         mask, columns = [0] * len(episode.ids), {"advantage": [], "weight": [], "logp_mu": []}
@@ -218,7 +263,9 @@ def step_metrics(episodes: list, rewards, rules, advantages, kept) -> dict:
     """The numbers of a step's episodes; the README explains each."""
     line: dict = {}
     for stage, name in enumerate(("first", "refined")):
-        attempts = [e.attempts[stage] for e in episodes if len(e.attempts) > stage and not e.dropped]
+        attempts = [
+            e.attempts[stage] for e in episodes if len(e.attempts) > stage and not e.dropped
+        ]
         if attempts:
             line |= {
                 f"reward/{name}": _mean(a.reward for a in attempts),
@@ -251,7 +298,7 @@ def _mean(values) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, cfg) -> float:
@@ -260,26 +307,45 @@ def learning_rate(step: int, cfg) -> float:
 
 
 def check_config(cfg: Config) -> None:
-    check_choices(cfg, variant="u r rule", pool="joint per_stage", drop="equal rule_equal release", engine="vllm hf")
-    check_choices(cfg, loss_agg="seq_mean token_mean", old_logps="sampler recomputed", rule_form="em_f1 em")
+    check_choices(
+        cfg,
+        variant="u r rule",
+        pool="joint per_stage",
+        drop="equal rule_equal release",
+        engine="vllm hf",
+    )
+    check_choices(
+        cfg, loss_agg="seq_mean token_mean", old_logps="sampler recomputed", rule_form="em_f1 em"
+    )
     if cfg.prompts_per_step % cfg.prompts_per_minibatch:
-        raise SystemExit(f"prompts_per_minibatch = {cfg.prompts_per_minibatch} does not divide {cfg.prompts_per_step}")
+        raise SystemExit(
+            f"prompts_per_minibatch = {cfg.prompts_per_minibatch} does not divide "
+            f"{cfg.prompts_per_step}"
+        )
     judged_here = cfg.variant != "rule" and cfg.rrm != "toy" and not cfg.rrm.startswith("http")
     if cfg.tensor_parallel > 1 and judged_here:
-        raise SystemExit(f"tensor_parallel = {cfg.tensor_parallel}: serve the reward model {cfg.rrm} (--rrm=http://…/v1), an "
-                         "engine of its own beside a tensor-parallel one is not supported")
+        raise SystemExit(
+            f"tensor_parallel = {cfg.tensor_parallel}: serve the reward model {cfg.rrm} "
+            "(--rrm=http://…/v1), an "
+            "engine of its own beside a tensor-parallel one is not supported"
+        )
 
 
-def update(policy, optimizer, minibatches: list, cfg: Config, device, gloo) -> tuple[Counter, list[float], str, float]:
+def update(
+    policy, optimizer, minibatches: list, cfg: Config, device, gloo
+) -> tuple[Counter, list[float], str, float]:
     """One optimizer step for each minibatch, a list of this rank's micro-batches.
 
-    Returns (sums over ranks, gradient norms, why it was skipped or "", largest |dlogp| of this rank).
+    Returns (sums over ranks, gradient norms, why it was skipped or "", largest |dlogp| of this
+    rank).
     """
     columns = ("advantage", "weight", "logp_mu")
     old = {}  # (minibatch, microbatch) -> (M,) log-probs before the first update
     if cfg.old_logps == "recomputed":
         with torch.no_grad():
-            for where, mb in [((i, k), mb) for i, part in enumerate(minibatches) for k, mb in enumerate(part)]:
+            for where, mb in [
+                ((i, k), mb) for i, part in enumerate(minibatches) for k, mb in enumerate(part)
+            ]:
                 old[where] = policy(collate(mb, columns, device), cfg.temperature)[0]
     totals, norms, worst = Counter(), [], 0.0
     for i, part in enumerate(minibatches):
@@ -294,11 +360,17 @@ def update(policy, optimizer, minibatches: list, cfg: Config, device, gloo) -> t
             if old:
                 behind = old[i, k]
                 weights = weights * (behind - mu).exp().clamp(max=2.0)
-            loss, clipped = grpo_loss(logps, behind, batch.columns["advantage"], weights, cfg.clip_low, cfg.clip_high)
+            loss, clipped = grpo_loss(
+                logps, behind, batch.columns["advantage"], weights, cfg.clip_low, cfg.clip_high
+            )
             backward(loss + 0.0 * logps.sum())
             gap = (logps.detach() - mu).abs()
-            sums.update(loss=loss.item(), clipped=clipped, tokens=len(logps), entropy=entropy.sum().item())
-            if not totals and len(gap):  # before the first update sampler and trainer are the same policy
+            sums.update(
+                loss=loss.item(), clipped=clipped, tokens=len(logps), entropy=entropy.sum().item()
+            )
+            if not totals and len(
+                gap
+            ):  # before the first update sampler and trainer are the same policy
                 sums.update(gap=gap.sum().item(), compared=len(gap))
                 worst = max(worst, gap.max().item())
         names = ("loss", "clipped", "tokens", "entropy", "gap", "compared")
@@ -308,7 +380,10 @@ def update(policy, optimizer, minibatches: list, cfg: Config, device, gloo) -> t
         if not math.isfinite(norm + sums["loss"]):
             skipped = f"loss {sums['loss']}, gradient norm {norm}"
         elif not totals and dlogp > cfg.max_dlogp:
-            skipped = f"sampler and trainer differ: mean |dlogp| {dlogp:.4f} > max_dlogp = {cfg.max_dlogp}"
+            skipped = (
+                f"sampler and trainer differ: mean |dlogp| {dlogp:.4f} > max_dlogp = "
+                f"{cfg.max_dlogp}"
+            )
         if not skipped:
             optimizer.step()
             norms.append(norm)
@@ -322,10 +397,15 @@ def update(policy, optimizer, minibatches: list, cfg: Config, device, gloo) -> t
 def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data, processes
     check_config(cfg)
-    rows = JsonlRows(cfg.data, check_rl_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)")
+    rows = JsonlRows(
+        cfg.data, check_rl_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)"
+    )
     eval_rows = JsonlRows(cfg.eval_data, check_rl_row) if cfg.eval_data else []
     tokenizer = load_tokenizer(cfg.model)
-    chat, toolbox = Chat(tokenizer), Toolbox(cfg.tools.split(","), corpus=cfg.corpus, files_dir=cfg.files_dir)
+    chat, toolbox = (
+        Chat(tokenizer),
+        Toolbox(cfg.tools.split(","), corpus=cfg.corpus, files_dir=cfg.files_dir),
+    )
     toolbox.check_rows(rows, cfg.data)
     toolbox.check_rows(eval_rows, cfg.eval_data)
     rank, world, device = run.init_distributed(cfg.timeout_s)
@@ -334,16 +414,22 @@ def main(cfg: Config) -> None:
     if world % tp:
         raise SystemExit(f"tensor_parallel = {tp} does not divide {world} ranks")
     patience = timedelta(seconds=cfg.timeout_s)
-    tp_groups = [dist.new_group(list(range(a, a + tp)), patience, "gloo") for a in range(0, world, tp)] if tp > 1 else []
+    tp_groups = (
+        [dist.new_group(list(range(a, a + tp)), patience, "gloo") for a in range(0, world, tp)]
+        if tp > 1
+        else []
+    )
     leads, n_engines = rank % tp == 0, world // tp
 
     def meet(phase, error=None):
         run.meet(phase, gloo, cfg.timeout_s, error)
 
-    # ---------------------------------------------------------------- engines first (they reseed), then the policy
+    # -------------------- engines first (they reseed), then the policy
     out, rounds = Path(cfg.out_dir), engines.Rounds()
     out.mkdir(parents=True, exist_ok=True)
-    options = dict(max_context=cfg.max_context, gpu_memory_share=cfg.gpu_memory_share, sleep=cfg.engine_sleep)
+    options = dict(
+        max_context=cfg.max_context, gpu_memory_share=cfg.gpu_memory_share, sleep=cfg.engine_sleep
+    )
     options |= dict(tp_group=tp_groups[rank // tp] if tp > 1 else None, tp_size=tp)
     engine = engines.make_engine(cfg.engine, cfg.model, chat.stop_ids, rounds, **options)
     prompt = read_prompt(cfg.rrm_prompt_file, reward_model.RRM_PROMPT)
@@ -371,28 +457,54 @@ def main(cfg: Config) -> None:
         (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         (out / "episodes").mkdir(exist_ok=True)
         per = cfg.group_size * (2 if cfg.variant == "u" else 1)
-        print(f"variant {cfg.variant}: {cfg.prompts_per_step} questions x {per} attempts a step, {n_engines} engine(s), "
-              f"about {memory_of(policy, cfg):.1f} GB a rank to train, -> {out}")
+        print(
+            f"variant {cfg.variant}: {cfg.prompts_per_step} questions x {per} attempts a step, "
+            f"{n_engines} engine(s), "
+            f"about {memory_of(policy, cfg):.1f} GB a rank to train, -> {out}"
+        )
     tracker = run.start_wandb(cfg, rank)
     stop = run.asked_to_stop()
     runner = asyncio.Runner()
-    limits = rollout.Limits(cfg.max_turns, cfg.max_new_tokens_per_turn, cfg.max_tokens_per_attempt, cfg.max_context,
-                            final_tokens=min(512, cfg.max_new_tokens_per_turn))
+    limits = rollout.Limits(
+        cfg.max_turns,
+        cfg.max_new_tokens_per_turn,
+        cfg.max_tokens_per_attempt,
+        cfg.max_context,
+        final_tokens=min(512, cfg.max_new_tokens_per_turn),
+    )
     system_prompt = read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
 
     def sample(jobs: list, version: int, what: str) -> list:
-        """Runs this engine's share of the jobs [(row, key)]; returns all episodes, in the order of the jobs."""
+        """Runs this engine's share of the jobs [(row, key)]; returns all episodes, in the order of
+        the jobs.
+        """
         setup = rollout.Setup(
-            engine, chat, toolbox, limits, lambda row, answer: rule_reward(row, answer, cfg.rule_form), judge,
-            cfg.variant == "u", cfg.temperature, system_prompt=system_prompt, fixed_critique=cfg.fixed_critique,
+            engine,
+            chat,
+            toolbox,
+            limits,
+            lambda row, answer: rule_reward(row, answer, cfg.rule_form),
+            judge,
+            cfg.variant == "u",
+            cfg.temperature,
+            system_prompt=system_prompt,
+            fixed_critique=cfg.fixed_critique,
             policy_version=version,
         )
         mine, error = [], None
-        bar = tqdm(total=len(jobs), desc=what, leave=False, disable=rank > 0 or not sys.stderr.isatty())
+        bar = tqdm(
+            total=len(jobs), desc=what, leave=False, disable=rank > 0 or not sys.stderr.isatty()
+        )
         try:
             if leads:
-                share = [job for i, job in enumerate(jobs) if i // cfg.group_size % n_engines == rank // tp]
-                done = rollout.run_chains(share, setup, rounds, cfg.max_live_chains, lambda _: bar.update(n_engines))
+                share = [
+                    job
+                    for i, job in enumerate(jobs)
+                    if i // cfg.group_size % n_engines == rank // tp
+                ]
+                done = rollout.run_chains(
+                    share, setup, rounds, cfg.max_live_chains, lambda _: bar.update(n_engines)
+                )
                 try:
                     mine = runner.run(done)
                 finally:  # also after an error: those that follow would wait for ever
@@ -415,7 +527,9 @@ def main(cfg: Config) -> None:
         stages = [[e.attempts[s] for e in episodes if len(e.attempts) > s] for s in (0, 1)]
         line = {"eval/first": sum(bool(a.correct) for a in stages[0]) / len(episodes)}
         if stages[1]:  # a chain without a refined attempt keeps its first answer
-            line["eval/refined"] = sum(bool(e.attempts[-1].correct) for e in episodes) / len(episodes)
+            line["eval/refined"] = sum(bool(e.attempts[-1].correct) for e in episodes) / len(
+                episodes
+            )
         return line
 
     # ---------------------------------------------------------------- loop
@@ -430,9 +544,13 @@ def main(cfg: Config) -> None:
         for group in optimizer.param_groups:
             group["lr"] = line["lr"]
 
-        # ------------------------------------------------------------ rollout: G chains for each question
+        # -------------------- rollout: G chains for each question
         picked = batch_indices(step, cfg.prompts_per_step, len(rows), cfg.seed)
-        jobs = [(rows[i], (cfg.seed, step, place, g)) for place, i in enumerate(picked) for g in range(cfg.group_size)]
+        jobs = [
+            (rows[i], (cfg.seed, step, place, g))
+            for place, i in enumerate(picked)
+            for g in range(cfg.group_size)
+        ]
         asked, failed = (judge.asked, judge.failed) if judge else (0, 0)
         began_rollout = time.perf_counter()
         episodes = sample(jobs, step, f"step {step + 1}")
@@ -440,8 +558,11 @@ def main(cfg: Config) -> None:
             asked, failed = run.sum_over_ranks([judge.asked - asked, judge.failed - failed], gloo)
             line |= {"judge/asked": int(asked), "judge/failed": int(failed)}
             if failed > cfg.max_rrm_failures * asked:
-                raise SystemExit(f"step {step + 1}: {failed:.0f} of {asked:.0f} judgments failed, more than "
-                                 f"max_rrm_failures = {cfg.max_rrm_failures}: is the reward model {cfg.rrm} up and sound?")
+                raise SystemExit(
+                    f"step {step + 1}: {failed:.0f} of {asked:.0f} judgments failed, more than "
+                    f"max_rrm_failures = {cfg.max_rrm_failures}: is the reward model {cfg.rrm} up "
+                    "and sound?"
+                )
         if hasattr(engine, "sleep"):
             engine.sleep()
         began_train = time.perf_counter()
@@ -454,21 +575,32 @@ def main(cfg: Config) -> None:
         advantages = pooled_advantages(rewards, pool=cfg.pool) * kept[:, None, None]
         line |= step_metrics(episodes, rewards, rules, advantages, kept)
 
-        # ------------------------------------------------------------ update: minibatches of whole questions
+        # -------------------- update: minibatches of whole questions
         minibatches = []
         for a in range(0, cfg.prompts_per_step, cfg.prompts_per_minibatch):
             part = [q for q in range(a, a + cfg.prompts_per_minibatch) if kept[q]]
             chosen = [episodes[q * cfg.group_size + g] for q in part for g in range(cfg.group_size)]
-            batch = training_rows(chosen, advantages[part], cfg.group_size, cfg.loss_agg) if part else []
-            minibatches.append(balance(batch, world, cfg.tokens_per_microbatch)[rank] if batch else [])
+            batch = (
+                training_rows(chosen, advantages[part], cfg.group_size, cfg.loss_agg)
+                if part
+                else []
+            )
+            minibatches.append(
+                balance(batch, world, cfg.tokens_per_microbatch)[rank] if batch else []
+            )
         with run.phase(f"the update of step {step + 1}", meet):
-            totals, norms, skipped, worst = update(policy, optimizer, minibatches, cfg, device, gloo)
+            totals, norms, skipped, worst = update(
+                policy, optimizer, minibatches, cfg, device, gloo
+            )
         skips = skips + 1 if skipped else 0
         if skipped and (step == 0 or skips > cfg.max_skips):
             good = run.checkpoints(out)
-            raise SystemExit(f"step {step + 1}: {skipped} ({skips} in a row); last good checkpoint: {good[-1] if good else 'none'}")
+            raise SystemExit(
+                f"step {step + 1}: {skipped} ({skips} in a row); last good checkpoint: "
+                f"{good[-1] if good else 'none'}"
+            )
 
-        # ------------------------------------------------------------ weights to the sampler, also after a skipped step
+        # -------------------- weights to the sampler, also after a skipped step
         began_sync = time.perf_counter()
         with run.phase(f"the weight sync of step {step + 1}", meet):
             engine.load_weights(full_weights(policy, weights_dtype))
@@ -479,12 +611,20 @@ def main(cfg: Config) -> None:
         dist.all_gather_object(gaps, worst, group=gloo)
         tokens = sum(len(e.ids) for e in episodes)
         line |= {
-            "loss": totals["loss"] / max(len(norms), 1), "grad_norm": sum(norms) / max(len(norms), 1),
-            "updates": len(norms), "skipped": skipped, "dlogp/mean": totals["gap"] / max(totals["compared"], 1),
-            "dlogp/max": max(gaps), "clip_share": totals["clipped"] / max(totals["tokens"], 1),
-            "entropy": totals["entropy"] / max(totals["tokens"], 1), "tokens": tokens, "trained_tokens": totals["tokens"],
-            "seconds/rollout": round(began_train - began_rollout, 3), "seconds/train": round(began_sync - began_train, 3),
-            "seconds/sync": round(ended - began_sync, 3), "tokens_per_second": round(tokens / (ended - began_rollout)),
+            "loss": totals["loss"] / max(len(norms), 1),
+            "grad_norm": sum(norms) / max(len(norms), 1),
+            "updates": len(norms),
+            "skipped": skipped,
+            "dlogp/mean": totals["gap"] / max(totals["compared"], 1),
+            "dlogp/max": max(gaps),
+            "clip_share": totals["clipped"] / max(totals["tokens"], 1),
+            "entropy": totals["entropy"] / max(totals["tokens"], 1),
+            "tokens": tokens,
+            "trained_tokens": totals["tokens"],
+            "seconds/rollout": round(began_train - began_rollout, 3),
+            "seconds/train": round(began_sync - began_train, 3),
+            "seconds/sync": round(ended - began_sync, 3),
+            "tokens_per_second": round(tokens / (ended - began_rollout)),
         }
         stopping = run.sum_over_ranks([len(stop)], gloo)[0] > 0
         last = step + 1 == cfg.steps
@@ -500,21 +640,51 @@ def main(cfg: Config) -> None:
             with open(out / "episodes" / f"step-{step + 1:06d}.jsonl", "w") as file:
                 file.writelines(json.dumps(e.to_json()) + "\n" for e in episodes)
             if (step + 1) % cfg.eval_interval == 0:
-                print(*(show_episode(chat, episode) for episode in (episodes[0], episodes[-1])), sep="\n")
+                print(
+                    *(show_episode(chat, episode) for episode in (episodes[0], episodes[-1])),
+                    sep="\n",
+                )
             if tracker:
                 tracker.log(line)
-            shown = ("reward/first", "accuracy/first", "accuracy/refined", "eval/first", "entropy", "grad_norm", "dlogp/mean")
-            print(f"step {step + 1:4d} " + "  ".join(f"{k} {line[k]:.4g}" for k in shown if k in line)
-                  + f"  {line['seconds/step']:.1f} s" + (f"  SKIPPED: {skipped}" if skipped else ""), flush=True)
+            shown = (
+                "reward/first",
+                "accuracy/first",
+                "accuracy/refined",
+                "eval/first",
+                "entropy",
+                "grad_norm",
+                "dlogp/mean",
+            )
+            print(
+                f"step {step + 1:4d} "
+                + "  ".join(f"{k} {line[k]:.4g}" for k in shown if k in line)
+                + f"  {line['seconds/step']:.1f} s"
+                + (f"  SKIPPED: {skipped}" if skipped else ""),
+                flush=True,
+            )
         if (step + 1) % cfg.save_interval == 0 or last or stopping or better:
-            run.save_checkpoint(out, step + 1, policy, optimizer, tokenizer, {**facts, "log": log, "best": best}, meet)
+            run.save_checkpoint(
+                out,
+                step + 1,
+                policy,
+                optimizer,
+                tokenizer,
+                {**facts, "log": log, "best": best},
+                meet,
+            )
             if rank == 0:
                 run.prune(out, cfg.keep_last, best["step"])
         if stopping:
             break
     if rank == 0:
-        write_report(out / "report.html", title=f"Reagent-{cfg.variant.upper()}, {out}", episodes=newest_episodes(out),
-                     which="newest episodes", log=log, config=dataclasses.asdict(cfg))
+        write_report(
+            out / "report.html",
+            title=f"Reagent-{cfg.variant.upper()}, {out}",
+            episodes=newest_episodes(out),
+            which="newest episodes",
+            log=log,
+            config=dataclasses.asdict(cfg),
+        )
     meet("the end")
     toolbox.close()
     dist.destroy_process_group()
@@ -522,9 +692,11 @@ def main(cfg: Config) -> None:
 
 def show_episode(chat: Chat, episode) -> str:
     """A chain for the terminal: trained tokens in green, then what each attempt earned."""
-    earned = [f"[{a.termination}, answer {a.answer}, reward {a.reward}, score {a.score}]" for a in episode.attempts]
+    earned = [
+        f"[{a.termination}, answer {a.answer}, reward {a.reward}, score {a.score}]"
+        for a in episode.attempts
+    ]
     return "\n".join([f"--- {episode.id}", chat.paint(episode.ids, episode.mask), *earned])
-
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Rollouts: engines, the agent loop, critique and refinement, the client of the reasoning reward model (Agent-RRM).
+"""Rollouts: engines, the agent loop, critique and refinement, the client of the reasoning reward
+model (Agent-RRM).
 
-A chain is one coroutine: first attempt -> judge -> refined attempt -> judge (paper section 3.3, Reagent-U). All share
-one engine and wait for nobody but the tools and the judge they called. Tokens in, tokens out: ids are append-only, the
-mask is written when a token is appended, history is never rendered again.
+A chain is one coroutine: first attempt -> judge -> refined attempt -> judge (paper section 3.3,
+Reagent-U). All share one engine and wait for nobody but the tools and the judge they called. Tokens
+in, tokens out: ids are append-only, the mask is written when a token is appended, history is never
+rendered again.
 """
 
 import asyncio
@@ -17,12 +19,14 @@ from reagent.reward_model import Judge
 from reagent.rows import seed_of, shown_question
 
 SYSTEM_PROMPT = (
-    "You answer questions with the help of tools. Think before you act, call a tool whenever a fact is missing, and "
+    "You answer questions with the help of tools. Think before you act, call a tool whenever a "
+    "fact is missing, and "
     "check what you found. When you are sure, give the final answer inside \\boxed{}."
 )
 
 REFINE_PROMPT = (
-    "A reviewer read your attempt and wrote:\n{critique}\nTake the review into account and solve the question again. "
+    "A reviewer read your attempt and wrote:\n{critique}\nTake the review into account and solve "
+    "the question again. "
     "Tools are still available. Give the final answer inside \\boxed{}."
 )
 
@@ -31,18 +35,22 @@ FINAL_PROMPT = "No further tool calls are possible. Give the final answer now, i
 LEFT_OUT = "[result left out: no room]"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # records
 
 
 @dataclass
 class Attempt:
-    """One attempt of a chain. `span` and `messages` are [a, b) ranges of the episode's ids and messages."""
+    """One attempt of a chain. `span` and `messages` are [a, b) ranges of the episode's ids and
+    messages.
+    """
 
     span: tuple[int, int]
     messages: tuple[int, int]
     answer: str | None
-    termination: str  # answered|no_answer|turn_limit|turn_tokens|token_limit|context_limit|fault|aborted
+    termination: (
+        str  # answered|no_answer|turn_limit|turn_tokens|token_limit|context_limit|fault|aborted
+    )
     seed: int
     calls: list[dict] = field(default_factory=list)  # name, arguments, status, seconds, turn
     rule_reward: float | None = None
@@ -55,7 +63,9 @@ class Attempt:
 
 @dataclass
 class Episode:
-    """One chain: token ids, mask (1 = sampled by the policy), the sampler's logps at the sampled tokens, attempts."""
+    """One chain: token ids, mask (1 = sampled by the policy), the sampler's logps at the sampled
+    tokens, attempts.
+    """
 
     id: str
     question: str
@@ -75,7 +85,9 @@ class Episode:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one attempt; tokens count everything after the attempt's prompt, tool results included."""
+    """Limits of one attempt; tokens count everything after the attempt's prompt, tool results
+    included.
+    """
 
     max_turns: int = 13
     max_new_tokens_per_turn: int = 4096
@@ -85,13 +97,15 @@ class Limits:
     force_answer: bool = True
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the agent loop
 
 
 @dataclass
 class Setup:
-    """All that chains of one phase share. `rule_reward(row, answer) -> (reward, correct)` is evaluate.rule_reward."""
+    """All that chains of one phase share. `rule_reward(row, answer) -> (reward, correct)` is
+    evaluate.rule_reward.
+    """
 
     engine: object
     chat: object
@@ -109,12 +123,19 @@ class Setup:
 
 
 async def run_chain(row: dict, setup: Setup, key: tuple) -> Episode:
-    """One chain: o1 ~ pi(.|q), (c, s1), o2 ~ pi(.|q, o1, c), s2 (paper section 3.3); `key` = (run seed, step, sibling)."""
+    """One chain: o1 ~ pi(.|q), (c, s1), o2 ~ pi(.|q, o1, c), s2 (paper section 3.3); `key` = (run
+    seed, step, sibling).
+    """
     gold = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
     question = shown_question(row)
-    messages = [{"role": "system", "content": setup.system_prompt}, {"role": "user", "content": question}]
+    messages = [
+        {"role": "system", "content": setup.system_prompt},
+        {"role": "user", "content": question},
+    ]
     ids = list(setup.chat.prompt(messages, setup.toolbox.schemas))
-    episode = Episode(str(row["id"]), question, gold, ids, [0] * len(ids), [], messages, setup.policy_version)
+    episode = Episode(
+        str(row["id"]), question, gold, ids, [0] * len(ids), [], messages, setup.policy_version
+    )
     episode.meta = dict(row.get("meta") or {})
     key = (*key, episode.id)
     if len(ids) + setup.limits.final_tokens >= setup.limits.max_context:
@@ -124,14 +145,20 @@ async def run_chain(row: dict, setup: Setup, key: tuple) -> Episode:
     if setup.judge and not episode.dropped:
         await judge_attempt(episode, setup, (*key, 1))
         if setup.refine and episode.attempts[0].critique is not None:
-            await refine(episode, row, setup, setup.fixed_critique or episode.attempts[0].critique, key)
+            await refine(
+                episode, row, setup, setup.fixed_critique or episode.attempts[0].critique, key
+            )
     return episode
 
 
 async def refine(episode: Episode, row: dict, setup: Setup, critique: str, key: tuple) -> None:
-    """Stage 2 goes on with the conversation: a user turn with the critique only, the refined attempt, its score."""
+    """Stage 2 goes on with the conversation: a user turn with the critique only, the refined
+    attempt, its score.
+    """
     message = {"role": "user", "content": setup.refine_prompt.replace("{critique}", critique)}
-    if not append_fragment(episode, setup, [message], room=setup.limits.max_context - setup.limits.final_tokens - 1):
+    if not append_fragment(
+        episode, setup, [message], room=setup.limits.max_context - setup.limits.final_tokens - 1
+    ):
         return
     await run_attempt(episode, row, setup, (*key, 2))
     if setup.judge and not episode.dropped:
@@ -143,11 +170,17 @@ async def judge_attempt(episode: Episode, setup: Setup, key: tuple) -> None:
     attempt = episode.attempts[-1]
     judgment = await setup.judge(episode.question, episode.messages[slice(*attempt.messages)], key)
     if judgment:
-        attempt.think, attempt.critique, attempt.score = judgment.think, judgment.critique, judgment.score
+        attempt.think, attempt.critique, attempt.score = (
+            judgment.think,
+            judgment.critique,
+            judgment.score,
+        )
 
 
 async def run_attempt(episode: Episode, row: dict, setup: Setup, key: tuple) -> None:
-    """Turns of the policy and of its tools until an answer or a limit; appends the Attempt to the episode."""
+    """Turns of the policy and of its tools until an answer or a limit; appends the Attempt to the
+    episode.
+    """
     limits, begin = setup.limits, len(episode.ids)
     attempt = Attempt((begin, begin), (len(episode.messages),) * 2, None, "", seed_of(*key))
     end = min(begin + limits.max_tokens_per_attempt, limits.max_context)  # where the ids must end
@@ -157,7 +190,11 @@ async def run_attempt(episode: Episode, row: dict, setup: Setup, key: tuple) -> 
         room = min(limits.max_new_tokens_per_turn, max(left, 1))
         seed = seed_of(*key, turn, "policy", 0)
         sample = await setup.engine.generate(
-            episode.ids, max_new_tokens=room, temperature=setup.temperature, seed=seed, top_p=setup.top_p
+            episode.ids,
+            max_new_tokens=room,
+            temperature=setup.temperature,
+            seed=seed,
+            top_p=setup.top_p,
         )
         if sample.finish_reason == "abort":
             attempt.termination = episode.dropped = "aborted"
@@ -183,7 +220,10 @@ async def run_attempt(episode: Episode, row: dict, setup: Setup, key: tuple) -> 
         limit, goes_on = _append_results(episode, setup, results, limit, end)
         if not goes_on:
             attempt.termination = limit
-    attempt.span, attempt.messages = (begin, len(episode.ids)), (attempt.messages[0], len(episode.messages))
+    attempt.span, attempt.messages = (
+        (begin, len(episode.ids)),
+        (attempt.messages[0], len(episode.messages)),
+    )
     if not episode.dropped:
         attempt.rule_reward, attempt.correct = setup.rule_reward(row, attempt.answer)
     episode.attempts.append(attempt)
@@ -194,7 +234,9 @@ def _full(end: int, limits: Limits) -> str:
 
 
 def _append_results(episode, setup, results, limit, end) -> tuple[str, bool]:
-    """Appends tool results, and at a limit the call for a final answer; returns (the limit or "", another turn?)."""
+    """Appends tool results, and at a limit the call for a final answer; returns (the limit or "",
+    another turn?).
+    """
     force = setup.limits.force_answer
     if not limit and append_fragment(episode, setup, results, end - setup.limits.final_tokens):
         return "", True
@@ -208,24 +250,33 @@ def _append_results(episode, setup, results, limit, end) -> tuple[str, bool]:
 
 
 async def observe(calls, row: dict, setup: Setup, attempt: Attempt, turn: int) -> list[dict]:
-    """Runs the calls of a turn side by side; the results come back in call order, whoever finished first."""
+    """Runs the calls of a turn side by side; the results come back in call order, whoever finished
+    first.
+    """
 
     async def one(name, arguments, problem):
         if problem:
             return problem, "error", 0.0
-        seen = await setup.toolbox.call(name, arguments, docs=row.get("docs"), files=row.get("files"))
+        seen = await setup.toolbox.call(
+            name, arguments, docs=row.get("docs"), files=row.get("files")
+        )
         return seen.text, seen.status, seen.seconds
 
     results = await asyncio.gather(*(one(*call) for call in calls))
     for (name, arguments, _), (_, status, seconds) in zip(calls, results):
-        attempt.calls.append(dict(name=name, arguments=arguments, status=status, seconds=round(seconds, 4), turn=turn))
+        attempt.calls.append(
+            dict(
+                name=name, arguments=arguments, status=status, seconds=round(seconds, 4), turn=turn
+            )
+        )
     return [{"role": "tool", "content": text} for text, _, _ in results]
 
 
 def append_sample(episode: Episode, chat, sample: Sample) -> tuple[str, bool]:
     """Appends a sampled turn with mask 1; returns (its text, whether it came to its end).
 
-    A result that the model made up, from <tool_response> on, is cut off: nothing that was not executed is graded.
+    A result that the model made up, from <tool_response> on, is cut off: nothing that was not
+    executed is graded.
     """
     ids, whole = list(sample.ids), sample.finish_reason == "stop"
     closed = bool(ids) and ids[-1] == chat.closer_id
@@ -243,7 +294,9 @@ def append_sample(episode: Episode, chat, sample: Sample) -> tuple[str, bool]:
 
 
 def _cut_fake_result(chat, ids: list[int]) -> tuple[str, list[int]]:
-    """The text and the ids that end where the first <tool_response> begins, also where it is several tokens."""
+    """The text and the ids that end where the first <tool_response> begins, also where it is
+    several tokens.
+    """
     start = chat.decode(ids).index("<tool_response>")
     keep = bisect_right(range(len(ids) + 1), start, key=lambda n: len(chat.decode(ids[:n]))) - 1
     return chat.decode(ids[:keep]), ids[:keep]
@@ -252,7 +305,8 @@ def _cut_fake_result(chat, ids: list[int]) -> tuple[str, list[int]]:
 def append_fragment(episode: Episode, setup: Setup, messages: list[dict], room: float) -> bool:
     """Appends template text with mask 0, unless the ids would grow beyond `room`.
 
-    The fragment begins with the closer of the turn before it; where the policy sampled one, that one stands.
+    The fragment begins with the closer of the turn before it; where the policy sampled one, that
+    one stands.
     """
     fragment = setup.chat.fragment(messages)
     if episode.mask[-1] and episode.ids[-1] == setup.chat.closer_id:
@@ -265,19 +319,30 @@ def append_fragment(episode: Episode, setup: Setup, messages: list[dict], room: 
     return True
 
 
-async def run_chains(jobs, setup: Setup, rounds: Rounds | None, max_live: int = 0, on_done=None) -> list[Episode]:
+async def run_chains(
+    jobs, setup: Setup, rounds: Rounds | None, max_live: int = 0, on_done=None
+) -> list[Episode]:
     """`jobs` = (row, key) pairs -> one Episode each."""
-    return await run_together((run_chain(row, setup, key) for row, key in jobs), rounds, max_live, on_done)
+    return await run_together(
+        (run_chain(row, setup, key) for row, key in jobs), rounds, max_live, on_done
+    )
 
 
-async def refine_with(episodes, rows, critiques, setup: Setup, rounds: Rounds | None, key: tuple) -> list[Episode]:
-    """Stage 2 from the first stage of finished episodes, with critiques of one's choice (own, shuffled, empty)."""
+async def refine_with(
+    episodes, rows, critiques, setup: Setup, rounds: Rounds | None, key: tuple
+) -> list[Episode]:
+    """Stage 2 from the first stage of finished episodes, with critiques of one's choice (own,
+    shuffled, empty).
+    """
 
     async def one(episode, row, critique):
         first = episode.attempts[0]
         fresh = copy.deepcopy(episode)
         fresh.ids, fresh.mask = fresh.ids[: first.span[1]], fresh.mask[: first.span[1]]
-        fresh.logps, fresh.messages = fresh.logps[: sum(fresh.mask)], fresh.messages[: first.messages[1]]
+        fresh.logps, fresh.messages = (
+            fresh.logps[: sum(fresh.mask)],
+            fresh.messages[: first.messages[1]],
+        )
         fresh.attempts = fresh.attempts[:1]
         await refine(fresh, row, setup, critique, (*key, fresh.id))
         return fresh

@@ -1,8 +1,8 @@
 """Stage 1, cold start: supervised fine-tuning on tool-use trajectories (paper section 3.1).
 
-    python sft.py config/sft_toy_tiny.py                       # a laptop
-    torchrun --nproc_per_node=8 sft.py                         # the paper's recipe: Qwen3-8B, 55.6K trajectories
-    python sft.py config/sft_toy_tiny.py --show=3              # rows as the model sees them, trained tokens in green
+python sft.py config/sft_toy_tiny.py                       # a laptop torchrun --nproc_per_node=8
+sft.py                         # the paper's recipe: Qwen3-8B, 55.6K trajectories python sft.py
+config/sft_toy_tiny.py --show=3              # rows as the model sees them, trained tokens in green
 """
 
 import dataclasses
@@ -39,7 +39,8 @@ from results.page import write_report
 class Config:
     # data
     model: str = "Qwen/Qwen3-8B"  # a Hugging Face folder or name
-    data: str = "data/reagent/sft.jsonl"  # rows {"messages", "tools"?}; sharegpt and alpaca rows are understood
+    # rows {"messages", "tools"?}; sharegpt and alpaca rows are understood
+    data: str = "data/reagent/sft.jsonl"
     max_tokens_per_row: int = 32_768  # longer rows are skipped and counted
     # optimisation
     rows_per_step: int = 32  # global batch, all ranks together
@@ -68,7 +69,16 @@ class Config:
     show: int = 0  # print that many rows with trained tokens in colour, then stop
 
 
-MAY_CHANGE = {"out_dir", "resume", "log_interval", "save_interval", "keep_last", "timeout_s", "wandb", "show"}
+MAY_CHANGE = {
+    "out_dir",
+    "resume",
+    "log_interval",
+    "save_interval",
+    "keep_last",
+    "timeout_s",
+    "wandb",
+    "show",
+}
 MAY_CHANGE |= {"tokens_per_microbatch", "checkpoint_activations", "cpu_offload", "shard_ranks"}
 
 
@@ -77,15 +87,28 @@ def sft_messages(row: dict) -> list[dict]:
     if "messages" in row:
         return row["messages"]
     if "conversations" in row:
-        roles = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
-        turns = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in row["conversations"]]
+        roles = {
+            "human": "user",
+            "gpt": "assistant",
+            "observation": "tool",
+            "function_call": "assistant",
+        }
+        turns = [
+            (turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
+            for turn in row["conversations"]
+        ]
         system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
         return system + [{"role": roles.get(role, role), "content": text} for role, text in turns]
     if "instruction" in row and "output" in row:
         question = row["instruction"] + ("\n" + row["input"] if row.get("input") else "")
         system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        return system + [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
-    raise ValueError(f"neither messages, conversations nor instruction/output; found the keys {sorted(row)}")
+        return system + [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": row["output"]},
+        ]
+    raise ValueError(
+        f"neither messages, conversations nor instruction/output; found the keys {sorted(row)}"
+    )
 
 
 def check_row(row: dict) -> str | None:
@@ -113,10 +136,14 @@ def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data
     tokenizer = load_tokenizer(cfg.model)
     chat = Chat(tokenizer)
-    rows = JsonlRows(cfg.data, check_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)")
+    rows = JsonlRows(
+        cfg.data, check_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)"
+    )
     for i in range(min(cfg.show, len(rows))):
         row = render(chat, rows[i])
-        print(chat.paint(row.ids, row.mask), f"\n--- {len(row.ids)} tokens, {sum(row.mask)} trained\n")
+        print(
+            chat.paint(row.ids, row.mask), f"\n--- {len(row.ids)} tokens, {sum(row.mask)} trained\n"
+        )
     if cfg.show:
         return
 
@@ -128,7 +155,9 @@ def main(cfg: Config) -> None:
         run.meet(phase, gloo, cfg.timeout_s, error)
 
     torch.manual_seed(cfg.seed)
-    policy = shard(load_policy(cfg.model, cfg.checkpoint_activations), device, cfg.shard_ranks, cfg.cpu_offload)
+    policy = shard(
+        load_policy(cfg.model, cfg.checkpoint_activations), device, cfg.shard_ranks, cfg.cpu_offload
+    )
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
@@ -146,21 +175,34 @@ def main(cfg: Config) -> None:
     if rank == 0:
         (out / "run.json").write_text(json.dumps(facts, indent=1))
         (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        print(f"{len(rows)} rows, {cfg.rows_per_step} a step on {world} ranks, from step {start} of {cfg.steps}, "
-              f"about {memory_of(policy, cfg):.1f} GB a rank -> {out}")
+        print(
+            f"{len(rows)} rows, {cfg.rows_per_step} a step on {world} ranks, from step {start} of "
+            f"{cfg.steps}, "
+            f"about {memory_of(policy, cfg):.1f} GB a rank -> {out}"
+        )
     tracker = run.start_wandb(cfg, rank)
     stop = run.asked_to_stop()
 
     # ---------------------------------------------------------------- loop
-    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=rank > 0 or not sys.stderr.isatty())
+    bar = tqdm(
+        range(start, cfg.steps),
+        initial=start,
+        total=cfg.steps,
+        disable=rank > 0 or not sys.stderr.isatty(),
+    )
     for step in bar:
         began = time.perf_counter()
         lr = learning_rate(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch_rows = [render(chat, rows[i]) for i in batch_indices(step, cfg.rows_per_step, len(rows), cfg.seed)]
+        batch_rows = [
+            render(chat, rows[i])
+            for i in batch_indices(step, cfg.rows_per_step, len(rows), cfg.seed)
+        ]
         fitting = [row for row in batch_rows if len(row.ids) <= cfg.max_tokens_per_row]
-        trained = sum(sum(row.mask) for row in fitting)  # the denominator, over all ranks: every rank sees the batch
+        trained = sum(
+            sum(row.mask) for row in fitting
+        )  # the denominator, over all ranks: every rank sees the batch
         total_loss, norm, skipped = 0.0, 0.0, False
         with run.phase(f"the update of step {step + 1}", meet):
             if trained:
@@ -178,30 +220,46 @@ def main(cfg: Config) -> None:
 
         # ------------------------------------------------------------ log, save
         seconds = time.perf_counter() - began
-        line = dict(step=step + 1, loss=total_loss, grad_norm=norm, lr=lr, tokens=sum(len(r.ids) for r in fitting))
-        line |= {"too_long": len(batch_rows) - len(fitting), "skipped": skipped, "seconds/step": round(seconds, 3)}
+        line = dict(
+            step=step + 1,
+            loss=total_loss,
+            grad_norm=norm,
+            lr=lr,
+            tokens=sum(len(r.ids) for r in fitting),
+        )
+        line |= {
+            "too_long": len(batch_rows) - len(fitting),
+            "skipped": skipped,
+            "seconds/step": round(seconds, 3),
+        }
         line["tokens_per_second"] = round(line["tokens"] / seconds)
         log.append(line)
         if rank == 0 and (step + 1) % cfg.log_interval == 0:
             with open(out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-            text = f"step {step + 1:5d}  loss {total_loss:.4f}  norm {norm:.2f}  lr {lr:.1e}  {line['tokens_per_second']} tok/s"
+            text = (
+                f"step {step + 1:5d}  loss {total_loss:.4f}  norm {norm:.2f}  lr {lr:.1e}  "
+                f"{line['tokens_per_second']} tok/s"
+            )
             text += "  SKIPPED: the loss or the gradient is not finite" if skipped else ""
             tqdm.write(text) if bar.disable is False else print(text, flush=True)
             if tracker:
                 tracker.log(line)
         stopping = run.sum_over_ranks([len(stop)], gloo)[0] > 0
         if (step + 1) % cfg.save_interval == 0 or step + 1 == cfg.steps or stopping:
-            run.save_checkpoint(out, step + 1, policy, optimizer, tokenizer, {**facts, "log": log}, meet)
+            run.save_checkpoint(
+                out, step + 1, policy, optimizer, tokenizer, {**facts, "log": log}, meet
+            )
             if rank == 0:
                 run.prune(out, cfg.keep_last, None)
         if stopping:
             break
     if rank == 0:
-        write_report(out / "report.html", title=f"SFT, {out}", log=log, config=dataclasses.asdict(cfg))
+        write_report(
+            out / "report.html", title=f"SFT, {out}", log=log, config=dataclasses.asdict(cfg)
+        )
     meet("the end")
     dist.destroy_process_group()
-
 
 
 if __name__ == "__main__":

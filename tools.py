@@ -1,6 +1,7 @@
-"""The tools of the agent. A tool is a function with type hints and a docstring: its schema comes from them.
+"""The tools of the agent. A tool is a function with type hints and a docstring: its schema comes
+from them.
 
-    python tools.py search '{"queries": ["capital of Peru"]}' --corpus=corpus.jsonl --block=mirrors.txt
+python tools.py search '{"queries": ["capital of Peru"]}' --corpus=corpus.jsonl --block=mirrors.txt
 """
 
 import asyncio
@@ -27,7 +28,9 @@ from toolkit.web import Web
 
 @dataclass(frozen=True)
 class Observation:
-    """What a call returned. status: ok | error (the model's doing) | timeout | fault (ours: left out of training)."""
+    """What a call returned. status: ok | error (the model's doing) | timeout | fault (ours: left
+    out of training).
+    """
 
     text: str
     status: str
@@ -36,7 +39,9 @@ class Observation:
 
 @dataclass
 class Context:
-    """What a tool may use besides its arguments: the row's documents and files, and what the run has opened."""
+    """What a tool may use besides its arguments: the row's documents and files, and what the run
+    has opened.
+    """
 
     docs: tuple[tuple[str, str], ...] | None = None  # (title, text)
     corpus: "Corpus | None" = None
@@ -52,12 +57,15 @@ class Context:
         return min(max(0.1, self.deadline - time.monotonic()), 3600.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the tools
 
 MOST_QUERIES = 10
 
-PASSAGE_CHARS, SUMMARY_CHARS = 5000, 60_000  # of a longer page that are shown for a query, or go to the summariser
+PASSAGE_CHARS, SUMMARY_CHARS = (
+    5000,
+    60_000,
+)  # of a longer page that are shown for a query, or go to the summariser
 
 
 def search(context: Context, queries: list[str], top_k: int = 5) -> str:
@@ -70,7 +78,9 @@ def search(context: Context, queries: list[str], top_k: int = 5) -> str:
 
     def hits_of(query: str) -> list[tuple[str, str, str]]:
         if local is not None:
-            return [hit for hit in local.search(query[:1000], most) if not _blocked(context, hit[2])]
+            return [
+                hit for hit in local.search(query[:1000], most) if not _blocked(context, hit[2])
+            ]
         return context.web.search(query[:1000], most, context.left()) if query.strip() else []
 
     asked, blocks = queries[:MOST_QUERIES], []
@@ -81,9 +91,13 @@ def search(context: Context, queries: list[str], top_k: int = 5) -> str:
             found = list(pool.map(hits_of, asked))
     for query, hits in zip(asked, found):
         lines = [f"{i}. {title} ({url})\n{text}" for i, (title, text, url) in enumerate(hits, 1)]
-        blocks.append("\n".join([f'Results for "{query}":', *lines]) if hits else f'No results for "{query}".')
+        blocks.append(
+            "\n".join([f'Results for "{query}":', *lines]) if hits else f'No results for "{query}".'
+        )
     if len(queries) > MOST_QUERIES:
-        blocks.append(f"[{len(queries) - MOST_QUERIES} queries left out: a call takes {MOST_QUERIES}]")
+        blocks.append(
+            f"[{len(queries) - MOST_QUERIES} queries left out: a call takes {MOST_QUERIES}]"
+        )
     return "\n\n".join(blocks)
 
 
@@ -97,7 +111,9 @@ def browse(context: Context, url: str, query: str = "") -> str:
     if local is not None:
         page = None if _blocked(context, url) else local.page(url.strip())
         if page is None:
-            raise ToolError(f"There is no page {url[:300]!r}. Use an address from the search results.")
+            raise ToolError(
+                f"There is no page {url[:300]!r}. Use an address from the search results."
+            )
         title, text = page
     else:
         title, text = context.web.page(url.strip(), context.left())
@@ -106,15 +122,26 @@ def browse(context: Context, url: str, query: str = "") -> str:
                 text = passages(text, query, SUMMARY_CHARS) or text[:SUMMARY_CHARS]
             return f"{title}\n\n{context.web.answer(url.strip(), text, query, context.left())}"
     room = max(500, context.output_chars - len(title) - 200)
-    if len(text) > PASSAGE_CHARS and query.strip() and (found := passages(text, query, min(room, PASSAGE_CHARS))):
-        return f"{title}\n[the passages that match the query best, of {len(text):,} characters]\n\n{found}"
+    if (
+        len(text) > PASSAGE_CHARS
+        and query.strip()
+        and (found := passages(text, query, min(room, PASSAGE_CHARS)))
+    ):
+        return (
+            f"{title}\n[the passages that match the query best, of {len(text):,} "
+            f"characters]\n\n{found}"
+        )
     if len(text) > room:
-        text = f"{text[:room]}\n[… {len(text) - room:,} characters left out: a query shows the passages that match it]"
+        text = (
+            f"{text[:room]}\n[… {len(text) - room:,} characters left out: a query shows the "
+            "passages that match it]"
+        )
     return f"{title}\n\n{text}"
 
 
 def python(context: Context, code: str) -> str:
-    """Runs Python code in a fresh sandbox and returns what it prints and the value of its last expression.
+    """Runs Python code in a fresh sandbox and returns what it prints and the value of its last
+    expression.
 
     code: the code to run
     """
@@ -127,7 +154,8 @@ def python(context: Context, code: str) -> str:
 
 
 def file_reader(context: Context, file_path: str) -> str:
-    """Reads a file that came with the question (text, code, table, document, PDF, archive) and returns its text.
+    """Reads a file that came with the question (text, code, table, document, PDF, archive) and
+    returns its text.
 
     file_path: the file; a member of an archive as archive.zip::member
     """
@@ -157,7 +185,9 @@ def audio2text(context: Context, audio_path: str) -> str:
     return transcribe_audio(*_file(context, audio_path), seconds=context.left())
 
 
-TOOLS = {tool.__name__: tool for tool in (search, browse, python, file_reader, image2text, audio2text)}
+TOOLS = {
+    tool.__name__: tool for tool in (search, browse, python, file_reader, image2text, audio2text)
+}
 
 
 def _local(context: Context) -> "Index | Corpus | None":
@@ -170,7 +200,9 @@ def _blocked(context: Context, url: str) -> bool:
 
 
 def _file(context: Context, path: str) -> tuple[str, str]:
-    """(files_dir, path); of a row that names its files only those can be read, also by their bare name."""
+    """(files_dir, path); of a row that names its files only those can be read, also by their bare
+    name.
+    """
     if not context.files_dir:
         raise ToolFault("No files to read: --files_dir is not given.")
     if context.files is None:
@@ -179,17 +211,27 @@ def _file(context: Context, path: str) -> tuple[str, str]:
     bare = [name for name in context.files if Path(name).name == Path(outer).name]
     known = [outer] if outer in context.files else bare
     if len(known) != 1:
-        raise ToolError(f"The question has no file {outer[:200]!r}; its files: {', '.join(context.files) or 'none'}")
+        raise ToolError(
+            f"The question has no file {outer[:200]!r}; its files: "
+            f"{', '.join(context.files) or 'none'}"
+        )
     return context.files_dir, known[0] + mark + member
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # schemas and arguments
 
 
 def schema_of(tool) -> dict:
-    """The OpenAI function schema from type hints and docstring (`name: meaning` lines describe the parameters)."""
-    kinds = {str: {"type": "string"}, int: {"type": "integer"}, float: {"type": "number"}, bool: {"type": "boolean"}}
+    """The OpenAI function schema from type hints and docstring (`name: meaning` lines describe the
+    parameters).
+    """
+    kinds = {
+        str: {"type": "string"},
+        int: {"type": "integer"},
+        float: {"type": "number"},
+        bool: {"type": "boolean"},
+    }
     kinds[list[str]] = {"type": "array", "items": {"type": "string"}}
     text = inspect.getdoc(tool)
     about = dict(re.findall(r"^(\w+): (.+)$", text, re.M))
@@ -199,7 +241,11 @@ def schema_of(tool) -> dict:
         if parameter.default is parameter.empty:
             required.append(name)
     parameters = {"type": "object", "properties": properties, "required": required}
-    function = {"name": tool.__name__, "description": text.partition("\n\n")[0], "parameters": parameters}
+    function = {
+        "name": tool.__name__,
+        "description": text.partition("\n\n")[0],
+        "parameters": parameters,
+    }
     return {"type": "function", "function": function}
 
 
@@ -208,29 +254,42 @@ def _parameters(tool) -> dict[str, inspect.Parameter]:
 
 
 def repaired(tool, arguments) -> dict:
-    """Arguments as the tool takes them; harmless slips are mended ("5" for 5), others are a ToolError."""
+    """Arguments as the tool takes them; harmless slips are mended ("5" for 5), others are a
+    ToolError.
+    """
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError) as error:
             raise ToolError(f"The arguments of {tool.__name__} are not a JSON object.") from error
     if not isinstance(arguments, dict):
-        raise ToolError(f"The arguments of {tool.__name__} are a JSON object, not {type(arguments).__name__}.")
+        raise ToolError(
+            f"The arguments of {tool.__name__} are a JSON object, not {type(arguments).__name__}."
+        )
     known = _parameters(tool)
     unknown = sorted(str(name)[:50] for name in set(arguments) - set(known))
     if unknown:
-        raise ToolError(f"{tool.__name__} does not take {', '.join(unknown[:5])}; it takes {', '.join(known)}.")
+        raise ToolError(
+            f"{tool.__name__} does not take {', '.join(unknown[:5])}; it takes {', '.join(known)}."
+        )
     given = {name: value for name, value in arguments.items() if value is not None}
     missing = [name for name, p in known.items() if p.default is p.empty and name not in given]
     if missing:
         raise ToolError(f"{tool.__name__} needs {', '.join(missing)}.")
-    return {name: _typed(tool.__name__, name, value, known[name].annotation) for name, value in given.items()}
+    return {
+        name: _typed(tool.__name__, name, value, known[name].annotation)
+        for name, value in given.items()
+    }
 
 
 def _typed(tool: str, name: str, value, kind):
-    """The value as `kind`: "5" or 5.0 for 5, 5 for "5", a text for a list of one, a list of one for a text."""
+    """The value as `kind`: "5" or 5.0 for 5, 5 for "5", a text for a list of one, a list of one for
+    a text.
+    """
     if kind == list[str]:
-        if isinstance(value, str) and re.match(r'\s*\[\s*"', value):  # a list that was quoted once too often
+        if isinstance(value, str) and re.match(
+            r'\s*\[\s*"', value
+        ):  # a list that was quoted once too often
             with contextlib.suppress(ValueError, RecursionError):
                 value = json.loads(value)
         value = value if isinstance(value, list) else [value]
@@ -252,39 +311,67 @@ def _typed(tool: str, name: str, value, kind):
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e308  # not NaN, and fits a float
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e308
+    )  # not NaN, and fits a float
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the toolbox
 
 
 class Toolbox:
-    """The tools of a run, for async callers: a deadline a call, a limit on calls in flight, every result capped.
+    """The tools of a run, for async callers: a deadline a call, a limit on calls in flight, every
+    result capped.
 
-    corpus: rows with id, title and text; files_dir: where rows' files lie; block: a file of addresses that search and
-    browse leave out (`blocked` counts them); cache: a sqlite file of web answers, from which alone `replay` answers;
-    allow: host:port pairs beyond the public web, separated by commas. web.py says which keys the environment may hold.
+    corpus: rows with id, title and text; files_dir: where rows' files lie; block: a file of
+    addresses that search and browse leave out (`blocked` counts them); cache: a sqlite file of web
+    answers, from which alone `replay` answers; allow: host:port pairs beyond the public web,
+    separated by commas. web.py says which keys the environment may hold.
     """
 
-    def __init__(self, names, *, corpus: str = "", seconds_per_call: float = 30.0, calls_in_flight: int = 16,
-                 output_chars: int = 10_000, unsafe_python: bool = False, files_dir: str = "", block: str = "",
-                 cache: str = "", replay: bool = False, allow: str = ""):
+    def __init__(
+        self,
+        names,
+        *,
+        corpus: str = "",
+        seconds_per_call: float = 30.0,
+        calls_in_flight: int = 16,
+        output_chars: int = 10_000,
+        unsafe_python: bool = False,
+        files_dir: str = "",
+        block: str = "",
+        cache: str = "",
+        replay: bool = False,
+        allow: str = "",
+    ):
         unknown = [name for name in names if name not in TOOLS]
         if unknown:
             raise SystemExit(f"no tool named {', '.join(unknown)}: there are {', '.join(TOOLS)}")
         if files_dir and not Path(files_dir).is_dir():
-            raise SystemExit(f"no folder {files_dir}: --files_dir is where the files of the rows lie")
+            raise SystemExit(
+                f"no folder {files_dir}: --files_dir is where the files of the rows lie"
+            )
         self.names, self.files_dir = list(names), files_dir
-        self.seconds, self.output_chars, self.calls_in_flight = seconds_per_call, output_chars, calls_in_flight
+        self.seconds, self.output_chars, self.calls_in_flight = (
+            seconds_per_call,
+            output_chars,
+            calls_in_flight,
+        )
         self.schemas = [schema_of(TOOLS[name]) for name in self.names]
         self.corpus = Corpus(corpus) if corpus else None
         self.web = Web(allow=allow, block=block, cache=cache, replay=replay)
         self.sandbox = None
         if "python" in self.names:
-            self.sandbox = Sandbox(seconds=seconds_per_call, output_chars=output_chars, unsafe=unsafe_python)
+            self.sandbox = Sandbox(
+                seconds=seconds_per_call, output_chars=output_chars, unsafe=unsafe_python
+            )
         self.lock, self.gates, self.loop = threading.Lock(), {}, None
-        self.running, self.spare, self.closed = Counter(), [], False  # calls by tool, queues of threads without a job
+        self.running, self.spare, self.closed = (
+            Counter(),
+            [],
+            False,
+        )  # calls by tool, queues of threads without a job
 
     @property
     def blocked(self) -> int:
@@ -292,18 +379,28 @@ class Toolbox:
         return self.web.blocklist.count
 
     async def call(self, name: str, arguments, docs=None, files=None) -> Observation:
-        """Runs one call; never raises for what the model wrote. `docs` = [{"title", "text"}]: search only there;
-        `files` = [path in files_dir]: read only those."""
+        """Runs one call; never raises for what the model wrote. `docs` = [{"title", "text"}]:
+        search only there; `files` = [path in files_dir]: read only those."""
         began = time.perf_counter()
         if name not in self.names:
             text = f"There is no tool {str(name)[:100]!r}. The tools are {', '.join(self.names)}."
             return Observation(clean(text), "error", 0.0)
-        context = Context(None, self.corpus, self.sandbox, self.web, self.files_dir, output_chars=self.output_chars)
+        context = Context(
+            None,
+            self.corpus,
+            self.sandbox,
+            self.web,
+            self.files_dir,
+            output_chars=self.output_chars,
+        )
         if docs is not None:
             context.docs = tuple((d["title"], d["text"]) for d in docs)
         context.files = None if files is None else tuple(files)
         try:
-            if context.docs is not None and name in ("search", "browse"):  # microseconds: not worth a thread
+            if context.docs is not None and name in (
+                "search",
+                "browse",
+            ):  # microseconds: not worth a thread
                 text, status = self._run(name, arguments, context), "ok"
             else:
                 async with self._gate(name):
@@ -311,22 +408,30 @@ class Toolbox:
         except (ToolError, ToolFault) as error:
             text, status = str(error), "error" if isinstance(error, ToolError) else "fault"
         except TimeoutError as error:
-            text, status = str(error) or f"{name} took longer than {self.seconds:g} s and was given up.", "timeout"
+            text, status = (
+                str(error) or f"{name} took longer than {self.seconds:g} s and was given up.",
+                "timeout",
+            )
         except (Exception, SystemExit) as error:  # a tool that raises is an observation
             text, status = f"{name} failed: {type(error).__name__}: {str(error)[:500]}", "error"
-        return Observation(clean(capped(text, self.output_chars)), status, time.perf_counter() - began)
+        return Observation(
+            clean(capped(text, self.output_chars)), status, time.perf_counter() - began
+        )
 
     def _run(self, name, arguments, context) -> str:
         return TOOLS[name](context, **repaired(TOOLS[name], arguments))
 
     async def _in_thread(self, name, arguments, context) -> str:
-        """Runs the call in a spare thread. One that hangs is written off: no pool shrinks, no exit waits for it."""
+        """Runs the call in a spare thread. One that hangs is written off: no pool shrinks, no exit
+        waits for it.
+        """
         with self.lock:
             if self.running[name] >= 4 * self.calls_in_flight:
                 raise ToolFault(f"{self.running[name]} calls of {name} have never come back")
             self.running[name] += 1
         context.deadline, outcome = time.monotonic() + self.seconds, Future()
-        outcome.set_running_or_notify_cancel()  # giving it up must not cancel what the thread will set
+        # giving it up must not cancel what the thread will set
+        outcome.set_running_or_notify_cancel()
 
         def job():
             try:
@@ -339,11 +444,14 @@ class Toolbox:
 
         try:
             jobs = self.spare.pop()
-        except IndexError:  # starting a thread waits until it runs, which takes milliseconds when the cores are busy
+        except IndexError:
+            # starting a thread waits until it runs: milliseconds when the cores are busy
             jobs = queue.SimpleQueue()
             threading.Thread(target=self._work, args=(jobs,), daemon=True).start()
         jobs.put(job)
-        grace = 60.0 if name == "python" else 0.5  # tools keep their deadlines; a cold sandbox's time is not the code's
+        grace = (
+            60.0 if name == "python" else 0.5
+        )  # tools keep their deadlines; a cold sandbox's time is not the code's
         text, error = await asyncio.wait_for(asyncio.wrap_future(outcome), self.seconds + grace)
         if error is not None:
             raise error
@@ -355,7 +463,9 @@ class Toolbox:
             self.spare.append(jobs)
 
     def _gate(self, name) -> asyncio.Semaphore:
-        """Calls of one tool at a time; of python as many as the sandbox runs: none waits in it with its clock on."""
+        """Calls of one tool at a time; of python as many as the sandbox runs: none waits in it with
+        its clock on.
+        """
         loop = asyncio.get_running_loop()
         if loop is not self.loop:
             rooms = dict.fromkeys(self.names, self.calls_in_flight)
@@ -364,14 +474,22 @@ class Toolbox:
         return self.gates[name]
 
     def check_rows(self, rows, what: str) -> None:
-        """SystemExit, before work starts, where a row needs a search or files that these tools cannot reach."""
+        """SystemExit, before work starts, where a row needs a search or files that these tools
+        cannot reach.
+        """
         found = self.corpus or self.web.settings["search"] or "search" not in self.names
         readers = self.files_dir and {"file_reader", "image2text", "audio2text"} & set(self.names)
         for row in rows:
             if not found and "docs" not in row:
-                raise SystemExit(f"{what}: nothing to search: give --corpus=FILE or a search provider (see web.py)")
+                raise SystemExit(
+                    f"{what}: nothing to search: give --corpus=FILE or a search provider (see "
+                    "web.py)"
+                )
             if row.get("files") and not readers:
-                raise SystemExit(f"{what}: row {row.get('id')} has files: give --files_dir=FOLDER and a tool that reads them")
+                raise SystemExit(
+                    f"{what}: row {row.get('id')} has files: give --files_dir=FOLDER and a tool "
+                    "that reads them"
+                )
 
     def close(self) -> None:
         self.closed = True
@@ -386,13 +504,18 @@ def main(argv: list[str]) -> int:
     known = {name: type(p.default) for name, p in _parameters(Toolbox).items()}
     for name, equals, value in (arg[2:].partition("=") for arg in argv if arg.startswith("--")):
         if name not in known:
-            raise SystemExit(f"no option --{name}: there are {', '.join('--' + name for name in known)}")
+            raise SystemExit(
+                f"no option --{name}: there are {', '.join('--' + name for name in known)}"
+            )
         try:
             options[name] = _typed("tools.py", f"--{name}", value if equals else True, known[name])
         except ToolError as error:
             raise SystemExit(str(error)) from error
     if len(plain) != 2:
-        raise SystemExit("usage: python tools.py NAME '{\"json\": \"arguments\"}' [--corpus=FILE] [--option=value ...]")
+        raise SystemExit(
+            'usage: python tools.py NAME \'{"json": "arguments"}\' '
+            "[--corpus=FILE] [--option=value ...]"
+        )
     toolbox = Toolbox([plain[0]], **options)
     seen = asyncio.run(toolbox.call(plain[0], plain[1]))
     toolbox.close()

@@ -1,13 +1,15 @@
-"""Stage 2, Agent-RRM: the reasoning reward model (paper section 3.2), by SFT on judgments and then GRPO on judgments.
+"""Stage 2, Agent-RRM: the reasoning reward model (paper section 3.2), by SFT on judgments and then
+GRPO on judgments.
 
     torchrun --nproc_per_node=8 train_rrm.py --stage=sft --lr=1e-5 …   # sft.py's loop on judgments
-    torchrun --nproc_per_node=8 train_rrm.py                                 # GRPO, from that checkpoint
+    torchrun --nproc_per_node=8 train_rrm.py  # GRPO, from that checkpoint
 
-What the paper leaves open and what we chose: the reward of the RRM's GRPO is not published. Ours is 0 for a broken
-format or an analysis beyond the length bound, else closeness_weight * (1 - |s - s*|) + agreement_weight * [(s > 0.5) =
-correct], over the parts a row has, minus leak_penalty for a critique that states the gold answer. The penalty looks at
-the critique only (the analysis quotes the agent's answer), at whole tokens, and only where neither question nor
-trajectory contains the answer; yes/no, choices and numbers below 1000 are exempt: a critique may well say "no" or "2".
+What the paper leaves open and what we chose: the reward of the RRM's GRPO is not published. Ours is
+0 for a broken format or an analysis beyond the length bound, else closeness_weight * (1 - |s - s*|)
++ agreement_weight * [(s > 0.5) = correct], over the parts a row has, minus leak_penalty for a
+critique that states the gold answer. The penalty looks at the critique only (the analysis quotes
+the agent's answer), at whole tokens, and only where neither question nor trajectory contains the
+answer; yes/no, choices and numbers below 1000 are exempt: a critique may well say "no" or "2".
 """
 
 import asyncio
@@ -56,16 +58,21 @@ class Config:
     # data
     stage: str = "grpo"  # sft: on the rows' own judgments | grpo
     model: str = "out/rrm_sft/step-001750"  # a Hugging Face folder or name
-    data: str = "data/reagent/rrm_rl.jsonl"  # RRM rows {"question", "trajectory", "think", "critique", "score", "correct"?}
+    # RRM rows {"question", "trajectory", "think", "critique", "score", "correct"?}
+    data: str = "data/reagent/rrm_rl.jsonl"
     eval_data: str = ""  # RRM rows for the report during and after training
     rrm_prompt_file: str = ""  # another prompt for the reward model
-    max_tokens_per_row: int = 32_768  # sft: longer rows are skipped and counted, as are prompts beyond max_context
+    max_tokens_per_row: int = (
+        32_768  # sft: longer rows are skipped and counted, as are prompts beyond max_context
+    )
     # reward of a judgment
     closeness_weight: float = 0.7  # of 1 - |s - s*|
     agreement_weight: float = 0.3  # of (s > 0.5) == correct
     leak_penalty: float = 0.5
     max_judgment_tokens: int = 1400  # length bound: a judgment cut by it has a broken format
-    verdict_weight: float = 1.0  # sft: weight of the tokens that carry found value, verdict and score
+    verdict_weight: float = (
+        1.0  # sft: weight of the tokens that carry found value, verdict and score
+    )
     # sampling
     judgments_per_step: int = 32  # rows a step
     group_size: int = 8  # G judgments of each
@@ -99,17 +106,27 @@ class Config:
     wandb: bool = False
 
 
-MAY_CHANGE = {"out_dir", "log_interval", "save_interval", "keep_last", "timeout_s", "gpu_memory_share", "engine_sleep"}
+MAY_CHANGE = {
+    "out_dir",
+    "log_interval",
+    "save_interval",
+    "keep_last",
+    "timeout_s",
+    "gpu_memory_share",
+    "engine_sleep",
+}
 
 MAY_CHANGE |= {"tokens_per_microbatch", "checkpoint_activations", "shard_ranks", "wandb"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the reward of a judgment
 
 
 def judgment_reward(judgment, row: dict, closeness=0.7, agreement=0.3, leak_penalty=0.5) -> float:
-    """Reward of one judgment (None = broken format), over the targets the row has; see the top of the file."""
+    """Reward of one judgment (None = broken format), over the targets the row has; see the top of
+    the file.
+    """
     if judgment is None:
         return 0.0
     parts = []
@@ -125,31 +142,46 @@ def judgment_reward(judgment, row: dict, closeness=0.7, agreement=0.3, leak_pena
     return reward
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # GRPO on judgments: one stage, groups of G (grpo_unified.py has the pool of two stages)
 
 
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """(N, G) -> (N, G): (R - mean) / (unbiased std + eps) of each group; 0 in groups whose max - min is under 1e-6."""
+    """(N, G) -> (N, G): (R - mean) / (unbiased std + eps) of each group; 0 in groups whose max -
+    min is under 1e-6.
+    """
     rewards = rewards.double()
     spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)
     centred = rewards - rewards.mean(1, keepdim=True)
     return torch.where(spread >= 1e-6, centred / (rewards.std(1, keepdim=True) + eps), 0.0)
 
 
-def clipped_loss(logps, old_logps, advantages, weights, clip_low: float, clip_high: float) -> torch.Tensor:
-    """-sum_t w_t min(r_t A_t, clip(r_t) A_t), r = pi / mu; all (M,), the weights hold the denominator."""
+def clipped_loss(
+    logps, old_logps, advantages, weights, clip_low: float, clip_high: float
+) -> torch.Tensor:
+    """-sum_t w_t min(r_t A_t, clip(r_t) A_t), r = pi / mu; all (M,), the weights hold the
+    denominator.
+    """
     ratio = (logps - old_logps).exp()
-    return -(weights * torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)).sum()
+    return -(
+        weights
+        * torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    ).sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def judge_ids(chat: Chat, row: dict, cfg) -> list[int] | None:
-    """Prompt ids of a row, its tool results shortened where it does not fit; None where that is not enough."""
+    """Prompt ids of a row, its tool results shortened where it does not fit; None where that is not
+    enough.
+    """
     prompt = read_prompt(cfg.rrm_prompt_file, reward_model.RRM_PROMPT)
-    room = cfg.max_context - cfg.max_judgment_tokens - len(reward_model.judge_prompt(chat, row["question"], "", prompt))
+    room = (
+        cfg.max_context
+        - cfg.max_judgment_tokens
+        - len(reward_model.judge_prompt(chat, row["question"], "", prompt))
+    )
     text = row["trajectory"]
     if not isinstance(text, str):
         text = reward_model.fit_trajectory(text, room, lambda t: len(chat.outside(t)))
@@ -178,7 +210,9 @@ def learning_rate(step: int, cfg) -> float:
     return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
-async def sample_judgments(engine, rounds, prompts: list[list[int]], seeds: list[int], cfg, temperature: float) -> list:
+async def sample_judgments(
+    engine, rounds, prompts: list[list[int]], seeds: list[int], cfg, temperature: float
+) -> list:
     options = dict(max_new_tokens=cfg.max_judgment_tokens, temperature=temperature)
     chains = (engine.generate(ids, seed=seed, **options) for ids, seed in zip(prompts, seeds))
     return await engines.run_together(chains, rounds)
@@ -194,7 +228,9 @@ def main(cfg: Config) -> None:
     if cfg.stage not in ("sft", "grpo"):
         raise SystemExit(f"stage = {cfg.stage!r}: sft or grpo")
     check = check_judged_row if cfg.stage == "sft" else check_rrm_row
-    rows = JsonlRows(cfg.data, check, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)")
+    rows = JsonlRows(
+        cfg.data, check, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)"
+    )
     eval_rows = list(JsonlRows(cfg.eval_data, check_rrm_row)) if cfg.eval_data else []
     tokenizer = load_tokenizer(cfg.model)
     chat = Chat(tokenizer)
@@ -204,11 +240,17 @@ def main(cfg: Config) -> None:
     def meet(phase, error=None):
         run.meet(phase, gloo, cfg.timeout_s, error)
 
-    # ---------------------------------------------------------------- engine first (it reseeds), then the policy
+    # -------------------- engine first (it reseeds), then the policy
     rounds = engines.Rounds()
-    options = dict(max_context=cfg.max_context, gpu_memory_share=cfg.gpu_memory_share, sleep=cfg.engine_sleep)
+    options = dict(
+        max_context=cfg.max_context, gpu_memory_share=cfg.gpu_memory_share, sleep=cfg.engine_sleep
+    )
     sampling = cfg.stage == "grpo" or bool(eval_rows)
-    engine = engines.make_engine(cfg.engine, cfg.model, chat.stop_ids, rounds, **options) if sampling else None
+    engine = (
+        engines.make_engine(cfg.engine, cfg.model, chat.stop_ids, rounds, **options)
+        if sampling
+        else None
+    )
     torch.manual_seed(cfg.seed)
     policy = shard(load_policy(cfg.model, cfg.checkpoint_activations), device, cfg.shard_ranks)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -227,8 +269,11 @@ def main(cfg: Config) -> None:
     if rank == 0:
         (out / "run.json").write_text(json.dumps(facts, indent=1))
         (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        print(f"{cfg.stage}: {len(rows)} judged trajectories, {cfg.judgments_per_step} a step, from step {start}, "
-              f"about {memory_of(policy, cfg):.1f} GB a rank -> {out}")
+        print(
+            f"{cfg.stage}: {len(rows)} judged trajectories, {cfg.judgments_per_step} a step, from "
+            f"step {start}, "
+            f"about {memory_of(policy, cfg):.1f} GB a rank -> {out}"
+        )
     tracker = run.start_wandb(cfg, rank)
     stop = run.asked_to_stop()
     runner = asyncio.Runner()
@@ -239,7 +284,11 @@ def main(cfg: Config) -> None:
 
     def sample(prompts: list, seeds: list, temperature: float) -> list:
         """Every rank samples its share; all get all, in order."""
-        mine = runner.run(sample_judgments(engine, rounds, prompts[rank::world], seeds[rank::world], cfg, temperature))
+        mine = runner.run(
+            sample_judgments(
+                engine, rounds, prompts[rank::world], seeds[rank::world], cfg, temperature
+            )
+        )
         shares = [None] * world
         dist.all_gather_object(shares, mine, group=gloo)
         return [shares[i % world][i // world] for i in range(len(prompts))]
@@ -250,14 +299,21 @@ def main(cfg: Config) -> None:
         seeds = [seed_of(cfg.seed, "eval", i) for i in there]
         samples = sample([prompts[i] for i in there], seeds, reward_model.JUDGE_TEMPERATURE)
         lengths = [len(s.ids) for s in samples]
-        report = judgment_report([read_judgment(chat, s) for s in samples], [eval_rows[i] for i in there], lengths)
+        report = judgment_report(
+            [read_judgment(chat, s) for s in samples], [eval_rows[i] for i in there], lengths
+        )
         return report | {"too_long": len(prompts) - len(there)}
 
     if found:
         sync()
 
     # ---------------------------------------------------------------- loop
-    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=rank > 0 or not sys.stderr.isatty())
+    bar = tqdm(
+        range(start, cfg.steps),
+        initial=start,
+        total=cfg.steps,
+        disable=rank > 0 or not sys.stderr.isatty(),
+    )
     for step in bar:
         began = time.perf_counter()
         lr = learning_rate(step, cfg)
@@ -273,7 +329,9 @@ def main(cfg: Config) -> None:
             columns, whole = ("weight",), sum(sum(row.columns["weight"]) for row in fitting)
         else:
             asked = [(row, judge_ids(chat, row, cfg)) for row in picked]
-            asked = [(row, prompt) for row, prompt in asked if prompt for _ in range(cfg.group_size)]
+            asked = [
+                (row, prompt) for row, prompt in asked if prompt for _ in range(cfg.group_size)
+            ]
             targets, prompts = [row for row, _ in asked], [prompt for _, prompt in asked]
             line["too_long"] = len(picked) - len(asked) // cfg.group_size
             seeds = [seed_of(cfg.seed, step, i, "judge") for i in range(len(prompts))]
@@ -282,32 +340,54 @@ def main(cfg: Config) -> None:
                 engine.sleep()
             judged = [read_judgment(chat, s) for s in samples]
             weights = (cfg.closeness_weight, cfg.agreement_weight, cfg.leak_penalty)
-            rewards = torch.tensor([judgment_reward(j, row, *weights) for j, row in zip(judged, targets)])
+            rewards = torch.tensor(
+                [judgment_reward(j, row, *weights) for j, row in zip(judged, targets)]
+            )
             advantages = group_advantages(rewards.view(-1, cfg.group_size)).flatten().tolist()
             kept = [i for i in range(len(samples)) if advantages[i] != 0.0]
-            counted = sum(any(a != 0.0 for a in advantages[g : g + cfg.group_size]) * cfg.group_size
-                          for g in range(0, len(samples), cfg.group_size))
+            counted = sum(
+                any(a != 0.0 for a in advantages[g : g + cfg.group_size]) * cfg.group_size
+                for g in range(0, len(samples), cfg.group_size)
+            )
             fitting = []
             for i in kept:
                 n = len(samples[i].ids)
-                data = {"advantage": [advantages[i]] * n, "weight": [1 / (counted * n)] * n, "logp_mu": samples[i].logps}
-                fitting.append(Row(prompts[i] + samples[i].ids, [0] * len(prompts[i]) + [1] * n, data))
+                data = {
+                    "advantage": [advantages[i]] * n,
+                    "weight": [1 / (counted * n)] * n,
+                    "logp_mu": samples[i].logps,
+                }
+                fitting.append(
+                    Row(prompts[i] + samples[i].ids, [0] * len(prompts[i]) + [1] * n, data)
+                )
             columns = ("advantage", "weight", "logp_mu")
             if samples:
-                line |= {"reward": rewards.mean().item(), "valid": sum(j is not None for j in judged) / len(judged)}
+                line |= {
+                    "reward": rewards.mean().item(),
+                    "valid": sum(j is not None for j in judged) / len(judged),
+                }
                 line["pools/dropped"] = 1 - counted / len(samples)
 
         # ------------------------------------------------------------ update
         total, norm, gap, skipped = 0.0, 0.0, [0.0, 0.0], ""
         with run.phase(f"the update of step {step + 1}", meet):
-            for microbatch in balance(fitting, world, cfg.tokens_per_microbatch)[rank] if fitting else []:
+            for microbatch in (
+                balance(fitting, world, cfg.tokens_per_microbatch)[rank] if fitting else []
+            ):
                 batch = collate(microbatch, columns, device)
                 logps, _ = policy(batch, 1.0 if cfg.stage == "sft" else cfg.temperature)
                 if cfg.stage == "sft":
                     loss = -(logps * batch.columns["weight"]).sum() / whole
                 else:
                     c = batch.columns
-                    loss = clipped_loss(logps, c["logp_mu"], c["advantage"], c["weight"], cfg.clip_low, cfg.clip_high)
+                    loss = clipped_loss(
+                        logps,
+                        c["logp_mu"],
+                        c["advantage"],
+                        c["weight"],
+                        cfg.clip_low,
+                        cfg.clip_high,
+                    )
                     gap[0] += (logps.detach() - c["logp_mu"]).abs().sum().item()
                     gap[1] += len(logps)
                 backward(loss)
@@ -319,7 +399,9 @@ def main(cfg: Config) -> None:
                 if not math.isfinite(norm + total) or dlogp > cfg.max_dlogp:
                     skipped = f"loss {total}, gradient norm {norm}, mean |dlogp| {dlogp}"
                     if step == start:
-                        raise SystemExit(f"step {step + 1}: {skipped} (max_dlogp = {cfg.max_dlogp})")
+                        raise SystemExit(
+                            f"step {step + 1}: {skipped} (max_dlogp = {cfg.max_dlogp})"
+                        )
                 else:
                     optimizer.step()
                 optimizer.zero_grad()
@@ -343,12 +425,28 @@ def main(cfg: Config) -> None:
             if tracker:
                 tracker.log(line)
             if (step + 1) % cfg.log_interval == 0 or "eval/mae" in line:
-                shown = ("loss", "reward", "valid", "grad_norm", "dlogp/mean", "eval/valid", "eval/mae", "eval/auc/grounded")
-                print(f"step {step + 1:4d} " + "  ".join(f"{k} {line[k]:.4g}" for k in shown if k in line)
-                      + f"  {line['seconds/step']:.1f} s" + (f"  SKIPPED: {skipped}" if skipped else ""), flush=True)
+                shown = (
+                    "loss",
+                    "reward",
+                    "valid",
+                    "grad_norm",
+                    "dlogp/mean",
+                    "eval/valid",
+                    "eval/mae",
+                    "eval/auc/grounded",
+                )
+                print(
+                    f"step {step + 1:4d} "
+                    + "  ".join(f"{k} {line[k]:.4g}" for k in shown if k in line)
+                    + f"  {line['seconds/step']:.1f} s"
+                    + (f"  SKIPPED: {skipped}" if skipped else ""),
+                    flush=True,
+                )
         stopping = run.sum_over_ranks([len(stop)], gloo)[0] > 0
         if (step + 1) % cfg.save_interval == 0 or last or stopping:
-            run.save_checkpoint(out, step + 1, policy, optimizer, tokenizer, {**facts, "log": log}, meet)
+            run.save_checkpoint(
+                out, step + 1, policy, optimizer, tokenizer, {**facts, "log": log}, meet
+            )
             if rank == 0:
                 run.prune(out, cfg.keep_last, None)
         if stopping:
@@ -357,8 +455,13 @@ def main(cfg: Config) -> None:
         final = {k[5:]: v for k, v in log[-1].items() if k.startswith("eval/")} if log else {}
         table = report_table(final) if final else ""
         print(table)
-        write_report(out / "report.html", title=f"RRM {cfg.stage}, {out}", log=log, table_markdown=table,
-                     config=dataclasses.asdict(cfg))
+        write_report(
+            out / "report.html",
+            title=f"RRM {cfg.stage}, {out}",
+            log=log,
+            table_markdown=table,
+            config=dataclasses.asdict(cfg),
+        )
     meet("the end")
     dist.destroy_process_group()
 

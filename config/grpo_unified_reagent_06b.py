@@ -1,5 +1,5 @@
-# Reagent-U on one GPU of 80 GB with Qwen3-0.6B. About 13.4 GB to train; the engine keeps its weights and has 40 % of the
-# GPU. Untried: no GPU was at hand.
+# Reagent-U on one GPU of 80 GB with Qwen3-0.6B. About 13.4 GB to train; the engine keeps its
+# weights and has 40 % of the GPU. Untried: no GPU was at hand.
 model = "out/sft_06b/step-003476"
 prompts_per_step = 16
 prompts_per_minibatch = 4

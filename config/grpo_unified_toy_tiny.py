@@ -1,4 +1,5 @@
-# Reagent-U on the toy: 40 steps of 8 questions x 2 x 16 attempts; the trained toy reward model is the judge.
+# Reagent-U on the toy: 40 steps of 8 questions x 2 x 16 attempts; the trained toy reward model is
+# the judge.
 model = "out/toy/sft/step-000250"
 data = "data/toy/rl_train.jsonl"
 eval_data = "data/toy/rl_test.jsonl"

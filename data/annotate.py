@@ -1,6 +1,6 @@
 """Data of one's own agents: trajectories judged by a teacher, as RRM rows (paper section 3.3).
 
-    python data/annotate.py --agents=out/sft/step-003476 --teacher=https://host/v1
+python data/annotate.py --agents=out/sft/step-003476 --teacher=https://host/v1
 """
 
 import asyncio
@@ -27,7 +27,9 @@ from reagent.rows import read_appended, seed_of
 @dataclass
 class AnnotateConfig(Common):
     agents: str = ""  # folders of one or several agents, separated by commas
-    teacher: str = ""  # URL[,URL] of an OpenAI-compatible endpoint (key: RRM_API_KEY) | a folder | toy
+    teacher: str = (
+        ""  # URL[,URL] of an OpenAI-compatible endpoint (key: RRM_API_KEY) | a folder | toy
+    )
     teacher_model: str = ""  # its name there; "": the first that the endpoint lists
     teacher_prompt_file: str = ""  # another prompt for the teacher
     samples_per_question: int = 4  # of each agent
@@ -38,13 +40,23 @@ class AnnotateConfig(Common):
 
 
 def sample_trajectories(cfg: AnnotateConfig, path: Path) -> list[dict]:
-    """First attempts of every agent at every row, appended to `path` as they end; what stands there is not run again."""
+    """First attempts of every agent at every row, appended to `path` as they end; what stands there
+    is not run again.
+    """
     done = {row["id"]: row for row in read_appended(path)}
     for folder in cfg.agents.split(","):
         with agent_at_work(cfg, folder) as (setup, rounds, rows, run), open(path, "a") as file:
-            jobs = [(f"{folder}/{row['id']}/{g}", row, g) for row in rows for g in range(cfg.samples_per_question)]
+            jobs = [
+                (f"{folder}/{row['id']}/{g}", row, g)
+                for row in rows
+                for g in range(cfg.samples_per_question)
+            ]
             missing = [job for job in jobs if job[0] not in done]
-            bar = tqdm(total=len(missing), desc=f"trajectories of {folder}", disable=not sys.stderr.isatty())
+            bar = tqdm(
+                total=len(missing),
+                desc=f"trajectories of {folder}",
+                disable=not sys.stderr.isatty(),
+            )
 
             async def one(name, row, g):
                 episode = await rollout.run_chain(row, setup, (cfg.seed, folder, g))
@@ -52,8 +64,13 @@ def sample_trajectories(cfg: AnnotateConfig, path: Path) -> list[dict]:
                 if episode.dropped:  # a fault of ours: tried again by the next call
                     return
                 attempt = episode.attempts[0]
-                done[name] = {"id": name, "question": episode.question, "answer": episode.gold,
-                              "trajectory": episode.messages[slice(*attempt.messages)], "correct": bool(attempt.correct)}
+                done[name] = {
+                    "id": name,
+                    "question": episode.question,
+                    "answer": episode.gold,
+                    "trajectory": episode.messages[slice(*attempt.messages)],
+                    "correct": bool(attempt.correct),
+                }
                 file.write(json.dumps(done[name]) + "\n")
                 file.flush()
 
@@ -63,21 +80,28 @@ def sample_trajectories(cfg: AnnotateConfig, path: Path) -> list[dict]:
 
 
 def thinned(rows: list[dict], share_correct: float, seed: int) -> list[dict]:
-    """The largest part of the rows in which `share_correct` are correct; who stays is drawn by a hash of the id."""
+    """The largest part of the rows in which `share_correct` are correct; who stays is drawn by a
+    hash of the id.
+    """
     order = sorted(rows, key=lambda row: seed_of(seed, "thin", row["id"]))
     right, wrong = [r for r in order if r["correct"]], [r for r in order if not r["correct"]]
     if 0 < share_correct < 1:
         total = int(min(len(right) / share_correct, len(wrong) / (1 - share_correct)) + 1e-9)
-        right, wrong = right[: round(total * share_correct)], wrong[: round(total * (1 - share_correct))]
+        right, wrong = (
+            right[: round(total * share_correct)],
+            wrong[: round(total * (1 - share_correct))],
+        )
     return sorted(right + wrong, key=lambda row: row["id"])
 
 
 def annotate(cfg: AnnotateConfig) -> None:
-    """Samples trajectories, balances right and wrong ones, has a teacher write the three blocks, keeps the valid ones.
+    """Samples trajectories, balances right and wrong ones, has a teacher write the three blocks,
+    keeps the valid ones.
 
-    Goes on where it stopped: trajectories and judgments stand beside `out` in files that only grow. A trajectory whose
-    judgment failed (teacher down, 429, 500, prose) or leaks the answer is left out, counted, and asked for again by the
-    next call. The paper's teacher is gpt-oss-120b; whether it saw the gold answer is not said: ours does not.
+    Goes on where it stopped: trajectories and judgments stand beside `out` in files that only grow.
+    A trajectory whose judgment failed (teacher down, 429, 500, prose) or leaks the answer is left
+    out, counted, and asked for again by the next call. The paper's teacher is gpt-oss-120b; whether
+    it saw the gold answer is not said: ours does not.
     """
     for key in ("agents", "teacher"):
         if not getattr(cfg, key):
@@ -86,19 +110,33 @@ def annotate(cfg: AnnotateConfig) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     prompt = read_prompt(cfg.teacher_prompt_file, reward_model.RRM_PROMPT)
     chat, rounds = Chat(load_tokenizer(cfg.agents.split(",")[0])), engines.Rounds()
-    teacher = reward_model.make_judge(cfg.teacher, chat, rounds, engine=cfg.engine, max_context=cfg.rrm_max_context, prompt=prompt,
-                                 model=cfg.teacher_model, patience_s=cfg.patience_s, rest_s=cfg.rest_s)  # is it up? Asked before any work
+    teacher = reward_model.make_judge(
+        cfg.teacher,
+        chat,
+        rounds,
+        engine=cfg.engine,
+        max_context=cfg.rrm_max_context,
+        prompt=prompt,
+        model=cfg.teacher_model,
+        patience_s=cfg.patience_s,
+        rest_s=cfg.rest_s,
+    )  # is it up? Asked before any work
     sampled = sample_trajectories(cfg, out.with_suffix(".trajectories.jsonl"))
     chosen = thinned(sampled, cfg.share_correct, cfg.seed)
     judged = {row["id"]: row for row in read_appended(out.with_suffix(".judgments.jsonl"))}
     missing = [row for row in chosen if row["id"] not in judged]
-    before, leaking = len(judged), 0  # the first is in the seeds: the next call asks in-process teachers afresh
+    before, leaking = (
+        len(judged),
+        0,
+    )  # the first is in the seeds: the next call asks in-process teachers afresh
     bar = tqdm(total=len(missing), desc="judgments", disable=not sys.stderr.isatty())
     with open(out.with_suffix(".judgments.jsonl"), "a") as file, asyncio.Runner() as runner:
 
         async def one(row):
             nonlocal leaking
-            judgment = await teacher(row["question"], row["trajectory"], (cfg.seed, row["id"], before))
+            judgment = await teacher(
+                row["question"], row["trajectory"], (cfg.seed, row["id"], before)
+            )
             bar.update()
             if judgment is None:
                 return
@@ -111,13 +149,19 @@ def annotate(cfg: AnnotateConfig) -> None:
 
         runner.run(engines.run_together((one(row) for row in missing), rounds, cfg.max_live_chains))
     bar.close()
-    rows = thinned([judged[row["id"]] for row in chosen if row["id"] in judged], cfg.share_correct, cfg.seed)
+    rows = thinned(
+        [judged[row["id"]] for row in chosen if row["id"] in judged], cfg.share_correct, cfg.seed
+    )
     part = out.with_suffix(".part")
     part.write_text("".join(json.dumps(row) + "\n" for row in rows))
     part.rename(out)
     right = sum(row["correct"] for row in sampled)
-    print(f"{len(sampled)} trajectories ({right} right), {len(chosen)} chosen, {teacher.failed} without a valid judgment, "
-          f"{leaking} leak the answer, {len(rows)} rows ({sum(row['correct'] for row in rows)} right) -> {out}")
+    print(
+        f"{len(sampled)} trajectories ({right} right), {len(chosen)} chosen, {teacher.failed} "
+        "without a valid judgment, "
+        f"{leaking} leak the answer, {len(rows)} rows ({sum(row['correct'] for row in rows)} "
+        f"right) -> {out}"
+    )
     if teacher.failed or leaking:
         print("call it again to ask for the missing judgments once more")
 

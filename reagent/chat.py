@@ -1,4 +1,6 @@
-"""Conversations in, tokens out: the append-only renderer, and what is read in a turn of the policy."""
+"""Conversations in, tokens out: the append-only renderer, and what is read in a turn of the
+policy.
+"""
 
 import json
 import re
@@ -7,12 +9,14 @@ from functools import lru_cache
 
 from toolkit.text import after_thoughts
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # reading what models write
 
 
 def extract_answer(text: str) -> str | None:
-    """The content of the last balanced \\boxed{} after the thoughts, or None where there is none or it is blank."""
+    """The content of the last balanced \\boxed{} after the thoughts, or None where there is none or
+    it is blank.
+    """
     text = after_thoughts(text)
     start = text.rfind("\\boxed{")
     if start < 0:
@@ -36,7 +40,9 @@ def parse_calls(text: str) -> list[tuple[str, object, str]]:
             calls.append(("", {}, "The tool call has no closing </tool_call>."))
             continue
         try:
-            call = json.loads(match[1], object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+            call = json.loads(
+                match[1], object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+            )
         except (ValueError, RecursionError) as error:
             calls.append(("", {}, f"The tool call is not valid JSON: {str(error)[:200]}"))
             continue
@@ -58,7 +64,7 @@ def _no_constant(name):
     raise ValueError(f"{name} is not JSON")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # conversations
 
 
@@ -86,15 +92,20 @@ def _utf8(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-_TAGS = tuple(f"<{slash}{name}>" for name in ("tool_call", "tool_response", "think") for slash in ("", "/"))
+_TAGS = tuple(
+    f"<{slash}{name}>" for name in ("tool_call", "tool_response", "think") for slash in ("", "/")
+)
 
-_MARK = "\ue000{}\ue001"  # private use: stands for the content of message {} while the template is rendered
+# private use: stands for the content of message {} while the template is rendered
+_MARK = "\ue000{}\ue001"
 
 
 class Chat:
-    """Renders turns with the model's own chat template, append-only: what was rendered once is never rendered again.
+    """Renders turns with the model's own chat template, append-only: what was rendered once is
+    never rendered again.
 
-    Template text and text from outside are encoded apart: outside text can never become a control token.
+    Template text and text from outside are encoded apart: outside text can never become a control
+    token.
     """
 
     def __init__(self, tokenizer):
@@ -104,15 +115,24 @@ class Chat:
         self.tokenizer = tokenizer
         self._frame = lru_cache(maxsize=256)(self._render)
         self._inside = lru_cache(maxsize=1024)(lambda text: tuple(self._encode(text, split=False)))
-        added = tokenizer.added_tokens_decoder  # all_special_tokens lacks those without a name, such as <|im_start|>
-        controls = [str(t) for t in added.values() if t.special or (str(t)[0] == "<" and str(t)[-1] == ">")]
+        added = (
+            tokenizer.added_tokens_decoder
+        )  # all_special_tokens lacks those without a name, such as <|im_start|>
+        controls = [
+            str(t) for t in added.values() if t.special or (str(t)[0] == "<" and str(t)[-1] == ">")
+        ]
         self._controls = tuple(dict.fromkeys([*_TAGS, *controls]))
         self.closer_id = self.fragment([])[0]
         begun = self._frame(("user",), "[]", True)[-1].rstrip()
-        self.opened = "<think>\n" if begun.endswith("<think>") else ""  # how the template itself begins every turn
+        self.opened = (
+            "<think>\n" if begun.endswith("<think>") else ""
+        )  # how the template itself begins every turn
         if self.closer_id not in added:
             closer = self.decode([self.closer_id])
-            raise ValueError(f"{name}: its chat template ends an assistant turn with {closer!r}, not a control token")
+            raise ValueError(
+                f"{name}: its chat template ends an assistant turn with {closer!r}, not a control "
+                "token"
+            )
         eos = tokenizer.eos_token_id
         response = self._inside("<tool_response>")
         self.stop_ids = tuple(dict.fromkeys([self.closer_id, *([eos] if eos is not None else [])]))
@@ -120,10 +140,16 @@ class Chat:
 
     def _encode(self, text: str, split: bool) -> list[int]:
         text = _utf8(text)
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split) if text else []
+        return (
+            self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split)
+            if text
+            else []
+        )
 
     def text(self, text: str) -> list[int]:
-        """Assistant (or our own) text: <think> and <tool_call> keep their tokens, <|im_end|> does not become one."""
+        """Assistant (or our own) text: <think> and <tool_call> keep their tokens, <|im_end|> does
+        not become one.
+        """
         return self._encode(text, split=True)
 
     def outside(self, text: str) -> list[int]:
@@ -131,7 +157,9 @@ class Chat:
         return self._encode(self.broken(text), split=True)
 
     def broken(self, text: str) -> str:
-        """The text with a zero-width space inside each control string, also for a judge behind a URL."""
+        """The text with a zero-width space inside each control string, also for a judge behind a
+        URL.
+        """
         text = _utf8(text)
         if any(control in text for control in self._controls):
             for control in self._controls:
@@ -139,13 +167,17 @@ class Chat:
         return text
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
     def _render(self, roles: tuple[str, ...], tools: str, generate: bool) -> tuple[str, ...]:
         """The template's text around the contents: one piece more than there are contents."""
         messages = [{"role": role, "content": _MARK.format(i)} for i, role in enumerate(roles)]
         options = dict(tokenize=False, add_generation_prompt=generate)
-        text = self.tokenizer.apply_chat_template(messages, tools=json.loads(tools) or None, **options)
+        text = self.tokenizer.apply_chat_template(
+            messages, tools=json.loads(tools) or None, **options
+        )
         pieces = []
         for i in range(len(roles)):
             before, mark, text = text.partition(_MARK.format(i))
@@ -153,11 +185,21 @@ class Chat:
                 raise ValueError(f"the chat template drops the content of a {roles[i]} turn")
             pieces.append(before)
         frame = "".join(pieces) + text
-        unseen = [tool["function"]["name"] for tool in json.loads(tools) if tool["function"]["name"] not in frame]
+        unseen = [
+            tool["function"]["name"]
+            for tool in json.loads(tools)
+            if tool["function"]["name"] not in frame
+        ]
         if unseen:
-            print(f"the chat template does not show the tools {', '.join(unseen)}: describe them in the prompt", file=sys.stderr)
+            print(
+                f"the chat template does not show the tools {', '.join(unseen)}: describe them in "
+                "the prompt",
+                file=sys.stderr,
+            )
         if _MARK[0] in frame:
-            raise ValueError("the chat template repeats the content of a turn or changes the order of turns")
+            raise ValueError(
+                "the chat template repeats the content of a turn or changes the order of turns"
+            )
         return (*pieces, text)
 
     def prompt(self, messages: list[dict], tools: list[dict] | None) -> list[int]:
@@ -166,14 +208,20 @@ class Chat:
         pieces = self._frame(roles, json.dumps(tools or []), True)
         ids = list(self._inside(pieces[0]))
         for message, piece in zip(messages, pieces[1:]):
-            ids += self.text(message["content"]) if message["role"] == "system" else self.outside(message["content"])
+            ids += (
+                self.text(message["content"])
+                if message["role"] == "system"
+                else self.outside(message["content"])
+            )
             ids += self._inside(piece)
         return ids
 
     def fragment(self, messages: list[dict]) -> list[int]:
-        """What follows an assistant turn: its closer, these turns, and the start of the next assistant turn.
+        """What follows an assistant turn: its closer, these turns, and the start of the next
+        assistant turn.
 
-        Tool results in a row become one user turn of <tool_response> blocks, whatever the template does with them.
+        Tool results in a row become one user turn of <tool_response> blocks, whatever the template
+        does with them.
         """
         _roles(messages, ("user", "tool"))
         turns: list[list[dict]] = []
@@ -193,8 +241,11 @@ class Chat:
             ids += self._inside(piece)
         return ids
 
-    def row(self, messages: list[dict], tools: list[dict] | None = None) -> tuple[list[int], list[int]]:
-        """An SFT row -> (ids, mask): as if the policy had sampled the assistant turns with their closers.
+    def row(
+        self, messages: list[dict], tools: list[dict] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """An SFT row -> (ids, mask): as if the policy had sampled the assistant turns with their
+        closers.
 
         Turns after the last assistant turn are left out: nothing in them is trained.
         """
@@ -206,7 +257,10 @@ class Chat:
         mask = [0] * len(ids)
         while first < len(messages):
             turn = [*self.text(self.sampled(assistant_text(messages[first]))), self.closer_id]
-            then = next((i for i in range(first + 1, len(messages)) if messages[i]["role"] == "assistant"), None)
+            then = next(
+                (i for i in range(first + 1, len(messages)) if messages[i]["role"] == "assistant"),
+                None,
+            )
             between = self.fragment(messages[first + 1 : then])[1:] if then else []
             ids += turn + between
             mask += [1] * len(turn) + [0] * len(between)
@@ -214,10 +268,16 @@ class Chat:
         return ids, mask
 
     def sampled(self, text: str) -> str:
-        """What of an assistant turn the policy writes itself, where the template has opened <think> for it."""
+        """What of an assistant turn the policy writes itself, where the template has opened <think>
+        for it.
+        """
         if not self.opened:
             return text
-        return text.removeprefix("<think>").removeprefix("\n") if text.startswith("<think>") else "</think>\n\n" + text
+        return (
+            text.removeprefix("<think>").removeprefix("\n")
+            if text.startswith("<think>")
+            else "</think>\n\n" + text
+        )
 
     def paint(self, ids: list[int], mask: list[int]) -> str:
         """The row as text for a terminal, trained tokens in green."""
@@ -233,7 +293,10 @@ class Chat:
 def _roles(messages: list[dict], allowed: tuple[str, ...]) -> tuple[str, ...]:
     for i, message in enumerate(messages):
         if message["role"] not in allowed:
-            raise ValueError(f"message {i}: role {message['role']!r}, here only {' and '.join(allowed)} can stand")
+            raise ValueError(
+                f"message {i}: role {message['role']!r}, here only {' and '.join(allowed)} can "
+                "stand"
+            )
     return tuple(message["role"] for message in messages)
 
 
@@ -242,15 +305,25 @@ def check_messages(messages) -> str | None:
     if not isinstance(messages, list) or not messages:
         return "'messages' is a list of turns"
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant", "tool"):
+        if not isinstance(message, dict) or message.get("role") not in (
+            "system",
+            "user",
+            "assistant",
+            "tool",
+        ):
             return f"message {i}: the role is system, user, assistant or tool"
         content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message["role"] == "assistant"):
+        if not isinstance(content, str) and not (
+            content is None and message["role"] == "assistant"
+        ):
             return f"message {i}: 'content' is a text, not {type(content).__name__}"
         try:
             assistant_text(message)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            return f"message {i}: tool_calls or reasoning_content cannot be read ({type(error).__name__}: {error})"
+            return (
+                f"message {i}: tool_calls or reasoning_content cannot be read "
+                f"({type(error).__name__}: {error})"
+            )
     roles = [m["role"] for m in messages]
     if "assistant" not in roles:
         return "no assistant turn to train on"
@@ -263,4 +336,3 @@ def check_messages(messages) -> str | None:
         if role == roles[i - 1] == "assistant":
             return f"message {i}: two assistant turns in a row"
     return None
-

@@ -1,4 +1,6 @@
-"""`[preset.py ...] [--key=value ...]` -> a dataclass, and the facts of a run. No torch at import."""
+"""`[preset.py ...] [--key=value ...]` -> a dataclass, and the facts of a run. No torch at
+import.
+"""
 
 import dataclasses
 import inspect
@@ -18,7 +20,8 @@ from pathlib import Path
 def parse_config(cls, argv: list[str]):
     """`[preset.py ...] [--key=value ...]` -> an instance of the dataclass `cls`; later wins.
 
-    An unknown key or a value of the wrong type ends the program with a line that names the key and where it came from.
+    An unknown key or a value of the wrong type ends the program with a line that names the key and
+    where it came from.
     """
     if "-h" in argv or "--help" in argv:
         print(inspect.getsource(cls))
@@ -34,7 +37,9 @@ def parse_config(cls, argv: list[str]):
             raise SystemExit(f"command line: {arg!r} is neither a preset.py nor --key=value")
         for key, value in pairs.items():
             if key not in hints:
-                raise SystemExit(f"{origin}: unknown key {key!r}; -h lists the keys of {cls.__name__}")
+                raise SystemExit(
+                    f"{origin}: unknown key {key!r}; -h lists the keys of {cls.__name__}"
+                )
             values[key] = _typed(value, hints[key], f"{origin}: {key}")
     return cls(**values)
 
@@ -49,10 +54,14 @@ def _read_preset(path: str) -> dict:
 
 
 def _typed(value, kind, where: str):
-    """A value of the type `kind`: bool, int, float, str, Optional of one, list or tuple of one ("a,b" as text)."""
+    """A value of the type `kind`: bool, int, float, str, Optional of one, list or tuple of one
+    ("a,b" as text).
+    """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType) and type(None) in inner:
-        return None if value in (None, "none") else _typed(value, inner[inner[0] is type(None)], where)
+        return (
+            None if value in (None, "none") else _typed(value, inner[inner[0] is type(None)], where)
+        )
     if origin in (list, tuple) and isinstance(value, (str, list, tuple)):
         items = value.split(",") if isinstance(value, str) and value else value
         return origin(_typed(item, inner[0], where) for item in items)
@@ -65,18 +74,24 @@ def _typed(value, kind, where: str):
             return kind(value)
         except ValueError as error:
             raise SystemExit(f"{where} = {value!r} is not of type {kind.__name__}") from error
-    raise SystemExit(f"{where} = {value!r} is not of type {kind.__name__ if isinstance(kind, type) else kind}")
+    raise SystemExit(
+        f"{where} = {value!r} is not of type {kind.__name__ if isinstance(kind, type) else kind}"
+    )
 
 
 def check_choices(cfg, **choices: str) -> None:
-    """Ends the program where a field of `cfg` is none of its words: check_choices(cfg, engine="vllm hf")."""
+    """Ends the program where a field of `cfg` is none of its words: check_choices(cfg, engine="vllm
+    hf").
+    """
     for key, allowed in choices.items():
         if getattr(cfg, key) not in allowed.split():
             raise SystemExit(f"{key} = {getattr(cfg, key)!r}: one of {allowed.replace(' ', ', ')}")
 
 
 def run_facts(cfg) -> dict:
-    """What a run needs to be repeated: config, git commit, versions, hardware. Call it once the GPU is chosen."""
+    """What a run needs to be repeated: config, git commit, versions, hardware. Call it once the GPU
+    is chosen.
+    """
     import torch
 
     versions = {}
@@ -92,7 +107,10 @@ def run_facts(cfg) -> dict:
     return {
         "config": dataclasses.asdict(cfg),
         "git": commit or None,
-        "versions": {"python": platform.python_version(), **{k: v for k, v in versions.items() if v}},
+        "versions": {
+            "python": platform.python_version(),
+            **{k: v for k, v in versions.items() if v},
+        },
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "gpus": gpus},
         "command": sys.argv,
     }
@@ -102,4 +120,3 @@ def run_facts(cfg) -> dict:
 def read_prompt(path: str, default: str) -> str:
     """The prompt in a file, or the default where no file is given."""
     return Path(path).read_text() if path else default
-

@@ -1,4 +1,6 @@
-"""Engines: generate(ids, …) and load_weights(pairs), by transformers and by vLLM in this process."""
+"""Engines: generate(ids, …) and load_weights(pairs), by transformers and by vLLM in this
+process.
+"""
 
 import asyncio
 import os
@@ -11,19 +13,21 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Sample:
-    """What an engine returns: sampled ids, their log-probs under the sampling distribution, stop|length|abort."""
+    """What an engine returns: sampled ids, their log-probs under the sampling distribution,
+    stop|length|abort.
+    """
 
     ids: list[int]
     logps: list[float]
     finish_reason: str
 
 
-
-
 class Rounds:
-    """Counts live chains and those that wait for an engine; an HFEngine computes when all that live are waiting.
+    """Counts live chains and those that wait for an engine; an HFEngine computes when all that live
+    are waiting.
 
-    The first engine that has requests: the agent's before the judge's, so that judgments come in few large batches.
+    The first engine that has requests: the agent's before the judge's, so that judgments come in
+    few large batches.
     """
 
     def __init__(self):
@@ -44,7 +48,9 @@ class Rounds:
 
 
 class HFEngine:
-    """transformers as the sampler, for machines without vLLM: batches in rounds, so a run can be repeated to the bit."""
+    """transformers as the sampler, for machines without vLLM: batches in rounds, so a run can be
+    repeated to the bit.
+    """
 
     max_batch = 64
 
@@ -54,7 +60,9 @@ class HFEngine:
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(self.device).eval()
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(self.device).eval()
+        )
         self.stop_ids, self.rounds, self.queue = set(stop_ids), rounds, []
         self.busy_seconds = 0.0
         rounds.engines.append(self)
@@ -83,8 +91,12 @@ class HFEngine:
         from transformers import DynamicCache
 
         width = max(len(r[0]) for r in requests)
-        ids = torch.tensor([[0] * (width - len(r[0])) + list(r[0]) for r in requests], device=self.device)
-        attention = torch.tensor([[0] * (width - len(r[0])) + [1] * len(r[0]) for r in requests], device=self.device)
+        ids = torch.tensor(
+            [[0] * (width - len(r[0])) + list(r[0]) for r in requests], device=self.device
+        )
+        attention = torch.tensor(
+            [[0] * (width - len(r[0])) + [1] * len(r[0]) for r in requests], device=self.device
+        )
         position = (attention.cumsum(1) - 1).clamp(min=0)
         generators = [torch.Generator().manual_seed(r[3]) for r in requests]
         samples = [Sample([], [], "length") for _ in requests]
@@ -93,8 +105,12 @@ class HFEngine:
             while alive:
                 step = dict(input_ids=ids, attention_mask=attention, position_ids=position)
                 out = self.model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                draws = torch.tensor([torch.rand((), generator=generators[i], dtype=torch.float64) for i in alive])
-                tokens, logps = _sample(out.logits[:, -1].float(), [requests[i] for i in alive], draws)
+                draws = torch.tensor(
+                    [torch.rand((), generator=generators[i], dtype=torch.float64) for i in alive]
+                )
+                tokens, logps = _sample(
+                    out.logits[:, -1].float(), [requests[i] for i in alive], draws
+                )
                 keep = []
                 for row, i in enumerate(alive):
                     samples[i].ids.append(tokens[row])
@@ -104,7 +120,9 @@ class HFEngine:
                     elif len(samples[i].ids) < requests[i][1]:
                         keep.append(row)
                 if len(keep) < len(alive):
-                    cache.batch_select_indices(torch.tensor(keep, dtype=torch.long, device=self.device))
+                    cache.batch_select_indices(
+                        torch.tensor(keep, dtype=torch.long, device=self.device)
+                    )
                 alive = [alive[row] for row in keep]
                 ids = torch.tensor([[tokens[row]] for row in keep], device=self.device)
                 attention = torch.cat([attention[keep], attention.new_ones(len(keep), 1)], 1)
@@ -121,26 +139,34 @@ class HFEngine:
 
 
 def _sample(logits, requests, draws):
-    """logits (B, V) -> token ids and log-probs; inverse CDF on one uniform draw a row; temperature 0 takes the best."""
+    """logits (B, V) -> token ids and log-probs; inverse CDF on one uniform draw a row; temperature
+    0 takes the best.
+    """
     import torch
 
     temperature = torch.tensor([r[2] or 1.0 for r in requests], device=logits.device)[:, None]
     logps = torch.log_softmax(logits / temperature, -1)
     probs = logps.double().exp()
-    top_p = torch.tensor([r[4] for r in requests], device=logits.device, dtype=torch.float64)[:, None]
+    top_p = torch.tensor([r[4] for r in requests], device=logits.device, dtype=torch.float64)[
+        :, None
+    ]
     if (top_p < 1).any():
         ordered, order = probs.sort(-1, descending=True)
         beyond = (ordered.cumsum(-1) - ordered) >= top_p
         probs = probs.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), 0.0)
     cumulative = probs.cumsum(-1)
-    drawn = torch.searchsorted(cumulative, draws.to(logits.device)[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    drawn = torch.searchsorted(
+        cumulative, draws.to(logits.device)[:, None] * cumulative[:, -1:], right=True
+    )[:, 0]
     greedy = torch.tensor([not r[2] for r in requests], device=logits.device)
     tokens = torch.where(greedy, logits.argmax(-1), drawn.clamp(max=logits.shape[-1] - 1))
     return tokens.tolist(), logps.gather(1, tokens[:, None])[:, 0].tolist()
 
 
 def _all_names(pairs, expected: set[str]):
-    """Passes the pairs through; a missing or unknown name is an error: a stale tensor raises nothing by itself."""
+    """Passes the pairs through; a missing or unknown name is an error: a stale tensor raises
+    nothing by itself.
+    """
     seen = set()
     for name, value in pairs:
         seen.add(name)
@@ -152,9 +178,21 @@ def _all_names(pairs, expected: set[str]):
 
 
 class VLLMEngine:
-    """vLLM in this process: a continuous loop over add_request and step, driven from a worker thread."""
+    """vLLM in this process: a continuous loop over add_request and step, driven from a worker
+    thread.
+    """
 
-    def __init__(self, folder, stop_ids, *, max_context, gpu_memory_share=0.85, sleep=False, tp_group=None, tp_size=1):
+    def __init__(
+        self,
+        folder,
+        stop_ids,
+        *,
+        max_context,
+        gpu_memory_share=0.85,
+        sleep=False,
+        tp_group=None,
+        tp_size=1,
+    ):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -163,7 +201,9 @@ class VLLMEngine:
         cuda = torch.cuda.is_available()
         if not cuda:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        options = dict(distributed_executor_backend="external_launcher") if "RANK" in os.environ else {}
+        options = (
+            dict(distributed_executor_backend="external_launcher") if "RANK" in os.environ else {}
+        )
         gpu = dict(gpu_memory_utilization=gpu_memory_share, enable_sleep_mode=sleep)
         options |= gpu if cuda else dict(enforce_eager=True)
         self.llm = LLM(
@@ -178,7 +218,9 @@ class VLLMEngine:
             **options,
         )
         with torch.device("meta"):
-            self.names = set(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict())
+            self.names = set(
+                AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict()
+            )
         self.stop_ids, self.sleeps, self.group = list(stop_ids), sleep, tp_group
         self.waiting, self.futures, self.pump, self.count = [], {}, None, 0
         self.stepping = threading.Lock()
@@ -216,18 +258,23 @@ class VLLMEngine:
 
         engine, began = self.llm.llm_engine, time.perf_counter()
         for name, ids, options in added:
-            fixed = dict(logprobs=0, stop_token_ids=self.stop_ids, ignore_eos=True, detokenize=False)
+            fixed = dict(
+                logprobs=0, stop_token_ids=self.stop_ids, ignore_eos=True, detokenize=False
+            )
             engine.add_request(name, {"prompt_token_ids": ids}, SamplingParams(**options, **fixed))
         finished = [(o.request_id, _vllm_sample(o.outputs[0])) for o in engine.step() if o.finished]
         self.busy_seconds += time.perf_counter() - began
         return finished
 
     def _tell(self, message) -> None:
-        # every rank of a tensor-parallel group schedules for itself: the leader tells the others what it adds
+        # every rank of a tensor-parallel group schedules for itself: the leader tells the others
+        # what it adds
         if self.group is not None:
             import torch.distributed as dist
 
-            dist.broadcast_object_list([message], src=dist.get_global_rank(self.group, 0), group=self.group)
+            dist.broadcast_object_list(
+                [message], src=dist.get_global_rank(self.group, 0), group=self.group
+            )
 
     def follow(self) -> None:
         """A tensor-parallel rank that does not lead: repeats the leader's steps until `finish`."""
@@ -235,7 +282,9 @@ class VLLMEngine:
 
         while True:
             message = [None]
-            dist.broadcast_object_list(message, src=dist.get_global_rank(self.group, 0), group=self.group)
+            dist.broadcast_object_list(
+                message, src=dist.get_global_rank(self.group, 0), group=self.group
+            )
             if message[0] is None:
                 return
             self._step(message[0])
@@ -259,7 +308,9 @@ class VLLMEngine:
         if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache after a weight sync: are requests still running?")
+            raise RuntimeError(
+                "vLLM kept its prefix cache after a weight sync: are requests still running?"
+            )
 
 
 def _vllm_sample(output) -> Sample:
@@ -269,7 +320,9 @@ def _vllm_sample(output) -> Sample:
 
 
 async def run_together(coroutines, rounds: Rounds | None, max_live: int = 0, on_done=None) -> list:
-    """Runs chains side by side, at most `max_live` at a time (0: all); results in the order given."""
+    """Runs chains side by side, at most `max_live` at a time (0: all); results in the order
+    given.
+    """
     coroutines = list(coroutines)
     slots = asyncio.Semaphore(max_live or max(len(coroutines), 1))
 
@@ -298,4 +351,3 @@ def make_engine(kind: str, folder: str, stop_ids, rounds: Rounds, **options):
     if kind == "vllm":
         return VLLMEngine(folder, stop_ids, **options)
     raise SystemExit(f"engine = {kind!r}: vllm or hf")
-

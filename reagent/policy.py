@@ -1,8 +1,10 @@
-"""What the trainers share and a test must pin: pack rows, load and shard the policy, log-probs, gradients.
+"""What the trainers share and a test must pin: pack rows, load and shard the policy, log-probs,
+gradients.
 
-Letters in shapes: B rows, T tokens of a packed micro-batch, M tokens in the loss, H hidden size, V vocabulary.
-A packed row is one sequence (1, T) that holds several rows end to end; position ids restart at 0 at each of them, and
-attention never crosses a border. Only the M tokens whose mask is 1 go through the head.
+Letters in shapes: B rows, T tokens of a packed micro-batch, M tokens in the loss, H hidden size, V
+vocabulary. A packed row is one sequence (1, T) that holds several rows end to end; position ids
+restart at 0 at each of them, and attention never crosses a border. Only the M tokens whose mask is
+1 go through the head.
 """
 
 from collections.abc import Iterator
@@ -19,17 +21,18 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 HEAD_CHUNK = 256  # tokens that pass the head at once: V = 152k in fp32 is 0.6 MB a token
+HEAD_KEPT = 1 << 26  # numbers (M V) up to which a softmax is kept for backward: 256 MB
 
-HEAD_KEPT = 1 << 26  # numbers (M V) up to which a softmax is kept for backward, 256 MB; larger ones are computed twice
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # packing
 
 
 @dataclass
 class Row:
-    """One token row. `mask` is 1 at trained tokens (never at the first); `columns` hold one number for each of them."""
+    """One token row. `mask` is 1 at trained tokens (never at the first); `columns` hold one number
+    for each of them.
+    """
 
     ids: list[int]
     mask: list[int]
@@ -49,10 +52,12 @@ class Batch:
 
 
 def balance(rows: list[Row], ranks: int, tokens_per_microbatch: int) -> list[list[list[Row]]]:
-    """Deals rows to ranks for equal work, then into micro-batches: result[rank][microbatch] is a list of rows.
+    """Deals rows to ranks for equal work, then into micro-batches: result[rank][microbatch] is a
+    list of rows.
 
-    Longest first to the rank with the fewest tokens; then first fit. Every rank gets the same number of micro-batches
-    (FSDP would hang otherwise), so some may be empty. Deterministic: the same rows give the same deal.
+    Longest first to the rank with the fewest tokens; then first fit. Every rank gets the same
+    number of micro-batches (FSDP would hang otherwise), so some may be empty. Deterministic: the
+    same rows give the same deal.
     """
     longest_first = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
     dealt: list[list[Row]] = [[] for _ in range(ranks)]
@@ -82,16 +87,22 @@ def _first_fit(rows: list[Row], room: int) -> list[list[Row]]:
 
 
 def collate(rows: list[Row], columns: tuple[str, ...], device: torch.device) -> Batch:
-    """Packs rows into one (1, T) sequence. Without rows: two tokens that carry no loss, to keep step with the others."""
+    """Packs rows into one (1, T) sequence. Without rows: two tokens that carry no loss, to keep
+    step with the others.
+    """
     ids, positions, index = [], [], []
     for row in rows or [Row([0, 0], [0, 0])]:
-        assert not row.mask[0] and len(row.ids) == len(row.mask), "the first token of a row has nothing before it"
+        assert not row.mask[0] and len(row.ids) == len(row.mask), (
+            "the first token of a row has nothing before it"
+        )
         index += [len(ids) + t - 1 for t, trained in enumerate(row.mask) if trained]
         positions += range(len(row.ids))
         ids += row.ids
     values = {name: [x for row in rows for x in row.columns[name]] for name in columns}
     for name, column in values.items():
-        assert len(column) == len(index), f"column {name}: {len(column)} numbers for {len(index)} trained tokens"
+        assert len(column) == len(index), (
+            f"column {name}: {len(column)} numbers for {len(index)} trained tokens"
+        )
 
     def tensor(data, dtype=torch.long):
         return torch.tensor(data, dtype=dtype).to(device, non_blocking=True)
@@ -107,15 +118,18 @@ def collate(rows: list[Row], columns: tuple[str, ...], device: torch.device) -> 
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the policy
 
 
-def varlen_attention(module, query, key, value, attention_mask, scaling=None, lengths=None, cu_seqlens=None, **_):
-    """Causal attention within each row of a packed sequence; query (1, heads, T, D) -> (1, T, heads, D).
+def varlen_attention(
+    module, query, key, value, attention_mask, scaling=None, lengths=None, cu_seqlens=None, **_
+):
+    """Causal attention within each row of a packed sequence; query (1, heads, T, D) -> (1, T,
+    heads, D).
 
-    torch's flash kernel on a GPU; on a CPU one SDPA call for each run of rows of equal length (a dense block mask
-    would cost T^2).
+    torch's flash kernel on a GPU; on a CPU one SDPA call for each run of rows of equal length (a
+    dense block mask would cost T^2).
     """
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
@@ -126,10 +140,14 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, le
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, n, n, **options)[None], None
     runs = [(len(list(run)), length) for length, run in groupby(lengths)]
     # split, not slices: the backward of a slice fills a tensor of all T with zeros
-    parts = [x[0].split([count * length for count, length in runs], dim=1) for x in (query, key, value)]
+    parts = [
+        x[0].split([count * length for count, length in runs], dim=1) for x in (query, key, value)
+    ]
     out = []
     for run, *qkv in zip(runs, *parts):
-        q, k, v = (x.unflatten(1, run).transpose(0, 1) for x in qkv)  # (heads, count * L, D) -> (count, heads, L, D)
+        q, k, v = (
+            x.unflatten(1, run).transpose(0, 1) for x in qkv
+        )  # (heads, count * L, D) -> (count, heads, L, D)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         out.append(o.transpose(1, 2).flatten(0, 1))  # (count * L, heads, D)
     return torch.cat(out)[None], None
@@ -139,14 +157,18 @@ AttentionInterface.register("varlen", varlen_attention)
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(m, H) x (V, H) -> (m, V) in fp32; bf16 inputs are multiplied as they are and accumulated in fp32."""
+    """(m, H) x (V, H) -> (m, V) in fp32; bf16 inputs are multiplied as they are and accumulated in
+    fp32.
+    """
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     return (hidden @ weight.t()).float()
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Log-probs of the targets and the entropy, HEAD_CHUNK tokens at a time; backward computes large logits once more."""
+    """Log-probs of the targets and the entropy, HEAD_CHUNK tokens at a time; backward computes
+    large logits once more.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
@@ -172,9 +194,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for part, probs in zip_longest(_parts(len(targets)), kept):
             if probs is None:
-                probs = _logits(hidden[part], weight).div_(ctx.temperature).sub_(norm[part, None]).exp_()
+                probs = (
+                    _logits(hidden[part], weight)
+                    .div_(ctx.temperature)
+                    .sub_(norm[part, None])
+                    .exp_()
+                )
             scale = grad_logps[part, None] / ctx.temperature
-            grad = (probs * -scale).scatter_add_(1, targets[part, None], scale)  # one-hot minus softmax
+            grad = (probs * -scale).scatter_add_(
+                1, targets[part, None], scale
+            )  # one-hot minus softmax
             grad = grad.to(hidden.dtype)
             grad_hidden[part] = grad @ weight
             if hidden.dtype == torch.float32:
@@ -193,7 +222,9 @@ def _parts(n: int) -> list[slice]:
 
 
 class ChunkedHead(torch.nn.Module):
-    """Stands where the model had its lm_head, with the same parameter: (M, H) -> log-probs and entropy (M,)."""
+    """Stands where the model had its lm_head, with the same parameter: (M, H) -> log-probs and
+    entropy (M,).
+    """
 
     def __init__(self, weight: torch.nn.Parameter):
         super().__init__()
@@ -204,7 +235,9 @@ class ChunkedHead(torch.nn.Module):
 
 
 class Policy(torch.nn.Module):
-    """A causal language model that returns log-probs of the trained tokens, never the full (T, V) logits."""
+    """A causal language model that returns log-probs of the trained tokens, never the full (T, V)
+    logits.
+    """
 
     def __init__(self, hf):
         super().__init__()
@@ -230,12 +263,15 @@ class Policy(torch.nn.Module):
 
 
 def _read(loader, folder: str, what: str, **options):
-    # a folder, or a name of the hub; an error of the library is shortened to what a person can act on
+    # a folder, or a name of the hub; an error of the library is shortened to what a person can act
+    # on
     path = Path(folder)
     if path.exists() and not (path / "config.json").is_file():
         raise SystemExit(f"{folder} is not a model folder: it has no config.json")
     if not path.exists() and len(path.parts) > 2:
-        raise SystemExit(f"no model in {folder}: run the stage that makes it first (README, stages)")
+        raise SystemExit(
+            f"no model in {folder}: run the stage that makes it first (README, stages)"
+        )
     try:
         return loader.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
@@ -249,25 +285,37 @@ def load_tokenizer(folder: str):
 
 def load_policy(folder: str, checkpoint_activations: bool) -> Policy:
     """Reads a Hugging Face folder in fp32 on the CPU; `shard` moves it."""
-    hf = _read(AutoModelForCausalLM, folder, "model", dtype=torch.float32, attn_implementation="varlen")
+    hf = _read(
+        AutoModelForCausalLM, folder, "model", dtype=torch.float32, attn_implementation="varlen"
+    )
     if checkpoint_activations:
         hf.gradient_checkpointing_enable(dict(use_reentrant=False))
     return Policy(hf).train()
 
 
-def shard(policy: Policy, device: torch.device, shard_ranks: int = 0, cpu_offload: bool = False) -> Policy:
-    """FSDP2: fp32 shards, bf16 compute on a GPU (fp32 on a CPU), fp32 reduction; each block is a unit, then the root.
+def shard(
+    policy: Policy, device: torch.device, shard_ranks: int = 0, cpu_offload: bool = False
+) -> Policy:
+    """FSDP2: fp32 shards, bf16 compute on a GPU (fp32 on a CPU), fp32 reduction; each block is a
+    unit, then the root.
 
-    `shard_ranks` > 0: HSDP, parameters sharded over that many adjacent ranks and replicated over the rest.
+    `shard_ranks` > 0: HSDP, parameters sharded over that many adjacent ranks and replicated over
+    the rest.
     """
     world = dist.get_world_size()
     inner = shard_ranks or world
     if world % inner:
         raise SystemExit(f"shard_ranks = {inner} does not divide {world} ranks")
-    shape, names = ((world // inner, inner), ("replicate", "shard")) if inner < world else ((world,), ("shard",))
+    shape, names = (
+        ((world // inner, inner), ("replicate", "shard"))
+        if inner < world
+        else ((world,), ("shard",))
+    )
     options = dict(mesh=init_device_mesh(device.type, shape, mesh_dim_names=names))
     if device.type == "cuda":
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        options["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+        )
         if cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy()
     base, head = policy.hf.model, policy.hf.lm_head
@@ -280,12 +328,14 @@ def shard(policy: Policy, device: torch.device, shard_ranks: int = 0, cpu_offloa
     return policy
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # gradients and weights
 
 
 def backward(loss: torch.Tensor) -> None:
-    """Backward of this rank's share of a loss whose denominator counts all ranks: FSDP averages, so undo the mean."""
+    """Backward of this rank's share of a loss whose denominator counts all ranks: FSDP averages, so
+    undo the mean.
+    """
     (loss * dist.get_world_size()).backward()
 
 
@@ -296,9 +346,11 @@ def clip_gradients(policy: Policy, max_norm: float) -> float:
 
 
 def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole tensor) for every name of the state dict, a tied lm_head included; all ranks must walk it together.
+    """(name, whole tensor) for every name of the state dict, a tied lm_head included; all ranks
+    must walk it together.
 
-    One tensor at a time is materialised, in memory of its own: vLLM keeps references until a fused weight is whole.
+    One tensor at a time is materialised, in memory of its own: vLLM keeps references until a fused
+    weight is whole.
     """
     for name, value in policy.hf.state_dict().items():
         value = value.detach().to(dtype)  # cast the shard, then gather: half the bytes
@@ -306,30 +358,45 @@ def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, torc
         yield name, whole
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # memory
 
 
-def memory_estimate(config, ranks: int, tokens: int, checkpoint_activations: bool, width: int) -> dict[str, float]:
-    """Bytes on one rank at the peak of a training step of a Llama-like model, by what they are for, and their total.
+def memory_estimate(
+    config, ranks: int, tokens: int, checkpoint_activations: bool, width: int
+) -> dict[str, float]:
+    """Bytes on one rank at the peak of a training step of a Llama-like model, by what they are for,
+    and their total.
 
-    config: of transformers; ranks share the parameters; tokens of a micro-batch, all of them in the loss; width: bytes
-    of a computed number (2: bf16, 4: fp32). Parameters, gradients and Adam's two moments are fp32 shards.
+    config: of transformers; ranks share the parameters; tokens of a micro-batch, all of them in the
+    loss; width: bytes of a computed number (2: bf16, 4: fp32). Parameters, gradients and Adam's two
+    moments are fp32 shards.
     """
-    hidden, inner, layers, vocab = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size
+    hidden, inner, layers, vocab = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.vocab_size,
+    )
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     block = 2 * hidden * (queries + keys) + 3 * hidden * inner
     table = vocab * hidden
     total = layers * block + table * (1 if config.tie_word_embeddings else 2)
-    # what backward needs of a block, a token: both norms, the projections before and after norm and rotation, the MLP
-    saved = width * (6 * hidden + 4 * queries + 5 * keys + 4 * inner) + 4 * (4 * hidden + 2 * queries + 2 * keys)
+    # what backward needs of a block, a token: both norms, the projections before and after norm and
+    # rotation, the MLP
+    saved = width * (6 * hidden + 4 * queries + 5 * keys + 4 * inner) + 4 * (
+        4 * hidden + 2 * queries + 2 * keys
+    )
     kept = layers * width * hidden + saved if checkpoint_activations else layers * saved
     parts = {
         "shards": 16.0 * total / ranks,
-        "gathered": float(width * (2 * block + total - layers * block) + 4 * block) if ranks > 1 else 0.0,
+        "gathered": float(width * (2 * block + total - layers * block) + 4 * block)
+        if ranks > 1
+        else 0.0,
         "activations": float(tokens * (kept + 4 * width * hidden)),
-        "head": 4.0 * (3 * HEAD_CHUNK * vocab + table + (tokens * vocab if _keeps(tokens, vocab) else 0)),
+        "head": 4.0
+        * (3 * HEAD_CHUNK * vocab + table + (tokens * vocab if _keeps(tokens, vocab) else 0)),
     }
     return parts | {"total": sum(parts.values())}
 
@@ -337,4 +404,9 @@ def memory_estimate(config, ranks: int, tokens: int, checkpoint_activations: boo
 def memory_of(policy: Policy, cfg) -> float:
     """The estimate for a trainer's config, in GB."""
     ranks, width = cfg.shard_ranks or dist.get_world_size(), 2 if torch.cuda.is_available() else 4
-    return memory_estimate(policy.hf.config, ranks, cfg.tokens_per_microbatch, cfg.checkpoint_activations, width)["total"] / 1e9
+    return (
+        memory_estimate(
+            policy.hf.config, ranks, cfg.tokens_per_microbatch, cfg.checkpoint_activations, width
+        )["total"]
+        / 1e9
+    )

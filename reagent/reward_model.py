@@ -16,10 +16,14 @@ from reagent.engines import Rounds, make_engine
 from reagent.rows import seed_of
 
 RRM_PROMPT = (
-    "You review the work of an agent that answers questions with tools. Judge how it worked: the reasoning, the choice "
-    "and the use of tools, and whether the answer follows from what the tools returned. Never state the correct answer "
-    "yourself.\nReply with exactly three blocks:\n<think>your analysis of the trajectory, step by step</think>\n"
-    "<critique>a short review that the agent will read: what was wrong or missing, what to do better</critique>\n"
+    "You review the work of an agent that answers questions with tools. Judge how it worked: the "
+    "reasoning, the choice "
+    "and the use of tools, and whether the answer follows from what the tools returned. Never "
+    "state the correct answer "
+    "yourself.\nReply with exactly three blocks:\n<think>your analysis of the trajectory, step by "
+    "step</think>\n"
+    "<critique>a short review that the agent will read: what was wrong or missing, what to do "
+    "better</critique>\n"
     "<score>a number from 0 to 1 for the quality of the trajectory</score>"
 )
 
@@ -28,7 +32,7 @@ JUDGE_REQUEST = "Question:\n{question}\n\nTrajectory of the agent:\n{trajectory}
 JUDGE_TEMPERATURE = 0.3  # of a judge at work, also in its report
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # reading a judgment
 
 
@@ -39,8 +43,6 @@ class Judgment:
     score: float
 
 
-
-
 _SCORE = r"0(?:\.\d{1,6})?|1(?:\.0{1,6})?|\.\d{1,6}"
 
 _BLOCKS = re.compile(rf"\s*<critique>(.*?)</critique>\s*<score>\s*({_SCORE})\s*</score>\s*", re.S)
@@ -49,7 +51,8 @@ _TAG = re.compile(r"</?(?:think|critique|score)>")
 
 
 def parse_judgment(text: str) -> Judgment | None:
-    """Exactly <think>…</think><critique>…</critique><score>s</score> with a plain s in [0, 1]; else None (invalid).
+    """Exactly <think>…</think><critique>…</critique><score>s</score> with a plain s in [0, 1]; else
+    None (invalid).
 
     Critique and score are read after the last </think>, so a score inside the analysis never wins.
     """
@@ -61,21 +64,36 @@ def parse_judgment(text: str) -> Judgment | None:
     if not closer or not head.startswith("<think>") or not match:
         return None
     think, critique = head[len("<think>") :].strip(), match[1].strip()
-    if not think or not critique or "<think>" in think or "</think>" in think or _TAG.search(critique):
+    if (
+        not think
+        or not critique
+        or "<think>" in think
+        or "</think>" in think
+        or _TAG.search(critique)
+    ):
         return None
     return Judgment(think, critique, float(match[2]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # rows of judgments
 
 
 def leaks(critique: str, golds: list[str], question: str, trajectory: str) -> bool:
-    """Whether the critique states a gold answer, as whole tokens, that neither question nor trajectory contains."""
+    """Whether the critique states a gold answer, as whole tokens, that neither question nor
+    trajectory contains.
+    """
     for gold in golds:
         tokens = re.findall(r"\w+", gold.lower())
-        exempt = gold.strip().lower() in ("yes", "no", "true", "false") or re.fullmatch(r"[A-Za-z]|\d{1,3}", gold.strip())
-        if tokens and not exempt and _holds(critique, tokens) and not _holds(question + " " + trajectory, tokens):
+        exempt = gold.strip().lower() in ("yes", "no", "true", "false") or re.fullmatch(
+            r"[A-Za-z]|\d{1,3}", gold.strip()
+        )
+        if (
+            tokens
+            and not exempt
+            and _holds(critique, tokens)
+            and not _holds(question + " " + trajectory, tokens)
+        ):
             return True
     return False
 
@@ -96,7 +114,11 @@ def row_trajectory(row: dict) -> str:
 
 
 def check_rrm_row(row: dict) -> str | None:
-    if not isinstance(row.get("question"), str) or not isinstance(row.get("trajectory"), (str, list)) or not row["trajectory"]:
+    if (
+        not isinstance(row.get("question"), str)
+        or not isinstance(row.get("trajectory"), (str, list))
+        or not row["trajectory"]
+    ):
         return f"an RRM row needs 'question' and 'trajectory'; found the keys {sorted(row)}"
     if row.get("score") is None and row.get("correct") is None and "judgment" not in row:
         return "an RRM row needs 'score', 'correct' or both"
@@ -110,35 +132,48 @@ def target_text(row: dict) -> str:
     """The three blocks that SFT trains on."""
     if "judgment" in row:
         return row["judgment"]
-    return f"<think>{row['think']}</think><critique>{row['critique']}</critique><score>{row['score']:.2f}</score>"
+    think, critique, score = row["think"], row["critique"], row["score"]
+    return f"<think>{think}</think><critique>{critique}</critique><score>{score:.2f}</score>"
 
 
 def check_judged_row(row: dict) -> str | None:
     """What SFT needs beyond check_rrm_row: a judgment to learn."""
-    missing = [] if "judgment" in row else [key for key in ("think", "critique", "score") if row.get(key) is None]
+    missing = (
+        []
+        if "judgment" in row
+        else [key for key in ("think", "critique", "score") if row.get(key) is None]
+    )
     if missing:
         return f"SFT needs {', '.join(map(repr, missing))}; found the keys {sorted(row)}"
-    return check_rrm_row(row) or (None if parse_judgment(target_text(row)) else "the judgment is not valid")
+    return check_rrm_row(row) or (
+        None if parse_judgment(target_text(row)) else "the judgment is not valid"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the client
 
 
 class Judge:
-    """The client of a reasoning reward model: asks, parses strictly, retries at a fresh seed, counts, gives up."""
+    """The client of a reasoning reward model: asks, parses strictly, retries at a fresh seed,
+    counts, gives up.
+    """
 
     def __init__(self, ask: Callable[..., Awaitable[str]], *, size=len, room=1_000_000, retries=3):
         self.ask, self.size, self.room, self.retries = ask, size, room, retries
         self.asked = self.failed = self.invalid_replies = 0
 
     async def __call__(self, question: str, messages: list[dict], key: tuple) -> Judgment | None:
-        """Judges one attempt (paper section 3.2) without the gold answer; None: no valid judgment was to be had."""
+        """Judges one attempt (paper section 3.2) without the gold answer; None: no valid judgment
+        was to be had.
+        """
         self.asked += 1
         trajectory = fit_trajectory(messages, self.room - self.size(question), self.size)
         for retry in range(self.retries if trajectory is not None else 0):
             try:
-                judgment = parse_judgment(await self.ask(question, messages, trajectory, seed_of(*key, "judge", retry)))
+                judgment = parse_judgment(
+                    await self.ask(question, messages, trajectory, seed_of(*key, "judge", retry))
+                )
             except JudgeDown as down:
                 print(f"judge: {down}", file=sys.stderr)
                 break
@@ -154,19 +189,26 @@ class JudgeDown(Exception):
 
 
 def trajectory_text(messages: list[dict], cap: int | None = None) -> str:
-    """The transcript a judge reads. `cap`: tool results longer than that many characters are cut in their middle."""
+    """The transcript a judge reads. `cap`: tool results longer than that many characters are cut in
+    their middle.
+    """
     parts = []
     for message in messages:
         text = message["content"]
         if message["role"] == "tool" and cap is not None and len(text) > cap:
             half = cap // 2
-            text = f"{text[:half]}\n[… {len(text) - 2 * half:,} characters left out …]\n{text[len(text) - half:]}"
+            text = (
+                f"{text[:half]}\n[… {len(text) - 2 * half:,} characters left out "
+                f"…]\n{text[len(text) - half :]}"
+            )
         parts.append(f"[{message['role']}]\n{text}")
     return "\n".join(parts)
 
 
 def fit_trajectory(messages: list[dict], room: int, size: Callable[[str], int]) -> str | None:
-    """Shortens long tool results until size(text) <= room; the end is never cut. None: it cannot fit."""
+    """Shortens long tool results until size(text) <= room; the end is never cut. None: it cannot
+    fit.
+    """
     cap = max((len(m["content"]) for m in messages if m["role"] == "tool"), default=0)
     text = trajectory_text(messages)
     while size(text) > room:
@@ -186,13 +228,22 @@ def toy_judge(annotate) -> Judge:
     return Judge(ask)
 
 
-def engine_judge(engine, chat, *, prompt=RRM_PROMPT, temperature=JUDGE_TEMPERATURE, max_context=32_768,
-                 max_new_tokens=1400) -> Judge:
+def engine_judge(
+    engine,
+    chat,
+    *,
+    prompt=RRM_PROMPT,
+    temperature=JUDGE_TEMPERATURE,
+    max_context=32_768,
+    max_new_tokens=1400,
+) -> Judge:
     """A reward model in this process, behind the same engine classes as the policy."""
 
     async def ask(question, messages, trajectory, seed):
         ids = judge_prompt(chat, question, trajectory, prompt)
-        sample = await engine.generate(ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        sample = await engine.generate(
+            ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
         return chat.opened + chat.decode([i for i in sample.ids if i != chat.closer_id])
 
     overhead = len(judge_prompt(chat, "", "", prompt)) + max_new_tokens
@@ -201,31 +252,57 @@ def engine_judge(engine, chat, *, prompt=RRM_PROMPT, temperature=JUDGE_TEMPERATU
 
 def judge_prompt(chat, question: str, trajectory: str, prompt: str = RRM_PROMPT) -> list[int]:
     request = JUDGE_REQUEST.format(question=question, trajectory=trajectory)
-    return chat.prompt([{"role": "system", "content": prompt}, {"role": "user", "content": request}], None)
+    return chat.prompt(
+        [{"role": "system", "content": prompt}, {"role": "user", "content": request}], None
+    )
 
 
-def served_judge(urls: list[str], *, model="", prompt=RRM_PROMPT, temperature=JUDGE_TEMPERATURE, max_context=32_768,
-                 max_new_tokens=1400, seconds=60.0, patience_s=120.0, rest_s=10.0, break_tags=lambda text: text) -> Judge:
-    """OpenAI-compatible servers: the least busy one is asked; one that fails rests for `rest_s` and is tried again."""
+def served_judge(
+    urls: list[str],
+    *,
+    model="",
+    prompt=RRM_PROMPT,
+    temperature=JUDGE_TEMPERATURE,
+    max_context=32_768,
+    max_new_tokens=1400,
+    seconds=60.0,
+    patience_s=120.0,
+    rest_s=10.0,
+    break_tags=lambda text: text,
+) -> Judge:
+    """OpenAI-compatible servers: the least busy one is asked; one that fails rests for `rest_s` and
+    is tried again.
+    """
     from openai import AsyncOpenAI, OpenAIError
 
     key = os.environ.get("RRM_API_KEY", "none")
-    clients = [AsyncOpenAI(base_url=url, api_key=key, timeout=seconds, max_retries=0) for url in urls]
+    clients = [
+        AsyncOpenAI(base_url=url, api_key=key, timeout=seconds, max_retries=0) for url in urls
+    ]
     busy, rests_until, names = [0] * len(urls), [0.0] * len(urls), [model] * len(urls)
 
     async def ask_one(i, request, seed):
         if not names[i]:
             names[i] = (await clients[i].models.list()).data[0].id
         reply = await clients[i].chat.completions.create(
-            model=names[i], messages=request, temperature=temperature, max_tokens=max_new_tokens, seed=seed % 2**31
+            model=names[i],
+            messages=request,
+            temperature=temperature,
+            max_tokens=max_new_tokens,
+            seed=seed % 2**31,
         )
         message = reply.choices[0].message
-        analysis = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+        analysis = getattr(message, "reasoning_content", None) or getattr(
+            message, "reasoning", None
+        )
         return (f"<think>{analysis}</think>" if analysis else "") + (message.content or "")
 
     async def ask(question, messages, trajectory, seed):
         user = JUDGE_REQUEST.format(question=question, trajectory=trajectory)
-        request = [{"role": "system", "content": prompt}, {"role": "user", "content": break_tags(user)}]
+        request = [
+            {"role": "system", "content": prompt},
+            {"role": "user", "content": break_tags(user)},
+        ]
         deadline, problem = time.monotonic() + patience_s, None
         while time.monotonic() < deadline:
             awake = [i for i in range(len(urls)) if rests_until[i] <= time.monotonic()]
@@ -242,7 +319,9 @@ def served_judge(urls: list[str], *, model="", prompt=RRM_PROMPT, temperature=JU
                 busy[i] -= 1
         raise JudgeDown(f"no answer from {', '.join(urls)} for {patience_s:.0f} s: {problem}")
 
-    return Judge(ask, size=lambda text: len(text) // 3, room=max_context - max_new_tokens - len(prompt) // 3)
+    return Judge(
+        ask, size=lambda text: len(text) // 3, room=max_context - max_new_tokens - len(prompt) // 3
+    )
 
 
 def check_served(urls: list[str]) -> None:
@@ -251,7 +330,12 @@ def check_served(urls: list[str]) -> None:
 
     for url in urls:
         try:
-            OpenAI(base_url=url, api_key=os.environ.get("RRM_API_KEY", "none"), timeout=10, max_retries=1).models.list()
+            OpenAI(
+                base_url=url,
+                api_key=os.environ.get("RRM_API_KEY", "none"),
+                timeout=10,
+                max_retries=1,
+            ).models.list()
         except OpenAIError as error:
             hint = "start one with `vllm serve <RRM folder> --port …`"
             raise SystemExit(f"no judge answers at {url} ({error}): {hint}") from error
@@ -267,8 +351,11 @@ def toy_script():
     return toy
 
 
-def make_judge(spec: str, chat, rounds: Rounds, *, engine: str, max_context: int, prompt=RRM_PROMPT, **served) -> Judge:
-    """spec = "http://…/v1[,http://…/v1]": servers | a folder: in this process | "toy": the toy's rule annotator.
+def make_judge(
+    spec: str, chat, rounds: Rounds, *, engine: str, max_context: int, prompt=RRM_PROMPT, **served
+) -> Judge:
+    """spec = "http://…/v1[,http://…/v1]": servers | a folder: in this process | "toy": the toy's
+    rule annotator.
 
     `served` are options of served_judge, for servers only.
     """
@@ -277,13 +364,17 @@ def make_judge(spec: str, chat, rounds: Rounds, *, engine: str, max_context: int
     if spec.startswith("http"):
         urls = spec.split(",")
         check_served(urls)
-        return served_judge(urls, prompt=prompt, max_context=max_context, break_tags=chat.broken, **served)
+        return served_judge(
+            urls, prompt=prompt, max_context=max_context, break_tags=chat.broken, **served
+        )
     if not Path(spec).is_dir():
-        raise SystemExit(f"no reward model in {spec}: train one with train_rrm.py, or give a URL (--rrm=http://…/v1)")
+        raise SystemExit(
+            f"no reward model in {spec}: train one with train_rrm.py, or give a URL "
+            "(--rrm=http://…/v1)"
+        )
     from reagent.policy import load_tokenizer
 
     judge_chat = Chat(load_tokenizer(spec))
     own = make_engine(engine, spec, judge_chat.stop_ids, rounds, max_context=max_context)
     new = min(1400, max_context // 4)
     return engine_judge(own, judge_chat, prompt=prompt, max_context=max_context, max_new_tokens=new)
-

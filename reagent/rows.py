@@ -1,4 +1,6 @@
-"""Rows in, tokens out: the config parser, JSONL files, and the append-only renderer of conversations. No torch at import."""
+"""Rows in, tokens out: the config parser, JSONL files, and the append-only renderer of
+conversations. No torch at import.
+"""
 
 import hashlib
 import json
@@ -9,7 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # JSONL
 
 
@@ -17,12 +19,16 @@ _decode = json.JSONDecoder().decode  # json.loads guesses the encoding first, wh
 
 
 class JsonlRows:
-    """A JSONL file by byte offsets: every line is checked at opening, none is kept; `rows[i]` reads one.
+    """A JSONL file by byte offsets: every line is checked at opening, none is kept; `rows[i]` reads
+    one.
 
-    `check(row)` returns an error text or None. Errors name file and line; two rows with one id are an error.
+    `check(row)` returns an error text or None. Errors name file and line; two rows with one id are
+    an error.
     """
 
-    def __init__(self, path: str, check: Callable[[dict], str | None] | None = None, hint: str = ""):
+    def __init__(
+        self, path: str, check: Callable[[dict], str | None] | None = None, hint: str = ""
+    ):
         self.path, self.offsets = str(path), array("q")
         if not Path(path).is_file():
             raise SystemExit(f"no file {path}" + (f": {hint}" if hint else ""))
@@ -47,7 +53,9 @@ class JsonlRows:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path}:{number}: not a JSON line ({error})") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{self.path}:{number}: a row is a JSON object, not {type(row).__name__}")
+            raise ValueError(
+                f"{self.path}:{number}: a row is a JSON object, not {type(row).__name__}"
+            )
         return row
 
     def _check_unique(self, keys: array) -> None:
@@ -76,9 +84,15 @@ class JsonlRows:
 
 
 def read_appended(path: str | Path) -> list[dict]:
-    """The rows of a file that only grows; [] if there is none. A last line that a kill cut short is cut off."""
+    """The rows of a file that only grows; [] if there is none. A last line that a kill cut short is
+    cut off.
+    """
     drop_cut_line(Path(path))
-    return [json.loads(line) for line in Path(path).read_bytes().splitlines()] if Path(path).is_file() else []
+    return (
+        [json.loads(line) for line in Path(path).read_bytes().splitlines()]
+        if Path(path).is_file()
+        else []
+    )
 
 
 def drop_cut_line(path: Path) -> None:
@@ -99,9 +113,11 @@ def drop_cut_line(path: Path) -> None:
 
 
 def batch_indices(step: int, batch: int, n: int, seed: int) -> list[int]:
-    """Rows of a step: the stream of seeded permutations of n rows, cut in batches. No state, so resume is exact.
+    """Rows of a step: the stream of seeded permutations of n rows, cut in batches. No state, so
+    resume is exact.
 
-    A batch at the seam of two epochs (or larger than n) takes rows from both, so it can hold a row twice.
+    A batch at the seam of two epochs (or larger than n) takes rows from both, so it can hold a row
+    twice.
     """
     picked: list[int] = []
     at = step * batch
@@ -130,7 +146,9 @@ def check_rl_row(row: dict) -> str | None:
     if row.get("kind") not in ("math", "qa", "gaia", "choice"):
         return f"'kind' is {row.get('kind')!r}: math, qa, gaia or choice"
     docs = row.get("docs", [])
-    if not isinstance(docs, list) or not all(isinstance(d, dict) and _texts(d.get("title"), d.get("text")) for d in docs):
+    if not isinstance(docs, list) or not all(
+        isinstance(d, dict) and _texts(d.get("title"), d.get("text")) for d in docs
+    ):
         return "'docs' is a list of {'title', 'text'}"
     files = row.get("files", [])
     if not isinstance(files, list) or not _texts(*files):
@@ -143,7 +161,9 @@ def _texts(*values) -> bool:
 
 
 def seed_of(*parts) -> int:
-    """A seed below 2^62 from (run seed, step, sibling, task, stage, turn, role, retry): all different, repeatable."""
+    """A seed below 2^62 from (run seed, step, sibling, task, stage, turn, role, retry): all
+    different, repeatable.
+    """
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2
 

@@ -1,4 +1,6 @@
-"""Checkpoints: a Hugging Face folder (weights, tokenizer) with trainer/ (sharded state) and trainer.json beside it."""
+"""Checkpoints: a Hugging Face folder (weights, tokenizer) with trainer/ (sharded state) and
+trainer.json beside it.
+"""
 
 import dataclasses
 import json
@@ -18,14 +20,18 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from reagent.policy import Policy, full_weights
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # processes
 
 
 def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
-    """Joins torchrun's process group, or starts a job of one; returns (rank, world size, device)."""
+    """Joins torchrun's process group, or starts a job of one; returns (rank, world size,
+    device).
+    """
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    )
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -36,16 +42,22 @@ def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
 
 
 def meet(phase: str, group, timeout_s: float, error: BaseException | None = None) -> None:
-    """All ranks meet on the gloo `group` after `phase`; whoever is missing after `timeout_s` is named, by rank.
+    """All ranks meet on the gloo `group` after `phase`; whoever is missing after `timeout_s` is
+    named, by rank.
 
-    A rank that failed passes its `error`: then all stop together with that text instead of waiting for a dead peer.
+    A rank that failed passes its `error`: then all stop together with that text instead of waiting
+    for a dead peer.
     """
     try:
         dist.monitored_barrier(group, timedelta(seconds=timeout_s), wait_all_ranks=True)
     except RuntimeError as lost:
-        raise SystemExit(f"rank {dist.get_rank()} stops: a rank is missing after {phase}: {lost}") from error or lost
+        raise SystemExit(
+            f"rank {dist.get_rank()} stops: a rank is missing after {phase}: {lost}"
+        ) from error or lost
     texts: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, None if error is None else f"{type(error).__name__}: {error}", group=group)
+    dist.all_gather_object(
+        texts, None if error is None else f"{type(error).__name__}: {error}", group=group
+    )
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
     if failed:
         raise SystemExit(f"{phase} failed on " + "; ".join(failed)) from error
@@ -53,7 +65,9 @@ def meet(phase: str, group, timeout_s: float, error: BaseException | None = None
 
 @contextmanager
 def phase(name: str, meet_all):
-    """A collective that fails because a peer died or hung says so by no name: all that live meet, who is missing is named."""
+    """A collective that fails because a peer died or hung says so by no name: all that live meet,
+    who is missing is named.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -67,7 +81,7 @@ def sum_over_ranks(numbers: list[float], group=None) -> list[float]:
     return total.tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # checkpoints
 
 
@@ -76,10 +90,14 @@ def checkpoints(folder: str | Path) -> list[Path]:
     return sorted(p for p in Path(folder).glob("step-*") if p.is_dir() and p.suffix == "")
 
 
-def save_checkpoint(folder, step: int, policy: Policy, optimizer, tokenizer, facts: dict, meet_all) -> Path:
-    """Writes step-NNNNNN beside its final name, flushes, renames: a kill at any instant leaves only whole ones.
+def save_checkpoint(
+    folder, step: int, policy: Policy, optimizer, tokenizer, facts: dict, meet_all
+) -> Path:
+    """Writes step-NNNNNN beside its final name, flushes, renames: a kill at any instant leaves only
+    whole ones.
 
-    `facts` goes to trainer.json; `meet_all(phase, error)` stops all ranks together when one could not write.
+    `facts` goes to trainer.json; `meet_all(phase, error)` stops all ranks together when one could
+    not write.
     """
     final = Path(folder) / f"step-{step:06d}"
     part = final.with_suffix(".tmp")
@@ -87,22 +105,35 @@ def save_checkpoint(folder, step: int, policy: Policy, optimizer, tokenizer, fac
     if rank == 0:
         shutil.rmtree(part, ignore_errors=True)
     meet_all("clearing the checkpoint folder", None)
-    weights = {name: whole.cpu() for name, whole in full_weights(policy, torch.float32) if rank == 0}
-    if policy.hf.lm_head.weight is policy.hf.model.embed_tokens.weight:  # tied: one copy, whatever the number of ranks
+    weights = {
+        name: whole.cpu() for name, whole in full_weights(policy, torch.float32) if rank == 0
+    }
+    if (
+        policy.hf.lm_head.weight is policy.hf.model.embed_tokens.weight
+    ):  # tied: one copy, whatever the number of ranks
         weights.pop("lm_head.weight", None)
     try:
         model_state, optimizer_state = get_state_dict(policy, optimizer)
         with warnings.catch_warnings():  # DCP warns that gloo stages nothing asynchronously
             warnings.simplefilter("ignore")
-            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=part / "trainer")
+            dcp.save(
+                {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=part / "trainer"
+            )
         if rank == 0:
             policy.hf.save_pretrained(part, state_dict=weights)
             tokenizer.save_pretrained(part)
             (part / "trainer.json").write_text(json.dumps({"step": step, **facts}, indent=1))
             _flush(part)
-    except (Exception, CheckpointException) as problem:  # a full disk shows up as many types; DCP's, which
+    except (
+        Exception,
+        CheckpointException,
+    ) as problem:  # a full disk shows up as many types; DCP's, which
         # is no Exception, wraps what each rank met. All ranks must hear of it
-        error = next(iter(problem.failures.values()))[0] if isinstance(problem, CheckpointException) else problem
+        error = (
+            next(iter(problem.failures.values()))[0]
+            if isinstance(problem, CheckpointException)
+            else problem
+        )
         shutil.rmtree(part, ignore_errors=True)
     meet_all(f"saving {final}", error)
     if rank == 0:
@@ -125,22 +156,36 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer) -> dict:
     model_state, optimizer_state = get_state_dict(policy, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     dcp.load(state, checkpoint_id=Path(folder) / "trainer")
-    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(
+        policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
     return json.loads((Path(folder) / "trainer.json").read_text())
 
 
 def check_resume(saved: dict, config: dict, may_change: set[str], folder) -> None:
-    """Refuses to resume when a field that changes the math differs, naming it; a server may have another address."""
-    served = lambda value: str(value).startswith(("http://", "https://"))
-    same = lambda a, b: a == b or served(a) and served(b)
+    """Refuses to resume when a field that changes the math differs, naming it; a server may have
+    another address.
+    """
+
+    def served(value):
+        return str(value).startswith(("http://", "https://"))
+
+    def same(a, b):
+        return a == b or served(a) and served(b)
+
     changed = [k for k in config if k not in may_change and not same(saved.get(k), config[k])]
     if changed:
         text = ", ".join(f"{k}: {saved.get(k)!r} -> {config[k]!r}" for k in changed)
-        raise SystemExit(f"{folder} was trained with other settings ({text}): start a new --out_dir or restore them")
+        raise SystemExit(
+            f"{folder} was trained with other settings ({text}): start a new --out_dir or restore "
+            "them"
+        )
 
 
 def prune(folder, keep_last: int, best_step: int | None) -> None:
-    """Deletes all but the newest `keep_last` checkpoints and the best one, and what a killed save left behind."""
+    """Deletes all but the newest `keep_last` checkpoints and the best one, and what a killed save
+    left behind.
+    """
     for path in checkpoints(folder)[:-keep_last] if keep_last else []:
         if best_step is None or path.name != f"step-{best_step:06d}":
             shutil.rmtree(path)
@@ -149,7 +194,8 @@ def prune(folder, keep_last: int, best_step: int | None) -> None:
 
 
 def asked_to_stop() -> list[bool]:
-    """Empty until SIGTERM (preemption) or a Ctrl-C: the step then ends, is saved, and the run ends. A second Ctrl-C kills.
+    """Empty until SIGTERM (preemption) or a Ctrl-C: the step then ends, is saved, and the run ends.
+    A second Ctrl-C kills.
 
     torchrun passes both on to its ranks and kills those that are still there 30 s later.
     """

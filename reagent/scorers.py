@@ -1,7 +1,8 @@
-"""Scorers with the official semantics of the benchmarks: pure functions from (prediction, gold) to right or wrong.
+"""Scorers with the official semantics of the benchmarks: pure functions from (prediction, gold) to
+right or wrong.
 
-score(scorer, pred, gold) -> {"correct": bool, "status": "ok" | "timeout", "em"?, "f1"?}. An empty prediction is never
-correct, whatever a normalisation makes of the gold answer.
+score(scorer, pred, gold) -> {"correct": bool, "status": "ok" | "timeout", "em"?, "f1"?}. An empty
+prediction is never correct, whatever a normalisation makes of the gold answer.
 """
 
 import math
@@ -11,21 +12,25 @@ import string
 from collections import Counter
 from functools import partial
 
-MATH_SECONDS = 5.0  # math-verify can hang for longer than its own timeout: a child is killed after this
+MATH_SECONDS = (
+    5.0  # math-verify can hang for longer than its own timeout: a child is killed after this
+)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # open answers: exact match and token F1
 
 
 def normalize(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces (SQuAD's and HotpotQA's evaluation scripts)."""
+    """Lower case, no punctuation, no articles, single spaces (SQuAD's and HotpotQA's evaluation
+    scripts).
+    """
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def token_f1(pred: str, gold: str, yes_no_exact: bool) -> float:
-    """F1 over normalised tokens. HotpotQA: yes, no and noanswer must be equal as a whole, and nothing against nothing
-    is 0; MuSiQue (SQuAD): nothing against nothing is 1."""
+    """F1 over normalised tokens. HotpotQA: yes, no and noanswer must be equal as a whole, and
+    nothing against nothing is 0; MuSiQue (SQuAD): nothing against nothing is 1."""
     a, b = normalize(pred), normalize(gold)
     if yes_no_exact and a != b and {a, b} & {"yes", "no", "noanswer"}:
         return 0.0
@@ -39,10 +44,14 @@ def token_f1(pred: str, gold: str, yes_no_exact: bool) -> float:
 def score_qa(pred: str, golds: list[str], yes_no_exact: bool) -> dict:
     """The best over the aliases."""
     em = max(normalize(pred) == normalize(gold) for gold in golds)
-    return {"correct": em, "em": float(em), "f1": max(token_f1(pred, gold, yes_no_exact) for gold in golds)}
+    return {
+        "correct": em,
+        "em": float(em),
+        "f1": max(token_f1(pred, gold, yes_no_exact) for gold in golds),
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # GAIA
 
 
@@ -69,7 +78,9 @@ def _squeezed(text: str, punctuation: bool) -> str:
 
 
 def score_gaia(pred: str, gold: str) -> bool:
-    """The leaderboard's rule: the gold answer says whether a number, a list (, or ;) or a text is compared."""
+    """The leaderboard's rule: the gold answer says whether a number, a list (, or ;) or a text is
+    compared.
+    """
     if _is_number(gold):
         return _number(pred) == float(gold)
     if "," in gold or ";" in gold:
@@ -77,11 +88,14 @@ def score_gaia(pred: str, gold: str) -> bool:
         if len(golds) != len(preds):
             return False
         pairs = zip(preds, golds)
-        return all(_number(p) == float(g) if _is_number(g) else _squeezed(p, True) == _squeezed(g, True) for p, g in pairs)
+        return all(
+            _number(p) == float(g) if _is_number(g) else _squeezed(p, True) == _squeezed(g, True)
+            for p, g in pairs
+        )
     return _squeezed(pred, False) == _squeezed(gold, False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # mathematics
 
 
@@ -102,9 +116,16 @@ def last_boxed(text: str) -> str | None:
 
 
 def plain_latex(text: str) -> str:
-    """The normal form in which the MATH benchmark compares answers as strings (Hendrycks et al. 2021)."""
+    """The normal form in which the MATH benchmark compares answers as strings (Hendrycks et al.
+    2021).
+    """
     text = text.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
-    text = text.replace("tfrac", "frac").replace("dfrac", "frac").replace("\\left", "").replace("\\right", "")
+    text = (
+        text.replace("tfrac", "frac")
+        .replace("dfrac", "frac")
+        .replace("\\left", "")
+        .replace("\\right", "")
+    )
     for junk in ("^{\\circ}", "^\\circ", "\\$"):
         text = text.replace(junk, "")
     if text.count("\\text{ ") == 1:  # a unit behind the number
@@ -130,7 +151,9 @@ def _braced_fractions(text: str) -> str:
 def score_gsm8k(pred: str, gold: str) -> bool:
     """GSM8K's own rule: the first "#### number", thousands commas removed, compared as text."""
     found = [re.search(r"#### (\-?[0-9\.\,]+)", text) for text in (pred, gold)]
-    return all(found) and found[0][1].strip().replace(",", "") == found[1][1].strip().replace(",", "")
+    return all(found) and found[0][1].strip().replace(",", "") == found[1][1].strip().replace(
+        ",", ""
+    )
 
 
 def math_answer(text: str) -> str:
@@ -142,13 +165,18 @@ def math_answer(text: str) -> str:
 
 
 def score_math(pred: str, gold: str) -> dict:
-    """Equal text, equal LaTeX or equal number; else math-verify decides, in a child that is killed when it hangs."""
+    """Equal text, equal LaTeX or equal number; else math-verify decides, in a child that is killed
+    when it hangs.
+    """
     pred, gold = math_answer(pred), math_answer(gold)
     if not pred.strip():
         return {"correct": False}
     if plain_latex(pred) == plain_latex(gold):
         return {"correct": True}
-    a, b = (text.replace(",", "").replace("\\$", "").replace("$", "").rstrip(".") for text in (pred, gold))
+    a, b = (
+        text.replace(",", "").replace("\\$", "").replace("$", "").rstrip(".")
+        for text in (pred, gold)
+    )
     if _is_number(a) and _is_number(b):
         return {"correct": float(a) == float(b)}
     verdict = _Verifier.ask(pred, gold)
@@ -168,7 +196,9 @@ class _Verifier:
             cls.process = context.Process(target=_verify_forever, args=(theirs,), daemon=True)
             cls.process.start()
             cls.pipe.send(("1", "1"))
-            cls.pipe.poll(60) and cls.pipe.recv()  # imports count as start-up, not as the answer's time
+            cls.pipe.poll(
+                60
+            ) and cls.pipe.recv()  # imports count as start-up, not as the answer's time
         cls.pipe.send((pred[:10_000], gold[:10_000]))
         if cls.pipe.poll(MATH_SECONDS):
             return cls.pipe.recv()
@@ -192,19 +222,27 @@ def _verify_forever(pipe) -> None:
 
 def score_choice(pred: str, gold: str) -> bool:
     """The option's letter: alone, in brackets, or before a delimiter."""
-    found = re.match(r"^\W*(?:option\s+|answer:?\s+|choice\s+)?\(?([A-Za-z])\)?(?:[\s.:,)]|$)", pred.strip(), re.I)
+    found = re.match(
+        r"^\W*(?:option\s+|answer:?\s+|choice\s+)?\(?([A-Za-z])\)?(?:[\s.:,)]|$)",
+        pred.strip(),
+        re.I,
+    )
     return bool(found) and found[1].upper() == gold.strip().strip("().").upper()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def score(scorer: str, pred: str | None, gold) -> dict:
-    """One prediction against one gold answer or a list of aliases; an unknown scorer is a ValueError."""
+    """One prediction against one gold answer or a list of aliases; an unknown scorer is a
+    ValueError.
+    """
     if problem := unknown(scorer):
         raise ValueError(problem)
     pred = "" if pred is None else str(pred)
-    result = SCORERS[scorer](pred, [str(g) for g in gold] if isinstance(gold, list) else [str(gold)])
+    result = SCORERS[scorer](
+        pred, [str(g) for g in gold] if isinstance(gold, list) else [str(gold)]
+    )
     result["correct"] = bool(result["correct"] and pred.strip())
     return {"status": "ok", **result}
 
@@ -243,11 +281,12 @@ SCORER_OF_KIND = {"qa": "hotpotqa", "math": "math", "gaia": "gaia", "choice": "c
 F1_FLOOR = 0.3  # a token F1 below it earns nothing (the released reward)
 
 
-
 def rule_reward(row: dict, answer: str | None, form: str = "em_f1") -> tuple[float, bool]:
-    """R_rule of an RL row and whether the answer is right by the benchmark's own metric (paper section 3.3).
+    """R_rule of an RL row and whether the answer is right by the benchmark's own metric (paper
+    section 3.3).
 
-    em_f1: 1 for an exact match, else the token F1 if it is at least 0.3 (qa only); em: the metric alone.
+    em_f1: 1 for an exact match, else the token F1 if it is at least 0.3 (qa only); em: the metric
+    alone.
     """
     if answer is None or not answer.strip():
         return 0.0, False

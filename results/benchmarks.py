@@ -11,18 +11,25 @@ from pathlib import Path
 from reagent.rows import JsonlRows, check_rl_row, shown_question
 from results.journal import unsealed
 
-_SEARCH, _MATH, _ALL = "search,browse", "python", "search,browse,python,file_reader,image2text,audio2text"
+_SEARCH, _MATH, _ALL = (
+    "search,browse",
+    "python",
+    "search,browse,python,file_reader,image2text,audio2text",
+)
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """How a benchmark is run. scorer "judge": an LLM compares the answer with the reference; "": by the row's kind."""
+    """How a benchmark is run. scorer "judge": an LLM compares the answer with the reference; "": by
+    the row's kind.
+    """
 
     tools: str
     scorer: str
     rollouts: int = 1
     max_turns: int = 30  # turns with tool calls (paper, section 4.1)
     seconds_per_call: float = 30.0
+
 
 DATASETS = {
     "gaia": DataSet(_ALL, "gaia", rollouts=3, seconds_per_call=60.0),
@@ -48,18 +55,20 @@ DATASETS = {
 OWN_ROWS = DataSet("search,browse,python", "")  # --dataset=rows.jsonl
 
 
-
-
 @dataclass
 class Task:
-    """One data set of a run: its rows (decrypted, ids unique), each with a `digest` of what its file holds."""
+    """One data set of a run: its rows (decrypted, ids unique), each with a `digest` of what its
+    file holds.
+    """
 
     name: str
     spec: DataSet
     rows: list[dict]
     rollouts: int
     canaries: dict[str, str]  # id -> key of an encrypted row
-    longest: list[str]  # its longest questions, those left out by --limit too: they say how much room a prompt needs
+    longest: list[
+        str
+    ]  # its longest questions, those left out by --limit too: they say how much room a prompt needs
     limits: object = None  # rollout.Limits
 
     @property
@@ -95,7 +104,10 @@ def load_task(name: str, cfg) -> Task:
         path, spec = str(Path(cfg.data_dir) / f"{name}.jsonl"), DATASETS[name]
         hint = f"run python data/benchmarks/prepare.py --dataset={name}"
     else:
-        raise SystemExit(f"--dataset: no {name!r}: there are {', '.join(DATASETS)}, and files of RL rows (*.jsonl)")
+        raise SystemExit(
+            f"--dataset: no {name!r}: there are {', '.join(DATASETS)}, and files of RL rows "
+            "(*.jsonl)"
+        )
     changes = dict(tools=cfg.tools, max_turns=cfg.max_turns, seconds_per_call=cfg.seconds_per_call)
     spec = dataclasses.replace(spec, **{key: value for key, value in changes.items() if value})
     if cfg.judged == "all":
@@ -110,8 +122,8 @@ def load_task(name: str, cfg) -> Task:
 
 
 def read_rows(path: str, hint: str = "") -> tuple[list[dict], dict[str, str]]:
-    """(rows, {id: canary} of the encrypted ones). A question that stands there twice is two rows: the second of two
-    equal ids gets "#2" behind it (or the next number that is free)."""
+    """(rows, {id: canary} of the encrypted ones). A question that stands there twice is two rows:
+    the second of two equal ids gets "#2" behind it (or the next number that is free)."""
 
     def check(row):
         problem = check_rl_row(row)
@@ -140,10 +152,16 @@ def read_rows(path: str, hint: str = "") -> tuple[list[dict], dict[str, str]]:
         if meta.get("encrypted"):
             try:
                 canaries[row["id"]] = meta["canary"]
-                row["question"], row["answer"] = (unsealed(row[key], meta["canary"]) for key in ("question", "answer"))
+                row["question"], row["answer"] = (
+                    unsealed(row[key], meta["canary"]) for key in ("question", "answer")
+                )
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise SystemExit(f"{path}: row {row['id']} cannot be decrypted with its canary ({error})") from error
-        row["meta"] = {k: v for k, v in meta.items() if k not in ("encrypted", "canary", "solution", "dataset")}
+                raise SystemExit(
+                    f"{path}: row {row['id']} cannot be decrypted with its canary ({error})"
+                ) from error
+        row["meta"] = {
+            k: v for k, v in meta.items() if k not in ("encrypted", "canary", "solution", "dataset")
+        }
         rows.append(row)
     return rows, canaries
 
@@ -160,5 +178,6 @@ def check_files(rows: list[dict], spec: DataSet, path: str, files_dir: str) -> N
                 missing.append(f"{name} (row {row['id']})")
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise SystemExit(f"{path}: {len(missing)} files are not in {files_dir}: {', '.join(missing[:5])}{more}")
-
+        raise SystemExit(
+            f"{path}: {len(missing)} files are not in {files_dir}: {', '.join(missing[:5])}{more}"
+        )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from reagent.rows import drop_cut_line
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # encrypted rows: their texts lie on no disk in the open
 
 SEALED = ("question", "gold", "messages", "attempts")  # of a record of an encrypted row
@@ -41,13 +41,15 @@ def opened(line: dict) -> dict:
     return line | json.loads(unsealed(line["sealed"], line["canary"])) if "sealed" in line else line
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the journal: append-only, one writer, safe against kill -9
 
 
 @dataclass
 class Entry:
-    """What the statistics need of a finished chain; its whole record lies at `offset` of `path`. Lists: by attempt."""
+    """What the statistics need of a finished chain; its whole record lies at `offset` of `path`.
+    Lists: by attempt.
+    """
 
     path: str
     offset: int
@@ -65,16 +67,26 @@ class Entry:
 def entry_of(line: dict, path: str, offset: int) -> Entry:
     attempts = line["attempts"]
     return Entry(
-        path, offset, line["row"], line["status"], [a["answer"] for a in attempts], [a["correct"] for a in attempts],
-        [a.get("f1") for a in attempts], [a["termination"] for a in attempts],
-        sum(a["scorer_status"] == "timeout" for a in attempts), sum(len(a["calls"]) for a in attempts), line["tokens"],
+        path,
+        offset,
+        line["row"],
+        line["status"],
+        [a["answer"] for a in attempts],
+        [a["correct"] for a in attempts],
+        [a.get("f1") for a in attempts],
+        [a["termination"] for a in attempts],
+        sum(a["scorer_status"] == "timeout" for a in attempts),
+        sum(len(a["calls"]) for a in attempts),
+        line["tokens"],
     )
 
 
 class Journal:
-    """OUT/journal-<rank>.jsonl of all ranks, and the right to write this rank's. A line without its end is no line.
+    """OUT/journal-<rank>.jsonl of all ranks, and the right to write this rank's. A line without its
+    end is no line.
 
-    Lines: a record of a finished chain; {"fault"}: the infrastructure failed it; {"verdict"}: what a judge said.
+    Lines: a record of a finished chain; {"fault"}: the infrastructure failed it; {"verdict"}: what
+    a judge said.
     """
 
     def __init__(self, folder: str, rank: int = 0):
@@ -84,7 +96,9 @@ class Journal:
         drop_cut_line(self.path)
         self.entries: dict[tuple, Entry] = {}
         self.faults: dict[tuple, str] = {}
-        self.verdicts: dict[tuple, list[tuple[str, bool]]] = {}  # (*key, attempt, digest of row and answer)
+        self.verdicts: dict[
+            tuple, list[tuple[str, bool]]
+        ] = {}  # (*key, attempt, digest of row and answer)
         self._read(self.path)
         self.read_other_ranks()
         self.file = open(self.path, "ab", buffering=0)
@@ -106,7 +120,9 @@ class Journal:
                         self._take(json.loads(line), str(path), offset)
                     except (ValueError, KeyError, TypeError) as error:
                         what = f"{type(error).__name__}: {error}"
-                        raise SystemExit(f"{path}:{number}: not a line of a journal ({what})") from error
+                        raise SystemExit(
+                            f"{path}:{number}: not a line of a journal ({what})"
+                        ) from error
                 offset += len(line)
 
     def _take(self, line: dict, path: str, offset: int) -> None:
@@ -150,7 +166,9 @@ class Journal:
 
 def about(entry: Entry, attempt: int) -> str:
     """What a verdict is about: the row and the answer."""
-    return hashlib.sha256(json.dumps([entry.digest, entry.answers[attempt]]).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([entry.digest, entry.answers[attempt]]).encode()).hexdigest()[
+        :12
+    ]
 
 
 def _locked(path: Path):
@@ -160,25 +178,30 @@ def _locked(path: Path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.seek(0)
-        raise SystemExit(f"{path.parent} is being written by {file.read().strip() or 'another run'}") from error
+        raise SystemExit(
+            f"{path.parent} is being written by {file.read().strip() or 'another run'}"
+        ) from error
     file.truncate(0)
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     print(f"process {os.getpid()} on {socket.gethostname()}, since {since}", file=file, flush=True)
     return file
 
 
-
-
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files and tables
 
 
 def final_line(journal: Journal, key: tuple, row: dict, judge: str) -> dict | None:
     """A row of results.jsonl: verdicts filled in, timings left out. None: the chain is missing."""
     if not journal.done(key, row):
-        name = dict(dataset=key[0], id=key[1], rollout=key[2], row=row["digest"], status="fault", correct=None)
+        name = dict(
+            dataset=key[0],
+            id=key[1],
+            rollout=key[2],
+            row=row["digest"],
+            status="fault",
+            correct=None,
+        )
         return name | {"fault": journal.faults[key]} if key in journal.faults else None
     entry, kept = journal.entries[key], journal.record(key)
     line = opened(kept)
@@ -189,12 +212,16 @@ def final_line(journal: Journal, key: tuple, row: dict, judge: str) -> dict | No
             call.pop("seconds", None)
     line["correct"] = line["attempts"][-1]["correct"] if line["attempts"] else False
     if "sealed" in kept:
-        line["sealed"] = sealed(json.dumps({name: line.pop(name) for name in SEALED}), line["canary"])
+        line["sealed"] = sealed(
+            json.dumps({name: line.pop(name) for name in SEALED}), line["canary"]
+        )
     return line
 
 
 def write_results(out: Path, tasks: list, journal: Journal, judge: str) -> None:
-    """results.jsonl in the order of the data, beside and renamed: the same bytes however often the run was killed."""
+    """results.jsonl in the order of the data, beside and renamed: the same bytes however often the
+    run was killed.
+    """
     part = out / "results.jsonl.part"
     with open(part, "w", encoding="utf-8") as file:
         for task in tasks:
@@ -205,21 +232,33 @@ def write_results(out: Path, tasks: list, journal: Journal, judge: str) -> None:
 
 
 def page_episodes(out: Path, tasks: list, most: int = 1000) -> tuple[list[dict], int]:
-    """(episodes for the report page, as many of each set; of how many); of an encrypted row the figures without the texts."""
+    """(episodes for the report page, as many of each set; of how many); of an encrypted row the
+    figures without the texts.
+    """
     shown, seen = [], Counter()
     with open(out / "results.jsonl", encoding="utf-8") as file:
         for line in map(json.loads, file):
             seen[line["dataset"]] += 1
             if seen[line["dataset"]] > most // len(tasks):
                 continue
-            episode = dict(question=f"[{line['dataset']} {line['id']}]", gold=[], messages=[], attempts=[]) | line
+            episode = (
+                dict(
+                    question=f"[{line['dataset']} {line['id']}]", gold=[], messages=[], attempts=[]
+                )
+                | line
+            )
             if "sealed" in line:
                 episode["question"] += " kept encrypted"
                 episode["attempts"] = [{"correct": line["correct"], "termination": line["status"]}]
                 episode.pop("sealed"), episode.pop("canary")
             episode["id"] = f"{line['id']} / {line['rollout']}"
             episode["meta"] = line.get("meta", {}) | {"dataset": line["dataset"]}
-            episode["dropped"] = line["status"] if line["status"] in ("fault", "prompt_too_long") else ""
-            episode |= {"ids": range(line.get("tokens", 0)), "mask": [1] * line.get("sampled", 0)}  # counted, not shown
+            episode["dropped"] = (
+                line["status"] if line["status"] in ("fault", "prompt_too_long") else ""
+            )
+            episode |= {
+                "ids": range(line.get("tokens", 0)),
+                "mask": [1] * line.get("sampled", 0),
+            }  # counted, not shown
             shown.append(episode)
     return shown, sum(seen.values())

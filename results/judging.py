@@ -25,14 +25,20 @@ def auc(scores, labels) -> float:
     positives, negatives = labels.sum(), (~labels).sum()
     if not positives or not negatives:
         return math.nan
-    return float((_ranks(scores)[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    return float(
+        (_ranks(scores)[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives)
+    )
 
 
 def judgment_report(judgments: list, rows: list[dict], lengths: list[int]) -> dict:
-    """Share valid, MAE, Spearman, AUC against correctness (and grounded correctness), leaks, calibration by tenths."""
+    """Share valid, MAE, Spearman, AUC against correctness (and grounded correctness), leaks,
+    calibration by tenths.
+    """
     pairs = [(j, row) for j, row in zip(judgments, rows) if j is not None]
     scored = [(j.score, row["score"]) for j, row in pairs if row.get("score") is not None]
-    leaked = [leaks(j.critique, golds_of(row), row["question"], row_trajectory(row)) for j, row in pairs]
+    leaked = [
+        leaks(j.critique, golds_of(row), row["question"], row_trajectory(row)) for j, row in pairs
+    ]
     report = {
         "valid": len(pairs) / max(len(rows), 1),
         "mae": float(np.mean([abs(a - b) for a, b in scored])) if scored else math.nan,
@@ -48,15 +54,24 @@ def judgment_report(judgments: list, rows: list[dict], lengths: list[int]) -> di
     for tenth in range(10):
         inside = [right for score, right in labelled if min(int(score * 10), 9) == tenth]
         if inside:
-            report[f"calibration/{tenth / 10:.1f}"] = [round(float(np.mean(inside)), 3), len(inside)]
+            report[f"calibration/{tenth / 10:.1f}"] = [
+                round(float(np.mean(inside)), 3),
+                len(inside),
+            ]
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in report.items()}
 
 
 def report_table(report: dict) -> str:
     plain = {k: v for k, v in report.items() if not k.startswith("calibration")}
-    lines = ["| " + " | ".join(plain) + " |", "|" + "---|" * len(plain), "| " + " | ".join(map(str, plain.values())) + " |"]
+    lines = [
+        "| " + " | ".join(plain) + " |",
+        "|" + "---|" * len(plain),
+        "| " + " | ".join(map(str, plain.values())) + " |",
+    ]
     lines += ["", "| score | share correct | judgments |", "|---|---|---|"]
-    lines += [f"| {k[12:]}+ | {v[0]} | {v[1]} |" for k, v in report.items() if k.startswith("calibration")]
+    lines += [
+        f"| {k[12:]}+ | {v[0]} | {v[1]} |" for k, v in report.items() if k.startswith("calibration")
+    ]
     return "\n".join(lines)
 
 
@@ -73,6 +88,11 @@ def paired_bootstrap(judged_a: list, judged_b: list, rows: list[dict], draws: in
         if all(rows[i].get(name) is not None for i in both):
             label = np.array([bool(rows[i][name]) for i in both])
             drawn = [auc(b[p], label[p]) - auc(a[p], label[p]) for p in picks]
-            result[f"auc/{name}"] = (auc(b, label) - auc(a, label), *np.nanquantile(drawn, [0.025, 0.975]))
-    return {f"difference/{name}": [round(float(x), 4) for x in values] for name, values in result.items()}
-
+            result[f"auc/{name}"] = (
+                auc(b, label) - auc(a, label),
+                *np.nanquantile(drawn, [0.025, 0.975]),
+            )
+    return {
+        f"difference/{name}": [round(float(x), 4) for x in values]
+        for name, values in result.items()
+    }

@@ -1,9 +1,11 @@
-"""One self-contained HTML page per run: config, results, curves, and every episode readable turn by turn.
+"""One self-contained HTML page per run: config, results, curves, and every episode readable turn by
+turn.
 
     python evaluate.py page RUN_FOLDER       # makes RUN_FOLDER/report.html and RUN_FOLDER/curve.svg again
 
-The page loads nothing from outside and runs no text of a model or a web page as markup: Python escapes the head, and
-the episodes travel as one JSON block which the script puts on the page by textContent only.
+The page loads nothing from outside and runs no text of a model or a web page as markup: Python
+escapes the head, and the episodes travel as one JSON block which the script puts on the page by
+textContent only.
 """
 
 import html
@@ -15,11 +17,14 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-CHARS_PER_MESSAGE = 20_000  # longer messages are cut in the middle: a thousand long episodes must still open
+CHARS_PER_MESSAGE = (
+    20_000  # longer messages are cut in the middle: a thousand long episodes must still open
+)
 
 LIVE_EPISODES = 1_000  # how many of a run's newest episodes go on its page
 
-# section of the page -> first words of the keys it shows, in that order; what is named nowhere stands under Other
+# section of the page -> first words of the keys it shows, in that order; what is named nowhere
+# stands under Other
 SECTIONS = {
     "Learning": "eval accuracy grounded reward rule_reward score lift valid mae auc spearman loss".split(),
     "Optimization": "entropy clip_share dlogp grad_norm advantage pools kl lr updates".split(),
@@ -31,14 +36,31 @@ COUNTS = ("ended/",)  # keys that a step without such a case leaves out: missing
 
 NOISY = 40  # panels of more points show them faintly, and their running mean in full
 
-COLOURS = {"first": 0, "refined": 1, "right": 2, "wrong": 3}  # series that keep their colour in every panel
+COLOURS = {
+    "first": 0,
+    "refined": 1,
+    "right": 2,
+    "wrong": 3,
+}  # series that keep their colour in every panel
 
 
 # ---------------------------------------------------------------- text from outside, made harmless
-_VISIBLE = {code: f"\\x{code:02x}" for code in (*range(9), 11, 12, *range(13, 32), *range(0x7F, 0xA0))}
+_VISIBLE = {
+    code: f"\\x{code:02x}" for code in (*range(9), 11, 12, *range(13, 32), *range(0x7F, 0xA0))
+}
 
-_VISIBLE |= {code: f"\\u{code:04x}" for code in (0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F),
-                                                 *range(0x2066, 0x206A), 0xFEFF)}
+_VISIBLE |= {
+    code: f"\\u{code:04x}"
+    for code in (
+        0x200E,
+        0x200F,
+        0x2028,
+        0x2029,
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+        0xFEFF,
+    )
+}
 
 _MARK = r"[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]"
 
@@ -46,9 +68,15 @@ _MARKS = re.compile(f"({_MARK}{{4}}){_MARK}+")
 
 
 def plain(text) -> str:
-    """`text` with control characters and direction overrides made visible, lone surrogates replaced, and stacks of
-    combining marks cut at four: what a page can show without being moved about by it."""
-    text = str(text).replace("\r\n", "\n").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    """`text` with control characters and direction overrides made visible, lone surrogates
+    replaced, and stacks of combining marks cut at four: what a page can show without being moved
+    about by it."""
+    text = (
+        str(text)
+        .replace("\r\n", "\n")
+        .encode("utf-16", "surrogatepass")
+        .decode("utf-16", "replace")
+    )
     return _MARKS.sub(r"\1", text.translate(_VISIBLE))
 
 
@@ -56,11 +84,16 @@ def shorten(text: str, most: int = CHARS_PER_MESSAGE) -> str:
     if len(text) <= most:
         return text
     half = most // 2
-    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out of this page ...]\n{text[-half:]}"
+    return (
+        f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out of this page "
+        f"...]\n{text[-half:]}"
+    )
 
 
 def jsonable(value):
-    """Any value as strict JSON data: text made plain, NaN and infinity as None, unknown types as text."""
+    """Any value as strict JSON data: text made plain, NaN and infinity as None, unknown types as
+    text.
+    """
     if isinstance(value, dict):
         return {plain(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -73,7 +106,9 @@ def jsonable(value):
 
 
 def embed(name: str, value) -> str:
-    """A JSON script block. `<` is written as an escape, so nothing inside can close the block or open a comment."""
+    """A JSON script block. `<` is written as an escape, so nothing inside can close the block or
+    open a comment.
+    """
     text = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{text}</script>'
 
@@ -84,8 +119,8 @@ def escape(text) -> str:
 
 # ---------------------------------------------------------------- episodes
 def outcomes(episode: dict) -> list[str]:
-    """The filters an episode falls under: dropped, or right / wrong / unscored by its last attempt, plus fixed / broken
-    when refinement changed the verdict."""
+    """The filters an episode falls under: dropped, or right / wrong / unscored by its last attempt,
+    plus fixed / broken when refinement changed the verdict."""
     if episode.get("dropped"):
         return ["dropped"]
     verdicts = [attempt.get("correct") for attempt in episode.get("attempts") or []]
@@ -98,14 +133,18 @@ def outcomes(episode: dict) -> list[str]:
 
 
 def slim(episode: dict) -> dict:
-    """What the page needs of an Episode: everything but token ids, mask and log-probs, whose counts stay."""
+    """What the page needs of an Episode: everything but token ids, mask and log-probs, whose counts
+    stay.
+    """
     kept = {key: value for key, value in episode.items() if key not in ("ids", "mask", "logps")}
     gold = kept.get("gold") or []
     kept["gold"] = gold if isinstance(gold, (list, tuple)) else [gold]
     kept = jsonable(kept)
     for message in kept.setdefault("messages", []):
         content = message.get("content") or ""
-        message["content"] = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        message["content"] = (
+            content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        )
     kept.setdefault("attempts", [])
     kept["tokens"] = len(episode.get("ids") or [])
     kept["trained"] = sum(episode.get("mask") or [])
@@ -115,25 +154,38 @@ def slim(episode: dict) -> dict:
 
 
 def summary(episodes: list[dict], which: str = "episodes") -> list[tuple[str, str]]:
-    """The strip of figures above the table: (label, value) pairs over slim episodes; `which` they are is the first label."""
+    """The strip of figures above the table: (label, value) pairs over slim episodes; `which` they
+    are is the first label.
+    """
     if not episodes:
         return []
-    counts = {name: sum(name in e["outcomes"] for e in episodes) for name in ("fixed", "broken", "dropped")}
+    counts = {
+        name: sum(name in e["outcomes"] for e in episodes)
+        for name in ("fixed", "broken", "dropped")
+    }
     pairs = [(which, f"{len(episodes):,}")]
     for stage, label in enumerate(("first attempts right", "refined attempts right")):
-        verdicts = [e["attempts"][stage].get("correct") for e in episodes
-                    if len(e.get("attempts") or []) > stage and "dropped" not in e["outcomes"]]
+        verdicts = [
+            e["attempts"][stage].get("correct")
+            for e in episodes
+            if len(e.get("attempts") or []) > stage and "dropped" not in e["outcomes"]
+        ]
         verdicts = [verdict for verdict in verdicts if verdict is not None]
         if verdicts:
             pairs.append((label, f"{100 * sum(map(bool, verdicts)) / len(verdicts):.1f} %"))
     if len(pairs) == 3:
-        pairs += [("fixed by refinement", f"{counts['fixed']:,}"), ("broken by it", f"{counts['broken']:,}")]
+        pairs += [
+            ("fixed by refinement", f"{counts['fixed']:,}"),
+            ("broken by it", f"{counts['broken']:,}"),
+        ]
     return pairs + [("dropped", f"{counts['dropped']:,}")]
 
 
 # ---------------------------------------------------------------- curves
 def numeric_series(log: Iterable[dict]) -> dict[str, list[tuple[float, float]]]:
-    """{key: [(step, value), ...]} of every finite number in the log lines; a line without a step counts for itself."""
+    """{key: [(step, value), ...]} of every finite number in the log lines; a line without a step
+    counts for itself.
+    """
     lines = [(line.get("step", place), line) for place, line in enumerate(log, 1)]
     series: dict[str, list[tuple[float, float]]] = {}
     for step, line in lines:
@@ -148,8 +200,9 @@ def numeric_series(log: Iterable[dict]) -> dict[str, list[tuple[float, float]]]:
 def panels(series: dict) -> tuple[list[tuple[str, str, dict]], dict[str, float]]:
     """Series -> ([(section, panel title, {label: points})], constants {key: value}).
 
-    Keys that share what stands before the "/" share a panel, unless their scales differ twentyfold; score/right and
-    score/wrong stand apart from score/first and score/refined. A key that never moves is a constant, not a curve.
+    Keys that share what stands before the "/" share a panel, unless their scales differ twentyfold;
+    score/right and score/wrong stand apart from score/first and score/refined. A key that never
+    moves is a constant, not a curve.
     """
     constants, groups = {}, {}
     for key, points in series.items():
@@ -162,11 +215,15 @@ def panels(series: dict) -> tuple[list[tuple[str, str, dict]], dict[str, float]]
         groups.setdefault((family or key, apart, bool(family)), {})[label] = points
     found = []
     for (title, apart, _), lines in groups.items():
-        found += [(section_of(title), name, part) for name, part in split_by_scale(title + apart, lines)]
+        found += [
+            (section_of(title), name, part) for name, part in split_by_scale(title + apart, lines)
+        ]
     words = [word for section in SECTIONS.values() for word in section]
     sections = [*SECTIONS, "Other"]
     place = {word: i for i, word in enumerate(words)}
-    found.sort(key=lambda panel: (sections.index(panel[0]), place.get(first_word(panel[1]), len(place))))
+    found.sort(
+        key=lambda panel: (sections.index(panel[0]), place.get(first_word(panel[1]), len(place)))
+    )
     return found, constants
 
 
@@ -179,7 +236,9 @@ def section_of(title: str) -> str:
 
 
 def split_by_scale(title: str, lines: dict) -> list[tuple[str, dict]]:
-    """[(title, {label: points})]: lines that a common axis would flatten get a panel of their own."""
+    """[(title, {label: points})]: lines that a common axis would flatten get a panel of their
+    own.
+    """
     sizes = {label: max(abs(y) for _, y in points) for label, points in lines.items()}
     rooms: list[dict] = []
     for label in sorted(lines, key=lambda name: -sizes[name]):
@@ -193,7 +252,9 @@ def split_by_scale(title: str, lines: dict) -> list[tuple[str, dict]]:
     for room in rooms:
         room = {label: room[label] for label in lines if label in room}
         only = next(iter(room))
-        parts.append((f"{title}/{only}" if len(room) == 1 and only and only != title else title, room))
+        parts.append(
+            (f"{title}/{only}" if len(room) == 1 and only and only != title else title, room)
+        )
     return parts
 
 
@@ -211,14 +272,16 @@ def number(value: float) -> str:
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if suffix == 'k' else size):.4g}{suffix}"
-    return f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2g}".replace("e-0", "e-")
+    return (
+        f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2g}".replace("e-0", "e-")
+    )
 
 
 def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """A centred running mean over about a tenth of the points."""
     half = len(points) // 20
     ys = [y for _, y in points]
-    means = (ys[max(0, i - half): i + half + 1] for i in range(len(ys)))
+    means = (ys[max(0, i - half) : i + half + 1] for i in range(len(ys)))
     return [(x, sum(window) / len(window)) for (x, _), window in zip(points, means)]
 
 
@@ -229,7 +292,9 @@ def thin(points: list, most: int = 300) -> list:
     return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]
 
 
-def curve_svg(series: dict[str, list[tuple[float, float]]], title: str = "", width=300, height=184) -> str:
+def curve_svg(
+    series: dict[str, list[tuple[float, float]]], title: str = "", width=300, height=184
+) -> str:
     """One panel as an SVG element; series = {label: [(x, y), ...]}. Colours come from CURVE_CSS.
 
     Lines of more than NOISY points are drawn faintly, with their running mean in full.
@@ -242,26 +307,42 @@ def curve_svg(series: dict[str, list[tuple[float, float]]], title: str = "", wid
 
     def at(x, y):
         across = (x - x0) / ((x1 - x0) or 1)
-        return (round(left + across * (width - left - right), 1),
-                round(top + (1 - (y - y0) / ((y1 - y0) or 1)) * (height - top - bottom), 1))
+        return (
+            round(left + across * (width - left - right), 1),
+            round(top + (1 - (y - y0) / ((y1 - y0) or 1)) * (height - top - bottom), 1),
+        )
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" class="curve" viewBox="0 0 {width} {height}" width="{width}" '
-             f'height="{height}" role="img" aria-label="{escape(title)}" data-box="{left},{right},{x0},{x1}">',
-             f'<text class="title" x="{left - 34}" y="15">{escape(title)}</text>']
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="curve" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" role="img" aria-label="{escape(title)}" data-box="{left},{right},{x0},{x1}">',
+        f'<text class="title" x="{left - 34}" y="15">{escape(title)}</text>',
+    ]
     for mark in marks:
         _, y = at(x0, mark)
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y}" y2="{y}"/>'
-                     f'<text class="tick" x="{left - 6}" y="{y + 3.5}" text-anchor="end">{number(mark)}</text>')
-    for x, anchor, text in ((x0, "start", number(x0)), ((x0 + x1) / 2, "middle", "step"), (x1, "end", number(x1))):
-        parts.append(f'<text class="tick" x="{at(x, y0)[0]}" y="{height - 8}" text-anchor="{anchor}">{text}</text>')
+        parts.append(
+            f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y}" y2="{y}"/>'
+            f'<text class="tick" x="{left - 6}" y="{y + 3.5}" text-anchor="end">{number(mark)}</text>'
+        )
+    for x, anchor, text in (
+        (x0, "start", number(x0)),
+        ((x0 + x1) / 2, "middle", "step"),
+        (x1, "end", number(x1)),
+    ):
+        parts.append(
+            f'<text class="tick" x="{at(x, y0)[0]}" y="{height - 8}" text-anchor="{anchor}">{text}</text>'
+        )
     legend_x = left - 34
-    for index, (label, points) in enumerate(sorted(series.items(), key=lambda item: COLOURS.get(item[0], 9))):
+    for index, (label, points) in enumerate(
+        sorted(series.items(), key=lambda item: COLOURS.get(item[0], 9))
+    ):
         named = len(COLOURS.keys() & series)
         colour = f"c{COLOURS.get(label, (index + (len(COLOURS) - named if named else 0)) % 8)}"
         parts.append(line_svg(points, at, colour))
         if label and len(series) > 1:
-            parts.append(f'<circle class="dot {colour}" cx="{legend_x + 4}" cy="29" r="3.5"/>'
-                         f'<text class="label" x="{legend_x + 11}" y="32.5">{escape(label)}</text>')
+            parts.append(
+                f'<circle class="dot {colour}" cx="{legend_x + 4}" cy="29" r="3.5"/>'
+                f'<text class="label" x="{legend_x + 11}" y="32.5">{escape(label)}</text>'
+            )
             legend_x += 22 + 6.2 * len(label)
     return "".join(parts) + "</svg>"
 
@@ -277,12 +358,16 @@ def line_svg(points: list[tuple[float, float]], at, colour: str) -> str:
 
     if len(points) <= NOISY:
         return f'<polyline class="line {colour}" points="{path(points)}"/>'
-    return (f'<polyline class="line faint {colour}" points="{path(points)}"/>'
-            f'<polyline class="line {colour}" points="{path(smooth(points))}"/>')
+    return (
+        f'<polyline class="line faint {colour}" points="{path(points)}"/>'
+        f'<polyline class="line {colour}" points="{path(smooth(points))}"/>'
+    )
 
 
 def figure_svg(chosen: list[tuple[str, str, dict]], columns: int = 3) -> str:
-    """Several panels as one free-standing SVG file, for a README; it follows the reader's light or dark scheme."""
+    """Several panels as one free-standing SVG file, for a README; it follows the reader's light or
+    dark scheme.
+    """
     wide, high, gap = 300, 184, 18
     rows = math.ceil(len(chosen) / columns)
     columns = min(columns, len(chosen))
@@ -292,9 +377,11 @@ def figure_svg(chosen: list[tuple[str, str, dict]], columns: int = 3) -> str:
         panel = curve_svg(lines, title, wide, high)
         x, y = gap + i % columns * (wide + gap), gap + i // columns * (high + gap)
         cells.append(panel.replace("<svg ", f'<svg x="{x}" y="{y}" ', 1))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-            f'height="{height}"><style>{CURVE_CSS}</style><rect class="paper" width="100%" height="100%" rx="8"/>'
-            f'{"".join(cells)}</svg>\n')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}"><style>{CURVE_CSS}</style><rect class="paper" width="100%" height="100%" rx="8"/>'
+        f"{''.join(cells)}</svg>\n"
+    )
 
 
 def curves_html(log: Iterable[dict]) -> str:
@@ -305,24 +392,36 @@ def curves_html(log: Iterable[dict]) -> str:
         cells = []
         for _, title, lines in (panel for panel in found if panel[0] == section):
             drawn = curve_svg(lines, title)
-            cells.append(f'<figure data-panel="{len(data)}">{drawn}<figcaption></figcaption></figure>')
+            cells.append(
+                f'<figure data-panel="{len(data)}">{drawn}<figcaption></figcaption></figure>'
+            )
             data.append({plain(label or title): thin(points) for label, points in lines.items()})
         opened = " open" * (section in ("Learning", "Other") or not parts or len(found) < 9)
-        parts.append(f'<details class="curves"{opened}><summary>{section} <small>{len(cells)}</small></summary>'
-                     f'<div class="grid-of-curves">{"".join(cells)}</div></details>')
+        parts.append(
+            f'<details class="curves"{opened}><summary>{section} <small>{len(cells)}</small></summary>'
+            f'<div class="grid-of-curves">{"".join(cells)}</div></details>'
+        )
     if constants:
-        text = " &middot; ".join(f"{escape(key)} {number(value)}" for key, value in sorted(constants.items()))
+        text = " &middot; ".join(
+            f"{escape(key)} {number(value)}" for key, value in sorted(constants.items())
+        )
         parts.append(f'<p class="constants">Did not change: {text}</p>')
     if not parts:
         return ""
     noisy = any(len(points) > NOISY for _, _, lines in found for points in lines.values())
-    note = "<p class='constants'>Faint: every step. Full: running mean over a tenth of the steps.</p>" * noisy
+    note = (
+        "<p class='constants'>Faint: every step. Full: running mean over a tenth of the steps.</p>"
+        * noisy
+    )
     return f'<section id="curves"><h2>Curves</h2>{note}{"".join(parts)}{embed("panels", data)}</section>'
 
 
 # ---------------------------------------------------------------- the rest of the head
 def table_html(markdown: str) -> str:
-    """Headings, paragraphs and pipe tables of Markdown as HTML; **bold** and `code` inside, everything escaped."""
+    """Headings, paragraphs and pipe tables of Markdown as HTML; **bold** and `code` inside,
+    everything escaped.
+    """
+
     def inline(text):
         text = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text.strip().replace("\\|", "|")))
         return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
@@ -344,8 +443,14 @@ def table_html(markdown: str) -> str:
 
 
 def rows_html(rows: list[list[str]], inline) -> str:
-    """One pipe table; a column is set right when its rule says so (`--:`) or all its cells are figures."""
-    rule = rows[1] if len(rows) > 1 and all(re.fullmatch(r"\s*:?-+:?\s*", cell) for cell in rows[1]) else None
+    """One pipe table; a column is set right when its rule says so (`--:`) or all its cells are
+    figures.
+    """
+    rule = (
+        rows[1]
+        if len(rows) > 1 and all(re.fullmatch(r"\s*:?-+:?\s*", cell) for cell in rows[1])
+        else None
+    )
     body = rows[2:] if rule else rows[1:]
     figure = re.compile(r"\s*(?:[-+−±]?[\d.,]+\s*%?(?:\s*[±\[(–-].*)?|n/a|-|–|)\s*")
 
@@ -355,34 +460,67 @@ def rows_html(rows: list[list[str]], inline) -> str:
         return ' class="right"' if told or (cells and all(map(figure.fullmatch, cells))) else ""
 
     head = "".join(f"<th{side(i)}>{inline(cell)}</th>" for i, cell in enumerate(rows[0]))
-    lines = "".join("<tr>" + "".join(f"<td{side(i)}>{inline(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
-                    for row in body)
+    lines = "".join(
+        "<tr>"
+        + "".join(f"<td{side(i)}>{inline(cell)}</td>" for i, cell in enumerate(row))
+        + "</tr>"
+        for row in body
+    )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
 def config_html(config: dict) -> str:
     if not config:
         return ""
-    shown = (value if isinstance(value, str) else json.dumps(jsonable(value)) for value in config.values())
-    rows = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in zip(config, shown))
+    shown = (
+        value if isinstance(value, str) else json.dumps(jsonable(value))
+        for value in config.values()
+    )
+    rows = "".join(
+        f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in zip(config, shown)
+    )
     head = f"<summary>Config <small>{len(config)} keys</small></summary>"
     return f"<details class='config'>{head}<dl>{rows}</dl></details>"
 
 
-def write_report(path, *, title: str, episodes=(), which="episodes", log=(), table_markdown: str = "", config=None) -> None:
+def write_report(
+    path,
+    *,
+    title: str,
+    episodes=(),
+    which="episodes",
+    log=(),
+    table_markdown: str = "",
+    config=None,
+) -> None:
     """Write the page to `path`, beside and renamed.
 
-    episodes: Episode.to_json() dicts, in the order to show; which: what to call them if they are not all; log: the dicts
-    of log.jsonl; table_markdown: text with pipe tables, e.g. report.md; config: any flat dict.
+    episodes: Episode.to_json() dicts, in the order to show; which: what to call them if they are
+    not all; log: the dicts of log.jsonl; table_markdown: text with pipe tables, e.g. report.md;
+    config: any flat dict.
     """
     shown = [slim(episode) for episode in episodes]
-    strip = "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for label, value in summary(shown, which))
+    strip = "".join(
+        f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>"
+        for label, value in summary(shown, which)
+    )
     made = time.strftime("%Y-%m-%d %H:%M")
-    table = f'<section id="results">{table_html(table_markdown)}</section>' if table_markdown.strip() else ""
+    table = (
+        f'<section id="results">{table_html(table_markdown)}</section>'
+        if table_markdown.strip()
+        else ""
+    )
     page = PAGE.format(
-        title=escape(title), made=made, css=CSS + CURVE_CSS, js=JS, table=table, curves=curves_html(list(log)),
-        strip=f'<div class="strip">{strip}</div>' if strip else "", config=config_html(config or {}),
-        reader=READER if shown else "", episodes=embed("episodes", shown),
+        title=escape(title),
+        made=made,
+        css=CSS + CURVE_CSS,
+        js=JS,
+        table=table,
+        curves=curves_html(list(log)),
+        strip=f'<div class="strip">{strip}</div>' if strip else "",
+        config=config_html(config or {}),
+        reader=READER if shown else "",
+        episodes=embed("episodes", shown),
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -786,13 +924,17 @@ if (episodes.length) {
 
 # ---------------------------------------------------------------- a run folder's page, made again
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a JSONL file, [] where there is none; a last line cut short by a kill is left out."""
+    """The rows of a JSONL file, [] where there is none; a last line cut short by a kill is left
+    out.
+    """
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            print(f"{path}: line {len(rows) + 1} is cut short, reading stops there", file=sys.stderr)
+            print(
+                f"{path}: line {len(rows) + 1} is cut short, reading stops there", file=sys.stderr
+            )
             break
     return rows
 
@@ -812,12 +954,21 @@ def write_run_page(folder: str) -> None:
     run = Path(folder)
     log, facts, episodes = read_jsonl(run / "log.jsonl"), {}, newest_episodes(run)
     if not log and not episodes:
-        raise SystemExit(f"{run}: neither log.jsonl nor episodes/*.jsonl there; give the folder of a run")
+        raise SystemExit(
+            f"{run}: neither log.jsonl nor episodes/*.jsonl there; give the folder of a run"
+        )
     if (run / "run.json").is_file():
         facts = json.loads((run / "run.json").read_text())
     table = (run / "report.md").read_text(encoding="utf-8") if (run / "report.md").is_file() else ""
-    write_report(run / "report.html", title=str(run), episodes=episodes, which="newest episodes", log=log,
-                 table_markdown=table, config=facts.get("config", {}))
+    write_report(
+        run / "report.html",
+        title=str(run),
+        episodes=episodes,
+        which="newest episodes",
+        log=log,
+        table_markdown=table,
+        config=facts.get("config", {}),
+    )
     print(f"wrote {run / 'report.html'}")
     found, _ = panels(numeric_series(log))
     chosen = [panel for panel in found if panel[0] == "Learning"][:6] or found[:6]

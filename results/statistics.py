@@ -13,7 +13,9 @@ F1_SCORERS = ("hotpotqa", "2wiki", "musique", "bamboogle")
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Unbiased estimate of P(at least one of k samples is right) from n samples (Chen et al. 2021)."""
+    """Unbiased estimate of P(at least one of k samples is right) from n samples (Chen et al.
+    2021).
+    """
     return 1.0 - comb(n - right, k) / comb(n, k) if k <= n else float("nan")
 
 
@@ -29,16 +31,24 @@ def bootstrap_interval(values, seed: int = 0, draws: int = 10_000) -> tuple[floa
 def mean_interval(values) -> list[float] | None:
     """[mean, low, high]; None of nothing."""
     values = list(values)
-    return [round(x, 4) for x in (sum(values) / len(values), *bootstrap_interval(values))] if values else None
+    return (
+        [round(x, 4) for x in (sum(values) / len(values), *bootstrap_interval(values))]
+        if values
+        else None
+    )
 
 
 def vote_key(answer: str, scorer: str) -> str:
     """What counts as the same answer in a vote."""
-    return (plain_latex(math_answer(answer)) if scorer == "math" else normalize(answer)) or answer.strip()
+    return (
+        plain_latex(math_answer(answer)) if scorer == "math" else normalize(answer)
+    ) or answer.strip()
 
 
 def majority(chains: list["Chain"], scorer: str) -> bool:
-    """Whether the answer with the most votes is right; of equals the first given wins. No answer has no vote."""
+    """Whether the answer with the most votes is right; of equals the first given wins. No answer
+    has no vote.
+    """
     votes: dict[str, list[bool]] = {}
     for chain in chains:
         answer = chain.entry.answers[-1] if chain.entry and chain.entry.answers else None
@@ -66,29 +76,41 @@ def chains_of(task, journal: Journal, judge: str) -> list[list[Chain]]:
             grid[-1].append(Chain())
             continue
         entry = journal.entries[key]
-        verdicts = [journal.verdict(key, i, judge) if c is None else c for i, c in enumerate(entry.correct)] or [False]
+        verdicts = [
+            journal.verdict(key, i, judge) if c is None else c for i, c in enumerate(entry.correct)
+        ] or [False]
         grid[-1].append(Chain(verdicts[0], verdicts[-1], entry))
     return grid
 
 
 def summarise(task, journal: Journal, judge: str = "", refine: bool = False) -> dict:
-    """The figures of one data set. `all`: over all rows, where whatever failed or stayed unscored counts as wrong;
-    `scored`: over the scored rows. Intervals are over questions."""
+    """The figures of one data set. `all`: over all rows, where whatever failed or stayed unscored
+    counts as wrong; `scored`: over the scored rows. Intervals are over questions."""
     grid, k, scorer = chains_of(task, journal, judge), task.rollouts, task.spec.scorer or "rule"
     flat = [chain for chains in grid for chain in chains]
     scored = [[bool(c.last) for c in chains if c.last is not None] for chains in grid]
     rights = [sum(c.last is True for c in chains) for chains in grid]
     figures = {
-        "dataset": task.name, "subset": task.subset, "questions": len(grid), "k": k, "scorer": scorer,
+        "dataset": task.name,
+        "subset": task.subset,
+        "questions": len(grid),
+        "k": k,
+        "scorer": scorer,
         "judge": judges_of(task, journal, judge),
         "all": mean_interval(right / k for right in rights),
         "scored": mean_interval(sum(values) / len(values) for values in scored if values),
-        "pass_at": {n: mean_interval(pass_at_k(k, right, n) for right in rights) for n in sorted({1, k, *powers(k)})},
+        "pass_at": {
+            n: mean_interval(pass_at_k(k, right, n) for right in rights)
+            for n in sorted({1, k, *powers(k)})
+        },
         "majority": mean_interval(majority(chains, scorer) for chains in grid),
         "counts": counts(task, flat, journal),
         "by": by_meta(task, grid),
     }
-    f1 = [[(c.entry.f1[-1] or 0.0) if c.entry and c.entry.f1 else 0.0 for c in chains] for chains in grid]
+    f1 = [
+        [(c.entry.f1[-1] or 0.0) if c.entry and c.entry.f1 else 0.0 for c in chains]
+        for chains in grid
+    ]
     if scorer in F1_SCORERS or any(sum(values) for values in f1):
         figures["f1"] = mean_interval(sum(values) / k for values in f1)
     return figures | ({"refine": refine_figures(grid)} if refine else {})
@@ -108,6 +130,7 @@ def judges_of(task, journal: Journal, judge: str) -> str:
     names = {said[-1][0] for key, said in journal.verdicts.items() if key[:3] in keys}
     return ", ".join(sorted(names)) or "none"
 
+
 LIMITS = ("turn_limit", "turn_tokens", "token_limit", "context_limit")
 
 
@@ -117,12 +140,14 @@ def counts(task, chains: list[Chain], journal: Journal) -> dict:
     keys = [key for key, row in task.keys() if not journal.done(key, row)]
     return {
         "rows": len(chains),
-        "right": sum(c.last is True for c in chains), "wrong": sum(c.last is False for c in chains),
+        "right": sum(c.last is True for c in chains),
+        "wrong": sum(c.last is False for c in chains),
         "unscored": sum(c.last is None and c.entry is not None for c in chains),
         "no_answer": sum(e.status == "no_answer" for e in entries),
         "limit": sum(bool(e.ended) and e.ended[-1] in LIMITS for e in entries),
         "prompt_too_long": sum(e.status == "prompt_too_long" for e in entries),
-        "fault": sum(key in journal.faults for key in keys), "missing": sum(key not in journal.faults for key in keys),
+        "fault": sum(key in journal.faults for key in keys),
+        "missing": sum(key not in journal.faults for key in keys),
         "scorer_timeout": sum(e.timeouts for e in entries),
         "calls": round(sum(e.calls for e in entries) / max(len(entries), 1), 2),
         "tokens": round(sum(e.tokens for e in entries) / max(len(entries), 1)),
@@ -130,25 +155,38 @@ def counts(task, chains: list[Chain], journal: Journal) -> dict:
 
 
 def by_meta(task, grid: list[list[Chain]]) -> dict:
-    """{"level": {"1": {"questions", "all"}}}: accuracy over all rows, for what a set publishes about its questions."""
+    """{"level": {"1": {"questions", "all"}}}: accuracy over all rows, for what a set publishes
+    about its questions.
+    """
     found = {}
     for name in ("level", "difficulty_level", "type", "hops", "lang"):
         groups: dict[str, list[float]] = {}
         for row, chains in zip(task.rows, grid):
             if name in row["meta"]:
-                groups.setdefault(str(row["meta"][name]), []).append(sum(c.last is True for c in chains) / len(chains))
+                groups.setdefault(str(row["meta"][name]), []).append(
+                    sum(c.last is True for c in chains) / len(chains)
+                )
         if 1 < len(groups) <= 24:
-            figures = {value: dict(questions=len(of), all=mean_interval(of)) for value, of in groups.items()}
+            figures = {
+                value: dict(questions=len(of), all=mean_interval(of))
+                for value, of in groups.items()
+            }
             found[name] = dict(sorted(figures.items()))
     return found
 
 
 def refine_figures(grid: list[list[Chain]]) -> dict:
-    """Reagent-C: o1 and o2 over all rows, and what refinement changed; a chain without o2 keeps o1."""
+    """Reagent-C: o1 and o2 over all rows, and what refinement changed; a chain without o2 keeps
+    o1.
+    """
     flat = [chain for chains in grid for chain in chains]
-    share = lambda of: mean_interval(sum(of(c) for c in chains) / len(chains) for chains in grid)
+
+    def share(of):
+        return mean_interval(sum(of(c) for c in chains) / len(chains) for chains in grid)
+
     return {
-        "o1": share(lambda c: c.first is True), "o2": share(lambda c: c.last is True),
+        "o1": share(lambda c: c.first is True),
+        "o2": share(lambda c: c.last is True),
         "gain": share(lambda c: (c.last is True) - (c.first is True)),
         "fixed": sum(c.last is True and c.first is False for c in flat),
         "broken": sum(c.first is True and c.last is False for c in flat),
@@ -158,14 +196,18 @@ def refine_figures(grid: list[list[Chain]]) -> dict:
 
 
 def question_means(path: str) -> dict[tuple, float]:
-    """Mean correctness by (dataset, id) of a result file with rows {"dataset"?, "id", "correct"}, one a chain."""
+    """Mean correctness by (dataset, id) of a result file with rows {"dataset"?, "id", "correct"},
+    one a chain.
+    """
     seen: dict[tuple, list[float]] = {}
     names = []
 
     def check(row):
         if not {"id", "correct"} <= set(row):
             return "a result row needs 'id' and 'correct'"
-        names.append((row.get("dataset", ""), str(row.pop("id")), bool(row["correct"])))  # an id stands there k times
+        names.append(
+            (row.get("dataset", ""), str(row.pop("id")), bool(row["correct"]))
+        )  # an id stands there k times
 
     JsonlRows(path, check, "compare takes two results.jsonl")
     for dataset, name, correct in names:
@@ -181,10 +223,15 @@ def compare(a: dict[tuple, float], b: dict[tuple, float]) -> dict:
     differences = [b[q] - a[q] for q in both]
     low, high = bootstrap_interval(differences)
     return {
-        "questions": len(both), "only_in_a": len(a) - len(both), "only_in_b": len(b) - len(both),
-        "a": sum(a[q] for q in both) / len(both), "b": sum(b[q] for q in both) / len(both),
-        "difference": sum(differences) / len(both), "interval_95": [round(low, 4), round(high, 4)],
-        "gained": sum(d > 0 for d in differences), "lost": sum(d < 0 for d in differences),
+        "questions": len(both),
+        "only_in_a": len(a) - len(both),
+        "only_in_b": len(b) - len(both),
+        "a": sum(a[q] for q in both) / len(both),
+        "b": sum(b[q] for q in both) / len(both),
+        "difference": sum(differences) / len(both),
+        "interval_95": [round(low, 4), round(high, 4)],
+        "gained": sum(d > 0 for d in differences),
+        "lost": sum(d < 0 for d in differences),
     }
 
 
@@ -193,23 +240,47 @@ def percent(figure: list[float] | None) -> str:
     return "–" if figure is None else "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in figure))
 
 
-WORDS = ("data set", "subset", "judge", "kind", "value")  # columns of words; the others hold figures
+WORDS = (
+    "data set",
+    "subset",
+    "judge",
+    "kind",
+    "value",
+)  # columns of words; the others hold figures
 
 
 def table(head: list[str], rows: list[list]) -> list[str]:
     """A pipe table with an empty line before it."""
     rule = ["---" if name in WORDS else "--:" for name in head]
-    return ["", *("| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |" for row in (head, rule, *rows))]
+    return [
+        "",
+        *(
+            "| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |"
+            for row in (head, rule, *rows)
+        ),
+    ]
 
 
 def markdown(summaries: list[dict], facts: list[str]) -> str:
     """report.md: every number with its subset, its judge and k beside it."""
-    name = lambda s: [s["dataset"], s["subset"], s["judge"], s["k"]]
+
+    def name(s):
+        return [s["dataset"], s["subset"], s["judge"], s["k"]]
+
     head = ["data set", "subset", "judge", "k"]
     k = max(s["k"] for s in summaries)
-    text = ["# Evaluation", "", *(f"- {fact}" for fact in facts), "",
-            "Percent, with 95 % intervals over questions. All rows: whatever failed or is unscored counts as wrong."]
-    columns = ["questions", "pass@1, all rows", "pass@1, scored rows", "F1"] + [f"pass@{k}", f"majority@{k}"] * (k > 1)
+    text = [
+        "# Evaluation",
+        "",
+        *(f"- {fact}" for fact in facts),
+        "",
+        "Percent, with 95 % intervals over questions. All rows: whatever failed or is unscored "
+        "counts as wrong.",
+    ]
+    columns = ["questions", "pass@1, all rows", "pass@1, scored rows", "F1"] + [
+        f"pass@{k}",
+        f"majority@{k}",
+    ] * (k > 1)
     rows = []
     for s in summaries:
         many = [percent(s["pass_at"][k]), percent(s["majority"])] if s["k"] == k else ["–", "–"]
@@ -219,19 +290,35 @@ def markdown(summaries: list[dict], facts: list[str]) -> str:
     between = [n for n in sorted({n for s in summaries for n in s["pass_at"]}) if n not in (1, k)]
     if between:
         rows = [name(s) + [percent(s["pass_at"].get(n)) for n in between] for s in summaries]
-        text += ["", "## pass@n, unbiased, over all rows", *table(head + [f"n = {n}" for n in between], rows)]
+        text += [
+            "",
+            "## pass@n, unbiased, over all rows",
+            *table(head + [f"n = {n}" for n in between], rows),
+        ]
     if refined := [s for s in summaries if "refine" in s]:
         keys = ("o1", "o2", "gain", "fixed", "broken", "refined", "not_refined")
-        rows = [name(s) + [percent(s["refine"][n]) if n in keys[:3] else s["refine"][n] for n in keys] for s in refined]
-        text += ["", "## Reagent-C: first answer (o1) and answer after the critique (o2), over all rows",
-                 *table(head + ["o1", "o2", "o2 - o1", "fixed", "broken", "refined", "not refined"], rows)]
+        rows = [
+            name(s) + [percent(s["refine"][n]) if n in keys[:3] else s["refine"][n] for n in keys]
+            for s in refined
+        ]
+        text += [
+            "",
+            "## Reagent-C: first answer (o1) and answer after the critique (o2), over all rows",
+            *table(
+                head + ["o1", "o2", "o2 - o1", "fixed", "broken", "refined", "not refined"], rows
+            ),
+        ]
     keys = list(summaries[0]["counts"])
     rows = [name(s) + [s["counts"][key] for key in keys] for s in summaries]
     text += ["", "## Rows", *table(head + [key.replace("_", " ") for key in keys], rows)]
     for s in (s for s in summaries if s["by"]):
-        groups = [(kind, value, group) for kind, of in s["by"].items() for value, group in of.items()]
-        rows = [name(s) + [kind, value, group["questions"], percent(group["all"])] for kind, value, group in groups]
+        groups = [
+            (kind, value, group) for kind, of in s["by"].items() for value, group in of.items()
+        ]
+        rows = [
+            name(s) + [kind, value, group["questions"], percent(group["all"])]
+            for kind, value, group in groups
+        ]
         columns = head + ["kind", "value", "questions", "pass@1, all rows"]
         text += ["", f"## {s['dataset']} by kind of question", *table(columns, rows)]
     return "\n".join(text) + "\n"
-

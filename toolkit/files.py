@@ -1,7 +1,8 @@
-"""Files that come with a question, and pages of the web, as text: documents, tables, archives, HTML.
+"""Files that come with a question, and pages of the web, as text: documents, tables, archives,
+HTML.
 
-Nothing outside `files_dir` is opened and no link is followed. Parsers run in a child process with limits on memory and
-time that holds the open file and nothing else.
+Nothing outside `files_dir` is opened and no link is followed. Parsers run in a child process with
+limits on memory and time that holds the open file and nothing else.
 """
 
 import codecs
@@ -31,26 +32,36 @@ MOST_RATIO = 200  # of unpacked to packed bytes, for what is larger than FREE_BY
 FREE_BYTES = 20 << 20
 MOST_MEMBERS = 10_000
 MEMORY = 2 << 30  # bytes of address space of a reader
-CHILD = f"import json, sys; sys.path.insert(0, {ROOT!r}); from toolkit.files import child; child(json.loads(sys.argv[1]))"
+CHILD = (
+    f"import json, sys; sys.path.insert(0, {ROOT!r}); from toolkit.files import child; "
+    "child(json.loads(sys.argv[1]))"
+)
 READABLE = "text, code, json, csv, html, xml, xlsx, docx, pptx, pdf and zip"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # opening
 
 
 def opened(files_dir: str, path: str, most_bytes: int) -> int:
-    """A descriptor of the regular file `path` in `files_dir`; ToolError if it is anything else or larger than most_bytes.
+    """A descriptor of the regular file `path` in `files_dir`; ToolError if it is anything else or
+    larger than most_bytes.
 
-    Every component is opened in the one before it, without following links and without any effect on devices and pipes
-    (O_PATH); what was looked at is what is then opened for reading, however the folder changes in between.
+    Every component is opened in the one before it, without following links and without any effect
+    on devices and pipes (O_PATH); what was looked at is what is then opened for reading, however
+    the folder changes in between.
     """
     shown = repr(path[:200])
     if not path or "\0" in path or len(path) > 4096:
-        raise ToolError(f"{shown} is not the name of a file: a path inside the folder of files, up to 4096 characters.")
+        raise ToolError(
+            f"{shown} is not the name of a file: a path inside the folder of files, up to 4096 "
+            "characters."
+        )
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if path.startswith("/") or ".." in parts or not parts:
-        raise ToolError(f"{shown} is not inside the folder of files: give a path relative to it, without '..'.")
+        raise ToolError(
+            f"{shown} is not inside the folder of files: give a path relative to it, without '..'."
+        )
     with contextlib.ExitStack() as stack:
         try:
             here = os.open(files_dir, os.O_PATH | os.O_DIRECTORY)
@@ -60,21 +71,31 @@ def opened(files_dir: str, path: str, most_bytes: int) -> int:
         for part in parts:
             try:
                 here = os.open(part, os.O_PATH | os.O_NOFOLLOW, dir_fd=here)
-            except (OSError, ValueError) as error:  # ValueError: characters that no file name can have
+            except (
+                OSError,
+                ValueError,
+            ) as error:  # ValueError: characters that no file name can have
                 raise ToolError(f"There is no file {shown}.") from error
             stack.callback(os.close, here)
         found = os.fstat(here)
         if not stat.S_ISREG(found.st_mode):
-            kind = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link"}.get(stat.S_IFMT(found.st_mode), "a device or a pipe")
+            kind = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link"}.get(
+                stat.S_IFMT(found.st_mode), "a device or a pipe"
+            )
             raise ToolError(f"{shown} is {kind}, not a file.")
         if found.st_size > most_bytes:
-            raise ToolError(f"{shown} has {found.st_size:,} bytes; up to {most_bytes:,} can be read.")
+            raise ToolError(
+                f"{shown} has {found.st_size:,} bytes; up to {most_bytes:,} can be read."
+            )
         try:
             fd = os.open(f"/proc/self/fd/{here}", os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
             raise ToolFault(f"{shown} cannot be opened: {error.strerror}") from error
         again = os.fstat(fd)
-        if not stat.S_ISREG(again.st_mode) or (again.st_dev, again.st_ino) != (found.st_dev, found.st_ino):
+        if not stat.S_ISREG(again.st_mode) or (again.st_dev, again.st_ino) != (
+            found.st_dev,
+            found.st_ino,
+        ):
             os.close(fd)
             raise ToolError(f"{shown} is not a regular file.")
         return fd
@@ -83,14 +104,17 @@ def opened(files_dir: str, path: str, most_bytes: int) -> int:
 def file_to_text(files_dir: str, path: str, *, seconds: float = 30.0, chars: int = 200_000) -> str:
     """The text of a file in `files_dir`, up to `chars` characters and with a note if there is more.
 
-    Read by what the file is, not by its name; a member of an archive is "a.zip::b.csv", an archive alone lists its
-    members. XML is shown as written, no entity is ever expanded; a formula is shown where its value is not stored.
-    ToolError for what cannot be read, within about `seconds`; ToolFault if the reader does not start.
+    Read by what the file is, not by its name; a member of an archive is "a.zip::b.csv", an archive
+    alone lists its members. XML is shown as written, no entity is ever expanded; a formula is shown
+    where its value is not stored. ToolError for what cannot be read, within about `seconds`;
+    ToolFault if the reader does not start.
     """
     outer, *members = path.split("::")
     fd = opened(files_dir, outer, MOST_BYTES)
     try:
-        return _in_child(fd, {"do": "file", "name": outer, "members": members, "chars": chars}, seconds)["text"]
+        return _in_child(
+            fd, {"do": "file", "name": outer, "members": members, "chars": chars}, seconds
+        )["text"]
     finally:
         os.close(fd)
 
@@ -105,7 +129,9 @@ def page_to_text(body: bytes, url: str, *, seconds: float, chars: int) -> tuple[
 def body_to_text(body: bytes, *, seconds: float, chars: int) -> str:
     """The text of bytes that are no page of HTML, as file_to_text reads a file that holds them."""
     with _in_memory(body) as fd:
-        return _in_child(fd, {"do": "file", "name": "page", "members": [], "chars": chars}, seconds)["text"]
+        return _in_child(
+            fd, {"do": "file", "name": "page", "members": [], "chars": chars}, seconds
+        )["text"]
 
 
 @contextlib.contextmanager
@@ -117,9 +143,13 @@ def _in_memory(body: bytes) -> Iterator[int]:
 
 
 def _in_child(fd: int, given: dict, seconds: float) -> dict:
-    """The child's answer as JSON; ToolError or ToolFault if that is what it says, or if it says nothing."""
+    """The child's answer as JSON; ToolError or ToolFault if that is what it says, or if it says
+    nothing.
+    """
     deadline = time.monotonic() + seconds
-    most_bytes = 6 * given["chars"] + (1 << 20)  # JSON needs at most six bytes for a character; a page has links
+    most_bytes = 6 * given["chars"] + (
+        1 << 20
+    )  # JSON needs at most six bytes for a character; a page has links
     with running(fd, given, deadline) as pipe:
         said = read(pipe, most_bytes + 1, deadline)
     if len(said) > most_bytes or not said:
@@ -134,14 +164,23 @@ def _in_child(fd: int, given: dict, seconds: float) -> dict:
 
 @contextlib.contextmanager
 def running(fd: int, given: dict, deadline: float):
-    """A child that works on the open file; yields the pipe on which it answers, and kills it in the end."""
+    """A child that works on the open file; yields the pipe on which it answers, and kills it in the
+    end.
+    """
     seconds = max(0.0, deadline - time.monotonic())
     given = json.dumps(given | {"seconds": seconds, "memory": MEMORY})
     command = [sys.executable, "-B", "-E", "-s", "-c", CHILD, given]
     environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     try:
-        process = subprocess.Popen(command, stdin=fd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/",
-                                   env=environment, start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            stdin=fd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            env=environment,
+            start_new_session=True,
+        )
     except OSError as error:
         raise ToolFault(f"the reader of files does not start: {error}") from error
     pipe = process.stdout.fileno()
@@ -159,7 +198,9 @@ def running(fd: int, given: dict, deadline: float):
 
 
 def read(pipe: int, most_bytes: int, deadline: float) -> bytes:
-    """What a pipe says until its end, up to most_bytes; ToolError if that takes until the deadline."""
+    """What a pipe says until its end, up to most_bytes; ToolError if that takes until the
+    deadline.
+    """
     said = bytearray()
     while len(said) < most_bytes:
         if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -171,12 +212,14 @@ def read(pipe: int, most_bytes: int, deadline: float) -> bytes:
     return bytes(said)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # readers: everything from here to the next line runs in the child
 
 
 def child(given: dict) -> None:
-    """Reads the file at descriptor 0 and writes "ready" and one JSON object: text and title, error (its) or fault (ours)."""
+    """Reads the file at descriptor 0 and writes "ready" and one JSON object: text and title, error
+    (its) or fault (ours).
+    """
     answer = os.dup(1)
     os.dup2(2, 1)  # whatever a parser prints is no part of the answer
     confine(given["seconds"], given["memory"])
@@ -187,10 +230,16 @@ def child(given: dict) -> None:
             os.execv(given["command"][0], given["command"])
         with os.fdopen(0, "rb", closefd=False) as stream:
             if given["do"] == "page":
-                title, text = html_text(decoded(stream.read(), whole=True), given["url"], given["chars"])
+                title, text = html_text(
+                    decoded(stream.read(), whole=True), given["url"], given["chars"]
+                )
                 reply = {"title": title, "text": text or "(a page without text)"}
             else:
-                reply = {"text": whole_text(stream, given["name"], given["members"], given["chars"], given["seconds"])}
+                reply = {
+                    "text": whole_text(
+                        stream, given["name"], given["members"], given["chars"], given["seconds"]
+                    )
+                }
     except ToolError as error:
         reply = {"error": str(error)}
     except ImportError as error:
@@ -198,21 +247,31 @@ def child(given: dict) -> None:
     except MemoryError:
         reply = {"error": f"The file needs more than {given['memory'] >> 20} MB to be read."}
     except Exception as error:  # parsers raise anything on a damaged file
-        reply = {"error": f"The file is damaged, or not what it seems: {type(error).__name__}: {str(error)[:200]}"}
+        reply = {
+            "error": "The file is damaged, or not what it seems: "
+            f"{type(error).__name__}: {str(error)[:200]}"
+        }
     with os.fdopen(answer, "wb") as out:
         out.write(json.dumps(reply).encode())
 
 
 def confine(seconds: float, memory: int) -> None:
     """Limits of this process: address space in bytes, processor time, no new files, no core."""
-    limits = {resource.RLIMIT_AS: memory, resource.RLIMIT_CPU: int(seconds) + 2, resource.RLIMIT_FSIZE: 0,
-              resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 64}  # fmt: skip
+    limits = {
+        resource.RLIMIT_AS: memory,
+        resource.RLIMIT_CPU: int(seconds) + 2,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: 64,
+    }
     for name, value in limits.items():
         resource.setrlimit(name, (value, value))
 
 
 def whole_text(stream, name: str, members: list[str], chars: int, seconds: float) -> str:
-    """Text of a seekable binary stream, or of a member of the archive in it (and of a member of that one, and so on)."""
+    """Text of a seekable binary stream, or of a member of the archive in it (and of a member of
+    that one, and so on).
+    """
     if len(members) > 3:
         raise ToolError("An archive in an archive in an archive is as deep as it goes.")
     for member in members:
@@ -227,26 +286,52 @@ def whole_text(stream, name: str, members: list[str], chars: int, seconds: float
     return "".join(text).encode("utf-8", "replace").decode() if length else "(an empty file)"
 
 
-STARTS = [(b"\x89PNG", "image"), (b"\xff\xd8\xff", "image"), (b"GIF8", "image"), (b"BM", "bitmap"), (b"II*\0", "bitmap"),
-          (b"MM\0*", "bitmap"), (b"fLaC", "audio"), (b"OggS", "audio"), (b"ID3", "audio"), (b"\xff\xfb", "audio"),
-          (b"\xff\xf3", "audio"), (b"\xff\xf2", "audio"), (b"\x1aE\xdf\xa3", "video"), (b"\xd0\xcf\x11\xe0", "old office"),
-          (b"\x1f\x8b", "packed"), (b"BZh", "packed"), (b"\xfd7zXZ", "packed"), (b"7z\xbc\xaf", "packed"), (b"Rar!", "packed"),
-          (b"\x93NUMPY", "binary"), (b"\x7fELF", "binary"), (b"\x80\x02", "binary"), (b"\x80\x03", "binary"),
-          (b"\x80\x04", "binary"), (b"\x80\x05", "binary"), (b"SQLite format 3", "binary"), (b"PK\3\4", "zip"),
-          (b"PK\5\6", "zip")]  # fmt: skip
+STARTS = [
+    (b"\x89PNG", "image"),
+    (b"\xff\xd8\xff", "image"),
+    (b"GIF8", "image"),
+    (b"BM", "bitmap"),
+    (b"II*\0", "bitmap"),
+    (b"MM\0*", "bitmap"),
+    (b"fLaC", "audio"),
+    (b"OggS", "audio"),
+    (b"ID3", "audio"),
+    (b"\xff\xfb", "audio"),
+    (b"\xff\xf3", "audio"),
+    (b"\xff\xf2", "audio"),
+    (b"\x1aE\xdf\xa3", "video"),
+    (b"\xd0\xcf\x11\xe0", "old office"),
+    (b"\x1f\x8b", "packed"),
+    (b"BZh", "packed"),
+    (b"\xfd7zXZ", "packed"),
+    (b"7z\xbc\xaf", "packed"),
+    (b"Rar!", "packed"),
+    (b"\x93NUMPY", "binary"),
+    (b"\x7fELF", "binary"),
+    (b"\x80\x02", "binary"),
+    (b"\x80\x03", "binary"),
+    (b"\x80\x04", "binary"),
+    (b"\x80\x05", "binary"),
+    (b"SQLite format 3", "binary"),
+    (b"PK\3\4", "zip"),
+    (b"PK\5\6", "zip"),
+]
 REFUSED = {
     "image": "an image: image2text looks at it",
     "bitmap": "an image of a type that cannot be read (png, jpeg, gif and webp can)",
     "audio": "a recording: audio2text listens to it",
     "video": "a video, which cannot be read",
-    "old office": "an old or an encrypted Office file, which cannot be read (xlsx, docx and pptx can)",
+    "old office": "an old or an encrypted Office file, which cannot be read "
+    "(xlsx, docx and pptx can)",
     "packed": "an archive that cannot be read (zip can)",
     "binary": f"binary data, which cannot be read ({READABLE} can)",
 }
 
 
 def kind_of(stream, name: str) -> str:
-    """The key in READERS for a stream, from its first bytes; its name decides only between kinds of text. ToolError."""
+    """The key in READERS for a stream, from its first bytes; its name decides only between kinds of
+    text. ToolError.
+    """
     head = stream.read(1 << 16)
     stream.seek(0)
     kind = next((kind for start, kind in STARTS if head.startswith(start)), "")
@@ -258,34 +343,60 @@ def kind_of(stream, name: str) -> str:
         kind = "pdf"
     if kind == "zip":
         names = {info.filename for info in _archive(stream).infolist()}
-        marks = {"xl/workbook.xml": "xlsx", "word/document.xml": "docx", "ppt/presentation.xml": "pptx"}
+        marks = {
+            "xl/workbook.xml": "xlsx",
+            "word/document.xml": "docx",
+            "ppt/presentation.xml": "pptx",
+        }
         return next((kind for mark, kind in marks.items() if mark in names), "zip")
     wide = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _wide(head)
-    controls = len(head) - len(head.translate(None, bytes([*range(9), 11, *range(14, 27), *range(28, 32), 127])))
+    controls = len(head) - len(
+        head.translate(None, bytes([*range(9), 11, *range(14, 27), *range(28, 32), 127]))
+    )
     if not kind and not wide and controls > len(head) / 100:
         kind = "binary"
     if kind in REFUSED and not (kind == "bitmap" and controls == 0):  # a text may begin with BM
         raise ToolError(f"The file is {REFUSED[kind]}.")
     if kind == "pdf":
         return kind
-    text = head[:4096].decode("utf-16" if wide else "latin-1", "replace").lstrip("\ufeff\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith(("<!doctype html", "<html")) or (text.startswith("<") and name.lower().endswith((".html", ".htm"))):
+    text = (
+        head[:4096]
+        .decode("utf-16" if wide else "latin-1", "replace")
+        .lstrip("\ufeff\xef\xbb\xbf \t\r\n")
+        .lower()
+    )
+    if text.startswith(("<!doctype html", "<html")) or (
+        text.startswith("<") and name.lower().endswith((".html", ".htm"))
+    ):
         return "html"
     return "text"
 
 
 def _wide(head: bytes) -> str:
-    """utf-16-le or -be if every other byte is mostly zero, as in western text without a byte order mark; else ""."""
+    """utf-16-le or -be if every other byte is mostly zero, as in western text without a byte order
+    mark; else "".
+    """
     even, odd = head[0:1000:2], head[1:1000:2]
     if len(even) > 1 and odd.count(0) > 0.4 * len(odd) and even.count(0) < 0.1 * len(even):
         return "utf-16-le"
-    return "utf-16-be" if len(even) > 1 and even.count(0) > 0.4 * len(even) and odd.count(0) < 0.1 * len(odd) else ""
+    return (
+        "utf-16-be"
+        if len(even) > 1 and even.count(0) > 0.4 * len(even) and odd.count(0) < 0.1 * len(odd)
+        else ""
+    )
 
 
 def decoded(body: bytes, whole: bool) -> str:
-    """Text of bytes: by their mark, as UTF-8, by the encoding they declare, else by a guess. `whole`: nothing was cut off."""
-    marks = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
-             codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}  # fmt: skip
+    """Text of bytes: by their mark, as UTF-8, by the encoding they declare, else by a guess.
+    `whole`: nothing was cut off.
+    """
+    marks = {
+        codecs.BOM_UTF8: "utf-8",
+        codecs.BOM_UTF32_LE: "utf-32-le",
+        codecs.BOM_UTF32_BE: "utf-32-be",
+        codecs.BOM_UTF16_LE: "utf-16-le",
+        codecs.BOM_UTF16_BE: "utf-16-be",
+    }
     for mark, name in marks.items():
         if body.startswith(mark):
             return codecs.getincrementaldecoder(name)("replace").decode(body[len(mark) :])
@@ -316,17 +427,26 @@ def _html(stream, chars: int) -> Iterator[str]:
 
 
 def html_text(text: str, url: str, chars: int) -> tuple[str, str]:
-    """(title, text) of HTML: of a page of the web (at `url`) the main text and the links, of a file whatever it says.
+    """(title, text) of HTML: of a page of the web (at `url`) the main text and the links, of a file
+    whatever it says.
 
-    The main text, which trafilatura finds, gives way to all words of a page where it is short (a list, a form), and of a
-    file where it leaves out more than a fifth.
+    The main text, which trafilatura finds, gives way to all words of a page where it is short (a
+    list, a form), and of a file where it leaves out more than a fifth.
     """
     import trafilatura
     from lxml import html
 
-    tree = html.document_fromstring(text.encode("utf-8", "replace"), parser=html.HTMLParser(encoding="utf-8"))
-    title, links = " ".join((tree.findtext(".//title") or "").split())[:500], _links(tree, url) if url else ""
-    main = trafilatura.extract(text, url=url or None, include_comments=not url, favor_recall=True) or ""
+    tree = html.document_fromstring(
+        text.encode("utf-8", "replace"), parser=html.HTMLParser(encoding="utf-8")
+    )
+    title, links = (
+        " ".join((tree.findtext(".//title") or "").split())[:500],
+        _links(tree, url) if url else "",
+    )
+    main = (
+        trafilatura.extract(text, url=url or None, include_comments=not url, favor_recall=True)
+        or ""
+    )
     if not url or len(main) < 400:
         words = _words(tree)
         main = words if len(main) < (1.0 if url else 0.8) * len(words) else main
@@ -339,18 +459,27 @@ def _links(tree, url: str) -> str:
         name = " ".join(link.text_content().split())[:200]
         with contextlib.suppress(ValueError):
             address = urldefrag(urljoin(url, link.get("href", "").strip()))[0]
-            if name and address.startswith(("http://", "https://")) and address != url and len(address) < 500:
+            if (
+                name
+                and address.startswith(("http://", "https://"))
+                and address != url
+                and len(address) < 500
+            ):
                 links.setdefault(address, name)
     lines = (f"\n- {name}: {to}" for to, name in list(links.items())[:200])
     return "\n\nLinks on the page:" + "".join(lines) if links else ""
 
 
 def _words(tree) -> str:
-    """Every word below the title, a line for a block and a tab between cells; takes the tree apart."""
+    """Every word below the title, a line for a block and a tab between cells; takes the tree
+    apart.
+    """
     for part in tree.xpath("//script | //style | //noscript | //template | //title | //comment()"):
         if part.getparent() is not None:  # a comment beside the page has none
             part.drop_tree()
-    for part in tree.iter("p", "div", "br", "li", "tr", "td", "th", "h1", "h2", "h3", "h4", "dt", "dd", "section"):
+    for part in tree.iter(
+        "p", "div", "br", "li", "tr", "td", "th", "h1", "h2", "h3", "h4", "dt", "dd", "section"
+    ):
         part.tail = ("\t" if part.tag in ("td", "th") else "\n") + (part.tail or "")
     lines = (re.sub("[ \r\f\v]+", " ", line).strip() for line in tree.text_content().split("\n"))
     return "\n".join(line for line in lines if line)
@@ -380,13 +509,18 @@ def _archive(stream) -> zipfile.ZipFile:
     except (zipfile.BadZipFile, ValueError, OSError, struct.error) as error:
         raise ToolError(f"The archive is damaged: {str(error)[:200]}.") from error
     if len(archive.infolist()) > MOST_MEMBERS:
-        raise ToolError(f"The archive has {len(archive.infolist()):,} members; up to {MOST_MEMBERS:,} can be read.")
+        raise ToolError(
+            f"The archive has {len(archive.infolist()):,} members; up to {MOST_MEMBERS:,} can be "
+            "read."
+        )
     return archive
 
 
 def _check_size(packed: int, unpacked: int, most: int) -> None:
     if unpacked > most or (unpacked > FREE_BYTES and unpacked > MOST_RATIO * packed):
-        raise ToolError(f"It would unpack from {packed:,} to {unpacked:,} bytes, which is too much to read.")
+        raise ToolError(
+            f"It would unpack from {packed:,} to {unpacked:,} bytes, which is too much to read."
+        )
 
 
 def _member(stream, name: str, member: str) -> bytes:
@@ -397,7 +531,9 @@ def _member(stream, name: str, member: str) -> bytes:
     try:
         info = archive.getinfo(member)
     except KeyError:
-        raise ToolError(f"There is no {member[:200]!r} in {name[:200]!r}; it holds:\n{_listing(archive)}") from None
+        raise ToolError(
+            f"There is no {member[:200]!r} in {name[:200]!r}; it holds:\n{_listing(archive)}"
+        ) from None
     if stat.S_ISLNK(info.external_attr >> 16) or info.is_dir():
         raise ToolError(f"{member[:200]!r} is a link or a folder, not a file.")
     if info.flag_bits & 1:
@@ -411,20 +547,29 @@ def _member(stream, name: str, member: str) -> bytes:
 
 def _listing(archive: zipfile.ZipFile) -> str:
     infos = archive.infolist()
-    lines = [f"{info.filename}\t{info.file_size:,} bytes" for info in infos[:1000] if not info.is_dir()]
+    lines = [
+        f"{info.filename}\t{info.file_size:,} bytes" for info in infos[:1000] if not info.is_dir()
+    ]
     return "\n".join(lines) + (f"\n[{len(infos) - 1000:,} more]" if len(infos) > 1000 else "")
 
 
 def _zip(stream, chars: int) -> Iterator[str]:
     archive = _archive(stream)
-    yield f"An archive with {len(archive.infolist()):,} members. To read one, ask for archive.zip::member.\n"
+    yield (
+        f"An archive with {len(archive.infolist()):,} members. "
+        "To read one, ask for archive.zip::member.\n"
+    )
     yield _listing(archive)
 
 
 def _office(stream):
     """The same stream, if its members do not unpack to too much."""
     infos = _archive(stream).infolist()
-    _check_size(sum(info.compress_size for info in infos), sum(info.file_size for info in infos), MOST_UNPACKED)
+    _check_size(
+        sum(info.compress_size for info in infos),
+        sum(info.file_size for info in infos),
+        MOST_UNPACKED,
+    )
     stream.seek(0)
     return stream
 
@@ -434,17 +579,26 @@ def _xlsx(stream, chars: int) -> Iterator[str]:
     import openpyxl
 
     body = _office(stream).read()
-    books = [openpyxl.load_workbook(io.BytesIO(body), read_only=True, data_only=stored, keep_links=False) for stored in (1, 0)]
+    books = [
+        openpyxl.load_workbook(io.BytesIO(body), read_only=True, data_only=stored, keep_links=False)
+        for stored in (1, 0)
+    ]
     for values, formulas in zip(*(book.worksheets for book in books), strict=True):
         yield f"\n[sheet {values.title!r}]\n"
         colours = []
         for sheet in (values, formulas):
             sheet.reset_dimensions()  # what the file claims may be the whole grid
         empty = 0
-        for row, other in zip(values.iter_rows(max_row=100_000), formulas.iter_rows(), strict=False):
+        for row, other in zip(
+            values.iter_rows(max_row=100_000), formulas.iter_rows(), strict=False
+        ):
             cells = [_cell(a, b) for a, b in zip(row[:500], other[:500], strict=False)]
-            colours += [f"{cell.coordinate} {colour}" for cell in row[:500] if (colour := _colour(cell))]
-            line = "\t".join(cells).rstrip("\t") + (f"\t[{len(row) - 500} more columns]" if len(row) > 500 else "")
+            colours += [
+                f"{cell.coordinate} {colour}" for cell in row[:500] if (colour := _colour(cell))
+            ]
+            line = "\t".join(cells).rstrip("\t") + (
+                f"\t[{len(row) - 500} more columns]" if len(row) > 500 else ""
+            )
             if line:
                 yield (f"[{empty} empty rows]\n" if empty else "") + line + "\n"
             empty = 0 if line else empty + 1
@@ -479,12 +633,16 @@ def _docx(stream, chars: int) -> Iterator[str]:
 
 
 def _blocks(container, depth: int = 0) -> Iterator[str]:
-    """Paragraphs and tables in their order; a table inside a cell becomes part of the cell's text."""
+    """Paragraphs and tables in their order; a table inside a cell becomes part of the cell's
+    text.
+    """
     for block in container.iter_inner_content():
         if hasattr(block, "rows"):
             for row in block.rows:
                 cells = {cell._tc: cell for cell in row.cells}.values()  # a merged cell is one cell
-                texts = ("".join(_blocks(cell, depth + 1)) if depth < 5 else cell.text for cell in cells)
+                texts = (
+                    "".join(_blocks(cell, depth + 1)) if depth < 5 else cell.text for cell in cells
+                )
                 yield "\t".join(re.sub(r"\s+", " ", text.strip()) for text in texts) + "\n"
         else:
             yield block.text + "\n"
@@ -518,5 +676,11 @@ def _shapes(shapes, depth: int = 0) -> Iterator[str]:
 
 
 READERS: dict[str, Callable[[io.BufferedIOBase, int], Iterator[str]]] = {
-    "text": _text, "html": _html, "pdf": _pdf, "zip": _zip, "xlsx": _xlsx, "docx": _docx, "pptx": _pptx,
-}  # fmt: skip
+    "text": _text,
+    "html": _html,
+    "pdf": _pdf,
+    "zip": _zip,
+    "xlsx": _xlsx,
+    "docx": _docx,
+    "pptx": _pptx,
+}

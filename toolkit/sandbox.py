@@ -1,10 +1,12 @@
-"""A sandbox for the python tool: warm fork servers (jail.py), one call at a time in each, watched and killed from outside.
+"""A sandbox for the python tool: warm fork servers (jail.py), one call at a time in each, watched
+and killed from outside.
 
-No network, no environment, no file of the host but the interpreter and its libraries (read-only), a scratch folder of
-bounded size that is fresh for every call. The ladder, from the top, is what this machine allows and a probe confirms:
+No network, no environment, no file of the host but the interpreter and its libraries (read-only), a
+scratch folder of bounded size that is fresh for every call. The ladder, from the top, is what this
+machine allows and a probe confirms:
 
     bubblewrap             namespaces with a file system of their own, and seccomp
-    landlock+namespaces    Landlock, own user, mount and network namespaces, and seccomp; a call is one process
+    landlock+namespaces    Landlock, own namespaces, and seccomp; a call is one process
     landlock               Landlock and seccomp alone, as in many containers; a call is one process
     unsafe                 a process with limits, only where `unsafe` is set
 
@@ -60,9 +62,14 @@ class Crowded(Exception):
 
 
 def libraries() -> list[str]:
-    """Folders that the interpreter needs: the system's, its own and that of its virtual environment."""
+    """Folders that the interpreter needs: the system's, its own and that of its virtual
+    environment.
+    """
     given = ["/usr", "/lib", "/lib64", "/bin", sys.prefix, sys.base_prefix, sys.exec_prefix]
-    return sorted({path for name in given for path in (name, os.path.realpath(name)) if os.path.isdir(path)}, key=len)
+    return sorted(
+        {path for name in given for path in (name, os.path.realpath(name)) if os.path.isdir(path)},
+        key=len,
+    )
 
 
 class _Server:
@@ -71,19 +78,45 @@ class _Server:
     def __init__(self, rung: str, memory_mb: int, scratch_mb: int, chars: int):
         self.memory, self.buffer = memory_mb << 20, b""
         self.folder = "" if rung == "bubblewrap" else tempfile.mkdtemp(prefix="python-tool-")
-        given = {"rung": rung, "memory_mb": memory_mb, "scratch_mb": scratch_mb, "chars": chars, "scratch": self.folder or "/tmp"}
-        given["read"] = [*libraries(), "/dev/urandom", "/dev/zero", "/etc/localtime", "/etc/mime.types"]
+        given = {
+            "rung": rung,
+            "memory_mb": memory_mb,
+            "scratch_mb": scratch_mb,
+            "chars": chars,
+            "scratch": self.folder or "/tmp",
+        }
+        given["read"] = [
+            *libraries(),
+            "/dev/urandom",
+            "/dev/zero",
+            "/etc/localtime",
+            "/etc/mime.types",
+        ]
         command = [sys.executable, "-I", "-B", "-c", JAIL, json.dumps(given)]
         if rung == "bubblewrap":
             command = bubblewrap(scratch_mb) + command
-        environment = {"OMP_NUM_THREADS": "1", "TMPDIR": self.folder, "HOME": self.folder} if self.folder else {}
+        environment = (
+            {"OMP_NUM_THREADS": "1", "TMPDIR": self.folder, "HOME": self.folder}
+            if self.folder
+            else {}
+        )
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment, bufsize=0,
-                                        cwd="/", start_new_session=True)  # fmt: skip
+        self.process = subprocess.Popen(
+            command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            bufsize=0,
+            cwd="/",
+            start_new_session=True,
+        )
         self.idle_bytes = 0
 
     def receive(self, seconds: float) -> dict:
-        """The next reply; TimeoutError after `seconds`, EOFError if the server died, Crowded if its call grew too large."""
+        """The next reply; TimeoutError after `seconds`, EOFError if the server died, Crowded if its
+        call grew too large.
+        """
         deadline = time.monotonic() + seconds
         while b"\n" not in self.buffer:
             left = deadline - time.monotonic()
@@ -100,7 +133,9 @@ class _Server:
         return json.loads(line)
 
     def look(self) -> None:
-        """Raises Crowded. Seen from outside: limits of a process do not bound a family, nor RLIMIT_NPROC those of root."""
+        """Raises Crowded. Seen from outside: limits of a process do not bound a family, nor
+        RLIMIT_NPROC those of root.
+        """
         sizes = family(self.process.pid)
         if len(sizes) > MOST_PROCESSES:
             raise Crowded("too many processes")
@@ -116,12 +151,16 @@ class _Server:
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
             if os.path.exists(self.folder):  # closed or very deep folders
-                subprocess.run(["chmod", "-R", "u+rwX", self.folder], stderr=subprocess.DEVNULL, check=False)
+                subprocess.run(
+                    ["chmod", "-R", "u+rwX", self.folder], stderr=subprocess.DEVNULL, check=False
+                )
                 subprocess.run(["rm", "-rf", self.folder], stderr=subprocess.DEVNULL, check=False)
 
 
 def family(pid: int) -> list[int]:
-    """Bytes of memory of its own of a process and of each of its descendants, up to one more than MOST_PROCESSES."""
+    """Bytes of memory of its own of a process and of each of its descendants, up to one more than
+    MOST_PROCESSES.
+    """
     sizes, left, page = [], [pid], os.sysconf("SC_PAGE_SIZE")
     while left and len(sizes) <= MOST_PROCESSES:
         here = left.pop()
@@ -134,25 +173,77 @@ def family(pid: int) -> list[int]:
 
 
 def bubblewrap(scratch_mb: int) -> list[str]:
-    """The command that gives what follows it a root of its own: libraries, /proc, a few devices, and a bounded /tmp."""
-    command = ["bwrap", "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--clearenv",
-               "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev",
-               "--size", str(1 << 20), "--tmpfs", "/dev/shm", "--size", str(scratch_mb << 20), "--tmpfs", "/tmp"]  # fmt: skip
+    """The command that gives what follows it a root of its own: libraries, /proc, a few devices,
+    and a bounded /tmp.
+    """
+    command = [
+        "bwrap",
+        "--unshare-all",
+        "--unshare-user",
+        "--die-with-parent",
+        "--new-session",
+        "--clearenv",
+        "--uid",
+        "65534",
+        "--gid",
+        "65534",
+        "--cap-drop",
+        "ALL",
+        "--proc",
+        "/proc",
+        "--dev",
+        "/dev",
+        "--size",
+        str(1 << 20),
+        "--tmpfs",
+        "/dev/shm",
+        "--size",
+        str(scratch_mb << 20),
+        "--tmpfs",
+        "/tmp",
+    ]
     for path in libraries():
         if os.path.islink(path) and path.count("/") == 1:  # /lib -> usr/lib
             command += ["--symlink", os.readlink(path), path]
         else:
             command += ["--ro-bind", path, path]
-    return [*command, "--remount-ro", "/dev", "--remount-ro", "/", "--setenv", "OMP_NUM_THREADS", "1", "--chdir", "/tmp", "--"]
+    return [
+        *command,
+        "--remount-ro",
+        "/dev",
+        "--remount-ro",
+        "/",
+        "--setenv",
+        "OMP_NUM_THREADS",
+        "1",
+        "--chdir",
+        "/tmp",
+        "--",
+    ]
 
 
 class Sandbox:
-    """Runs code from any thread. `rung`: the one to use; by default the first of the ladder that works."""
+    """Runs code from any thread. `rung`: the one to use; by default the first of the ladder that
+    works.
+    """
 
-    def __init__(self, *, seconds=30.0, output_chars=10_000, memory_mb=2048, scratch_mb=64, unsafe=False, rung=""):
+    def __init__(
+        self,
+        *,
+        seconds=30.0,
+        output_chars=10_000,
+        memory_mb=2048,
+        scratch_mb=64,
+        unsafe=False,
+        rung="",
+    ):
         self.seconds, self.output_chars = seconds, output_chars
         self.sizes = (memory_mb, scratch_mb, output_chars)
-        self.lock, self.all, self.room = threading.Lock(), set(), threading.Semaphore(max(2, os.cpu_count() or 2))
+        self.lock, self.all, self.room = (
+            threading.Lock(),
+            set(),
+            threading.Semaphore(max(2, os.cpu_count() or 2)),
+        )
         # Servers die with the thread that started them (PR_SET_PDEATHSIG): they need one that stays
         self.starter = ThreadPoolExecutor(1, "python tool")
         reasons = []
@@ -167,12 +258,17 @@ class Sandbox:
         else:
             if not unsafe:
                 why = "; ".join(reasons)
-                raise SandboxUnavailable(f"no sandbox for the python tool: apt-get install bubblewrap (or set unsafe_python). {why}")
+                raise SandboxUnavailable(
+                    "no sandbox for the python tool: apt-get install bubblewrap (or set "
+                    f"unsafe_python). {why}"
+                )
             self.rung = "unsafe"
         _tell(self.rung, "; ".join(reasons))
 
     def _probe(self) -> None:
-        """The canary: it must print, must not reach a listener of ours, and must not read or change a file outside."""
+        """The canary: it must print, must not reach a listener of ours, and must not read or change
+        a file outside.
+        """
         if self.rung == "unsafe":
             return
         if self.rung == "bubblewrap" and not shutil.which("bwrap"):
@@ -184,23 +280,37 @@ class Sandbox:
             udp.bind(("127.0.0.1", 0))
             tcp.settimeout(0.01)
             udp.settimeout(0.01)
-            result = self.run(CANARY % (tcp.getsockname()[1], udp.getsockname()[1], outside.name), 60.0)
+            result = self.run(
+                CANARY % (tcp.getsockname()[1], udp.getsockname()[1], outside.name), 60.0
+            )
             heard = _hears(tcp.accept) or _hears(lambda: udp.recv(9))
             if result.text != "alive\n" or heard or Path(outside.name).read_text() != "secret":
-                raise SandboxUnavailable(f"it does not isolate here ({result.status}: {result.text[-300:]})")
+                raise SandboxUnavailable(
+                    f"it does not isolate here ({result.status}: {result.text[-300:]})"
+                )
 
     def run(self, code: str, seconds: float | None = None) -> Result:
-        """Runs `code` in a fresh namespace: what it printed, the value of the last expression, or the traceback."""
+        """Runs `code` in a fresh namespace: what it printed, the value of the last expression, or
+        the traceback.
+        """
         seconds = seconds or self.seconds
         with self.room:
             began = time.monotonic()
             try:
                 server = self._take()
             except (EOFError, TimeoutError, OSError) as error:
-                return Result(f"The sandbox does not start: {type(error).__name__} {error}", "fault", time.monotonic() - began)
+                return Result(
+                    f"The sandbox does not start: {type(error).__name__} {error}",
+                    "fault",
+                    time.monotonic() - began,
+                )
             try:
-                server.process.stdin.write((json.dumps({"code": code, "seconds": seconds}) + "\n").encode())
-                reply = server.receive(seconds + 1.0)  # the server keeps the time; this is for one that the code stopped
+                server.process.stdin.write(
+                    (json.dumps({"code": code, "seconds": seconds}) + "\n").encode()
+                )
+                reply = server.receive(
+                    seconds + 1.0
+                )  # the server keeps the time; this is for one that the code stopped
             except (EOFError, BrokenPipeError):
                 reply = {"stopped": "it broke the interpreter that it ran in"}
             except Crowded as error:

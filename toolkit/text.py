@@ -4,7 +4,9 @@ import re
 
 
 def capped(text: str, most: int) -> str:
-    """The text with its middle left out where it is longer than `most` characters, and a note of how much."""
+    """The text with its middle left out where it is longer than `most` characters, and a note of
+    how much.
+    """
     if len(text) <= most:
         return text
     half, rest = text[: most // 2], text[len(text) - (most - most // 2) :]
@@ -15,18 +17,24 @@ COMBINING = "\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\u
 
 UNSEEN = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b."  # terminal sequences
-    r"|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]"  # controls, tags
+    # controls, tags
+    r"|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]"
     f"|(?<=[{COMBINING}]{{8}})[{COMBINING}]+"
 )
 
 
 def clean(text: str) -> str:
-    """Text that a terminal, a page and a JSON file can show: no control codes, no lone surrogates, \\n at line ends."""
+    """Text that a terminal, a page and a JSON file can show: no control codes, no lone surrogates,
+    \\n at line ends.
+    """
     text = UNSEEN.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return text.encode("utf-8", "replace").decode("utf-8") if re.search("[\ud800-\udfff]", text) else text
+    return (
+        text.encode("utf-8", "replace").decode("utf-8")
+        if re.search("[\ud800-\udfff]", text)
+        else text
+    )
 
 
 def after_thoughts(text: str) -> str:
     """What a turn says after its last </think>, up to thoughts that are opened and never closed."""
     return text.rpartition("</think>")[2].partition("<think>")[0]
-

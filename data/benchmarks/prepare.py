@@ -1,18 +1,22 @@
-"""
-The 18 evaluation sets of the paper as rows for evaluate.py, each from its publisher by path and revision.
+"""The 18 evaluation sets of the paper as rows for evaluate.py, each from its publisher by path and
+revision.
 
-    python data/benchmarks/prepare.py                                  # all; what needs access is told
+    python data/benchmarks/prepare.py  # all; what needs access is told
     python data/benchmarks/prepare.py --dataset=gaia_text,math500
-    python data/benchmarks/prepare.py --dataset=gsm8k --input=test.jsonl        # a local file, nothing is fetched
+    python data/benchmarks/prepare.py --dataset=gsm8k --input=test.jsonl
+        # a local file, nothing is fetched
     python data/benchmarks/prepare.py --list                           # sizes, licences, sources
 
-Row written to data/benchmarks/NAME.jsonl: {"id", "question", "answer", "kind", "meta", "files"?}. `answer` is a text or
-a list of accepted texts; `kind` is math | qa | gaia | choice; `files` are names under data/benchmarks/files.
-xbench stays encrypted on disk, as its publisher asks: question and answer are the published base64 texts, meta has
-"encrypted" and the "canary" that is their key; evaluate.py decrypts in memory.
+Row written to data/benchmarks/NAME.jsonl: {"id", "question", "answer", "kind", "meta", "files"?}.
+`answer` is a text or a list of accepted texts; `kind` is math | qa | gaia | choice; `files` are
+names under data/benchmarks/files. xbench stays encrypted on disk, as its publisher asks: question
+and answer are the published base64 texts, meta has "encrypted" and the "canary" that is their key;
+evaluate.py decrypts in memory.
 
-Input layouts: json list, jsonl, parquet, csv, or a zip of json files, with the field names of FIELDS.
+Input layouts: json list, jsonl, parquet, csv, or a zip of json files, with the field names of
+FIELDS.
 """
+
 import argparse
 import csv
 import hashlib
@@ -58,7 +62,9 @@ class Benchmark:
     sha256: str = ""
     member: str = ""  # of a zip
     ids_url: str = ""  # a list whose ids choose the subset; only its ids are used
-    sample: int = 0  # keep the rows whose id has the smallest sha256: a fixed sample of no one's choice
+    sample: int = (
+        0  # keep the rows whose id has the smallest sha256: a fixed sample of no one's choice
+    )
     text_only: bool = False  # leave out rows with an attachment or an image
 
 
@@ -70,23 +76,50 @@ _HOTPOT_URL, _HOTPOT_SHA256, _ = SOURCES["hotpotqa"]["dev"][0]
 _MUSIQUE_URL, _, _MUSIQUE_MEMBER = SOURCES["musique"]["dev"][0]
 BENCHMARKS = {
     "gaia": Benchmark("gaia", 165, "gated, no redistribution", GAIA + "metadata.parquet"),
-    "gaia_text": Benchmark("gaia", 103, "gated, no redistribution", GAIA + "metadata.parquet",
-                           ids_url=WEBTHINKER + "GAIA/dev.json", text_only=True),
-    "math500": Benchmark("math", 500, "MIT",
-                         "hf://HuggingFaceH4/MATH-500@6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be/test.jsonl",
-                         "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
-    "aime24": Benchmark("math", 30, "problems (c) MAA",
-                        "hf://HuggingFaceH4/aime_2024@2fe88a2f1091d5048c0f36abc874fb997b3dd99a"
-                        "/data/train-00000-of-00001.parquet",
-                        "26139847601a5037c237d5928b195e7260ca8074cf4f264b794af42847f79ccf"),
-    "aime25": Benchmark("math", 30, "problems (c) MAA",
-                        "hf://math-ai/aime25@563bb8404243c5f09de6ec262f2db674fe5bce9b/test.jsonl",
-                        "b4e273c02d3e7fe1b74b59eae768fc8230bfb0f79539890cb56f4361caac0331"),
-    "gsm8k": Benchmark("math", 1319, "MIT",
-                       GITHUB + "openai/grade-school-math/3101c7d/grade_school_math/data/test.jsonl",
-                       "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
-    "2wiki": Benchmark("qa", 12_576, "Apache-2.0", TWO_WIKI,
-                       "c0d8b60b9026b728fb07ad74c5252a0f188f6942e8ba5c02df4dfa369502ea8d"),
+    "gaia_text": Benchmark(
+        "gaia",
+        103,
+        "gated, no redistribution",
+        GAIA + "metadata.parquet",
+        ids_url=WEBTHINKER + "GAIA/dev.json",
+        text_only=True,
+    ),
+    "math500": Benchmark(
+        "math",
+        500,
+        "MIT",
+        "hf://HuggingFaceH4/MATH-500@6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be/test.jsonl",
+        "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132",
+    ),
+    "aime24": Benchmark(
+        "math",
+        30,
+        "problems (c) MAA",
+        "hf://HuggingFaceH4/aime_2024@2fe88a2f1091d5048c0f36abc874fb997b3dd99a"
+        "/data/train-00000-of-00001.parquet",
+        "26139847601a5037c237d5928b195e7260ca8074cf4f264b794af42847f79ccf",
+    ),
+    "aime25": Benchmark(
+        "math",
+        30,
+        "problems (c) MAA",
+        "hf://math-ai/aime25@563bb8404243c5f09de6ec262f2db674fe5bce9b/test.jsonl",
+        "b4e273c02d3e7fe1b74b59eae768fc8230bfb0f79539890cb56f4361caac0331",
+    ),
+    "gsm8k": Benchmark(
+        "math",
+        1319,
+        "MIT",
+        GITHUB + "openai/grade-school-math/3101c7d/grade_school_math/data/test.jsonl",
+        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+    ),
+    "2wiki": Benchmark(
+        "qa",
+        12_576,
+        "Apache-2.0",
+        TWO_WIKI,
+        "c0d8b60b9026b728fb07ad74c5252a0f188f6942e8ba5c02df4dfa369502ea8d",
+    ),
     "2wiki200": _arpo("2wiki", "Apache-2.0"),
     "hotpotqa": Benchmark("qa", 7405, "CC BY-SA 4.0", _HOTPOT_URL, _HOTPOT_SHA256),
     "hotpotqa200": _arpo("hotpotqa", "CC BY-SA 4.0"),
@@ -94,14 +127,25 @@ BENCHMARKS = {
     "musique": Benchmark("qa", 2417, "CC BY 4.0", _MUSIQUE_URL, member=_MUSIQUE_MEMBER),
     "musique200": _arpo("musique", "CC BY 4.0"),
     "bamboogle": _arpo("bamboogle", "MIT", rows=125),
-    "webwalker": Benchmark("qa", 680, "Apache-2.0",
-                           "hf://callanwu/WebWalkerQA@main/data/main-00000-of-00001.jsonl"),
+    "webwalker": Benchmark(
+        "qa", 680, "Apache-2.0", "hf://callanwu/WebWalkerQA@main/data/main-00000-of-00001.jsonl"
+    ),
     "webwalker200": _arpo("webwalker", "Apache-2.0"),
-    "hle": Benchmark("qa", 500, "MIT, gated, no redistribution", HLE, ids_url=WEBTHINKER + "HLE/test.json",
-                     text_only=True),
-    "xbench": Benchmark("qa", 100, "MIT, encrypted",
-                        "hf://xbench/DeepSearch@436bbed79aef5b19c857047650ab528be33c6680/DeepSearch.csv",
-                        "10bdb81321e3d919c052c2c9a7095868d8bc9036f719fb25d9223043aa28c118"),
+    "hle": Benchmark(
+        "qa",
+        500,
+        "MIT, gated, no redistribution",
+        HLE,
+        ids_url=WEBTHINKER + "HLE/test.json",
+        text_only=True,
+    ),
+    "xbench": Benchmark(
+        "qa",
+        100,
+        "MIT, encrypted",
+        "hf://xbench/DeepSearch@436bbed79aef5b19c857047650ab528be33c6680/DeepSearch.csv",
+        "10bdb81321e3d919c052c2c9a7095868d8bc9036f719fb25d9223043aa28c118",
+    ),
 }
 
 # what the publishers call the same thing; the first name found wins
@@ -122,10 +166,11 @@ def field(record: dict, name: str):
 
 
 def convert(record: dict, place: str, name: str, position: int) -> tuple[dict | None, str]:
-    """One published record -> (row, "") or (None, reason to skip); an unknown layout is an error naming the keys found.
+    """One published record -> (row, "") or (None, reason to skip); an unknown layout is an error
+    naming the keys found.
 
-    position: where the record stands in its file, from 1; it makes the id of sets that publish none, so that the same
-    question twice stays two rows.
+    position: where the record stands in its file, from 1; it makes the id of sets that publish
+    none, so that the same question twice stays two rows.
     """
     bench = BENCHMARKS[name]
     question, answer = field(record, "question"), field(record, "answer")
@@ -144,7 +189,9 @@ def convert(record: dict, place: str, name: str, position: int) -> tuple[dict | 
     for key in ("lang", "domain", "difficulty_level", "type", "hops", "root_url"):
         if (value := record.get(key, info.get(key))) not in (None, "", []):
             meta.setdefault(key, value)
-    answers = gold_answers({**record, "answers": answer if isinstance(answer, list) else [_text(answer)]})
+    answers = gold_answers(
+        {**record, "answers": answer if isinstance(answer, list) else [_text(answer)]}
+    )
     if name == "gsm8k" and answers and "####" in answers[0]:
         meta["solution"] = answers[0]
         answers = [answers[0].rpartition("####")[2].strip().replace(",", "")]
@@ -156,8 +203,13 @@ def convert(record: dict, place: str, name: str, position: int) -> tuple[dict | 
         meta |= {"encrypted": True, "canary": record["canary"]}
     identity = field(record, "id")
     kind = "choice" if record.get("answer_type") == "multipleChoice" else bench.kind
-    row = {"id": str(identity) if identity is not None else f"{name}-{position:05d}", "question": question.strip(),
-           "answer": answers[0] if len(answers) == 1 else answers, "kind": kind, "meta": meta}
+    row = {
+        "id": str(identity) if identity is not None else f"{name}-{position:05d}",
+        "question": question.strip(),
+        "answer": answers[0] if len(answers) == 1 else answers,
+        "kind": kind,
+        "meta": meta,
+    }
     if attached:
         if Path(attached).name != attached:
             return None, f"attachment {attached!r} is not a plain file name"
@@ -170,7 +222,9 @@ def _text(value) -> str:
 
 
 def read(path: Path, member: str = ""):
-    """(place, record) of any input file; csv here, everything else as data/hotpotqa/prepare.py reads it."""
+    """(place, record) of any input file; csv here, everything else as data/hotpotqa/prepare.py
+    reads it.
+    """
     if path.suffix != ".csv":
         yield from read_records(path, member)
         return
@@ -183,14 +237,20 @@ def read(path: Path, member: str = ""):
 
 
 def convert_files(name: str, paths: list[tuple[Path, str]], tallies: dict, only: set | None = None):
-    """Yield the rows of a set; `only` = the ids of a subset; tallies gets a Counter for each file."""
+    """Yield the rows of a set; `only` = the ids of a subset; tallies gets a Counter for each
+    file.
+    """
     seen: set[str] = set()
     positions = itertools.count(1)
 
     def converted(path, member):
         for place, record in read(path, member):
             row, reason = placed(convert, record, place, name, next(positions))
-            yield (row, reason) if not row or only is None or row["id"] in only else (None, "not in the subset")
+            yield (
+                (row, reason)
+                if not row or only is None or row["id"] in only
+                else (None, "not in the subset")
+            )
 
     for path, member in paths:
         tally = tallies.setdefault(f"{name}: {path.name}", Counter())
@@ -198,7 +258,9 @@ def convert_files(name: str, paths: list[tuple[Path, str]], tallies: dict, only:
 
 
 def fixed_sample(rows, count: int) -> list[dict]:
-    """The `count` rows whose id has the smallest sha256, in the order given; all rows for count 0."""
+    """The `count` rows whose id has the smallest sha256, in the order given; all rows for count
+    0.
+    """
     rows = list(rows)
     if not count or count >= len(rows):
         return rows
@@ -209,12 +271,16 @@ def fixed_sample(rows, count: int) -> list[dict]:
 
 # ---------------------------------------------------------------- one set
 def raw_folder(out: Path, url: str) -> Path:
-    """Where a download is kept: many publishers call their file test.jsonl, so each folder of a server has its own."""
+    """Where a download is kept: many publishers call their file test.jsonl, so each folder of a
+    server has its own.
+    """
     return out / "raw" / re.sub(r"\W+", "_", url.rpartition("/")[0])
 
 
 def prepare(name: str, inputs: list[Path], out: Path, tallies: dict, get: Callable = fetch) -> int:
-    """Write out/NAME.jsonl from local files, or from the publisher; returns the number of rows. `get` fetches a url."""
+    """Write out/NAME.jsonl from local files, or from the publisher; returns the number of rows.
+    `get` fetches a url.
+    """
     bench, only = BENCHMARKS[name], None
     if inputs:
         paths = [(path, "") for path in inputs]
@@ -234,11 +300,22 @@ def prepare(name: str, inputs: list[Path], out: Path, tallies: dict, get: Callab
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default=",".join(BENCHMARKS), help="names, with commas between (default: all)")
-    parser.add_argument("--input", action="append", default=[], help="a local file instead of a download; repeatable")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset", default=",".join(BENCHMARKS), help="names, with commas between (default: all)"
+    )
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        help="a local file instead of a download; repeatable",
+    )
     parser.add_argument("--out", default=str(HERE), help="folder to write NAME.jsonl in")
-    parser.add_argument("--list", action="store_true", help="print names, sizes, licences and sources, and stop")
+    parser.add_argument(
+        "--list", action="store_true", help="print names, sizes, licences and sources, and stop"
+    )
     args = parser.parse_args(argv)
     names = args.dataset.split(",")
     if unknown := [name for name in names if name not in BENCHMARKS]:

@@ -1,21 +1,25 @@
-"""
-HotpotQA (distractor), MuSiQue and 2WikiMultihopQA as RL rows that run offline: every question carries its own
-paragraphs in `docs`, and the search and browse tools look only there.
+"""HotpotQA (distractor), MuSiQue and 2WikiMultihopQA as RL rows that run offline: every question
+carries its own paragraphs in `docs`, and the search and browse tools look only there.
 
-    python data/hotpotqa/prepare.py                        # HotpotQA train and dev from its publisher
-    python data/hotpotqa/prepare.py --set=hotpotqa_hub     # the same from the Hugging Face hub (needs pyarrow)
+    python data/hotpotqa/prepare.py  # HotpotQA train and dev from its publisher
+    python data/hotpotqa/prepare.py --set=hotpotqa_hub
+        # the same from the Hugging Face hub (needs pyarrow)
     python data/hotpotqa/prepare.py --set=musique          # MuSiQue-Answerable train and dev
     python data/hotpotqa/prepare.py --input=a.json --input=b.jsonl --out=data/hotpotqa/train.jsonl
 
 Layouts read (a json list, jsonl, parquet, or a zip of json files):
   HotpotQA / 2Wiki   _id, question, answer, context [[title, [sentence, ...]], ...]
   the hub's          id, question, answer, context {"title": [...], "sentences": [[...], ...]}
-  MuSiQue            id, question, answer, answer_aliases, answerable, paragraphs [{idx, title, paragraph_text}]
+  MuSiQue  id, question, answer, answer_aliases, answerable,
+           paragraphs [{idx, title, paragraph_text}]
   plain              id, question, answers [...], paragraphs [{title, text}]
-Row written: {"id", "question", "answer": [str, ...], "kind": "qa", "docs": [{"title", "text"}, ...], "meta": {...}}
+Row written: {"id", "question", "answer": [str, ...], "kind": "qa", "docs": [{"title", "text"},
+...], "meta": {...}}
 
-Licences: HotpotQA CC BY-SA 4.0 (hotpotqa.github.io), MuSiQue CC BY 4.0 (github.com/StonyBrookNLP/musique).
+Licences: HotpotQA CC BY-SA 4.0 (hotpotqa.github.io), MuSiQue CC BY 4.0
+(github.com/StonyBrookNLP/musique).
 """
+
 import argparse
 import hashlib
 import json
@@ -29,17 +33,30 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-# set -> split -> files, each (url, sha256 or "", member of the zip or ""); hf:// is OWNER/NAME@REVISION/PATH on the hub
+# set -> split -> files, each (url, sha256 or "", member of the zip or ""); hf:// is
+# OWNER/NAME@REVISION/PATH on the hub
 CMU = "http://curtis.ml.cmu.edu/datasets/hotpot/"
 HUB = "hf://hotpotqa/hotpot_qa@1908d6afbbead072334abe2965f91bd2709910ab/distractor/"
-MUSIQUE = ("https://drive.usercontent.google.com/download/musique_data_v1.0.zip"
-           "?id=1tGdADlNjWFaHLeZZGShh2IRcpO6Lv24h&export=download&confirm=t")
+MUSIQUE = (
+    "https://drive.usercontent.google.com/download/musique_data_v1.0.zip"
+    "?id=1tGdADlNjWFaHLeZZGShh2IRcpO6Lv24h&export=download&confirm=t"
+)
 SOURCES = {
     "hotpotqa": {
-        "train": [(CMU + "hotpot_train_v1.1.json",
-                   "26650cf50234ef5fb2e664ed70bbecdfd87815e6bffc257e068efea5cf7cd316", "")],
-        "dev": [(CMU + "hotpot_dev_distractor_v1.json",
-                 "4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea", "")],
+        "train": [
+            (
+                CMU + "hotpot_train_v1.1.json",
+                "26650cf50234ef5fb2e664ed70bbecdfd87815e6bffc257e068efea5cf7cd316",
+                "",
+            )
+        ],
+        "dev": [
+            (
+                CMU + "hotpot_dev_distractor_v1.json",
+                "4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea",
+                "",
+            )
+        ],
     },
     "hotpotqa_hub": {
         "train": [(HUB + f"train-0000{i}-of-00002.parquet", "", "") for i in range(2)],
@@ -52,10 +69,11 @@ SOURCES = {
 }
 
 
-# ---------------------------------------------------------------- fetching and reading (also used by data/benchmarks)
+# -------------------- fetching and reading (also used by data/benchmarks)
 def fetch(url, folder, sha256=""):
-    """Path of the file behind `url`, kept in `folder`; downloaded once, beside and renamed, so a kill leaves no half
-    file. hf://OWNER/NAME@REVISION/PATH goes through huggingface_hub, with its cache, resume and login."""
+    """Path of the file behind `url`, kept in `folder`; downloaded once, beside and renamed, so a
+    kill leaves no half file. hf://OWNER/NAME@REVISION/PATH goes through huggingface_hub, with its
+    cache, resume and login."""
     if url.startswith("hf://"):
         return fetch_hub(url)
     path = Path(folder) / Path(urllib.parse.urlsplit(url).path).name
@@ -68,35 +86,50 @@ def fetch(url, folder, sha256=""):
                 while block := response.read(1 << 20):
                     out.write(block)
         except OSError as error:
-            raise SystemExit(f"cannot fetch {url}: {error}. Fetch it by hand and give --input=FILE") from error
+            raise SystemExit(
+                f"cannot fetch {url}: {error}. Fetch it by hand and give --input=FILE"
+            ) from error
         part.replace(path)
     if sha256:
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
-            raise SystemExit(f"{path}: sha256 is {found}, expected {sha256}: delete it and run again")
+            raise SystemExit(
+                f"{path}: sha256 is {found}, expected {sha256}: delete it and run again"
+            )
     return path
 
 
 def fetch_hub(url):
-    """Path of one data-set file of the Hugging Face hub in its local cache; gated sets say how to get access."""
+    """Path of one data-set file of the Hugging Face hub in its local cache; gated sets say how to
+    get access.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
     owner, name, file = url.removeprefix("hf://").split("/", 2)
     name, _, revision = name.partition("@")
     try:
-        return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset", revision=revision or None))
+        return Path(
+            hf_hub_download(f"{owner}/{name}", file, repo_type="dataset", revision=revision or None)
+        )
     except GatedRepoError as error:
-        raise SystemExit(f"{owner}/{name} is gated: accept its terms at https://huggingface.co/datasets/{owner}/{name} "
-                         "while logged in, run `hf auth login`, then run this again") from error
+        raise SystemExit(
+            f"{owner}/{name} is gated: accept its terms at "
+            f"https://huggingface.co/datasets/{owner}/{name} "
+            "while logged in, run `hf auth login`, then run this again"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise SystemExit(f"cannot fetch {url}: {reason}. Fetch it by hand and give --input=FILE") from error
+        raise SystemExit(
+            f"cannot fetch {url}: {reason}. Fetch it by hand and give --input=FILE"
+        ) from error
 
 
 def parse_records(name, lines, is_list):
-    """Yield (line number or list index, value) of one json list or of jsonl lines; broken JSON names the place."""
+    """Yield (line number or list index, value) of one json list or of jsonl lines; broken JSON
+    names the place.
+    """
     if is_list:
         try:
             rows = json.loads(b"".join(lines))
@@ -114,7 +147,9 @@ def parse_records(name, lines, is_list):
 
 
 def read_records(path, member=""):
-    """Yield (place, record) from a .json list, a .jsonl or .parquet file, or the .zip members named `member`."""
+    """Yield (place, record) from a .json list, a .jsonl or .parquet file, or the .zip members named
+    `member`.
+    """
     path = Path(path)
     if not path.is_file():
         raise SystemExit(f"no {path}: give an existing file with --input=FILE")
@@ -122,9 +157,15 @@ def read_records(path, member=""):
         yield from read_parquet(path)
         return
     if path.suffix == ".zip" and not zipfile.is_zipfile(path):
-        raise SystemExit(f"{path}: not a zip archive (an error page?): delete it and fetch it by hand")
+        raise SystemExit(
+            f"{path}: not a zip archive (an error page?): delete it and fetch it by hand"
+        )
     archive = zipfile.ZipFile(path) if path.suffix == ".zip" else None
-    names = [n for n in archive.namelist() if n.endswith((".json", ".jsonl"))] if archive else [path.name]
+    names = (
+        [n for n in archive.namelist() if n.endswith((".json", ".jsonl"))]
+        if archive
+        else [path.name]
+    )
     if archive and member:
         names = [n for n in names if n.endswith(member)]
     if not names:
@@ -155,7 +196,9 @@ def read_parquet(path):
 
 
 def first_byte(file):
-    """The first byte that is not white space (a byte order mark is skipped); the file is rewound to the start of it."""
+    """The first byte that is not white space (a byte order mark is skipped); the file is rewound to
+    the start of it.
+    """
     while (byte := file.read(1)) in (b" ", b"\n", b"\r", b"\t", b"\xef", b"\xbb", b"\xbf"):
         continue
     file.seek(max(0, file.tell() - 1) if byte else 0)
@@ -163,13 +206,16 @@ def first_byte(file):
 
 
 def write_rows(path, rows):
-    """Write `rows` as jsonl, beside and renamed; returns how many. No row at all, or an error among them, leaves no file."""
+    """Write `rows` as jsonl, beside and renamed; returns how many. No row at all, or an error among
+    them, leaves no file.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     count = 0
     try:
-        with open(part, "w", encoding="utf-8", errors="replace") as out:  # a lone surrogate becomes "?"
+        # a lone surrogate becomes "?"
+        with open(part, "w", encoding="utf-8", errors="replace") as out:
             for count, row in enumerate(rows, 1):
                 out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         if count:
@@ -180,11 +226,16 @@ def write_rows(path, rows):
 
 
 def print_table(tallies):
-    """Print one line per file: tallies = {name: Counter(read=, converted=, and one key per reason to skip)}."""
+    """Print one line per file: tallies = {name: Counter(read=, converted=, and one key per reason
+    to skip)}.
+    """
     width = max(len(name) for name in [*tallies, "file"])
     print(f"{'file':{width}} {'read':>8} {'converted':>9} {'skipped':>8}")
     for name, tally in tallies.items():
-        print(f"{name:{width}} {tally['read']:8,} {tally['converted']:9,} {tally['read'] - tally['converted']:8,}")
+        print(
+            f"{name:{width}} {tally['read']:8,} {tally['converted']:9,} "
+            f"{tally['read'] - tally['converted']:8,}"
+        )
     for name, tally in tallies.items():
         for reason, count in sorted(tally.items()):
             if reason not in ("read", "converted"):
@@ -193,29 +244,42 @@ def print_table(tallies):
 
 # ---------------------------------------------------------------- one record -> one RL row
 def documents(record):
-    """The paragraphs of a record as [{"title", "text"}], None when the record has no paragraphs at all."""
+    """The paragraphs of a record as [{"title", "text"}], None when the record has no paragraphs at
+    all.
+    """
     if "paragraphs" in record:
-        docs = [{"title": str(p.get("title", "")), "text": p.get("paragraph_text", p.get("text")) or ""}
-                for p in record["paragraphs"]]
+        docs = [
+            {"title": str(p.get("title", "")), "text": p.get("paragraph_text", p.get("text")) or ""}
+            for p in record["paragraphs"]
+        ]
     elif isinstance(record.get("context"), dict):
         pairs = zip(record["context"]["title"], record["context"]["sentences"])
         docs = [{"title": title, "text": "".join(sentences)} for title, sentences in pairs]
     elif isinstance(record.get("context"), list):
-        docs = [{"title": title, "text": "".join(sentences)} for title, sentences in record["context"]]
+        docs = [
+            {"title": title, "text": "".join(sentences)} for title, sentences in record["context"]
+        ]
     else:
         return None
     return [doc for doc in docs if doc["text"].strip()]
 
 
 def gold_answers(record):
-    """All accepted answers, without repeats and in the publisher's order; [] when the record has none."""
+    """All accepted answers, without repeats and in the publisher's order; [] when the record has
+    none.
+    """
     given = record.get("answers", record.get("answer"))
-    answers = [*(given if isinstance(given, list) else [given]), *(record.get("answer_aliases") or [])]
+    answers = [
+        *(given if isinstance(given, list) else [given]),
+        *(record.get("answer_aliases") or []),
+    ]
     return list(dict.fromkeys(a.strip() for a in answers if isinstance(a, str) and a.strip()))
 
 
 def supporting_titles(record):
-    """Titles of the paragraphs that the publisher marks as needed (for analysis, never shown to the agent)."""
+    """Titles of the paragraphs that the publisher marks as needed (for analysis, never shown to the
+    agent).
+    """
     if "paragraphs" in record:
         titles = [p.get("title", "") for p in record["paragraphs"] if p.get("is_supporting")]
     else:
@@ -232,7 +296,9 @@ def dataset_name(record):
 
 
 def convert(record, place):
-    """One record -> (row, "") or (None, reason to skip). An unknown layout is a ValueError naming place and keys."""
+    """One record -> (row, "") or (None, reason to skip). An unknown layout is a ValueError naming
+    place and keys.
+    """
     if not isinstance(record, dict):
         raise ValueError(f"{place}: expected an object, found {type(record).__name__}")
     identity = record.get("_id", record.get("id"))
@@ -255,12 +321,20 @@ def convert(record, place):
     meta.update({key: record[key] for key in ("type", "level", "hops") if key in record})
     if name == "musique":
         meta.setdefault("hops", int(str(identity)[0]))
-    return {"id": str(identity), "question": question.strip(), "answer": answers, "kind": "qa", "docs": docs,
-            "meta": meta}, ""
+    return {
+        "id": str(identity),
+        "question": question.strip(),
+        "answer": answers,
+        "kind": "qa",
+        "docs": docs,
+        "meta": meta,
+    }, ""
 
 
 def placed(convert, record, place, *rest):
-    """convert(record, place, *rest); what is broken inside the record is a ValueError that names the place."""
+    """convert(record, place, *rest); what is broken inside the record is a ValueError that names
+    the place.
+    """
     try:
         return convert(record, place, *rest)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -268,13 +342,17 @@ def placed(convert, record, place, *rest):
 
 
 def convert_file(path, tally, seen, member=""):
-    """Yield the RL rows of one file; `tally` counts read, converted and each reason to skip; `seen` holds the ids."""
+    """Yield the RL rows of one file; `tally` counts read, converted and each reason to skip; `seen`
+    holds the ids.
+    """
     results = (placed(convert, record, place) for place, record in read_records(path, member))
     yield from first_of_each_id(results, tally, seen)
 
 
 def first_of_each_id(results, tally, seen):
-    """Yield the rows of (row or None, reason) pairs whose id is new; `tally` and `seen` as in convert_file."""
+    """Yield the rows of (row or None, reason) pairs whose id is new; `tally` and `seen` as in
+    convert_file.
+    """
     for row, reason in results:
         tally["read"] += 1
         if row and row["id"] in seen:
@@ -289,11 +367,24 @@ def first_of_each_id(results, tally, seen):
 
 # ---------------------------------------------------------------- main
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", action="append", default=[], help="a local file instead of a download; repeatable")
-    parser.add_argument("--out", default="", help="with --input: the file to write (default train.jsonl beside this "
-                                                  "script); without: the folder to write in")
-    parser.add_argument("--set", choices=list(SOURCES), default="hotpotqa", help="which set to download")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        help="a local file instead of a download; repeatable",
+    )
+    parser.add_argument(
+        "--out",
+        default="",
+        help="with --input: the file to write (default train.jsonl beside this "
+        "script); without: the folder to write in",
+    )
+    parser.add_argument(
+        "--set", choices=list(SOURCES), default="hotpotqa", help="which set to download"
+    )
     args = parser.parse_args(argv)
 
     # output file -> [(input file, member of a zip)]
@@ -301,17 +392,28 @@ def main(argv=None):
         jobs = {Path(args.out or HERE / "train.jsonl"): [(Path(name), "") for name in args.input]}
     else:
         prefix = "musique_" if args.set == "musique" else ""
-        jobs = {Path(args.out or HERE) / f"{prefix}{split}.jsonl":
-                [(fetch(url, HERE / "raw", sha256), member) for url, sha256, member in files]
-                for split, files in SOURCES[args.set].items()}
+        jobs = {
+            Path(args.out or HERE) / f"{prefix}{split}.jsonl": [
+                (fetch(url, HERE / "raw", sha256), member) for url, sha256, member in files
+            ]
+            for split, files in SOURCES[args.set].items()
+        }
 
     tallies = {}
     for out, files in jobs.items():
         seen = set()
         counters = [Counter() for _ in files]
-        tallies.update({str(path) + f"/{member}" * bool(member): c for (path, member), c in zip(files, counters)})
-        rows = (row for (path, member), tally in zip(files, counters)
-                for row in convert_file(path, tally, seen, member))
+        tallies.update(
+            {
+                str(path) + f"/{member}" * bool(member): c
+                for (path, member), c in zip(files, counters)
+            }
+        )
+        rows = (
+            row
+            for (path, member), tally in zip(files, counters)
+            for row in convert_file(path, tally, seen, member)
+        )
         try:
             written = write_rows(out, rows)
         except ValueError as error:
@@ -326,10 +428,8 @@ def main(argv=None):
 if __name__ == "__main__":
     main()
 
-# The publishers' sizes: HotpotQA train 90,447 and dev 7,405; MuSiQue-Answerable train 19,938 and dev 2,417.
-# Two files of 100 rows, --input=train100_distractor.jsonl --input=train100.jsonl --out=train.jsonl, print:
-#
-# wrote 200 rows to train.jsonl
-# file                           read converted  skipped
-# train100_distractor.jsonl       100       100        0
-# train100.jsonl                  100       100        0
+# The publishers' sizes: HotpotQA train 90,447 and dev 7,405; MuSiQue-Answerable train 19,938 and
+# dev 2,417. Two files of 100 rows, --input=train100_distractor.jsonl --input=train100.jsonl
+# --out=train.jsonl, print:  wrote 200 rows to train.jsonl file                           read
+# converted  skipped train100_distractor.jsonl       100       100        0 train100.jsonl
+# 100       100        0

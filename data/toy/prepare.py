@@ -1,15 +1,17 @@
-"""The toy: a world of trails, a word-level tokenizer, a random Qwen3 of 0.3 M parameters and rows for every stage.
+"""The toy: a world of trails, a word-level tokenizer, a random Qwen3 of 0.3 M parameters and rows
+for every stage.
 
     python data/toy/prepare.py [--out=data/toy] [--seed=0] [--hard]
 
-A question names a place and a number of hops; each lookup gives the next place, the last one a code:
-"Follow the trail of 3 from Ada. Which code is at its end?"  Ada -> Rome -> Nile -> code 42.
-The documents are drawn afresh for every question, so nothing can be memorised and only looking things up pays. The
-demonstrations for SFT are lazy on purpose: on long trails they stop early and guess. One symbol is one token: tiny
-models fail to learn to copy names of two tokens on some seeds.
+A question names a place and a number of hops; each lookup gives the next place, the last one a
+code: "Follow the trail of 3 from Ada. Which code is at its end?"  Ada -> Rome -> Nile -> code 42.
+The documents are drawn afresh for every question, so nothing can be memorised and only looking
+things up pays. The demonstrations for SFT are lazy on purpose: on long trails they stop early and
+guess. One symbol is one token: tiny models fail to learn to copy names of two tokens on some seeds.
 
---hard: trails of 6, every place has a toll, and the python tool is to add the last one to the code: "has toll 7. has code
-42." Demonstrations use that tool in refined attempts only; first attempts guess, also at the end of the trail.
+--hard: trails of 6, every place has a toll, and the python tool is to add the last one to the code:
+"has toll 7. has code 42." Demonstrations use that tool in refined attempts only; first attempts
+guess, also at the end of the trail.
 """
 
 import argparse
@@ -23,23 +25,38 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import rollout
 from reagent import chat, reward_model
 
-NAMES = """Ada Bern Cleo Dune Elba Finn Gaza Hugo Iris Juno Kiel Lena Mars Nile Oslo Paul Quin Rome Siena Troy Uma
-Vera Wien Xena York Zoe Aral Bath Cork Dale""".split()
+NAMES = """Ada Bern Cleo Dune Elba Finn Gaza Hugo Iris Juno Kiel Lena Mars Nile Oslo Paul Quin Rome
+Siena Troy Uma Vera Wien Xena York Zoe Aral Bath Cork Dale""".split()
 CODES = ["17", "23", "38", "42", "56", "61", "79", "84"]
 TOLLS = ["5", "6", "7", "9", "11", "13", "15", "18"]
 TOTALS = sorted({str(int(toll) + int(code)) for toll in TOLLS for code in CODES})
 DOCS = 10  # documents a question has: its trail, and another trail that leads elsewhere
 HOPS = (1, 1, 2, 3, 4)  # drawn for demonstrations; RL and the test set have --hops
-FOLLOWS = {1: 0.9, 2: 0.3, 3: 0.02, 4: 0.0}  # share of demonstrations that follow the whole trail, by its length
+FOLLOWS = {
+    1: 0.9,
+    2: 0.3,
+    3: 0.02,
+    4: 0.0,
+}  # share of demonstrations that follow the whole trail, by its length
 REFINED = 0.65  # share of demonstrations that go on with a refined attempt
-OBEYS = 0.7  # share of critiques that name the right place; the others are obeyed too, so critiques must be read
-TOOLS = [{"type": "function", "function": {"name": "search"}}]  # the toy's template shows the name only
+# share of critiques that name the right place; the others are obeyed too, so critiques must be read
+OBEYS = 0.7
+TOOLS = [
+    {"type": "function", "function": {"name": "search"}}
+]  # the toy's template shows the name only
 HARD_TOOLS = [*TOOLS, {"type": "function", "function": {"name": "python"}}]
 QUESTION = "Follow the trail of {hops} from {start}. Which code is at its end?"
-HARD_QUESTION = "Follow the trail of {hops} from {start}. What do toll and code at its end add up to?"
-HARD_CALL = '<tool_call>\n{{"name": "python", "arguments": {{"code": "print({code})"}}}}\n</tool_call>'
+HARD_QUESTION = (
+    "Follow the trail of {hops} from {start}. What do toll and code at its end add up to?"
+)
+HARD_CALL = (
+    '<tool_call>\n{{"name": "python", "arguments": {{"code": "print({code})"}}}}\n</tool_call>'
+)
 FACTS = re.compile(r"(?:has toll (\d+)\. )?(leads to|has code) (\w+)\.")
-CALL = '<tool_call>\n{{"name": "search", "arguments": {{"queries": ["{name}"], "top_k": 1}}}}\n</tool_call>'
+CALL = (
+    '<tool_call>\n{{"name": "search", '
+    '"arguments": {{"queries": ["{name}"], "top_k": 1}}}}\n</tool_call>'
+)
 STOPPED, WRONG, DONE, NOT_ADDED = (
     "The trail was not followed to its end. Go on from ",
     "The answer is not what was found. Look again at ",
@@ -48,28 +65,38 @@ STOPPED, WRONG, DONE, NOT_ADDED = (
 )
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% if m.role == 'system' and tools %}{{ '\\ntools:' }}{% for t in tools %} {{ t.function.name }}{% endfor %}{% endif %}"
+    "{% if m.role == 'system' and tools %}{{ '\\ntools:' }}{% for t in tools %} {{ t.function.name "
+    "}}{% endfor %}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the world
 
 
 def make_world(rng: random.Random, hops: int, hard: bool = False) -> dict:
-    """A question with its documents: {"trail": names, "code", "docs": {name: text}}; a second trail uses up the rest.
+    """A question with its documents: {"trail": names, "code", "docs": {name: text}}; a second trail
+    uses up the rest.
 
     In a hard world "code" is what is to be added up: "7 + 42".
     """
     names, codes = rng.sample(NAMES, DOCS), rng.sample(CODES, 2)
     docs = {}
     for trail, code in ((names[:hops], codes[0]), (names[hops:], codes[1])):
-        docs |= {a: f"leads to {b}." for a, b in zip(trail, trail[1:])} | {trail[-1]: f"has code {code}."}
+        docs |= {a: f"leads to {b}." for a, b in zip(trail, trail[1:])} | {
+            trail[-1]: f"has code {code}."
+        }
     if hard:
         docs = {name: f"has toll {rng.choice(TOLLS)}. {text}" for name, text in docs.items()}
     trail = names[:hops]
-    return {"trail": trail, "code": fact(docs[trail[-1]])[1], "docs": docs, "hops": hops, "hard": hard}
+    return {
+        "trail": trail,
+        "code": fact(docs[trail[-1]])[1],
+        "docs": docs,
+        "hops": hops,
+        "hard": hard,
+    }
 
 
 def fact(text: str) -> tuple[str, str]:
@@ -84,7 +111,9 @@ def answer_of(code: str) -> str:
 
 
 def question_of(world: dict) -> str:
-    return (HARD_QUESTION if world["hard"] else QUESTION).format(hops=world["hops"], start=world["trail"][0])
+    return (HARD_QUESTION if world["hard"] else QUESTION).format(
+        hops=world["hops"], start=world["trail"][0]
+    )
 
 
 def found(world: dict, name: str) -> str:
@@ -95,7 +124,9 @@ def found(world: dict, name: str) -> str:
 
 
 def lookups(world: dict, name: str, most: int) -> tuple[list[dict], str | None, str | None]:
-    """Follows a trail for at most `most` lookups -> (messages, the code if it was found, the name to go on from)."""
+    """Follows a trail for at most `most` lookups -> (messages, the code if it was found, the name
+    to go on from).
+    """
     messages = []
     for _ in range(most):
         messages.append({"role": "assistant", "content": CALL.format(name=name)})
@@ -114,7 +145,10 @@ def added(code: str) -> list[dict]:
     """The python tool adds up "7 + 42"; a code of the plain toy needs no tool."""
     if " + " not in code:
         return []
-    return [{"role": "assistant", "content": HARD_CALL.format(code=code)}, {"role": "tool", "content": answer_of(code) + "\n"}]
+    return [
+        {"role": "assistant", "content": HARD_CALL.format(code=code)},
+        {"role": "tool", "content": answer_of(code) + "\n"},
+    ]
 
 
 def final(answer: str) -> dict:
@@ -129,12 +163,14 @@ def first_attempt(rng: random.Random, world: dict, follows: bool) -> list[dict]:
     return [*messages, final(code or rng.choice(CODES))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the rule annotator: the toy's judge
 
 
 def read_attempt(question: str, messages: list[dict]) -> dict:
-    """What a judge can see in one attempt without knowing the world: needed places, which were looked up, codes seen."""
+    """What a judge can see in one attempt without knowing the world: needed places, which were
+    looked up, codes seen.
+    """
     match = re.search(r"trail of (\d+) from (\w+)", question)
     hops, place = int(match[1]), match[2]
     results, printed = {}, set()
@@ -161,37 +197,52 @@ def read_attempt(question: str, messages: list[dict]) -> dict:
     steps = hops + ("add up" in question)
     if code and steps > hops:
         needed.append((needed[-1][0], result is not None))
-    return dict(hops=hops, steps=steps, needed=needed, found=result, answer=answer, grounded=bool(answer) and answer == result)
+    return dict(
+        hops=hops,
+        steps=steps,
+        needed=needed,
+        found=result,
+        answer=answer,
+        grounded=bool(answer) and answer == result,
+    )
 
 
 def annotate(question: str, messages: list[dict]) -> str:
     """The three blocks for one attempt; the score is `score_of` what can be seen in it.
 
-    Judged alone, a refined attempt that goes on from the middle of the trail has done none of the needed lookups that
-    the judge can trace from the question; its answer counts as grounded all the same if its own tool results gave it.
+    Judged alone, a refined attempt that goes on from the middle of the trail has done none of the
+    needed lookups that the judge can trace from the question; its answer counts as grounded all the
+    same if its own tool results gave it.
     """
     seen = read_attempt(question, messages)
     done = sum(was for _, was in seen["needed"])
     steps = " ".join(f"{place}: {'yes' if was else 'no'}." for place, was in seen["needed"])
     verdict = "right" if seen["grounded"] else "wrong" if seen["answer"] else "missing"
-    # the answer is looked for as the places are: told only what was found and what was answered, tiny models learn late,
-    # on some seeds not in 420 steps, to compare the two
+    # the answer is looked for as the places are: told only what was found and what was answered,
+    # tiny models learn late, on some seeds not in 420 steps, to compare the two
     seen_it = "yes" if seen["grounded"] else "no"
-    think = f"{steps} Found {seen['found'] or 'none'}. Answer {seen['answer'] or 'none'}: {seen_it}. Verdict {verdict}."
+    think = (
+        f"{steps} Found {seen['found'] or 'none'}. Answer {seen['answer'] or 'none'}: {seen_it}. "
+        f"Verdict {verdict}."
+    )
     place, was = seen["needed"][-1]
     opening = DONE if seen["grounded"] else WRONG
     if not was:
         opening = NOT_ADDED if len(seen["needed"]) > seen["hops"] else STOPPED
-    return judgment_text(think, f"{opening}{place}.", score_of(done, seen["steps"], seen["grounded"]))
+    return judgment_text(
+        think, f"{opening}{place}.", score_of(done, seen["steps"], seen["grounded"])
+    )
 
 
 def score_of(done: int, steps: int, grounded: bool) -> float:
-    """1 for a grounded answer; without one, the share of the needed lookups (and of the addition), below 0.5.
+    """1 for a grounded answer; without one, the share of the needed lookups (and of the addition),
+    below 0.5.
 
-    With (done + grounded) / (steps + 1) a complete trail with a wrong answer scores 0.8: GRPO of the reward model, which
-    is also paid for agreeing with correctness, then unlearns the annotated scores. With 0.45 * done / steps + 0.55 *
-    grounded a refined attempt that goes on from the middle of the trail, as its critique said, scores 0.55: once the
-    first attempts are right the pool pushes such attempts down, and refined ones end below first ones (.945, .973).
+    With (done + grounded) / (steps + 1) a complete trail with a wrong answer scores 0.8: GRPO of
+    the reward model, which is also paid for agreeing with correctness, then unlearns the annotated
+    scores. With 0.45 * done / steps + 0.55 * grounded a refined attempt that goes on from the
+    middle of the trail, as its critique said, scores 0.55: once the first attempts are right the
+    pool pushes such attempts down, and refined ones end below first ones (.945, .973).
     """
     return 1.0 if grounded else 0.45 * done / steps
 
@@ -205,7 +256,7 @@ def blocks(text: str) -> dict:
     return {"think": judgment.think, "critique": judgment.critique, "score": judgment.score}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # rows
 
 
@@ -217,7 +268,10 @@ def sft_row(rng: random.Random, hard: bool = False) -> dict:
     """A demonstration; most of them go on with a critique and a refined attempt that obeys it."""
     world = make_world(rng, rng.choice(HOPS), hard)
     attempt = first_attempt(rng, world, rng.random() < FOLLOWS[world["hops"]])
-    messages = [{"role": "system", "content": rollout.SYSTEM_PROMPT}, {"role": "user", "content": question_of(world)}]
+    messages = [
+        {"role": "system", "content": rollout.SYSTEM_PROMPT},
+        {"role": "user", "content": question_of(world)},
+    ]
     messages += attempt
     if rng.random() < REFINED:
         critique = blocks(annotate(question_of(world), attempt))["critique"]
@@ -225,20 +279,31 @@ def sft_row(rng: random.Random, hard: bool = False) -> dict:
             critique = f"{critique.rpartition(' ')[0]} {rng.choice(NAMES)}."
         start = critique.rpartition(" ")[2].rstrip(".")
         again, code, _ = lookups(world, start, DOCS)
-        messages.append({"role": "user", "content": rollout.REFINE_PROMPT.replace("{critique}", critique)})
+        messages.append(
+            {"role": "user", "content": rollout.REFINE_PROMPT.replace("{critique}", critique)}
+        )
         # without a code no guess: a critique of another question must not pay
-        messages += [*again, *added(code), final(answer_of(code))] if code else [*again, final("none")]
+        messages += (
+            [*again, *added(code), final(answer_of(code))] if code else [*again, final("none")]
+        )
     return {"messages": messages, "tools": HARD_TOOLS if hard else TOOLS}
 
 
 def rl_row(rng: random.Random, i: int, split: str, hard: bool = False) -> dict:
     world = make_world(rng, 6 if hard else 4, hard)
-    row = {"id": f"toy-{split}-{i}", "question": question_of(world), "answer": answer_of(world["code"]), "kind": "qa"}
+    row = {
+        "id": f"toy-{split}-{i}",
+        "question": question_of(world),
+        "answer": answer_of(world["code"]),
+        "kind": "qa",
+    }
     return row | {"docs": docs_of(world), "meta": {"hops": world["hops"], "dataset": "toy"}}
 
 
 def rrm_row(rng: random.Random, i: int) -> dict:
-    """A judged trajectory. Half of the complete ones answer wrongly, 15 % give no answer: else the verdict is not learned."""
+    """A judged trajectory. Half of the complete ones answer wrongly, 15 % give no answer: else the
+    verdict is not learned.
+    """
     world = make_world(rng, rng.choice((1, 2, 3, 4, 4, 4)))
     hops = world["hops"]
     depth = hops if rng.random() < 0.6 else rng.randrange(hops)
@@ -249,19 +314,36 @@ def rrm_row(rng: random.Random, i: int) -> dict:
     for _ in range(rng.choice((0, 0, 0, 0, 1, 1, 2, 3))):
         turns.insert(rng.randint(0, len(turns)), stumble(rng))
     messages = [message for turn in turns for message in turn]
-    broken = [{"role": "assistant", "content": rng.choice(("", "\\boxed{}", CALL.format(name=rng.choice(NAMES))))}]
+    broken = [
+        {
+            "role": "assistant",
+            "content": rng.choice(("", "\\boxed{}", CALL.format(name=rng.choice(NAMES)))),
+        }
+    ]
     messages += broken if rng.random() < 0.15 else [final(answer)]
     return judged(world, messages, f"rrm-{i}")
 
 
 def stumble(rng: random.Random) -> list[dict]:
-    """A broken call and what the agent loop answers. Agents in training write such, and a judge that never saw one
-    gives no valid judgment: then the attempt leaves the pool instead of being marked down, and the agent gets worse."""
+    """A broken call and what the agent loop answers. Agents in training write such, and a judge
+    that never saw one gives no valid judgment: then the attempt leaves the pool instead of being
+    marked down, and the agent gets worse."""
     before, _, after = CALL.replace("{{", "{").replace("}}", "}").partition("{name}")
-    pieces = (before, after, "<tool_call>", "}", " from ", '": 1. ', rng.choice(NAMES), rng.choice(CODES))
+    pieces = (
+        before,
+        after,
+        "<tool_call>",
+        "}",
+        " from ",
+        '": 1. ',
+        rng.choice(NAMES),
+        rng.choice(CODES),
+    )
     text = "".join(["<tool_call>", *rng.choices(pieces, k=rng.randint(1, 4))])
     answers = [problem or 'No results for "".' for _, _, problem in chat.parse_calls(text)]
-    return [{"role": "assistant", "content": text}] + [{"role": "tool", "content": answer} for answer in answers]
+    return [{"role": "assistant", "content": text}] + [
+        {"role": "tool", "content": answer} for answer in answers
+    ]
 
 
 def judged(world: dict, messages: list[dict], name: str) -> dict:
@@ -273,83 +355,193 @@ def judged(world: dict, messages: list[dict], name: str) -> dict:
 
 
 def rrm_test_row(rng: random.Random, i: int) -> dict:
-    """A held-out trajectory as from a policy that is right in two of three: from the start, most of them complete."""
+    """A held-out trajectory as from a policy that is right in two of three: from the start, most of
+    them complete.
+    """
     world = make_world(rng, max(HOPS))
     hops = world["hops"]
-    messages, code, _ = lookups(world, world["trail"][0], hops if rng.random() < 0.8 else rng.randrange(hops))
+    messages, code, _ = lookups(
+        world, world["trail"][0], hops if rng.random() < 0.8 else rng.randrange(hops)
+    )
     answer = code if code and rng.random() > 0.15 else rng.choice(CODES)
-    messages.append(final(answer) if rng.random() > 0.05 else {"role": "assistant", "content": "\\boxed{}"})
+    messages.append(
+        final(answer) if rng.random() > 0.05 else {"role": "assistant", "content": "\\boxed{}"}
+    )
     return judged(world, messages, f"rrm-test-{i}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tokenizer and model
 
 
 def hard_phrases() -> list[str]:
     """What --hard says besides."""
-    before, after = HARD_CALL.removeprefix("<tool_call>").removesuffix("</tool_call>").format(code="|").split("|")
+    before, after = (
+        HARD_CALL.removeprefix("<tool_call>")
+        .removesuffix("</tool_call>")
+        .format(code="|")
+        .split("|")
+    )
     facts = [")\nhas toll ", "leads to ", "has code "]
-    return [before, " + ", after, HARD_QUESTION.partition("{start}")[2], NOT_ADDED, " python", *facts, *TOLLS, *TOTALS]
+    return [
+        before,
+        " + ",
+        after,
+        HARD_QUESTION.partition("{start}")[2],
+        NOT_ADDED,
+        " python",
+        *facts,
+        *TOLLS,
+        *TOTALS,
+    ]
 
 
 def toy_phrases() -> list[str]:
-    """Every fixed phrase of the toy; each becomes one token. Control strings inside judged text are broken by U+200B."""
+    """Every fixed phrase of the toy; each becomes one token. Control strings inside judged text are
+    broken by U+200B.
+    """
     p, r = rollout, reward_model
     before, _, after = CALL.replace("{{", "{").replace("}}", "}").partition("{name}")
     refine = p.REFINE_PROMPT.partition("{critique}")
     request = re.split(r"\{question\}|\{trajectory\}", r.JUDGE_REQUEST)
     open_tag, close_tag = "<tool_call>", "</tool_call>"
     question = re.split(r"\{hops\}|\{start\}", QUESTION)
-    phrases = [p.SYSTEM_PROMPT, *re.split("</?think>", r.RRM_PROMPT), p.FINAL_PROMPT, refine[0], refine[2], *request, *question]
+    phrases = [
+        p.SYSTEM_PROMPT,
+        *re.split("</?think>", r.RRM_PROMPT),
+        p.FINAL_PROMPT,
+        refine[0],
+        refine[2],
+        *request,
+        *question,
+    ]
     phrases += [before.removeprefix(open_tag), after.removesuffix(close_tag)]
-    phrases += ["The tool call has no closing ", "The tool call is not valid JSON: ", rollout.LEFT_OUT]
+    phrases += [
+        "The tool call has no closing ",
+        "The tool call is not valid JSON: ",
+        rollout.LEFT_OUT,
+    ]
     phrases += [tag.replace("<", "<\u200b") for tag in (open_tag, close_tag)]
-    phrases += ["Expecting value", "Expecting ',' delimiter", "Extra data", ": line ", " column ", " (char "]
+    phrases += [
+        "Expecting value",
+        "Expecting ',' delimiter",
+        "Extra data",
+        ": line ",
+        " column ",
+        " (char ",
+    ]
     phrases += [before.replace("<", "<\u200b"), after.replace("<", "<\u200b")]
-    phrases += ['Results for "', '":\n1. ', " (doc:", ")\nleads to ", ")\nhas code ", 'No results for "', '".', "."]
+    phrases += [
+        'Results for "',
+        '":\n1. ',
+        " (doc:",
+        ")\nleads to ",
+        ")\nhas code ",
+        'No results for "',
+        '".',
+        ".",
+    ]
     phrases += ["\\boxed{", "}", "system\n", "user\n", "assistant\n", "\n", "\ntools:", " search"]
-    phrases += ["[assistant]\n", "\n[assistant]\n", "\n[tool]\n", STOPPED, WRONG, DONE, *NAMES, *CODES, *"01234"]
-    phrases += ["Answer ", ". ", ": yes.", ": no.", " Found ", " Verdict ", "right", "wrong", "missing", "none", " "]
+    phrases += [
+        "[assistant]\n",
+        "\n[assistant]\n",
+        "\n[tool]\n",
+        STOPPED,
+        WRONG,
+        DONE,
+        *NAMES,
+        *CODES,
+        *"01234",
+    ]
+    phrases += [
+        "Answer ",
+        ". ",
+        ": yes.",
+        ": no.",
+        " Found ",
+        " Verdict ",
+        "right",
+        "wrong",
+        "missing",
+        "none",
+        " ",
+    ]
     phrases += ["<critique>", "</critique>", "<score>", "</score>"]
-    phrases += sorted({f"{score_of(a, hops, g):.2f}" for hops in HOPS for a in range(hops + 1) for g in (0, 1)})
+    phrases += sorted(
+        {f"{score_of(a, hops, g):.2f}" for hops in HOPS for a in range(hops + 1) for g in (0, 1)}
+    )
     return list(dict.fromkeys(filter(None, phrases)))
 
 
 def make_tokenizer(phrases: list[str], template: str = TEMPLATE):
-    """A tokenizer whose every phrase is one token and that falls back to bytes; no phrases: byte-level."""
+    """A tokenizer whose every phrase is one token and that falls back to bytes; no phrases:
+    byte-level.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words = [byte_level.pre_tokenize_str(phrase)[0][0] for phrase in phrases]
-    vocab = {word: i for i, word in enumerate(dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *words]))}
+    vocab = {
+        word: i
+        for i, word in enumerate(
+            dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *words])
+        )
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     longest_first = "|".join(re.escape(p) for p in sorted(phrases, key=len, reverse=True))
     split = [pre_tokenizers.Split(Regex(longest_first), "isolated")] if phrases else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     control = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    tags = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in control])
+    tags = (
+        "<think>",
+        "</think>",
+        "<tool_call>",
+        "</tool_call>",
+        "<tool_response>",
+        "</tool_response>",
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in control]
+    )
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in tags])
     options = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
-def make_model(folder, tokenizer, seed: int = 0, tied: bool = True, hidden=128, layers=2, ff=256, heads=4, kv_heads=4,
-               max_positions=4096):
+def make_model(
+    folder,
+    tokenizer,
+    seed: int = 0,
+    tied: bool = True,
+    hidden=128,
+    layers=2,
+    ff=256,
+    heads=4,
+    kv_heads=4,
+    max_positions=4096,
+):
     """A random Qwen3 with its tokenizer as a Hugging Face folder."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, intermediate_size=ff,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=hidden // heads,
-        initializer_range=0.06,  # at 0.02, made for wide models, some seeds never learn to copy what they found
-        max_position_embeddings=max_positions, tie_word_embeddings=tied, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=ff,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        # at 0.02, made for wide models, some seeds never learn to copy what they found
+        initializer_range=0.06,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=tied,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
     )
     model = Qwen3ForCausalLM(config)
     model.save_pretrained(folder)
@@ -367,7 +559,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", default=str(Path(__file__).parent))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hard", action="store_true", help="longer trails, and a sum to compute at their end")
+    parser.add_argument(
+        "--hard", action="store_true", help="longer trails, and a sum to compute at their end"
+    )
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -388,7 +582,8 @@ def main() -> None:
     sizes = dict(sft=20_000, rl_train=2000, rl_test=256, rrm_sft=20_000, rrm_rl=4000, rrm_test=512)
     for name, make in source.items():
         draw = rng(name)
-        print(f"{name:14} {write(out / f'{name}.jsonl', (make(draw, i) for i in range(sizes[name]))):,} rows")
+        rows = (make(draw, i) for i in range(sizes[name]))
+        print(f"{name:14} {write(out / f'{name}.jsonl', rows):,} rows")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Tries agents on held-out toy questions: first attempts, refined ones, and what the critique is worth.
+"""Tries agents on held-out toy questions: first attempts, refined ones, and what the critique is
+worth.
 
-    python data/toy/trial.py out/toy/sft/step-000250 out/toy/u/step-000040 [--rrm=toy|FOLDER] [--seed=0]
+    python data/toy/trial.py out/toy/sft/step-000250 out/toy/u/step-000040 [--rrm=FOLDER]
         [--data=FILE] [--tools=search] [--out=FOLDER]
 
-No reward model is used for the first attempts. `shuffled` refines with the critique of another question. The figures go
-into trial.json in `out`, by default the folder that holds the last agent.
+No reward model is used for the first attempts. `shuffled` refines with the critique of another
+question. The figures go into trial.json in `out`, by default the folder that holds the last agent.
 """
 
 import asyncio
@@ -30,11 +31,18 @@ def grounded(episode, stage: int) -> bool:
     """Right, and the answer stood in a tool result of the chain before it was given."""
     attempt = episode.attempts[min(stage, len(episode.attempts) - 1)]
     seen = [m["content"] for m in episode.messages[: attempt.messages[1]] if m["role"] == "tool"]
-    return bool(attempt.correct) and any(text.strip() == attempt.answer or f"has code {attempt.answer}." in text for text in seen)
+    return bool(attempt.correct) and any(
+        text.strip() == attempt.answer or f"has code {attempt.answer}." in text for text in seen
+    )
 
 
-def trial(folder: str, rrm: str = "toy", seed: int = 0, data: str = str(Path(__file__).parent / "rl_test.jsonl"),
-          tools: str = "search"):
+def trial(
+    folder: str,
+    rrm: str = "toy",
+    seed: int = 0,
+    data: str = str(Path(__file__).parent / "rl_test.jsonl"),
+    tools: str = "search",
+):
     """-> (figures, episodes with the judge's own critiques) of one agent on the rows of `data`."""
     rows = list(JsonlRows(data))
     chat, rounds = Chat(load_tokenizer(folder)), engines.Rounds()
@@ -43,11 +51,15 @@ def trial(folder: str, rrm: str = "toy", seed: int = 0, data: str = str(Path(__f
     limits = rollout.Limits(8, 12, 400, 1024, final_tokens=12)
     with contextlib.closing(Toolbox(tools.split(","))) as toolbox:
         setup = rollout.Setup(engine, chat, toolbox, limits, rule_reward, judge, refine=True)
-        episodes = asyncio.run(rollout.run_chains([(row, (seed, "trial", 0)) for row in rows], setup, rounds))
+        episodes = asyncio.run(
+            rollout.run_chains([(row, (seed, "trial", 0)) for row in rows], setup, rounds)
+        )
         critiques = [e.attempts[0].critique or "" for e in episodes]
         moved = critiques[1:] + critiques[:1]
         setup.judge = None
-        shuffled = asyncio.run(rollout.refine_with(episodes, rows, moved, setup, rounds, (seed, "shuffled")))
+        shuffled = asyncio.run(
+            rollout.refine_with(episodes, rows, moved, setup, rounds, (seed, "shuffled"))
+        )
 
     def share(values):
         return round(sum(map(bool, values)) / len(rows), 3)

@@ -1,4 +1,6 @@
-"""Both engines against the trainer: the sampler's log-probs are the policy's, before and after a weight sync."""
+"""Both engines against the trainer: the sampler's log-probs are the policy's, before and after a
+weight sync.
+"""
 
 import asyncio
 import importlib.util
@@ -14,11 +16,16 @@ from reagent.policy import Row, collate, full_weights, load_tokenizer
 from tests.helpers.tiny import ROOT, tiny_model
 from tests.loss.test_model import policy_of, torchrun
 
-needs_vllm = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
+needs_vllm = pytest.mark.skipif(
+    not importlib.util.find_spec("vllm"), reason="vLLM is not installed"
+)
 
 
 def sample(engine, rounds, prompts, temperature=0.9, new=12):
-    chains = [engine.generate(ids, max_new_tokens=new, temperature=temperature, seed=i) for i, ids in enumerate(prompts)]
+    chains = [
+        engine.generate(ids, max_new_tokens=new, temperature=temperature, seed=i)
+        for i, ids in enumerate(prompts)
+    ]
     return asyncio.run(run_together(chains, rounds))
 
 
@@ -41,7 +48,9 @@ def test_the_transformers_engine_returns_the_trainers_logps(folder):
     samples = sample(HFEngine(folder, [258], rounds), rounds, PROMPTS)
     policy = policy_of(folder)
     for prompt, got in zip(PROMPTS, samples):
-        assert torch.allclose(torch.tensor(got.logps), trainer_logps(policy, prompt, got), atol=1e-4)
+        assert torch.allclose(
+            torch.tensor(got.logps), trainer_logps(policy, prompt, got), atol=1e-4
+        )
 
 
 def test_temperature_zero_is_greedy_decoding_in_transformers(folder):
@@ -49,7 +58,9 @@ def test_temperature_zero_is_greedy_decoding_in_transformers(folder):
     samples = sample(HFEngine(folder, [], rounds), rounds, PROMPTS, temperature=0.0)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for prompt, got in zip(PROMPTS, samples):
-        out = plain.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+        out = plain.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None
+        )
         assert out[0, len(prompt) :].tolist() == got.ids
 
 
@@ -72,7 +83,9 @@ def test_a_left_out_weight_is_an_error_and_a_sync_changes_the_sampler(folder, tm
     engine.load_weights(iter(pairs))
     after = sample(engine, rounds, PROMPTS)
     assert after != before
-    assert torch.allclose(torch.tensor(after[3].logps), trainer_logps(other, PROMPTS[3], after[3]), atol=1e-4)
+    assert torch.allclose(
+        torch.tensor(after[3].logps), trainer_logps(other, PROMPTS[3], after[3]), atol=1e-4
+    )
 
 
 VLLM = """
@@ -91,9 +104,12 @@ optimizer = torch.optim.AdamW(policy.parameters(), lr=0.05)
 
 def gap():
     async def go():
-        return await asyncio.gather(*(engine.generate(p, max_new_tokens=12, temperature=0.9, seed=i) for i, p in enumerate(PROMPTS)))
+        options = dict(max_new_tokens=12, temperature=0.9)
+        asked = [engine.generate(p, seed=i, **options) for i, p in enumerate(PROMPTS)]
+        return await asyncio.gather(*asked)
     samples = asyncio.run(go())
-    gaps = [(torch.tensor(s.logps) - trainer_logps(policy, p, s)).abs() for p, s in zip(PROMPTS, samples)]
+    pairs = zip(PROMPTS, samples)
+    gaps = [(torch.tensor(s.logps) - trainer_logps(policy, p, s)).abs() for p, s in pairs]
     return torch.cat(gaps).mean().item()
 
 report = dict(before=gap())
@@ -131,10 +147,18 @@ torch.distributed.destroy_process_group()
 
 
 @needs_vllm
-@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"]
+)
 def test_vllm_beside_fsdp_on_two_ranks(tied, tmp_path):
-    """|dlogp| before a step, after it with a stale sampler, after the sync; a left-out weight; a late request."""
-    folder, out, script = tiny_model(tmp_path / "m", tied, heads=2, kv_heads=2, hidden=64), tmp_path / "out.json", tmp_path / "t.py"
+    """|dlogp| before a step, after it with a stale sampler, after the sync; a left-out weight; a
+    late request.
+    """
+    folder, out, script = (
+        tiny_model(tmp_path / "m", tied, heads=2, kv_heads=2, hidden=64),
+        tmp_path / "out.json",
+        tmp_path / "t.py",
+    )
     script.write_text(VLLM.format(root=str(ROOT), folder=folder, out=str(out)))
     torchrun(script, timeout=400)
     report = json.loads(out.read_text())

@@ -32,7 +32,10 @@ def test_a_failing_server_is_left_alone_and_nothing_is_lost():
 
 def test_a_server_that_comes_back_is_asked_again():
     down = [True, True, True]
-    with judge_server(lambda text: 503 if down and down.pop() else hashed_judgment(text)) as (url, _):
+    with judge_server(lambda text: 503 if down and down.pop() else hashed_judgment(text)) as (
+        url,
+        _,
+    ):
         assert all(ask(reward_model.served_judge([url], rest_s=0.05), 2))
 
 
@@ -44,7 +47,9 @@ def test_without_any_answer_the_attempt_has_no_judgment_and_is_counted():
 def test_an_analysis_in_a_field_of_its_own_is_joined_back():
     reply = {"reasoning_content": "analysis", "content": "<critique>c</critique><score>0.5</score>"}
     with judge_server(lambda _: reply) as (url, _):
-        assert ask(reward_model.served_judge([url]), 1)[0] == reward_model.Judgment("analysis", "c", 0.5)
+        assert ask(reward_model.served_judge([url]), 1)[0] == reward_model.Judgment(
+            "analysis", "c", 0.5
+        )
 
 
 def test_prose_is_asked_again_and_then_given_up():

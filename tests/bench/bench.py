@@ -1,13 +1,15 @@
 """What the parts of a training step cost, each beside what the machine can do.
 
-    python tests/bench/bench.py                                  # every section below, one after the other
+    python tests/bench/bench.py  # every section below, one after the other
     python tests/bench/bench.py --what=trainer,sync              # some of them
-    python tests/bench/bench.py --vs=trl [--vocab=32000]         # the trainer's step against TRL's GRPOTrainer, in one run
-    python tests/bench/bench.py --vs=trl --what=step             # a whole step with tools against TRL's
+    python tests/bench/bench.py --vs=trl [--vocab=32000]
+        # the trainer's step against TRL's GRPOTrainer, in one run
+    python tests/bench/bench.py --vs=trl --what=step  # a whole step with tools against TRL's
 
-Seconds are CPU-seconds of this process on one thread, medians of --repeats runs after a warm-up, unless a line says
-wall. Two floors stand beside each figure: its FLOPs over the measured matrix rate, and the bytes that it cannot avoid to
-move over the measured bandwidth. MFU is the first floor over the seconds.
+Seconds are CPU-seconds of this process on one thread, medians of --repeats runs after a warm-up,
+unless a line says wall. Two floors stand beside each figure: its FLOPs over the measured matrix
+rate, and the bytes that it cannot avoid to move over the measured bandwidth. MFU is the first floor
+over the seconds.
 """
 
 import asyncio
@@ -59,7 +61,8 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Config:
-    what: str = "trainer,chain,memory,sync,rollout,judge,idle,growth,step"  # sections, in the order they run
+    # sections, in the order they run
+    what: str = "trainer,chain,memory,sync,rollout,judge,idle,growth,step"
     vs: str = ""  # trl: against TRL's GRPOTrainer, sections trainer (default) and step
     engine: str = "hf"  # hf | vllm, for the sections rollout, judge, idle, sync and step
     repeats: int = 5  # timed runs of each figure; the median is printed
@@ -73,7 +76,9 @@ class Config:
 
 @dataclass
 class Line:
-    """One figure. flops and moved (bytes) are what the work needs at least; peak is bytes above what stood before."""
+    """One figure. flops and moved (bytes) are what the work needs at least; peak is bytes above
+    what stood before.
+    """
 
     what: str
     seconds: list[float]
@@ -90,7 +95,7 @@ class Machine:
     bandwidth: float  # bytes per second of a copy, read and written both counted
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # clocks and floors
 
 
@@ -100,8 +105,12 @@ def cpu_seconds(work: Callable) -> float:
     return time.process_time() - began
 
 
-def alternate(works: dict[str, Callable], repeats: int, clock=cpu_seconds) -> dict[str, list[float]]:
-    """Seconds of each work, taken in turn after one warm-up of each: a machine that drifts drifts for all of them."""
+def alternate(
+    works: dict[str, Callable], repeats: int, clock=cpu_seconds
+) -> dict[str, list[float]]:
+    """Seconds of each work, taken in turn after one warm-up of each: a machine that drifts drifts
+    for all of them.
+    """
     for work in works.values():
         work()
     rounds = [{name: clock(work) for name, work in works.items()} for _ in range(repeats)]
@@ -112,7 +121,10 @@ def measure_machine(repeats: int = 5) -> Machine:
     """The rate of one 512 x 512 product in fp32, and of copying 256 MB."""
     a, b, out = torch.randn(512, 512), torch.randn(512, 512), torch.empty(512, 512)
     source, target = torch.ones(64 << 20), torch.empty(64 << 20)
-    works = {"mm": lambda: [torch.mm(a, b, out=out) for _ in range(16)], "copy": lambda: target.copy_(source)}
+    works = {
+        "mm": lambda: [torch.mm(a, b, out=out) for _ in range(16)],
+        "copy": lambda: target.copy_(source),
+    }
     seconds = alternate(works, repeats)
     return Machine(16 * 2 * 512**3 / min(seconds["mm"]), 2 * source.nbytes / min(seconds["copy"]))
 
@@ -125,20 +137,30 @@ def matrix_weights(config) -> int:
 
 
 def forward_flops(config, lengths: list[int], scored: int) -> float:
-    """FLOPs of a causal forward over rows of these lengths with `scored` tokens through the head."""
+    """FLOPs of a causal forward over rows of these lengths with `scored` tokens through the
+    head.
+    """
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    causal = sum(n * (n + 1) for n in lengths)  # scores and values: 2 products over n (n + 1) / 2 pairs
-    return 2.0 * matrix_weights(config) * sum(lengths) + attention * causal + 2.0 * config.hidden_size * config.vocab_size * scored
+    causal = sum(
+        n * (n + 1) for n in lengths
+    )  # scores and values: 2 products over n (n + 1) / 2 pairs
+    return (
+        2.0 * matrix_weights(config) * sum(lengths)
+        + attention * causal
+        + 2.0 * config.hidden_size * config.vocab_size * scored
+    )
 
 
 def step_bytes(config, parameters: int, tokens: int) -> float:
-    """Bytes a step in fp32 moves at least: weights twice, gradients, AdamW's two moments, activations out and back."""
+    """Bytes a step in fp32 moves at least: weights twice, gradients, AdamW's two moments,
+    activations out and back.
+    """
     d = config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     kept = config.num_hidden_layers * (2 * config.hidden_size + d + 3 * config.intermediate_size)
     return 4.0 * (11 * parameters + 2 * kept * tokens)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # memory
 
 
@@ -152,7 +174,8 @@ def resident() -> int:
 def peak_of(work: Callable) -> tuple[int, object]:
     """(bytes that work() takes at its peak above what stood before, its result).
 
-    Each core counts pages in batches (percpu_counter), so Linux's mark may lag: by so much, at most, it is corrected.
+    Each core counts pages in batches (percpu_counter), so Linux's mark may lag: by so much, at
+    most, it is corrected.
     """
     gc.collect()
     if sys.platform != "linux":
@@ -172,21 +195,37 @@ def in_child(function: Callable, *args):
         return pool.submit(function, *args).result()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # models and rows
 
 
 def make_model(folder: Path, vocab: int, hidden=256, layers=4, ff=256, heads=4, tied=True) -> str:
-    """A random Qwen3 as a Hugging Face folder, made once; the default has 1.9 M parameters at V = 400."""
+    """A random Qwen3 as a Hugging Face folder, made once; the default has 1.9 M parameters at V =
+    400.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     folder = folder / f"v{vocab}-h{hidden}-l{layers}-f{ff}-{'tied' if tied else 'untied'}"
     if not (folder / "config.json").is_file():
         torch.manual_seed(0)
-        shape = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=ff, num_attention_heads=heads)
-        shape |= dict(num_key_value_heads=heads, head_dim=hidden // heads, max_position_embeddings=16_384)
-        ends = dict(bos_token_id=None, eos_token_id=vocab - 1, pad_token_id=vocab - 2, tie_word_embeddings=tied)
-        Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab, initializer_range=0.06, **shape, **ends)).save_pretrained(folder)
+        shape = dict(
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            intermediate_size=ff,
+            num_attention_heads=heads,
+        )
+        shape |= dict(
+            num_key_value_heads=heads, head_dim=hidden // heads, max_position_embeddings=16_384
+        )
+        ends = dict(
+            bos_token_id=None,
+            eos_token_id=vocab - 1,
+            pad_token_id=vocab - 2,
+            tie_word_embeddings=tied,
+        )
+        Qwen3ForCausalLM(
+            Qwen3Config(vocab_size=vocab, initializer_range=0.06, **shape, **ends)
+        ).save_pretrained(folder)
     return str(folder)
 
 
@@ -207,13 +246,24 @@ def random_lengths(kind: str, rows: int, seed=0) -> list[int]:
 
 
 def random_rows(lengths: list[int], vocab: int, prompt=8, seed=0) -> list[Row]:
-    """Rows whose tokens after the prompt are all trained, the weights of seq_mean, advantages of +1 and -1."""
+    """Rows whose tokens after the prompt are all trained, the weights of seq_mean, advantages of +1
+    and -1.
+    """
     rng, rows = random.Random(seed), []
     for n in lengths:
         trained = n - prompt
-        columns = {"advantage": [rng.choice([-1.0, 1.0])] * trained, "weight": [1 / (len(lengths) * trained)] * trained}
+        columns = {
+            "advantage": [rng.choice([-1.0, 1.0])] * trained,
+            "weight": [1 / (len(lengths) * trained)] * trained,
+        }
         mask = [0] * prompt + [1] * trained
-        rows.append(Row([rng.randrange(vocab - 2) for _ in mask], mask, columns | {"logp_mu": [0.0] * trained}))
+        rows.append(
+            Row(
+                [rng.randrange(vocab - 2) for _ in mask],
+                mask,
+                columns | {"logp_mu": [0.0] * trained},
+            )
+        )
     return rows
 
 
@@ -227,28 +277,57 @@ def set_mu(policy: Policy, rows: list[Row]) -> None:
 class Trainer:
     """The update of grpo_unified.py over given rows: forward, loss, backward, clipping, AdamW."""
 
-    def __init__(self, folder: str, rows: list[Row], tokens_per_microbatch: int, make_optimizer=None, clip=1.0):
+    def __init__(
+        self,
+        folder: str,
+        rows: list[Row],
+        tokens_per_microbatch: int,
+        make_optimizer=None,
+        clip=1.0,
+    ):
         self.policy, self.rows = load(folder), rows
         self.config, self.tokens = self.policy.hf.config, sum(len(row.ids) for row in rows)
-        make_optimizer = make_optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-6))
+        make_optimizer = make_optimizer or (
+            lambda parameters: torch.optim.AdamW(parameters, lr=1e-6)
+        )
         self.optimizer = make_optimizer(list(self.policy.parameters()))
         self.parameters = sum(p.numel() for p in self.policy.parameters())
         self.microbatches = balance(rows, 1, tokens_per_microbatch)[0]
         self.settings = grpo_unified.Config(max_dlogp=math.inf, temperature=1.0, max_grad_norm=clip)
 
     def step(self) -> None:
-        _, _, skipped, _ = grpo_unified.update(self.policy, self.optimizer, [self.microbatches], self.settings, CPU, None)
+        _, _, skipped, _ = grpo_unified.update(
+            self.policy, self.optimizer, [self.microbatches], self.settings, CPU, None
+        )
         assert not skipped, skipped
 
     def line(self, what: str, seconds: list[float], peak=math.nan) -> Line:
-        lengths, scored = [len(row.ids) for row in self.rows], sum(sum(row.mask) for row in self.rows)
+        lengths, scored = (
+            [len(row.ids) for row in self.rows],
+            sum(sum(row.mask) for row in self.rows),
+        )
         flops = 3 * forward_flops(self.config, lengths, scored)
-        return Line(what, seconds, self.tokens, flops, step_bytes(self.config, self.parameters, self.tokens), peak)
+        return Line(
+            what,
+            seconds,
+            self.tokens,
+            flops,
+            step_bytes(self.config, self.parameters, self.tokens),
+            peak,
+        )
 
 
 def gradient(folder: str, rows: list[Row], tokens_per_microbatch: int) -> dict[str, torch.Tensor]:
-    """Change of every parameter under SGD at rate 1, without clipping: minus the gradient, by name."""
-    trainer = Trainer(folder, rows, tokens_per_microbatch, lambda parameters: torch.optim.SGD(parameters, lr=1.0), math.inf)
+    """Change of every parameter under SGD at rate 1, without clipping: minus the gradient, by
+    name.
+    """
+    trainer = Trainer(
+        folder,
+        rows,
+        tokens_per_microbatch,
+        lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        math.inf,
+    )
     return change_of(trainer.policy.hf, trainer.step)
 
 
@@ -266,24 +345,38 @@ def compare(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> str:
     """Largest difference of two gradients, beside their largest entry."""
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
     apart = max((a[n] - b[n]).abs().max().item() for n in a)
-    return f"gradients differ by {apart:.1e} at most (largest entry {max(x.abs().max().item() for x in a.values()):.1e})"
+    return (
+        f"gradients differ by {apart:.1e} at most (largest entry "
+        f"{max(x.abs().max().item() for x in a.values()):.1e})"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the trainer's step
 
 
 def bench_trainer(cfg: Config) -> list[Line]:
     lines = []
     for kind in cfg.lengths.split(","):
-        made = make_model(Path(cfg.out_dir), cfg.vocab), random_lengths(kind, cfg.rows), cfg.vocab, cfg.tokens_per_microbatch
+        made = (
+            make_model(Path(cfg.out_dir), cfg.vocab),
+            random_lengths(kind, cfg.rows),
+            cfg.vocab,
+            cfg.tokens_per_microbatch,
+        )
         trainer = make_trainer(*made)
         seconds = alternate({"": trainer.step}, cfg.repeats)[""]
-        lines.append(trainer.line(f"trainer step, {kind}, V = {cfg.vocab:,}", seconds, in_child(trainer_peak, *made)))
+        lines.append(
+            trainer.line(
+                f"trainer step, {kind}, V = {cfg.vocab:,}", seconds, in_child(trainer_peak, *made)
+            )
+        )
     return lines
 
 
-def make_trainer(folder: str, lengths: list[int], vocab: int, tokens_per_microbatch: int) -> Trainer:
+def make_trainer(
+    folder: str, lengths: list[int], vocab: int, tokens_per_microbatch: int
+) -> Trainer:
     return Trainer(folder, random_rows(lengths, vocab), tokens_per_microbatch)
 
 
@@ -292,28 +385,39 @@ def trainer_peak(*made) -> int:
     return peak_of(trainer.step)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # chain rows: one row a chain, or one row an attempt
 
 
 def chain_episodes(count: int, vocab: int, seed=0) -> list[rollout.Episode]:
-    """Chains of a prompt of 32 tokens, attempts of 32 to 96 tokens and a critique of 16; all attempts rewarded."""
+    """Chains of a prompt of 32 tokens, attempts of 32 to 96 tokens and a critique of 16; all
+    attempts rewarded.
+    """
     rng, episodes = random.Random(seed), []
     for i in range(count):
         first, refined = rng.randint(32, 96), rng.randint(32, 96)
         mask = [0] * 32 + [1] * first + [0] * 16 + [1] * refined
         spans = ((32, 32 + first), (48 + first, len(mask)))
-        attempts = [rollout.Attempt(span, (0, 0), None, "answered", 0, reward=1.0) for span in spans]
+        attempts = [
+            rollout.Attempt(span, (0, 0), None, "answered", 0, reward=1.0) for span in spans
+        ]
         ids = [rng.randrange(vocab - 2) for _ in mask]
-        episodes.append(rollout.Episode(str(i), "", [], ids, mask, [0.0] * sum(mask), [], 0, attempts))
+        episodes.append(
+            rollout.Episode(str(i), "", [], ids, mask, [0.0] * sum(mask), [], 0, attempts)
+        )
     return episodes
 
 
 def two_rows(row: Row, episode: rollout.Episode) -> list[Row]:
-    """The same chain as a row for each attempt: the first ends with it, the second holds all and trains the second."""
+    """The same chain as a row for each attempt: the first ends with it, the second holds all and
+    trains the second.
+    """
     (_, end), (start, _) = (attempt.span for attempt in episode.attempts)
     first = sum(row.mask[:end])
-    split = [{name: column[part] for name, column in row.columns.items()} for part in (slice(first), slice(first, None))]
+    split = [
+        {name: column[part] for name, column in row.columns.items()}
+        for part in (slice(first), slice(first, None))
+    ]
     second = Row(row.ids, [0] * start + row.mask[start:], split[1])
     return [Row(row.ids[:end], row.mask[:end], split[0]), second]
 
@@ -326,30 +430,42 @@ def chain_layouts(count: int, vocab: int) -> tuple[list[Row], list[Row]]:
 
 
 def bench_chain(cfg: Config) -> list[Line]:
-    folder = make_model(Path(cfg.out_dir), cfg.vocab, hidden=512, layers=2, ff=1024, heads=8)  # attention: 3 % of the FLOPs
+    folder = make_model(
+        Path(cfg.out_dir), cfg.vocab, hidden=512, layers=2, ff=1024, heads=8
+    )  # attention: 3 % of the FLOPs
     one, two = chain_layouts(cfg.rows, cfg.vocab)
     same = compare(*(gradient(folder, rows, cfg.tokens_per_microbatch) for rows in (one, two)))
     trainers = {"chain rows": Trainer(folder, one, cfg.tokens_per_microbatch)}
     trainers["a row an attempt"] = Trainer(folder, two, cfg.tokens_per_microbatch)
     seconds = alternate({name: t.step for name, t in trainers.items()}, cfg.repeats)
     lines = [t.line(name, seconds[name]) for name, t in trainers.items()]
-    ratio = statistics.median(a / b for a, b in zip(seconds["chain rows"], seconds["a row an attempt"]))
-    tokens = lines[0].tokens / lines[1].tokens  # (P + 2L + c) / (2P + 3L + c), summed over the batch
+    ratio = statistics.median(
+        a / b for a, b in zip(seconds["chain rows"], seconds["a row an attempt"])
+    )
+    tokens = (
+        lines[0].tokens / lines[1].tokens
+    )  # (P + 2L + c) / (2P + 3L + c), summed over the batch
     flops = lines[0].flops / lines[1].flops
     share = f"{ratio:.3f} of the seconds at {tokens:.3f} of the tokens ({ratio / tokens - 1:+.1%})"
     lines[0].note = f"{share}, {flops:.3f} of the FLOPs; {same}"
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # memory of a loss step
 
 
 def loss_peak(folder: str, tokens: int, chunked: bool) -> int:
-    """Bytes at the peak of forward, loss and backward over one row, with the chunked head or with the full logits."""
+    """Bytes at the peak of forward, loss and backward over one row, with the chunked head or with
+    the full logits.
+    """
     from transformers import AutoModelForCausalLM
 
-    policy = load(folder) if chunked else AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    policy = (
+        load(folder)
+        if chunked
+        else AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    )
     row = random_rows([tokens], 1000, prompt=1)[0]
 
     def step():
@@ -360,7 +476,9 @@ def loss_peak(folder: str, tokens: int, chunked: bool) -> int:
             logits = policy(batch.input_ids, use_cache=False).logits[0, batch.index]  # (M, V)
             logps = torch.log_softmax(logits.float(), -1).gather(1, batch.targets[:, None])[:, 0]
         c = batch.columns
-        grpo_unified.grpo_loss(logps, logps.detach(), c["advantage"], c["weight"], 0.2, 0.34)[0].backward()
+        grpo_unified.grpo_loss(logps, logps.detach(), c["advantage"], c["weight"], 0.2, 0.34)[
+            0
+        ].backward()
 
     torch.set_num_threads(1)
     return peak_of(step)[0]
@@ -369,18 +487,23 @@ def loss_peak(folder: str, tokens: int, chunked: bool) -> int:
 def bench_memory(cfg: Config, vocab=151_936, tokens=4096) -> list[Line]:
     folder = make_model(Path(cfg.out_dir), vocab, hidden=64, layers=1, ff=64, heads=1)
     peaks = [in_child(loss_peak, folder, tokens, chunked) for chunked in (True, False)]
-    names = (f"loss step, V = {vocab:,}, {tokens:,} tokens in the loss", "the same with full logits")
+    names = (
+        f"loss step, V = {vocab:,}, {tokens:,} tokens in the loss",
+        "the same with full logits",
+    )
     lines = [Line(name, [], tokens, peak=peak) for name, peak in zip(names, peaks)]
     lines[0].note = f"{peaks[0] / peaks[1]:.3f} of the peak with full logits"
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # weight sync
 
 
 def sync_figures(kind: str, folder: str, repeats: int) -> dict:
-    """Seconds of a sync and of one copy of the same bytes, in turn; the peak of a sync; bytes of the model."""
+    """Seconds of a sync and of one copy of the same bytes, in turn; the peak of a sync; bytes of
+    the model.
+    """
     torch.set_num_threads(1)
     policy = load(folder)
     engine = engines.make_engine(kind, folder, [], engines.Rounds(), max_context=256)
@@ -403,18 +526,39 @@ def bench_sync(cfg: Config) -> list[Line]:
     found, lines = in_child(sync_figures, cfg.engine, folder, cfg.repeats), []
     ratio = statistics.median(a / b for a, b in zip(found["sync"], found["copy"]))
     size, moved = found["size"] / 1e6, 2 * found["size"]
-    note = f"{ratio:.2f} copies; its peak is {found['peak'] / found['size']:.2f} of the model's {size:,.0f} MB"
-    lines.append(Line(f"weight sync, {cfg.engine}", found["sync"], moved=moved, peak=found["peak"], note=note))
+    note = (
+        f"{ratio:.2f} copies; its peak is {found['peak'] / found['size']:.2f} of the model's "
+        f"{size:,.0f} MB"
+    )
+    lines.append(
+        Line(
+            f"weight sync, {cfg.engine}", found["sync"], moved=moved, peak=found["peak"], note=note
+        )
+    )
     return lines + [Line("one copy of the same bytes", found["copy"], moved=moved)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # an agent that knows four tasks by heart, so that rollouts have calls, answers and judgments
 
 
-TURN = "<think>" + " ".join("Ada Bern Cleo Dune Elba Finn Gaza Hugo Iris Juno Kiel Lena Mars Nile Oslo Paul".split()) + "</think>"
-FACTS = {"Quin": "leads to Rome.", "Rome": "has code 17.", "Siena": "leads to Troy.", "Troy": "has code 23.",
-         "Uma": "leads to Vera.", "Vera": "has code 38.", "Wien": "leads to Xena.", "Xena": "has code 42."}
+TURN = (
+    "<think>"
+    + " ".join(
+        "Ada Bern Cleo Dune Elba Finn Gaza Hugo Iris Juno Kiel Lena Mars Nile Oslo Paul".split()
+    )
+    + "</think>"
+)
+FACTS = {
+    "Quin": "leads to Rome.",
+    "Rome": "has code 17.",
+    "Siena": "leads to Troy.",
+    "Troy": "has code 23.",
+    "Uma": "leads to Vera.",
+    "Vera": "has code 38.",
+    "Wien": "leads to Xena.",
+    "Xena": "has code 42.",
+}
 STARTS = ("Quin", "Siena", "Uma", "Wien")
 
 
@@ -443,10 +587,16 @@ def found(place: str) -> str:
 def demonstration(toy, start: str) -> list[dict]:
     """Two lookups and an answer, a critique, the same again."""
     messages, code, _ = toy.lookups({"docs": FACTS}, start, len(FACTS))
-    attempt = [m | {"content": TURN + m["content"]} if m["role"] == "assistant" else m for m in [*messages, toy.final(code)]]
+    attempt = [
+        m | {"content": TURN + m["content"]} if m["role"] == "assistant" else m
+        for m in [*messages, toy.final(code)]
+    ]
     question = toy.QUESTION.format(hops=2, start=start)
     critique = rollout.REFINE_PROMPT.replace("{critique}", f"{toy.DONE}{start}.")
-    opening = [{"role": "system", "content": rollout.SYSTEM_PROMPT}, {"role": "user", "content": question}]
+    opening = [
+        {"role": "system", "content": rollout.SYSTEM_PROMPT},
+        {"role": "user", "content": question},
+    ]
     return opening + attempt + [{"role": "user", "content": critique}] + attempt
 
 
@@ -456,11 +606,16 @@ def judgment(toy, start: str) -> str:
 
 def task_rows() -> list[dict]:
     toy = reward_model.toy_script()
-    return [{"id": s, "question": toy.QUESTION.format(hops=2, start=s), "answer": "17", "kind": "qa"} for s in STARTS]
+    return [
+        {"id": s, "question": toy.QUESTION.format(hops=2, start=s), "answer": "17", "kind": "qa"}
+        for s in STARTS
+    ]
 
 
 def learned_by_heart(folder: Path, most_steps=400) -> str:
-    """A Qwen3 of the toy's size that was trained here until it repeats four chains and their judgments; kept in `folder`."""
+    """A Qwen3 of the toy's size that was trained here until it repeats four chains and their
+    judgments; kept in `folder`.
+    """
     if (folder / "config.json").is_file():
         return str(folder)
     toy, tokenizer = reward_model.toy_script(), make_tokenizer()
@@ -471,7 +626,9 @@ def learned_by_heart(folder: Path, most_steps=400) -> str:
         messages = demonstration(toy, name)
         rows.append(Row(*chat.row(messages, Tools.schemas)))
         for part in (messages[2:7], messages[8:]):
-            prompt = reward_model.judge_prompt(chat, messages[1]["content"], reward_model.trajectory_text(part))
+            prompt = reward_model.judge_prompt(
+                chat, messages[1]["content"], reward_model.trajectory_text(part)
+            )
             reply = [*chat.text(judgment(toy, name)), chat.closer_id]
             rows.append(Row(prompt + reply, [0] * len(prompt) + [1] * len(reply)))
     policy = load(str(start))
@@ -486,7 +643,9 @@ def learned_by_heart(folder: Path, most_steps=400) -> str:
         if -logps.min().item() < 0.01:
             break
     else:
-        raise SystemExit(f"the agent for this measurement did not learn its four tasks in {most_steps} steps")
+        raise SystemExit(
+            f"the agent for this measurement did not learn its four tasks in {most_steps} steps"
+        )
     policy.hf.save_pretrained(folder, state_dict=dict(full_weights(policy, torch.float32)))
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -496,18 +655,35 @@ CHAIN: contextvars.ContextVar = contextvars.ContextVar("chain")
 
 
 class Agent:
-    """An engine, its chat and the settings that chains share; counts the tokens that go through the engine."""
+    """An engine, its chat and the settings that chains share; counts the tokens that go through the
+    engine.
+    """
 
-    def __init__(self, cfg: Config, delay: Callable[[], float] = lambda: 0.0, refine=True, temperature=1.0):
+    def __init__(
+        self, cfg: Config, delay: Callable[[], float] = lambda: 0.0, refine=True, temperature=1.0
+    ):
         self.folder = learned_by_heart(Path(cfg.out_dir) / "by-heart")
         self.chat, self.rounds = Chat(load_tokenizer(self.folder)), engines.Rounds()
-        self.engine = engines.make_engine(cfg.engine, self.folder, self.chat.stop_ids, self.rounds, max_context=1024)
+        self.engine = engines.make_engine(
+            cfg.engine, self.folder, self.chat.stop_ids, self.rounds, max_context=1024
+        )
         self.generate, self.engine.generate = self.engine.generate, self.metered
         self.sampled = 0
-        limits, coin, rows = rollout.Limits(4, 64, 400, 1024, final_tokens=32), random.Random(0), task_rows()
-        reward = lambda *_: (coin.random(), True)  # any spread of rewards will do
-        self.setup = rollout.Setup(self.engine, self.chat, Tools(delay), limits, reward, None, refine, temperature)
-        self.judge = reward_model.engine_judge(self.engine, self.chat, max_context=1024, max_new_tokens=64)
+        limits, coin, rows = (
+            rollout.Limits(4, 64, 400, 1024, final_tokens=32),
+            random.Random(0),
+            task_rows(),
+        )
+
+        def reward(*_):
+            return (coin.random(), True)  # any spread of rewards will do
+
+        self.setup = rollout.Setup(
+            self.engine, self.chat, Tools(delay), limits, reward, None, refine, temperature
+        )
+        self.judge = reward_model.engine_judge(
+            self.engine, self.chat, max_context=1024, max_new_tokens=64
+        )
         self.jobs = [(rows[i * len(rows) // cfg.rows], (0, "bench", i)) for i in range(cfg.rows)]
 
     async def metered(self, ids, **options):
@@ -522,10 +698,14 @@ class Agent:
             CHAIN.set(key)
             return await rollout.run_chain(row, self.setup, key)
 
-        return asyncio.run(engines.run_together([one(*job) for job in jobs or self.jobs], self.rounds))
+        return asyncio.run(
+            engines.run_together([one(*job) for job in jobs or self.jobs], self.rounds)
+        )
 
     def judge_and_refine(self, episodes: list[rollout.Episode]) -> list[rollout.Episode]:
-        """The rest of chains whose first attempt stands: judgment, refined attempt, its judgment."""
+        """The rest of chains whose first attempt stands: judgment, refined attempt, its
+        judgment.
+        """
         self.setup.judge = self.judge
 
         async def rest(episode, row, key):
@@ -535,17 +715,31 @@ class Agent:
             return episode
 
         fresh = copy.deepcopy(episodes)
-        return asyncio.run(engines.run_together([rest(e, *job) for e, job in zip(fresh, self.jobs)], self.rounds))
+        return asyncio.run(
+            engines.run_together([rest(e, *job) for e, job in zip(fresh, self.jobs)], self.rounds)
+        )
 
-    def line(self, what: str, seconds: list[float], runs: int, lengths: list[int], most_sampled: int) -> Line:
-        """lengths: tokens that must go through the model once; most_sampled: of one chain, so many passes are needed."""
+    def line(
+        self, what: str, seconds: list[float], runs: int, lengths: list[int], most_sampled: int
+    ) -> Line:
+        """lengths: tokens that must go through the model once; most_sampled: of one chain, so many
+        passes are needed.
+        """
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(self.folder)
         flops = forward_flops(config, lengths, self.sampled // runs)
         weights = matrix_weights(config) + config.hidden_size * config.vocab_size
-        kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * sum(lengths)
-        return Line(what, seconds, self.sampled // runs, flops, 4.0 * (weights * most_sampled + 2 * kept))
+        kept = (
+            2
+            * config.num_hidden_layers
+            * config.num_key_value_heads
+            * config.head_dim
+            * sum(lengths)
+        )
+        return Line(
+            what, seconds, self.sampled // runs, flops, 4.0 * (weights * most_sampled + 2 * kept)
+        )
 
 
 def bench_rollout(cfg: Config) -> list[Line]:
@@ -553,7 +747,11 @@ def bench_rollout(cfg: Config) -> list[Line]:
     seconds = alternate({"": agent.chains}, cfg.repeats)[""]
     episodes = agent.chains()
     lengths, sampled = [len(e.ids) for e in episodes], max(sum(e.mask) for e in episodes)
-    return [agent.line(f"rollout, {cfg.rows} chains, {cfg.engine}", seconds, cfg.repeats + 2, lengths, sampled)]
+    return [
+        agent.line(
+            f"rollout, {cfg.rows} chains, {cfg.engine}", seconds, cfg.repeats + 2, lengths, sampled
+        )
+    ]
 
 
 def bench_judge(cfg: Config) -> list[Line]:
@@ -562,19 +760,38 @@ def bench_judge(cfg: Config) -> list[Line]:
     agent.sampled = 0
     seconds = alternate({"": lambda: agent.judge_and_refine(first)}, cfg.repeats)[""]
     done = agent.judge_and_refine(first)
-    asked = [len(reward_model.judge_prompt(agent.chat, e.question, reward_model.trajectory_text(e.messages[slice(*a.messages)])))
-             for e in done for a in e.attempts]
-    lengths = asked + [len(e.ids) for e in done]  # the first attempt is read again: its cache may be gone by now
+    asked = [
+        len(
+            reward_model.judge_prompt(
+                agent.chat, e.question, reward_model.trajectory_text(e.messages[slice(*a.messages)])
+            )
+        )
+        for e in done
+        for a in e.attempts
+    ]
+    lengths = asked + [
+        len(e.ids) for e in done
+    ]  # the first attempt is read again: its cache may be gone by now
     sampled = max(sum(e.mask) - sum(e.mask[: e.attempts[0].span[1]]) for e in done)
-    return [agent.line(f"judge and refine, {cfg.rows} chains, {cfg.engine}", seconds, cfg.repeats + 2, lengths, sampled)]
+    return [
+        agent.line(
+            f"judge and refine, {cfg.rows} chains, {cfg.engine}",
+            seconds,
+            cfg.repeats + 2,
+            lengths,
+            sampled,
+        )
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # no idle
 
 
 def bench_idle(cfg: Config) -> list[Line]:
-    """Chains with tools and a judge that take log-normal times (median 0.1 s, sigma 0.5), each chain its own draws."""
+    """Chains with tools and a judge that take log-normal times (median 0.1 s, sigma 0.5), each
+    chain its own draws.
+    """
     draws: dict = {}
 
     def delay() -> float:
@@ -597,8 +814,13 @@ def bench_idle(cfg: Config) -> list[Line]:
         draws.clear()
         alone.append(wall_seconds(lambda: agent.chains(judge, [job])))  # noqa: B023 - called at once
     wall, work, slowest = statistics.median(walls), statistics.median(busy), max(alone)
-    note = f"wall is {wall / max(work, slowest):.2f} of the larger of engine busy {work:.2f} s and slowest chain alone {slowest:.2f} s"
-    return [Line(f"{cfg.rows} chains with slow tools and judge, {cfg.engine}, wall", walls, note=note)]
+    note = (
+        f"wall is {wall / max(work, slowest):.2f} of the larger of engine busy {work:.2f} s and "
+        f"slowest chain alone {slowest:.2f} s"
+    )
+    return [
+        Line(f"{cfg.rows} chains with slow tools and judge, {cfg.engine}, wall", walls, note=note)
+    ]
 
 
 def wall_seconds(work: Callable) -> float:
@@ -607,13 +829,19 @@ def wall_seconds(work: Callable) -> float:
     return time.perf_counter() - began
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # growth with length and with group size
 
 
 def bench_growth(cfg: Config) -> list[Line]:
-    folder, tokens, sizes = make_model(Path(cfg.out_dir), cfg.vocab), (512, 1024, 2048, 4096, 8192), (4, 8, 16, 32)
-    shapes = {f"one row of {n:,}": [n] for n in tokens} | {f"group of {g}, rows of 512": [512] * g for g in sizes}
+    folder, tokens, sizes = (
+        make_model(Path(cfg.out_dir), cfg.vocab),
+        (512, 1024, 2048, 4096, 8192),
+        (4, 8, 16, 32),
+    )
+    shapes = {f"one row of {n:,}": [n] for n in tokens} | {
+        f"group of {g}, rows of 512": [512] * g for g in sizes
+    }
     lines = []
     for name, lengths in shapes.items():
         trainer = make_trainer(folder, lengths, cfg.vocab, cfg.tokens_per_microbatch)
@@ -623,7 +851,10 @@ def bench_growth(cfg: Config) -> list[Line]:
     panels = [growth_panel(lengths, tokens, "tokens in the row", 0)]
     panels.append(growth_panel(groups, sizes, "rows of 512 tokens in the group", 320))
     style = "font:11px sans-serif;background:#fff"
-    Path(cfg.plot).write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 240" style="{style}">{"".join(panels)}</svg>\n')
+    Path(cfg.plot).write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 240" style="{style}">'
+        f"{''.join(panels)}</svg>\n"
+    )
     for part in (lengths, groups):
         rates = [line.flops / statistics.median(line.seconds) for line in part]
         for line, rate in zip(part, rates):
@@ -632,7 +863,9 @@ def bench_growth(cfg: Config) -> list[Line]:
 
 
 def growth_panel(lines: list[Line], xs: tuple[int, ...], label: str, left: int) -> str:
-    """Measured seconds as dots over the line that the FLOPs draw through the first of them; both axes logarithmic."""
+    """Measured seconds as dots over the line that the FLOPs draw through the first of them; both
+    axes logarithmic.
+    """
     seconds = [statistics.median(line.seconds) for line in lines]
     expected = [line.flops * seconds[0] / lines[0].flops for line in lines]
     low, high = math.log(min(seconds + expected) / 1.3), math.log(max(seconds + expected) * 1.3)
@@ -645,18 +878,27 @@ def growth_panel(lines: list[Line], xs: tuple[int, ...], label: str, left: int) 
     parts = [f'<polyline points="{path}" fill="none" stroke="#999"/>']
     for x, y in zip(xs, seconds):
         a, b = at(x, y)
-        parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="#06c"/><text x="{a:.1f}" y="{b - 8:.1f}" text-anchor="middle">{y:.2g} s</text>')
+        parts.append(
+            f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="#06c"/>'
+            f'<text x="{a:.1f}" y="{b - 8:.1f}" text-anchor="middle">{y:.2g} s</text>'
+        )
         parts.append(f'<text x="{a:.1f}" y="206" text-anchor="middle">{x:,}</text>')
     title = f'<text x="{left + 170}" y="226" text-anchor="middle">{label}</text>'
-    return "".join(parts) + title + f'<text x="{left + 50}" y="16" fill="#666">seconds of a step; line: FLOPs</text>'
+    return (
+        "".join(parts)
+        + title
+        + f'<text x="{left + 50}" y="16" fill="#666">seconds of a step; line: FLOPs</text>'
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # a whole step
 
 
 class GRPOStep:
-    """A step of grpo_unified.py on the agent's four questions: rollout, advantages, one update, weight sync."""
+    """A step of grpo_unified.py on the agent's four questions: rollout, advantages, one update,
+    weight sync.
+    """
 
     def __init__(self, cfg: Config, agent: Agent, judge: reward_model.Judge | None):
         self.agent, self.judge, self.policy, self.cfg = agent, judge, load(agent.folder), cfg
@@ -684,7 +926,9 @@ class GRPOStep:
 
 
 def bench_step(cfg: Config) -> list[Line]:
-    """Reagent-U with a judge in the same engine and tools of 50 ms; wall seconds, parts and whole."""
+    """Reagent-U with a judge in the same engine and tools of 50 ms; wall seconds, parts and
+    whole.
+    """
     agent = Agent(cfg, lambda: 0.05)
     step = GRPOStep(cfg, agent, agent.judge)
     walls = alternate({"": step}, cfg.repeats, wall_seconds)[""]
@@ -695,12 +939,26 @@ def bench_step(cfg: Config) -> list[Line]:
 
 def table(lines: list[Line], machine: Machine) -> str:
     """Markdown; "floor" columns are seconds that no program of this machine can beat."""
-    head = ["", "tokens", "seconds", "tokens/s", "MFU", "FLOP floor, s", "byte floor, s", "peak, MB", ""]
+    head = [
+        "",
+        "tokens",
+        "seconds",
+        "tokens/s",
+        "MFU",
+        "FLOP floor, s",
+        "byte floor, s",
+        "peak, MB",
+        "",
+    ]
     rows = [head, ["---"] * len(head)]
     for line in lines:
         seconds = statistics.median(line.seconds) if line.seconds else math.nan
         floor = line.flops / machine.flops
-        cells = [line.what, f"{line.tokens:,}" if line.tokens else "", f"{seconds:.3f}" if line.seconds else ""]
+        cells = [
+            line.what,
+            f"{line.tokens:,}" if line.tokens else "",
+            f"{seconds:.3f}" if line.seconds else "",
+        ]
         cells.append(f"{line.tokens / seconds:,.0f}" if line.tokens and line.seconds else "")
         cells += [f"{floor / seconds:.0%}", f"{floor:.3f}"] if line.flops else ["", ""]
         cells.append(f"{line.moved / machine.bandwidth:.3f}" if line.moved else "")
@@ -711,11 +969,16 @@ def table(lines: list[Line], machine: Machine) -> str:
 
 def header(cfg: Config, machine: Machine) -> str:
     facts = run_facts(cfg)
-    cpu = next((t.partition(":")[2].strip() for t in cpu_info() if t.startswith("model name")), facts["machine"]["cpu"])
+    cpu = next(
+        (t.partition(":")[2].strip() for t in cpu_info() if t.startswith("model name")),
+        facts["machine"]["cpu"],
+    )
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return (
-        f"command   python {' '.join(sys.argv)}\nhardware  {cpu}, {os.cpu_count()} cores, one thread used; "
-        f"{machine.flops / 1e9:.1f} GFLOP/s (fp32, 512 x 512), {machine.bandwidth / 1e9:.1f} GB/s (copy)\n"
+        f"command   python {' '.join(sys.argv)}\nhardware  {cpu}, {os.cpu_count()} cores, one "
+        "thread used; "
+        f"{machine.flops / 1e9:.1f} GFLOP/s (fp32, 512 x 512), {machine.bandwidth / 1e9:.1f} GB/s "
+        "(copy)\n"
         f"versions  {versions}, commit {(facts['git'] or 'none')[:9]}"
     )
 
@@ -725,7 +988,13 @@ def cpu_info() -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
-SECTIONS = dict(trainer=bench_trainer, chain=bench_chain, memory=bench_memory, sync=bench_sync, rollout=bench_rollout)
+SECTIONS = dict(
+    trainer=bench_trainer,
+    chain=bench_chain,
+    memory=bench_memory,
+    sync=bench_sync,
+    rollout=bench_rollout,
+)
 SECTIONS |= dict(judge=bench_judge, idle=bench_idle, growth=bench_growth, step=bench_step)
 
 
@@ -736,8 +1005,10 @@ def main(cfg: Config) -> None:
     print(header(cfg, machine), flush=True)
     if cfg.vs:
         if importlib.util.find_spec("trl") is None:
-            raise SystemExit("TRL is not installed; it is no requirement of this repo: "
-                             "python -m pip install trl==1.16.0, best into a virtual environment of its own")
+            raise SystemExit(
+                "TRL is not installed; it is no requirement of this repo: "
+                "python -m pip install trl==1.16.0, best into a virtual environment of its own"
+            )
         from tests.bench import bench_trl
 
         cfg.what = "trainer" if cfg.what == Config.what else cfg.what

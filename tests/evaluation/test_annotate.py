@@ -1,4 +1,6 @@
-"""Making RRM rows: a teacher over real HTTP that fails in every way, balance, going on; critique lift; paired bootstrap."""
+"""Making RRM rows: a teacher over real HTTP that fails in every way, balance, going on; critique
+lift; paired bootstrap.
+"""
 
 import random
 from collections import Counter
@@ -16,8 +18,16 @@ from results import judging
 from tests.helpers.judge_server import hashed_judgment, judge_server
 from tests.helpers.tiny import toy, toy_world
 
-LIMITS = ["--engine=hf", "--tools=search", "--max_turns=2", "--max_new_tokens_per_turn=12", "--max_tokens_per_attempt=200",
-          "--max_context=600", "--rrm_max_context=4000", "--temperature=1.0"]
+LIMITS = [
+    "--engine=hf",
+    "--tools=search",
+    "--max_turns=2",
+    "--max_new_tokens_per_turn=12",
+    "--max_tokens_per_attempt=200",
+    "--max_context=600",
+    "--rrm_max_context=4000",
+    "--temperature=1.0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +36,30 @@ def world(tmp_path_factory):
 
 
 def annotate(world, out, url, *more):
-    args = [f"--agents={world}/model", f"--data={world}/rl.jsonl", f"--teacher={url}", f"--out={out}/rows.jsonl", *LIMITS]
-    annotation.annotate(parse_config(annotation.AnnotateConfig, [*args, "--samples_per_question=2", "--share_correct=0", *more]))
+    args = [
+        f"--agents={world}/model",
+        f"--data={world}/rl.jsonl",
+        f"--teacher={url}",
+        f"--out={out}/rows.jsonl",
+        *LIMITS,
+    ]
+    annotation.annotate(
+        parse_config(
+            annotation.AnnotateConfig,
+            [*args, "--samples_per_question=2", "--share_correct=0", *more],
+        )
+    )
     return read_appended(out / "rows.jsonl")
 
 
 def test_rows_are_valid_and_a_second_call_asks_nothing_again(world, tmp_path):
     with judge_server() as (url, seen):
         rows = annotate(world, tmp_path, url)
-        assert len(rows) == len(seen) == 12 and annotate(world, tmp_path, url) == rows and len(seen) == 12
+        assert (
+            len(rows) == len(seen) == 12
+            and annotate(world, tmp_path, url) == rows
+            and len(seen) == 12
+        )
     for row in rows:
         assert reward_model.check_rrm_row(row) is None and reward_model.target_text(row)
     assert len({row["id"] for row in rows}) == 12
@@ -53,12 +78,18 @@ def test_a_teacher_that_answers_500_prose_and_429_loses_no_trajectory(world, tmp
 
 
 def test_what_stays_prose_is_left_out_and_asked_again_by_the_next_call(world, tmp_path, capsys):
-    with judge_server(lambda text: "prose" if "x" in text.split("from ")[1][:3] or len(text) % 2 else hashed_judgment(text)) as (url, _):
+    with judge_server(
+        lambda text: (
+            "prose" if "x" in text.split("from ")[1][:3] or len(text) % 2 else hashed_judgment(text)
+        )
+    ) as (url, _):
         some = annotate(world, tmp_path, url)
     assert f"{12 - len(some)} without a valid judgment" in capsys.readouterr().out
     with judge_server() as (url, seen):
         rows = annotate(world, tmp_path, url)
-    assert len(seen) == 12 - len(some) and len(rows) == 12 and [r for r in rows if r in some] == some
+    assert (
+        len(seen) == 12 - len(some) and len(rows) == 12 and [r for r in rows if r in some] == some
+    )
 
 
 def test_a_line_cut_by_a_kill_is_written_again(world, tmp_path):
@@ -76,7 +107,9 @@ def test_a_teacher_that_is_not_there_is_named_before_any_work(world, tmp_path):
     assert not (tmp_path / "rows.trajectories.jsonl").exists()
 
 
-@pytest.mark.parametrize("right, wrong, share, kept", [(10, 4, 0.5, (4, 4)), (3, 30, 0.25, (3, 9)), (5, 2, 0.0, (5, 2))])
+@pytest.mark.parametrize(
+    "right, wrong, share, kept", [(10, 4, 0.5, (4, 4)), (3, 30, 0.25, (3, 9)), (5, 2, 0.0, (5, 2))]
+)
 def test_the_larger_class_is_thinned_to_the_share_asked_for(right, wrong, share, kept):
     rows = [{"id": f"r{i}", "correct": i < right} for i in range(right + wrong)]
     thin = annotation.thinned(rows, share, 0)
@@ -89,9 +122,17 @@ def test_critique_lift_counts_each_kind_of_critique(world):
     from reagent import reward_model
 
     config = parse_config(evaluate.ReportConfig, [f"--data={world}/rl.jsonl", *LIMITS])
-    with judge_server() as (url, _), evaluate.agent_at_work(config, f"{world}/model") as (setup, rounds, rows, run):
-        setup.rule_reward = lambda row, answer: (0.0, len(answer or "") % 2 == 1)  # a tiny model is never right by itself
-        lift = evaluate.critique_lift(setup, reward_model.served_judge([url]), rows, rounds, run, seed=0)
+    with (
+        judge_server() as (url, _),
+        evaluate.agent_at_work(config, f"{world}/model") as (setup, rounds, rows, run),
+    ):
+        setup.rule_reward = lambda row, answer: (
+            0.0,
+            len(answer or "") % 2 == 1,
+        )  # a tiny model is never right by itself
+        lift = evaluate.critique_lift(
+            setup, reward_model.served_judge([url]), rows, rounds, run, seed=0
+        )
     for name in ("own", "shuffled", "empty"):
         change = (lift[f"lift/{name}/fixed"] - lift[f"lift/{name}/broken"]) / lift["lift/questions"]
         assert lift[f"lift/{name}/refined"] == pytest.approx(lift["lift/first"] + change)
@@ -103,12 +144,21 @@ def test_paired_bootstrap_tells_a_better_judge_from_an_equal_one():
     rows = [{"score": float(s), "correct": bool(s > 0.5)} for s in rng.random(200)]
     good = [Judgment("t", "c", min(1.0, row["score"])) for row in rows]
     bad = [Judgment("t", "c", float(rng.random())) for _ in rows]
-    better, equal = judging.paired_bootstrap(bad, good, rows), judging.paired_bootstrap(good, good, rows)
+    better, equal = (
+        judging.paired_bootstrap(bad, good, rows),
+        judging.paired_bootstrap(good, good, rows),
+    )
     assert better["difference/mae"][2] < 0 < better["difference/auc/correct"][1]
-    assert equal["difference/mae"] == [0.0, 0.0, 0.0] and equal["difference/auc/correct"] == [0.0, 0.0, 0.0]
+    assert equal["difference/mae"] == [0.0, 0.0, 0.0] and equal["difference/auc/correct"] == [
+        0.0,
+        0.0,
+        0.0,
+    ]
 
 
 def test_report_says_when_it_has_no_tokenizer_to_count_with(tmp_path):
     toy.write(tmp_path / "rrm.jsonl", [toy.rrm_row(random.Random(0), 0)])
     with pytest.raises(SystemExit, match="report: toy is no folder.*--agent=FOLDER"):
-        evaluate.report(parse_config(evaluate.ReportConfig, ["--rrm=toy", f"--eval_data={tmp_path}/rrm.jsonl"]))
+        evaluate.report(
+            parse_config(evaluate.ReportConfig, ["--rrm=toy", f"--eval_data={tmp_path}/rrm.jsonl"])
+        )

@@ -1,4 +1,6 @@
-"""Whole evaluations as a user starts them: served and local models, kills, servers that go away, judges, refinement."""
+"""Whole evaluations as a user starts them: served and local models, kills, servers that go away,
+judges, refinement.
+"""
 
 import json
 import os
@@ -30,8 +32,17 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     tiny_model(folder / "model", max_positions=4096)
     docs = [{"title": "Capitals", "text": "Paris, Lima, Rome and Oslo are capitals."}]
-    rows = [dict(id=name, question=f"Which city is {name}?", answer=city, kind="qa", docs=docs, meta={"level": name[1]})
-            for name, city in ANSWERS.items()]
+    rows = [
+        dict(
+            id=name,
+            question=f"Which city is {name}?",
+            answer=city,
+            kind="qa",
+            docs=docs,
+            meta={"level": name[1]},
+        )
+        for name, city in ANSWERS.items()
+    ]
     toy.write(folder / "cities.jsonl", rows)
     return folder
 
@@ -44,8 +55,13 @@ def tokenizer_of(world):
 
 def run(world, out, *args):
     """evaluate.py in this process; the same question file for all."""
-    base = [f"--dataset={world}/cities.jsonl", "--tools=search", f"--out_dir={out}", "--patience_s=5",
-            f"--judge_cache={out}/cache.sqlite"]
+    base = [
+        f"--dataset={world}/cities.jsonl",
+        "--tools=search",
+        f"--out_dir={out}",
+        "--patience_s=5",
+        f"--judge_cache={out}/cache.sqlite",
+    ]
     evaluate.main(parse_config(evaluate.Config, [*base, *args]))
     return results(out)
 
@@ -56,7 +72,9 @@ def results(out):
 
 def knows(text, request):
     """Searches once, then answers; q3 is answered wrong."""
-    name = re.findall(r"Which city is (q\d)", str(request["messages"]) if "messages" in request else text)[-1]
+    name = re.findall(
+        r"Which city is (q\d)", str(request["messages"]) if "messages" in request else text
+    )[-1]
     if "Results for" not in str(request.get("messages", text)):
         return '<tool_call>{"name": "search", "arguments": {"queries": ["capital"]}}</tool_call>'
     return f"<think>I saw it.</think>\\boxed{{{'Bonn' if name == 'q3' else ANSWERS[name]}}}"
@@ -69,13 +87,22 @@ def served(world, url):
 def test_a_served_model_is_asked_with_token_ids_that_only_grow(world, tmp_path):
     with chat_server(knows, tokenizer_of(world)) as (url, seen):
         rows = run(world, tmp_path, *served(world, url), "--rollouts=2")
-    assert [(r["id"], r["rollout"], r["correct"]) for r in rows] == [(q, n, q != "q3") for q in ANSWERS for n in (0, 1)]
+    assert [(r["id"], r["rollout"], r["correct"]) for r in rows] == [
+        (q, n, q != "q3") for q in ANSWERS for n in (0, 1)
+    ]
     assert len(seen) == 16 and len({request["seed"] for request in seen}) == 16
-    assert all(request["top_k"] == -1 and request["ignore_eos"] and request["stop_token_ids"] for request in seen)
+    assert all(
+        request["top_k"] == -1 and request["ignore_eos"] and request["stop_token_ids"]
+        for request in seen
+    )
     prompts = sorted((request["prompt"] for request in seen), key=len)
     assert all(any(long[: len(short)] == short for long in prompts[8:]) for short in prompts[:8])
     report = (tmp_path / "report.md").read_text()
-    assert "token ids in and out" in report and "75.0 [25.0, 100.0]" in report and "| level | 3 | 1 | 0.0 [0.0, 0.0] |" in report
+    assert (
+        "token ids in and out" in report
+        and "75.0 [25.0, 100.0]" in report
+        and "| level | 3 | 1 | 0.0 [0.0, 0.0] |" in report
+    )
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
@@ -87,7 +114,9 @@ def test_a_finished_run_asks_nothing_and_more_rollouts_only_what_is_missing(worl
         assert len(seen) == 4
         rows = run(world, tmp_path, *served(world, url), "--limit=3", "--rollouts=2")
     assert len(seen) == 12 and len(rows) == 6
-    with pytest.raises(SystemExit, match="holds another run .temperature: 0.6 -> 1.0.: give another --out_dir"):
+    with pytest.raises(
+        SystemExit, match="holds another run .temperature: 0.6 -> 1.0.: give another --out_dir"
+    ):
         run(world, tmp_path, *served(world, url), "--temperature=1.0")
 
 
@@ -100,16 +129,24 @@ def test_a_server_that_goes_away_stops_the_run_and_marks_no_row(world, tmp_path,
 
     tokenizer = tokenizer_of(world)
     with chat_server(dies, tokenizer) as (url, _):
-        with pytest.raises(SystemExit, match=r"no answer from http\S+ for 1 s .*; 1 of 4 chains are finished: run the same"):
+        with pytest.raises(
+            SystemExit,
+            match=r"no answer from http\S+ for 1 s .*; 1 of 4 chains are finished: run the same",
+        ):
             run(world, tmp_path / "a", *served(world, url), "--max_live_chains=1", "--patience_s=1")
-    assert not (tmp_path / "a" / "results.jsonl").exists() and "waiting for http" in capfd.readouterr().err
+    assert (
+        not (tmp_path / "a" / "results.jsonl").exists()
+        and "waiting for http" in capfd.readouterr().err
+    )
     lines = [json.loads(line) for line in open(tmp_path / "a" / "journal-0.jsonl")]
     assert [(line["id"], line["status"]) for line in lines] == [("q0", "answered")]
     with chat_server(knows, tokenizer) as (url, seen):  # at another port
         run(world, tmp_path / "a", *served(world, url), "--max_live_chains=1")
         assert len(seen) == 6
         run(world, tmp_path / "b", *served(world, url))
-    assert (tmp_path / "a" / "results.jsonl").read_bytes() == (tmp_path / "b" / "results.jsonl").read_bytes()
+    assert (tmp_path / "a" / "results.jsonl").read_bytes() == (
+        tmp_path / "b" / "results.jsonl"
+    ).read_bytes()
 
 
 def test_a_server_that_comes_back_in_time_is_waited_for(world, tmp_path):
@@ -141,13 +178,22 @@ def test_a_server_that_is_not_there_yet_is_waited_for(world, tmp_path):
     thread = threading.Thread(target=late)
     thread.start()
     try:
-        rows = run(world, tmp_path, *served(world, f"http://127.0.0.1:{port}/v1"), "--patience_s=30")
+        rows = run(
+            world, tmp_path, *served(world, f"http://127.0.0.1:{port}/v1"), "--patience_s=30"
+        )
     finally:
         stop.set()
         thread.join()
     assert len(rows) == 4
-    with pytest.raises(SystemExit, match="no answer from http.* for 0 s .*; 0 of 4 chains are finished"):
-        run(world, tmp_path / "none", *served(world, f"http://127.0.0.1:{port}/v1"), "--patience_s=0.3")
+    with pytest.raises(
+        SystemExit, match="no answer from http.* for 0 s .*; 0 of 4 chains are finished"
+    ):
+        run(
+            world,
+            tmp_path / "none",
+            *served(world, f"http://127.0.0.1:{port}/v1"),
+            "--patience_s=0.3",
+        )
 
 
 def test_refused_requests_are_no_answers_and_a_later_run_makes_them(world, tmp_path, capfd):
@@ -158,26 +204,45 @@ def test_refused_requests_are_no_answers_and_a_later_run_makes_them(world, tmp_p
 
     with chat_server(reply, tokenizer_of(world)) as (url, _):
         rows = run(world, tmp_path / "a", *served(world, url))
-        assert [(r["id"], r["status"], r["correct"]) for r in rows if r["status"] != "answered"] == [("q1", "fault", None)]
+        assert [
+            (r["id"], r["status"], r["correct"]) for r in rows if r["status"] != "answered"
+        ] == [("q1", "fault", None)]
         text = capfd.readouterr()
-        assert "refused a request" in text.err and "1 chains failed for want of infrastructure" in text.err
+        assert (
+            "refused a request" in text.err
+            and "1 chains failed for want of infrastructure" in text.err
+        )
         assert json.load(open(tmp_path / "a" / "summary.json"))[0]["counts"]["fault"] == 1
         refuses[0] = False
         run(world, tmp_path / "a", *served(world, url))
         run(world, tmp_path / "b", *served(world, url))
-    assert (tmp_path / "a" / "results.jsonl").read_bytes() == (tmp_path / "b" / "results.jsonl").read_bytes()
+    assert (tmp_path / "a" / "results.jsonl").read_bytes() == (
+        tmp_path / "b" / "results.jsonl"
+    ).read_bytes()
 
 
 def test_a_tool_fault_is_no_answer(world, tmp_path, monkeypatch):
-    toy.write(tmp_path / "rows.jsonl", [dict(id="q0", question="Which city is q0?", answer="Paris", kind="qa")])
+    toy.write(
+        tmp_path / "rows.jsonl",
+        [dict(id="q0", question="Which city is q0?", answer="Paris", kind="qa")],
+    )
     monkeypatch.setenv("SEARXNG_URL", "http://127.0.0.1:9")
     with chat_server(knows, tokenizer_of(world)) as (url, seen):
-        args = (*served(world, url), f"--dataset={tmp_path}/rows.jsonl", "--retries=1", "--seconds_per_call=1")
+        args = (
+            *served(world, url),
+            f"--dataset={tmp_path}/rows.jsonl",
+            "--retries=1",
+            "--seconds_per_call=1",
+        )
         rows = run(world, tmp_path / "a", *args)
         assert len(seen) == 2  # tried again once
-        assert [(r["status"], r["fault"], r["correct"]) for r in rows] == [("fault", "tool search", None)]
+        assert [(r["status"], r["fault"], r["correct"]) for r in rows] == [
+            ("fault", "tool search", None)
+        ]
         monkeypatch.delenv("SEARXNG_URL")
-        with pytest.raises(SystemExit, match="rows: nothing to search: give --corpus=FILE or a search provider"):
+        with pytest.raises(
+            SystemExit, match="rows: nothing to search: give --corpus=FILE or a search provider"
+        ):
             run(world, tmp_path / "a", *args)
 
 
@@ -187,7 +252,12 @@ def test_a_chat_only_server_works_and_the_report_says_so(world, tmp_path):
     assert [r["correct"] for r in rows] == [True, True, True, False]
     assert "history rendered again by the server" in (tmp_path / "report.md").read_text()
     last = max(seen, key=lambda request: len(request["messages"]))["messages"]
-    assert [m["role"] for m in last] == ["system", "user", "assistant", "user"] and '"name": "search"' in last[0]["content"]
+    assert [m["role"] for m in last] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+    ] and '"name": "search"' in last[0]["content"]
     assert last[3]["content"].startswith("<tool_response>\nResults for")
 
 
@@ -201,26 +271,49 @@ def test_a_server_without_token_ids_in_its_replies_is_marked_too(world, tmp_path
 def test_refinement_counts_what_it_fixes_and_breaks(world, tmp_path):
     def second_thoughts(text, request):
         name, again = re.findall(r"Which city is (q\d)", text)[-1], "A reviewer" in text
-        right = {"q0": (True, True), "q1": (False, True), "q2": (True, False), "q3": (False, True)}[name][again]
+        right = {"q0": (True, True), "q1": (False, True), "q2": (True, False), "q3": (False, True)}[
+            name
+        ][again]
         return f"\\boxed{{{ANSWERS[name] if right else 'Bonn'}}}"
 
-    with chat_server(second_thoughts, tokenizer_of(world)) as (url, _), judge_server() as (rrm, judged):
+    with (
+        chat_server(second_thoughts, tokenizer_of(world)) as (url, _),
+        judge_server() as (rrm, judged),
+    ):
         rows = run(world, tmp_path, *served(world, url), "--refine", f"--rrm={rrm}")
     figures = json.load(open(tmp_path / "summary.json"))[0]
-    assert figures["refine"]["o1"][0] == 0.5 and figures["refine"]["o2"][0] == figures["all"][0] == 0.75
-    assert [figures["refine"][key] for key in ("fixed", "broken", "refined", "not_refined")] == [2, 1, 4, 0]
-    assert [r["correct"] for r in rows] == [True, True, False, True] and all(len(r["attempts"]) == 2 for r in rows)
+    assert (
+        figures["refine"]["o1"][0] == 0.5
+        and figures["refine"]["o2"][0] == figures["all"][0] == 0.75
+    )
+    assert [figures["refine"][key] for key in ("fixed", "broken", "refined", "not_refined")] == [
+        2,
+        1,
+        4,
+        0,
+    ]
+    assert [r["correct"] for r in rows] == [True, True, False, True] and all(
+        len(r["attempts"]) == 2 for r in rows
+    )
     assert len(judged) == 8 and "| 2 | 1 | 4 | 0 |" in (tmp_path / "report.md").read_text()
 
 
-def test_invalid_critiques_leave_the_first_answer_and_a_dead_reward_model_stops_the_run(world, tmp_path):
+def test_invalid_critiques_leave_the_first_answer_and_a_dead_reward_model_stops_the_run(
+    world, tmp_path
+):
     with chat_server(knows, tokenizer_of(world)) as (url, _):
         with judge_server(lambda text: "no blocks") as (rrm, _):
             run(world, tmp_path / "a", *served(world, url), "--refine", f"--rrm={rrm}")
         figures = json.load(open(tmp_path / "a" / "summary.json"))[0]["refine"]
         assert figures["not_refined"] == 4 and figures["o1"] == figures["o2"]
         with pytest.raises(SystemExit, match="no judge answers at http://127.0.0.1:9"):
-            run(world, tmp_path / "b", *served(world, url), "--refine", "--rrm=http://127.0.0.1:9/v1")
+            run(
+                world,
+                tmp_path / "b",
+                *served(world, url),
+                "--refine",
+                "--rrm=http://127.0.0.1:9/v1",
+            )
     with pytest.raises(SystemExit, match="--refine needs the reward model"):
         run(world, tmp_path / "b", "--model=x", "--refine")
 
@@ -231,27 +324,49 @@ def says(*verdicts):
 
     def reply(text, request):
         said = left.pop(0) if len(left) > 1 else left[0]
-        return said if isinstance(said, (int, tuple)) or said is None else f"They agree or not.\nVERDICT: {said}"
+        return (
+            said
+            if isinstance(said, (int, tuple)) or said is None
+            else f"They agree or not.\nVERDICT: {said}"
+        )
 
     return reply
 
 
-def test_answers_without_a_judge_are_judged_later_and_the_model_is_not_asked_again(world, tmp_path, capfd):
+def test_answers_without_a_judge_are_judged_later_and_the_model_is_not_asked_again(
+    world, tmp_path, capfd
+):
     args = ("--judged=all",)
     with chat_server(knows, tokenizer_of(world)) as (url, seen):
         rows = run(world, tmp_path, *served(world, url), *args)
-        assert [r["correct"] for r in rows] == [None] * 4  # three of them equal the reference: no rule decides
+        assert [r["correct"] for r in rows] == [
+            None
+        ] * 4  # three of them equal the reference: no rule decides
         figures = json.load(open(tmp_path / "summary.json"))[0]
-        assert figures["scored"] is None and figures["all"][0] == 0 and figures["counts"]["unscored"] == 4
+        assert (
+            figures["scored"] is None
+            and figures["all"][0] == 0
+            and figures["counts"]["unscored"] == 4
+        )
         asked = len(seen)
         with chat_server(says("CORRECT", "INCORRECT", "PERHAPS")) as (judge, judged):
             rows = run(world, tmp_path, *served(world, url), *args, f"--judge={judge}")
-        assert len(seen) == asked and [r["correct"] for r in rows].count(None) == 2 and len(judged) == 2 + 2 * 4
-        assert "2 of 4 answers stay unscored (the judge's reply has no verdict as its last line)" in capfd.readouterr().err
+        assert (
+            len(seen) == asked
+            and [r["correct"] for r in rows].count(None) == 2
+            and len(judged) == 2 + 2 * 4
+        )
+        assert (
+            "2 of 4 answers stay unscored (the judge's reply has no verdict as its last line)"
+            in capfd.readouterr().err
+        )
         with chat_server(says("CORRECT")) as (judge, judged):
             rows = run(world, tmp_path, *served(world, url), *args, f"--judge={judge}")
         assert len(judged) == 2 and [r["correct"] for r in rows].count(True) == 3
-        with chat_server(says("CORRECT"), model="another") as (judge, judged):  # its verdicts are its own
+        with chat_server(says("CORRECT"), model="another") as (
+            judge,
+            judged,
+        ):  # its verdicts are its own
             run(world, tmp_path, *served(world, url), *args, f"--judge={judge}")
             assert len(judged) == 4
     figures = json.load(open(tmp_path / "summary.json"))[0]
@@ -260,19 +375,45 @@ def test_answers_without_a_judge_are_judged_later_and_the_model_is_not_asked_aga
 
 def test_087_a_judge_that_is_down_leaves_answers_unscored(world, tmp_path, capfd):
     with chat_server(knows, tokenizer_of(world)) as (url, _), chat_server(says(500)) as (judge, _):
-        rows = run(world, tmp_path, *served(world, url), "--judged=all", f"--judge={judge}", "--patience_s=0.3")
-    assert [r["correct"] for r in rows] == [None] * 4 and "4 of 4 answers stay unscored (no answer from" in capfd.readouterr().err
+        rows = run(
+            world,
+            tmp_path,
+            *served(world, url),
+            "--judged=all",
+            f"--judge={judge}",
+            "--patience_s=0.3",
+        )
+    assert [r["correct"] for r in rows] == [
+        None
+    ] * 4 and "4 of 4 answers stay unscored (no answer from" in capfd.readouterr().err
 
 
 def test_encrypted_rows_lie_on_no_disk_in_the_open(world, tmp_path):
-    secret = {"question": "Which city is q0, the Verrocchio of towns?", "answer": "Paris on the Zyzzyva"}
+    secret = {
+        "question": "Which city is q0, the Verrocchio of towns?",
+        "answer": "Paris on the Zyzzyva",
+    }
     canary = "xb-9f2c"
     row = {key: evaluate.sealed(text, canary) for key, text in secret.items()}
-    toy.write(tmp_path / "xbench.jsonl", [dict(id="1", **row, kind="qa", meta={"encrypted": True, "canary": canary})])
+    toy.write(
+        tmp_path / "xbench.jsonl",
+        [dict(id="1", **row, kind="qa", meta={"encrypted": True, "canary": canary})],
+    )
     toy.write(tmp_path / "pages.jsonl", [dict(id="1", title="Capitals", text="Paris.")])
-    replies = lambda text, request: "\\boxed{Paris on the Zyzzyva}"
-    with chat_server(replies, tokenizer_of(world)) as (url, seen), chat_server(says("CORRECT")) as (judge, judged):
-        args = (*served(world, url), f"--judge={judge}", f"--dataset={tmp_path}/xbench.jsonl", f"--corpus={tmp_path}/pages.jsonl")
+
+    def replies(text, request):
+        return "\\boxed{Paris on the Zyzzyva}"
+
+    with (
+        chat_server(replies, tokenizer_of(world)) as (url, seen),
+        chat_server(says("CORRECT")) as (judge, judged),
+    ):
+        args = (
+            *served(world, url),
+            f"--judge={judge}",
+            f"--dataset={tmp_path}/xbench.jsonl",
+            f"--corpus={tmp_path}/pages.jsonl",
+        )
         rows = run(world, tmp_path / "out", *args)
     assert "Verrocchio" in judged[0]["messages"][0]["content"] and rows[0]["correct"] is True
     assert opened(rows[0])["attempts"][0]["answer"] == "Paris on the Zyzzyva"
@@ -281,7 +422,13 @@ def test_encrypted_rows_lie_on_no_disk_in_the_open(world, tmp_path):
         assert not any(word in data for word in (b"Verrocchio", b"Zyzzyva")), path
 
 
-HF = ("--engine=hf", "--max_tokens_per_attempt=120", "--rollouts=3", "--temperature=1.0", "--top_p=1.0")
+HF = (
+    "--engine=hf",
+    "--max_tokens_per_attempt=120",
+    "--rollouts=3",
+    "--temperature=1.0",
+    "--top_p=1.0",
+)
 
 
 def test_a_local_run_cut_anywhere_and_resumed_leaves_the_same_bytes(world, tmp_path):
@@ -292,19 +439,30 @@ def test_a_local_run_cut_anywhere_and_resumed_leaves_the_same_bytes(world, tmp_p
         again.mkdir()
         (again / "journal-0.jsonl").write_bytes(journal[: int(share * len(journal))])
         run(world, again, f"--model={world}/model", *HF, "--max_live_chains=5")
-        assert (again / "results.jsonl").read_bytes() == (tmp_path / "straight" / "results.jsonl").read_bytes(), share
+        assert (again / "results.jsonl").read_bytes() == (
+            tmp_path / "straight" / "results.jsonl"
+        ).read_bytes(), share
 
 
 def test_089_two_runs_cannot_write_one_folder(world, tmp_path):
     holder = evaluate.Journal(str(tmp_path))
-    with pytest.raises(SystemExit, match=f"is being written by process {os.getpid()} on .*, since 20"):
+    with pytest.raises(
+        SystemExit, match=f"is being written by process {os.getpid()} on .*, since 20"
+    ):
         run(world, tmp_path, f"--model={world}/model", *HF)
     holder.close()
     assert len(run(world, tmp_path, f"--model={world}/model", *HF, "--limit=1")) == 3
 
 
 def command(world, out, *args):
-    return [f"--dataset={world}/cities.jsonl", "--tools=search", f"--out_dir={out}", f"--model={world}/model", *HF, *args]
+    return [
+        f"--dataset={world}/cities.jsonl",
+        "--tools=search",
+        f"--out_dir={out}",
+        f"--model={world}/model",
+        *HF,
+        *args,
+    ]
 
 
 @pytest.mark.slow
@@ -313,17 +471,30 @@ def test_two_ranks_share_the_questions_and_leave_the_same_file(world, tmp_path):
 
     run(world, tmp_path / "one", f"--model={world}/model", *HF)
     torchrun("evaluate.py", *command(world, tmp_path / "two"))
-    assert all((tmp_path / "two" / f"journal-{rank}.jsonl").stat().st_size > 1000 for rank in (0, 1))
-    assert (tmp_path / "one" / "results.jsonl").read_bytes() == (tmp_path / "two" / "results.jsonl").read_bytes()
+    assert all(
+        (tmp_path / "two" / f"journal-{rank}.jsonl").stat().st_size > 1000 for rank in (0, 1)
+    )
+    assert (tmp_path / "one" / "results.jsonl").read_bytes() == (
+        tmp_path / "two" / "results.jsonl"
+    ).read_bytes()
 
 
 @pytest.mark.slow
 def test_088_twenty_kills_leave_the_file_of_an_undisturbed_run(world, tmp_path):
     """SIGKILL at random moments of start, sampling and writing."""
-    rng, args = random.Random(0), ("--rollouts=12", "--max_live_chains=4", "--max_tokens_per_attempt=400")
-    start = lambda out: subprocess.Popen(
-        [sys.executable, "evaluate.py", *command(world, out, *args)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    rng, args = (
+        random.Random(0),
+        ("--rollouts=12", "--max_live_chains=4", "--max_tokens_per_attempt=400"),
     )
+
+    def start(out):
+        return subprocess.Popen(
+            [sys.executable, "evaluate.py", *command(world, out, *args)],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+
     whole = start(tmp_path / "a")
     began = time.monotonic()
     assert whole.wait(300) == 0, whole.stderr.read()[-2000:]
@@ -336,12 +507,16 @@ def test_088_twenty_kills_leave_the_file_of_an_undisturbed_run(world, tmp_path):
         journal = tmp_path / "b" / "journal-0.jsonl"
         sizes.append(journal.stat().st_size if journal.exists() else 0)
         if process.returncode == 0:  # it came to its end: begin a new one, the kills so far count
-            assert (tmp_path / "b" / "results.jsonl").read_bytes() == (tmp_path / "a" / "results.jsonl").read_bytes()
+            assert (tmp_path / "b" / "results.jsonl").read_bytes() == (
+                tmp_path / "a" / "results.jsonl"
+            ).read_bytes()
             for path in (tmp_path / "b").iterdir():
                 path.unlink()
     last = start(tmp_path / "b")
     assert last.wait(300) == 0, last.stderr.read()[-2000:]
-    assert (tmp_path / "b" / "results.jsonl").read_bytes() == (tmp_path / "a" / "results.jsonl").read_bytes()
+    assert (tmp_path / "b" / "results.jsonl").read_bytes() == (
+        tmp_path / "a" / "results.jsonl"
+    ).read_bytes()
     keys = [(r["dataset"], r["id"], r["rollout"]) for r in results(tmp_path / "b")]
     assert len(keys) == len(set(keys)) == 48 and len(set(sizes)) > 3
 
@@ -353,15 +528,26 @@ def test_transformers_vllm_and_vllm_over_two_ranks_leave_the_same_file(tmp_path,
 
     pytest.importorskip("vllm")
     tiny_model(tmp_path / "model", hidden=128, max_positions=4096)
-    options = (f"--model={tmp_path}/model", "--temperature=0", "--max_tokens_per_attempt=200", "--tools=search")
+    options = (
+        f"--model={tmp_path}/model",
+        "--temperature=0",
+        "--max_tokens_per_attempt=200",
+        "--tools=search",
+    )
     common = (f"--dataset={world}/cities.jsonl", *options)
-    commands = {"hf": ["--engine=hf"], "vllm": ["--engine=vllm"], "two": ["--engine=vllm", "--tensor_parallel=2"]}
+    commands = {
+        "hf": ["--engine=hf"],
+        "vllm": ["--engine=vllm"],
+        "two": ["--engine=vllm", "--tensor_parallel=2"],
+    }
     for name, args in commands.items():
         args = ("evaluate.py", *common, *args, f"--out_dir={tmp_path}/{name}")
         if name == "two":
             torchrun(*args, timeout=400)
         else:
-            done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=400)
+            done = subprocess.run(
+                [sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=400
+            )
             assert done.returncode == 0, done.stderr[-2000:]
     assert len({(tmp_path / name / "results.jsonl").read_bytes() for name in commands}) == 1
 
@@ -375,41 +561,95 @@ def test_a_real_vllm_server_gives_what_the_local_engine_gives(world, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    tiny_model(tmp_path / "model", hidden=128, max_positions=4096)  # vLLM's CPU attention wants heads of 32
-    options = ["--dtype=float32", "--max-model-len=4096", "--enforce-eager", "--seed=0", f"--port={port}", "--host=127.0.0.1"]
+    tiny_model(
+        tmp_path / "model", hidden=128, max_positions=4096
+    )  # vLLM's CPU attention wants heads of 32
+    options = [
+        "--dtype=float32",
+        "--max-model-len=4096",
+        "--enforce-eager",
+        "--seed=0",
+        f"--port={port}",
+        "--host=127.0.0.1",
+    ]
     log = open(tmp_path / "server.log", "w")
     server = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={tmp_path}/model", *options], cwd=tmp_path, stdout=log,
-        stderr=log, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}, start_new_session=True
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            f"--model={tmp_path}/model",
+            *options,
+        ],
+        cwd=tmp_path,
+        stdout=log,
+        stderr=log,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        start_new_session=True,
+    )
     url, most = f"--model=http://127.0.0.1:{port}/v1", "--max_tokens_per_attempt=300"
     try:
-        greedy = run(world, tmp_path / "served", url, "--temperature=0", most, "--patience_s=240")  # the run waits for it
-        sampled = [run(world, tmp_path / name, url, "--temperature=1.0", "--rollouts=2", most) for name in "ab"]
+        greedy = run(
+            world, tmp_path / "served", url, "--temperature=0", most, "--patience_s=240"
+        )  # the run waits for it
+        sampled = [
+            run(world, tmp_path / name, url, "--temperature=1.0", "--rollouts=2", most)
+            for name in "ab"
+        ]
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
     assert "token ids in and out" in (tmp_path / "served" / "report.md").read_text()
-    local = run(world, tmp_path / "local", f"--model={tmp_path}/model", "--engine=hf", "--temperature=0", most)
-    assert [r["messages"] for r in greedy] == [r["messages"] for r in local] and [r["tokens"] for r in greedy] == [r["tokens"] for r in local]
+    local = run(
+        world,
+        tmp_path / "local",
+        f"--model={tmp_path}/model",
+        "--engine=hf",
+        "--temperature=0",
+        most,
+    )
+    assert [r["messages"] for r in greedy] == [r["messages"] for r in local] and [
+        r["tokens"] for r in greedy
+    ] == [r["tokens"] for r in local]
     assert sampled[0] == sampled[1] and len({str(r["messages"]) for r in sampled[0]}) == 8
 
 
 @pytest.mark.skipif(not (SHARED / "hotpotqa").is_dir(), reason="the real rows are not here")
 def test_real_rows_of_four_sets_pass_through_the_whole_path_offline(world, tmp_path):
     prepare = __import__("tests.helpers.tiny", fromlist=["load"]).load("data/benchmarks/prepare.py")
-    files = {"hotpotqa200": "hotpotqa/arpo200", "gsm8k": "gsm8k/test", "math500": "math500/test", "bamboogle": "bamboogle/test"}
+    files = {
+        "hotpotqa200": "hotpotqa/arpo200",
+        "gsm8k": "gsm8k/test",
+        "math500": "math500/test",
+        "bamboogle": "bamboogle/test",
+    }
     for name, file in files.items():
         prepare.prepare(name, [SHARED / f"{file}.jsonl"], tmp_path / "data", {})
     lines = open(SHARED / "corpus" / "corpus.jsonl").readlines()[:1000]
     (tmp_path / "corpus.jsonl").write_text("".join(lines))
     names = ",".join(files)
-    evaluate.main(parse_config(evaluate.Config, [
-        f"--model={world}/model", "--engine=hf", f"--dataset={names}", f"--data_dir={tmp_path}/data", "--limit=3", "--rollouts=2",
-        f"--corpus={tmp_path}/corpus.jsonl", "--max_tokens_per_attempt=100", f"--out_dir={tmp_path}/out",
-    ]))  # fmt: skip
+    evaluate.main(
+        parse_config(
+            evaluate.Config,
+            [
+                f"--model={world}/model",
+                "--engine=hf",
+                f"--dataset={names}",
+                f"--data_dir={tmp_path}/data",
+                "--limit=3",
+                "--rollouts=2",
+                f"--corpus={tmp_path}/corpus.jsonl",
+                "--max_tokens_per_attempt=100",
+                f"--out_dir={tmp_path}/out",
+            ],
+        )
+    )
     rows = results(tmp_path / "out")
     assert [r["dataset"] for r in rows] == [name for name in files for _ in range(6)]
-    assert all(r["status"] in ("answered", "no_answer") and r["correct"] in (True, False) for r in rows)
+    assert all(
+        r["status"] in ("answered", "no_answer") and r["correct"] in (True, False) for r in rows
+    )
     figures = json.load(open(tmp_path / "out" / "summary.json"))
-    assert [s["questions"] for s in figures] == [3] * 4 and all(s["counts"]["fault"] == 0 for s in figures)
+    assert [s["questions"] for s in figures] == [3] * 4 and all(
+        s["counts"]["fault"] == 0 for s in figures
+    )

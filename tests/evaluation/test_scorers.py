@@ -1,4 +1,6 @@
-"""Scorers against the outputs of the official code and against the benchmarks' own gold solutions."""
+"""Scorers against the outputs of the official code and against the benchmarks' own gold
+solutions.
+"""
 
 import json
 import os
@@ -31,7 +33,11 @@ def test_the_outputs_of_the_official_scorers():
 
 @pytest.mark.skipif(not (SHARED / "math500").is_dir(), reason="MATH500 is not here")
 def test_the_gold_solutions_of_math500_are_right():
-    wrong = [r["unique_id"] for r in rows(SHARED / "math500/test.jsonl") if not score("math", r["solution"], r["answer"])["correct"]]
+    wrong = [
+        r["unique_id"]
+        for r in rows(SHARED / "math500/test.jsonl")
+        if not score("math", r["solution"], r["answer"])["correct"]
+    ]
     assert wrong == []
 
 
@@ -42,7 +48,10 @@ def test_the_gold_solutions_of_gsm8k_are_right():
         assert score("gsm8k_official", row["answer"], row["answer"])["correct"]
 
 
-@pytest.mark.parametrize("scorer", ["gaia", "hotpotqa", "2wiki", "musique", "bamboogle", "math", "choice", "hendrycks_is_equiv"])
+@pytest.mark.parametrize(
+    "scorer",
+    ["gaia", "hotpotqa", "2wiki", "musique", "bamboogle", "math", "choice", "hendrycks_is_equiv"],
+)
 @pytest.mark.parametrize("pred", ["", "  ", None])
 def test_an_empty_prediction_is_never_right(scorer, pred):
     assert not score(scorer, pred, "the")["correct"] and not score(scorer, pred, "")["correct"]
@@ -74,7 +83,9 @@ def test_a_hanging_verifier_is_killed_and_says_so(monkeypatch):
     assert score("math", "x + 1", "1 + x")["correct"]
 
 
-@pytest.mark.parametrize("pred, right", [("B", True), ("(b)", True), ("B. Paris", True), ("Banana", False), ("A", False)])
+@pytest.mark.parametrize(
+    "pred, right", [("B", True), ("(b)", True), ("B. Paris", True), ("Banana", False), ("A", False)]
+)
 def test_multiple_choice(pred, right):
     assert score("choice", pred, "B")["correct"] is right
 
@@ -106,7 +117,11 @@ def test_no_inside_unknown_earns_nothing():
 
 
 def test_pass_at_k_counts_draws():
-    assert pass_at_k(4, 1, 2) == pytest.approx(0.5) and pass_at_k(3, 3, 1) == 1 and pass_at_k(3, 0, 3) == 0
+    assert (
+        pass_at_k(4, 1, 2) == pytest.approx(0.5)
+        and pass_at_k(3, 3, 1) == 1
+        and pass_at_k(3, 0, 3) == 0
+    )
 
 
 def test_bootstrap_interval_of_a_constant_is_the_constant():
@@ -116,4 +131,10 @@ def test_bootstrap_interval_of_a_constant_is_the_constant():
 def test_comparison_counts_gained_and_lost():
     a, b = {("", i): float(i < 2) for i in range(4)}, {("", i): float(i > 0) for i in range(5)}
     got = compare(a, b)
-    assert (got["questions"], got["only_in_b"], got["gained"], got["lost"], got["difference"]) == (4, 1, 2, 1, 0.25)
+    assert (got["questions"], got["only_in_b"], got["gained"], got["lost"], got["difference"]) == (
+        4,
+        1,
+        2,
+        1,
+        0.25,
+    )

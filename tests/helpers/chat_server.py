@@ -1,5 +1,5 @@
-"""A real HTTP server on loopback that plays a served model: /v1/models, /v1/completions with token ids, and
-/v1/chat/completions."""
+"""A real HTTP server on loopback that plays a served model: /v1/models, /v1/completions with token
+ids, and /v1/chat/completions."""
 
 import json
 import socket
@@ -11,11 +11,21 @@ from tests.helpers.judge_server import serving
 
 
 @contextmanager
-def chat_server(reply, tokenizer=None, *, completions=True, gives_ids=True, max_model_len=4096, port=0, model="tiny"):
+def chat_server(
+    reply,
+    tokenizer=None,
+    *,
+    completions=True,
+    gives_ids=True,
+    max_model_len=4096,
+    port=0,
+    model="tiny",
+):
     """Serves; yields (base URL, list of request bodies).
 
-    reply(prompt text, request) -> text | (text, finish_reason) | an int: that HTTP status | None: the connection is cut
-    | bytes: that body, whatever it is. The text of a chat is its last message.
+    reply(prompt text, request) -> text | (text, finish_reason) | an int: that HTTP status | None:
+    the connection is cut | bytes: that body, whatever it is. The text of a chat is its last
+    message.
     """
     seen, lock = [], threading.Lock()
 
@@ -23,7 +33,13 @@ def chat_server(reply, tokenizer=None, *, completions=True, gives_ids=True, max_
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            card = {"id": model, "object": "model", "created": 0, "owned_by": "test", "max_model_len": max_model_len}
+            card = {
+                "id": model,
+                "object": "model",
+                "created": 0,
+                "owned_by": "test",
+                "max_model_len": max_model_len,
+            }
             self.send({"object": "list", "data": [card]})
 
         def do_POST(self):
@@ -35,7 +51,10 @@ def chat_server(reply, tokenizer=None, *, completions=True, gives_ids=True, max_
                 return self.send(self.completion(request, "a", "length"))
             with lock:
                 seen.append(request)
-            said = reply(request["messages"][-1]["content"] if chat else tokenizer.decode(request["prompt"]), request)
+            said = reply(
+                request["messages"][-1]["content"] if chat else tokenizer.decode(request["prompt"]),
+                request,
+            )
             if said is None:
                 self.close_connection = True
                 return self.connection.shutdown(socket.SHUT_RDWR)
@@ -48,7 +67,15 @@ def chat_server(reply, tokenizer=None, *, completions=True, gives_ids=True, max_
                 return self.send(self.completion(request, text, reason))
             message = {"role": "assistant", "content": text}
             choice = {"index": 0, "finish_reason": reason, "message": message}
-            self.send({"id": "1", "object": "chat.completion", "created": 0, "model": model, "choices": [choice]})
+            self.send(
+                {
+                    "id": "1",
+                    "object": "chat.completion",
+                    "created": 0,
+                    "model": model,
+                    "choices": [choice],
+                }
+            )
 
         def completion(self, request, text, reason):
             ids = tokenizer.encode(text, add_special_tokens=False)
@@ -56,16 +83,33 @@ def chat_server(reply, tokenizer=None, *, completions=True, gives_ids=True, max_
                 ids.append(request["stop_token_ids"][0])
             if len(ids) > request["max_tokens"]:
                 ids, reason = ids[: request["max_tokens"]], "length"
-            choice = {"index": 0, "text": tokenizer.decode(ids[:-1] if reason == "stop" else ids), "finish_reason": reason}
-            choice["logprobs"] = {"token_logprobs": [-0.5] * len(ids), "tokens": [], "text_offset": [], "top_logprobs": None}
+            choice = {
+                "index": 0,
+                "text": tokenizer.decode(ids[:-1] if reason == "stop" else ids),
+                "finish_reason": reason,
+            }
+            choice["logprobs"] = {
+                "token_logprobs": [-0.5] * len(ids),
+                "tokens": [],
+                "text_offset": [],
+                "top_logprobs": None,
+            }
             if gives_ids and request.get("return_token_ids"):
                 choice["token_ids"] = ids
-            return {"id": "1", "object": "text_completion", "created": 0, "model": model, "choices": [choice]}
+            return {
+                "id": "1",
+                "object": "text_completion",
+                "created": 0,
+                "model": model,
+                "choices": [choice],
+            }
 
         def send(self, body, status=200):
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
-            self.send_header("Content-Type", "text/html" if isinstance(body, bytes) else "application/json")
+            self.send_header(
+                "Content-Type", "text/html" if isinstance(body, bytes) else "application/json"
+            )
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)

@@ -1,4 +1,6 @@
-"""A real HTTP server on loopback that speaks the chat completions format and plays a reward model."""
+"""A real HTTP server on loopback that speaks the chat completions format and plays a reward
+model.
+"""
 
 import hashlib
 import json
@@ -8,9 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 def hashed_judgment(text: str) -> str:
-    """A judgment whose score depends on the text alone: repeatable, and different for different trajectories."""
+    """A judgment whose score depends on the text alone: repeatable, and different for different
+    trajectories.
+    """
     score = hashlib.sha256(text.encode()).digest()[0] / 255
-    return f"<think>Read.</think><critique>Look at the tool results again.</critique><score>{score:.3f}</score>"
+    return (
+        "<think>Read.</think><critique>Look at the tool results "
+        f"again.</critique><score>{score:.3f}</score>"
+    )
 
 
 @contextmanager
@@ -28,13 +35,18 @@ def serving(handler, port=0):
 
 @contextmanager
 def judge_server(reply=hashed_judgment, whole=False):
-    """Serves; yields (base URL, list of user texts, or of whole requests). `reply(text)` -> content, or an int: that
-    HTTP error."""
+    """Serves; yields (base URL, list of user texts, or of whole requests). `reply(text)` ->
+    content, or an int: that HTTP error."""
     seen = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send({"object": "list", "data": [{"id": "judge", "object": "model", "created": 0, "owned_by": "test"}]})
+            self.send(
+                {
+                    "object": "list",
+                    "data": [{"id": "judge", "object": "model", "created": 0, "owned_by": "test"}],
+                }
+            )
 
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -44,8 +56,20 @@ def judge_server(reply=hashed_judgment, whole=False):
             if isinstance(content, int):
                 return self.send({"error": {"message": "no"}}, content)
             message = content if isinstance(content, dict) else {"content": content}
-            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", **message}}
-            self.send({"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]})
+            choice = {
+                "index": 0,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", **message},
+            }
+            self.send(
+                {
+                    "id": "1",
+                    "object": "chat.completion",
+                    "created": 0,
+                    "model": "judge",
+                    "choices": [choice],
+                }
+            )
 
         def send(self, body, status=200):
             data = json.dumps(body).encode()

@@ -1,4 +1,6 @@
-"""A server on the loopback that speaks the OpenAI formats for images and recordings, and remembers what it received."""
+"""A server on the loopback that speaks the OpenAI formats for images and recordings, and remembers
+what it received.
+"""
 
 import base64
 import json
@@ -10,7 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 def multipart(content_type: str, body: bytes):
     """(name, (head, content)) of every part."""
-    boundary = b"--" + re.fullmatch(r"multipart/form-data; boundary=(\S+)", content_type)[1].encode()
+    boundary = (
+        b"--" + re.fullmatch(r"multipart/form-data; boundary=(\S+)", content_type)[1].encode()
+    )
     first, *parts, last = (b"\r\n" + body).split(b"\r\n" + boundary)
     if first or last != b"--\r\n":
         raise ValueError("not a whole multipart body")
@@ -20,8 +24,9 @@ def multipart(content_type: str, body: bytes):
 
 
 class MediaServer:
-    """`plays`: answers to give first, (status, headers, body) each, or "hang", "drip" or "drip head"; then it answers properly:
-    with the type and size of the image and the question, or with the number and size of the recording.
+    """`plays`: answers to give first, (status, headers, body) each, or "hang", "drip" or "drip
+    head"; then it answers properly: with the type and size of the image and the question, or with
+    the number and size of the recording.
 
     `seen`: {"path", "headers", "model", "question", "mime", "file", "name"} of every request.
     """
@@ -37,11 +42,22 @@ class MediaServer:
 
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                seen = {"path": self.path, "headers": {k.lower(): v for k, v in self.headers.items()}}
+                seen = {
+                    "path": self.path,
+                    "headers": {k.lower(): v for k, v in self.headers.items()},
+                }
                 try:
                     answer = outer.understood(seen, body)
-                except (KeyError, ValueError, TypeError) as error:  # not the format: what a real server would say
-                    return self.reply(400, {}, json.dumps({"error": {"message": f"malformed: {error!r}"}}).encode())
+                except (
+                    KeyError,
+                    ValueError,
+                    TypeError,
+                ) as error:  # not the format: what a real server would say
+                    return self.reply(
+                        400,
+                        {},
+                        json.dumps({"error": {"message": f"malformed: {error!r}"}}).encode(),
+                    )
                 outer.seen.append(seen)
                 play = outer.plays.pop(0) if outer.plays else (200, {}, json.dumps(answer).encode())
                 if play == "hang":
@@ -83,25 +99,55 @@ class MediaServer:
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def understood(self, seen: dict, body: bytes) -> dict:
-        """Fills `seen` from a request and returns the proper answer; KeyError, ValueError or TypeError if it is malformed."""
+        """Fills `seen` from a request and returns the proper answer; KeyError, ValueError or
+        TypeError if it is malformed.
+        """
         if seen["path"] == "/v1/chat/completions":
             request = json.loads(body)
             (message,) = request["messages"]
             text, image = message["content"]
-            match = re.fullmatch(r"data:([\w/]+);base64,([A-Za-z0-9+/=]+)", image["image_url"]["url"])
-            if message["role"] != "user" or (text["type"], image["type"]) != ("text", "image_url") or not match:
+            match = re.fullmatch(
+                r"data:([\w/]+);base64,([A-Za-z0-9+/=]+)", image["image_url"]["url"]
+            )
+            if (
+                message["role"] != "user"
+                or (text["type"], image["type"]) != ("text", "image_url")
+                or not match
+            ):
                 raise ValueError("not a question and an image")
             file = base64.b64decode(match[2], validate=True)
-            seen |= {"model": request["model"], "question": text["text"], "mime": match[1], "file": file}
+            seen |= {
+                "model": request["model"],
+                "question": text["text"],
+                "mime": match[1],
+                "file": file,
+            }
             content = f"{match[1]} of {len(file)} bytes: {text['text']}"
-            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
-            return {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"], "choices": [choice]}
+            choice = {
+                "index": 0,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": content},
+            }
+            return {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 0,
+                "model": request["model"],
+                "choices": [choice],
+            }
         if seen["path"] == "/v1/audio/transcriptions":
             parts = dict(multipart(seen["headers"]["content-type"], body))
-            (head, file), (_, model), (_, form) = parts["file"], parts["model"], parts["response_format"]
+            (head, file), (_, model), (_, form) = (
+                parts["file"],
+                parts["model"],
+                parts["response_format"],
+            )
             if form != b"json":
                 raise ValueError("response_format")
-            name, mime = re.search(r'filename="([^"]*)"', head)[1], re.search(r"content-type: (\S+)", head, re.I)[1]
+            name, mime = (
+                re.search(r'filename="([^"]*)"', head)[1],
+                re.search(r"content-type: (\S+)", head, re.I)[1],
+            )
             seen |= {"model": model.decode(), "mime": mime, "file": file, "name": name}
             return {"text": f"words {len(self.seen)}"}
         raise KeyError(seen["path"])

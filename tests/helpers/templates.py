@@ -1,23 +1,42 @@
-"""Chat templates in the manner of three families, and a byte-level BPE with merges to render them with. No torch."""
+"""Chat templates in the manner of three families, and a byte-level BPE with merges to render them
+with. No torch.
+"""
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[END]")
-TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<|fim_prefix|>")
+TAGS = (
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<|fim_prefix|>",
+)
 
 _GENERATE = "{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
-_TOOLS = "{{ '\\n' }}<tools>{% for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{% endfor %}{{ '\\n' }}</tools>"
+_TOOLS = (
+    "{{ '\\n' }}<tools>{% for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{% endfor %}{{ '\\n' "
+    "}}</tools>"
+)
 
 # ChatML and nothing else: no tools, a tool turn is a turn of role "tool"
-PLAIN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + _GENERATE
+PLAIN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    + _GENERATE
+)
 
-# as Qwen3: strips <think> from history, puts an empty think block into a last assistant turn, joins tool results
+# as Qwen3: strips <think> from history, puts an empty think block into a last assistant turn, joins
+# tool results
 THINKING = (
     "{% set has_system = messages[0].role == 'system' %}"
-    "{% if has_system or tools %}<|im_start|>system{{ '\\n' }}{% if has_system %}{{ messages[0].content }}{% endif %}"
+    "{% if has_system or tools %}<|im_start|>system{{ '\\n' }}{% if has_system %}{{ "
+    "messages[0].content }}{% endif %}"
     "{% if tools %}" + _TOOLS + "{% endif %}<|im_end|>{{ '\\n' }}{% endif %}"
     "{% for m in messages %}"
     "{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>{{ '\\n' }}"
     "{% elif m.role == 'assistant' %}<|im_start|>assistant{{ '\\n' }}"
-    "{% if loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content.split('</think>')[-1].lstrip('\\n') }}"
+    "{% if loop.last %}<think>\n\n</think>\n\n{% endif %}{{ "
+    "m.content.split('</think>')[-1].lstrip('\\n') }}"
     "<|im_end|>{{ '\\n' }}"
     "{% elif m.role == 'tool' %}"
     "{% if messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}"
@@ -27,7 +46,10 @@ THINKING = (
 )
 
 # as Qwen3-Thinking: the generation prompt opens the thoughts of every turn
-OPENED = THINKING.replace("<|im_start|>assistant{{ '\\n' }}{% endif %}", "<|im_start|>assistant{{ '\\n<think>\\n' }}{% endif %}")
+OPENED = THINKING.replace(
+    "<|im_start|>assistant{{ '\\n' }}{% endif %}",
+    "<|im_start|>assistant{{ '\\n<think>\\n' }}{% endif %}",
+)
 
 # as Qwen2.5: a system text of its own where there is none, and tools repeated in every rendering
 DEFAULT_SYSTEM = (
@@ -35,7 +57,8 @@ DEFAULT_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}Be of use.{% endif %}"
     "{% if tools %}" + _TOOLS + "{% endif %}<|im_end|>{{ '\\n' }}"
     "{% for m in messages %}{% if m.role != 'system' %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{{ '\\n' }}{% endif %}{% endfor %}" + _GENERATE
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{{ '\\n' }}{% endif %}{% endfor %}"
+    + _GENERATE
 )
 
 TEXT = """The river Nile is 6650 km long.\n\nSo the answer is \\boxed{6650}.
@@ -52,8 +75,14 @@ def make_tokenizer(template: str | None, eos: str = "<|im_end|>"):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, min_frequency=1, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([TEXT, "assistant user system tool response think"] * 2, trainer)
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in CONTROL])
+    tokenizer.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in CONTROL]
+    )
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in TAGS])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, chat_template=template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos, chat_template=template
+    )

@@ -22,12 +22,16 @@ toy = load("data/toy/prepare.py")
 
 def tiny_model(folder, tied=True, seed=0, phrases=(), hidden=32, **shape) -> str:
     """A byte-level Qwen3 of two layers; returns the folder."""
-    toy.make_model(folder, toy.make_tokenizer(list(phrases)), seed, tied, hidden=hidden, ff=64, **shape)
+    toy.make_model(
+        folder, toy.make_tokenizer(list(phrases)), seed, tied, hidden=hidden, ff=64, **shape
+    )
     return str(folder)
 
 
 def toy_world(folder, demonstrations=64, questions=16, model="model", **shape):
-    """A tiny model with the toy's tokenizer, sft.jsonl and rl.jsonl in `folder`, which is returned."""
+    """A tiny model with the toy's tokenizer, sft.jsonl and rl.jsonl in `folder`, which is
+    returned.
+    """
     tiny_model(folder / model, phrases=toy.toy_phrases(), **shape)
     rng = random.Random(0)
     toy.write(folder / "sft.jsonl", (toy.sft_row(rng) for _ in range(demonstrations)))
@@ -42,7 +46,10 @@ def random_rows(lengths, seed=0, vocab=250) -> list[Row]:
     for n in lengths:
         mask = [0] + [int(rng.random() < 0.6) for _ in range(n - 1)]
         mask[-1] = 1
-        columns = {name: [rng.uniform(-1, 1) for _ in range(sum(mask))] for name in ("advantage", "logp_mu")}
+        columns = {
+            name: [rng.uniform(-1, 1) for _ in range(sum(mask))]
+            for name in ("advantage", "logp_mu")
+        }
         columns["weight"] = [1 / (len(lengths) * sum(mask))] * sum(mask)
         rows.append(Row([rng.randrange(vocab) for _ in range(n)], mask, columns))
     return rows

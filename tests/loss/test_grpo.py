@@ -49,10 +49,16 @@ def test_unequal_pools_do_not_mix():
     assert torch.equal(both[1:], pooled_advantages(rewards[1:]))
 
 
-@pytest.mark.parametrize("drop, kept", [("equal", [1, 1, 0]), ("rule_equal", [1, 0, 0]), ("release", [1, 1, 0])])
+@pytest.mark.parametrize(
+    "drop, kept", [("equal", [1, 1, 0]), ("rule_equal", [1, 0, 0]), ("release", [1, 1, 0])]
+)
 def test_dropped_pools(drop, kept):
-    rules = torch.cat([pool([0.0, 1.0], [1.0, NAN]), pool([0.0, 0.0], [0.0, 0.0]), pool([0.0, 0.0], [0.0, 0.0])])
-    rewards = rules + 0.3 * torch.cat([pool([0, 1], [1, 1]), pool([0, 0.5], [0, 0]), pool([0, 0], [0, 0])])
+    rules = torch.cat(
+        [pool([0.0, 1.0], [1.0, NAN]), pool([0.0, 0.0], [0.0, 0.0]), pool([0.0, 0.0], [0.0, 0.0])]
+    )
+    rewards = rules + 0.3 * torch.cat(
+        [pool([0, 1], [1, 1]), pool([0, 0.5], [0, 0]), pool([0, 0], [0, 0])]
+    )
     assert kept_pools(rewards, rules, drop).int().tolist() == kept
 
 
@@ -87,7 +93,9 @@ def chain(first, second=None, tokens=(3, 4)):
     a, b = 2 + tokens[0], 4 + tokens[0]
     attempts = [Attempt((2, a), (0, 0), "x", "answered", 0, reward=first)]
     attempts += [Attempt((b, len(ids)), (0, 0), "x", "answered", 0, reward=second)]
-    return Episode("q", "q", ["x"], ids, mask, [-0.1 * i for i in range(sum(mask))], [], 0, attempts)
+    return Episode(
+        "q", "q", ["x"], ids, mask, [-0.1 * i for i in range(sum(mask))], [], 0, attempts
+    )
 
 
 def test_each_span_has_its_own_advantage_and_weight():
@@ -103,5 +111,10 @@ def test_an_attempt_without_reward_leaves_loss_and_denominator():
 
 
 def test_token_mean_counts_all_tokens_of_the_minibatch():
-    rows = training_rows([chain(1.0, 0.0), chain(0.0, 0.0)], torch.tensor([[[0.5, 0.0], [-0.5, 0.1]]]), 2, "token_mean")
+    rows = training_rows(
+        [chain(1.0, 0.0), chain(0.0, 0.0)],
+        torch.tensor([[[0.5, 0.0], [-0.5, 0.1]]]),
+        2,
+        "token_mean",
+    )
     assert {w for row in rows for w in row.columns["weight"]} == {1 / 14}

@@ -51,7 +51,9 @@ def gradients(policy, microbatches):
         batch = collate(rows, COLUMNS, CPU)
         logps, _ = policy(batch, 0.7)
         c = batch.columns
-        loss, _ = grpo_loss(logps, logps.detach() + 0.1 * c["logp_mu"], c["advantage"], c["weight"], 0.2, 0.34)
+        loss, _ = grpo_loss(
+            logps, logps.detach() + 0.1 * c["logp_mu"], c["advantage"], c["weight"], 0.2, 0.34
+        )
         backward(loss)
         total += loss.item()
     return total, {n: p.grad.full_tensor().clone() for n, p in policy.named_parameters()}
@@ -108,7 +110,9 @@ def test_a_chain_in_one_row_equals_two_separate_rows(folder):
     (chain,) = random_rows([30])
     first = sum(chain.mask[:12])
     alone = Row(chain.ids[:12], chain.mask[:12], {k: v[:first] for k, v in chain.columns.items()})
-    second = Row(chain.ids, [0] * 12 + chain.mask[12:], {k: v[first:] for k, v in chain.columns.items()})
+    second = Row(
+        chain.ids, [0] * 12 + chain.mask[12:], {k: v[first:] for k, v in chain.columns.items()}
+    )
     policy = policy_of(folder)
     assert_same(gradients(policy, [[chain]]), gradients(policy, [[alone, second]]))
 
@@ -126,7 +130,8 @@ TWO_RANKS = """
 import json, sys, torch
 sys.path[:0] = [{root!r}]
 from reagent import run
-from reagent.policy import Row, _ChunkedLogprobs, backward, balance, collate, full_weights, load_policy, load_tokenizer, shard
+from reagent.policy import full_weights, load_policy, load_tokenizer, shard
+from reagent.policy import Row, _ChunkedLogprobs, backward, balance, collate
 from tests.loss.test_model import gradients
 from tests.helpers.tiny import random_rows
 rank, world, device = run.init_distributed(60)
@@ -138,18 +143,28 @@ total = run.sum_over_ranks([loss])[0]
 names = [name for name, _ in full_weights(policy, torch.float32)]
 if rank == 0:
     torch.save((total, grads, names), {out!r})
+torch.distributed.barrier()  # gloo aborts where a peer leaves in mid-send
 torch.distributed.destroy_process_group()
 """
 
 
 def launcher(ranks):
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0",
-            "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={ranks}",
+        "--master_port=0",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+    ]
 
 
 def torchrun(script, *args, ranks=2, timeout=240):
     command = [*launcher(ranks), str(script), *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=os.environ)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=os.environ
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -174,13 +189,17 @@ def test_a_checkpoint_restores_parameters_optimizer_and_facts_to_the_bit(folder,
         return [p.full_tensor().clone() for p in policy.parameters()]
 
     step()
-    saved = run.save_checkpoint(tmp_path, 1, policy, optimizer, tokenizer, {"log": [1]}, lambda *_: None)
+    saved = run.save_checkpoint(
+        tmp_path, 1, policy, optimizer, tokenizer, {"log": [1]}, lambda *_: None
+    )
     straight = step()
     step()
     facts = run.load_checkpoint(saved, policy, optimizer)
     assert facts == {"step": 1, "log": [1]}
     assert all(torch.equal(a, b) for a, b in zip(step(), straight))
-    again = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)  # and it is a Hugging Face folder
+    again = AutoModelForCausalLM.from_pretrained(
+        saved, dtype=torch.float32
+    )  # and it is a Hugging Face folder
     assert again.config.model_type == "qwen3"
 
 
@@ -194,13 +213,19 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step in (1, 2, 3, 4):
         (tmp_path / f"step-{step:06d}").mkdir()
     run.prune(tmp_path, 2, best_step=1)
-    assert [p.name for p in run.checkpoints(tmp_path)] == ["step-000001", "step-000003", "step-000004"]
+    assert [p.name for p in run.checkpoints(tmp_path)] == [
+        "step-000001",
+        "step-000003",
+        "step-000004",
+    ]
 
 
 def test_resume_names_the_changed_field():
     with pytest.raises(SystemExit, match="lr: 1 -> 2"):
         run.check_resume({"lr": 1, "out_dir": "a"}, {"lr": 2, "out_dir": "b"}, {"out_dir"}, "run")
-    run.check_resume({"rrm": "http://a:1/v1"}, {"rrm": "https://b:2/v1,http://c:3/v1"}, set(), "run")  # it moved
+    run.check_resume(
+        {"rrm": "http://a:1/v1"}, {"rrm": "https://b:2/v1,http://c:3/v1"}, set(), "run"
+    )  # it moved
     with pytest.raises(SystemExit, match="rrm: 'http://a:1/v1' -> 'out/rrm'"):
         run.check_resume({"rrm": "http://a:1/v1"}, {"rrm": "out/rrm"}, set(), "run")
 

@@ -1,4 +1,6 @@
-"""The reward of a judgment, leaks, the report and the rows, against worked examples and scipy-free oracles."""
+"""The reward of a judgment, leaks, the report and the rows, against worked examples and scipy-free
+oracles.
+"""
 
 import asyncio
 import math
@@ -16,7 +18,13 @@ from results import judging
 from tests.helpers.judge_server import judge_server
 from tests.helpers.tiny import toy
 
-ROW = {"question": "Who wrote it?", "trajectory": "[assistant]\nperhaps Bob", "score": 0.8, "correct": True, "answer": ["Ada Byron"]}
+ROW = {
+    "question": "Who wrote it?",
+    "trajectory": "[assistant]\nperhaps Bob",
+    "score": 0.8,
+    "correct": True,
+    "answer": ["Ada Byron"],
+}
 
 
 def judgment(score, critique="look again"):
@@ -52,7 +60,9 @@ def test_reward_of_a_judgment(found, row, reward):
         ("it was 1969", "1969", "q", "t", True),
     ],
 )
-def test_leaks_are_whole_tokens_in_the_critique_that_nobody_said_before(critique, gold, question, trajectory, leak):
+def test_leaks_are_whole_tokens_in_the_critique_that_nobody_said_before(
+    critique, gold, question, trajectory, leak
+):
     assert reward_model.leaks(critique, [gold], question, trajectory) is leak
 
 
@@ -64,9 +74,14 @@ def test_group_advantages_are_z_scores_and_zero_without_spread():
 
 def test_auc_is_the_share_of_ordered_pairs():
     rng = random.Random(0)
-    scores, labels = [rng.choice((0, 0.5, 1)) for _ in range(60)], [rng.random() < 0.4 for _ in range(60)]
+    scores, labels = (
+        [rng.choice((0, 0.5, 1)) for _ in range(60)],
+        [rng.random() < 0.4 for _ in range(60)],
+    )
     pairs = [(a, b) for a, x in zip(scores, labels) for b, y in zip(scores, labels) if x and not y]
-    assert judging.auc(scores, labels) == pytest.approx(sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs))
+    assert judging.auc(scores, labels) == pytest.approx(
+        sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
+    )
 
 
 def test_rank_correlation_sees_order_only():
@@ -77,8 +92,14 @@ def test_rank_correlation_sees_order_only():
 
 def test_the_report_counts_invalid_judgments_and_calibrates():
     rows = [{**ROW, "correct": bool(i % 2)} for i in range(4)]
-    report = judging.judgment_report([judgment(0.95), judgment(0.95), judgment(0.15), None], rows, [10, 10, 10, 10])
-    assert report["valid"] == 0.75 and report["calibration/0.9"] == [0.5, 2] and report["calibration/0.1"] == [0.0, 1]
+    report = judging.judgment_report(
+        [judgment(0.95), judgment(0.95), judgment(0.15), None], rows, [10, 10, 10, 10]
+    )
+    assert (
+        report["valid"] == 0.75
+        and report["calibration/0.9"] == [0.5, 2]
+        and report["calibration/0.1"] == [0.0, 1]
+    )
     assert report["mae"] == pytest.approx((0.15 + 0.15 + 0.65) / 3, abs=1e-4)
 
 
@@ -92,7 +113,10 @@ def test_bad_rows_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"critique": "c", "score": 0.5}, "SFT needs 'think'; found the keys ['critique', 'question', 'score', 'trajectory']"),
+        (
+            {"critique": "c", "score": 0.5},
+            "SFT needs 'think'; found the keys ['critique', 'question', 'score', 'trajectory']",
+        ),
         ({"think": "a", "critique": "<score>1</score>", "score": 0.5}, "the judgment is not valid"),
         ({"judgment": "a fine attempt"}, "the judgment is not valid"),
         ({"judgment": "<think>a</think><critique>c</critique><score>0.5</score>"}, None),
@@ -111,7 +135,9 @@ def test_a_row_that_is_too_long_is_left_out_and_long_tool_results_are_shortened_
     said = {"role": "assistant", "content": "word " * 2000}
     seen = {"role": "tool", "content": "fact " * 2000}
     assert train_rrm.sft_row(CHAT, row | {"trajectory": [said]}, cfg) is None
-    fitted = train_rrm.sft_row(CHAT, row | {"trajectory": [seen, {"role": "assistant", "content": "the answer"}]}, cfg)
+    fitted = train_rrm.sft_row(
+        CHAT, row | {"trajectory": [seen, {"role": "assistant", "content": "the answer"}]}, cfg
+    )
     assert len(fitted.ids) <= 3000 and "the answer" in CHAT.decode(fitted.ids)
 
 
@@ -122,7 +148,11 @@ def test_another_prompt_file_is_what_the_judge_trains_on_and_is_asked_with(tmp_p
     ids = train_rrm.judge_ids(CHAT, row, train_rrm.Config(rrm_prompt_file=str(path)))
     prompt = read_prompt(str(path), reward_model.RRM_PROMPT)
     with judge_server(whole=True) as (url, requests):
-        judge = reward_model.make_judge(url, CHAT, engines.Rounds(), engine="hf", max_context=4000, prompt=prompt)
+        judge = reward_model.make_judge(
+            url, CHAT, engines.Rounds(), engine="hf", max_context=4000, prompt=prompt
+        )
         assert asyncio.run(judge(row["question"], row["trajectory"], (0,)))
     assert requests[0]["messages"][0] == {"role": "system", "content": "You are Agent-RRM."}
-    assert "You are Agent-RRM." in CHAT.decode(ids) and reward_model.RRM_PROMPT[:40] not in CHAT.decode(ids)
+    assert "You are Agent-RRM." in CHAT.decode(ids) and reward_model.RRM_PROMPT[
+        :40
+    ] not in CHAT.decode(ids)

@@ -1,4 +1,6 @@
-"""A whole step of updates, from rewards to parameters, against plain transformers, one row an attempt, and PyTorch."""
+"""A whole step of updates, from rewards to parameters, against plain transformers, one row an
+attempt, and PyTorch.
+"""
 
 import random
 import statistics
@@ -24,20 +26,34 @@ def folder(tmp_path_factory):
 
 
 def attempt_logps(plain, episode, span) -> torch.Tensor:
-    """Log-probs of the sampled tokens of one attempt, alone in its row with all that came before it."""
+    """Log-probs of the sampled tokens of one attempt, alone in its row with all that came before
+    it.
+    """
     ids = torch.tensor([episode.ids[: span[1]]])
     logps = F.log_softmax(plain(ids).logits[0, :-1] / T, -1).gather(1, ids[0, 1:, None])[:, 0]
     return logps[[t - 1 for t in range(*span) if episode.mask[t]]]
 
 
 def make_episodes(plain) -> list[Episode]:
-    """3 questions x 2 chains of two attempts, each with a tool result inside; the sampler is some way off the policy."""
+    """3 questions x 2 chains of two attempts, each with a tool result inside; the sampler is some
+    way off the policy.
+    """
     rng, episodes = random.Random(0), []
     for n in range(3 * GROUP):
-        cuts = [3 + rng.randrange(4), 9 + rng.randrange(9), 20 + rng.randrange(3), 26 + rng.randrange(9)]
-        mask = [int((cuts[0] <= t < cuts[1] or cuts[2] <= t) and t not in (cuts[0] + 2, cuts[2] + 1)) for t in range(cuts[3])]
+        cuts = [
+            3 + rng.randrange(4),
+            9 + rng.randrange(9),
+            20 + rng.randrange(3),
+            26 + rng.randrange(9),
+        ]
+        mask = [
+            int((cuts[0] <= t < cuts[1] or cuts[2] <= t) and t not in (cuts[0] + 2, cuts[2] + 1))
+            for t in range(cuts[3])
+        ]
         spans = [(cuts[0], cuts[1]), (cuts[2], cuts[3])]
-        attempts = [Attempt(span, (0, 0), "x", "answered", 0, reward=rng.random()) for span in spans]
+        attempts = [
+            Attempt(span, (0, 0), "x", "answered", 0, reward=rng.random()) for span in spans
+        ]
         ids = [rng.randrange(250) for _ in mask]
         episodes.append(Episode(f"q{n // GROUP}", "q", ["x"], ids, mask, [], [], 0, attempts))
         with torch.no_grad():
@@ -58,7 +74,9 @@ def parameters_by_hand(plain, episodes, old_logps: str, loss_agg: str) -> dict:
             count = sum(episode.mask[slice(*attempt.span)])
             mu = torch.tensor(episode.logps[done : done + count])
             with torch.no_grad():
-                old = attempt_logps(plain, episode, attempt.span) if old_logps == "recomputed" else mu
+                old = (
+                    attempt_logps(plain, episode, attempt.span) if old_logps == "recomputed" else mu
+                )
             done += count
             if attempt.reward is not None:
                 jobs.append((n // GROUP, episode, attempt, mu, old))
@@ -72,14 +90,21 @@ def parameters_by_hand(plain, episodes, old_logps: str, loss_agg: str) -> dict:
             ratio = (attempt_logps(plain, episode, attempt.span) - old).exp()
             surrogate = torch.minimum(ratio * advantage, ratio.clip(0.8, 1.34) * advantage)
             terms.append(surrogate * (old - mu).exp().clip(max=2.0))
-        loss = -(torch.cat(terms).mean() if loss_agg == "token_mean" else torch.stack([t.mean() for t in terms]).mean())
+        loss = -(
+            torch.cat(terms).mean()
+            if loss_agg == "token_mean"
+            else torch.stack([t.mean() for t in terms]).mean()
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return {name: p.detach() for name, p in plain.named_parameters()}
 
 
-@pytest.mark.parametrize("old_logps, loss_agg", [("sampler", "seq_mean"), ("recomputed", "seq_mean"), ("sampler", "token_mean")])
+@pytest.mark.parametrize(
+    "old_logps, loss_agg",
+    [("sampler", "seq_mean"), ("recomputed", "seq_mean"), ("sampler", "token_mean")],
+)
 def test_three_minibatches_of_updates_equal_a_loop_over_attempts(folder, old_logps, loss_agg):
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     episodes, policy = make_episodes(plain), policy_of(folder)
@@ -87,11 +112,15 @@ def test_three_minibatches_of_updates_equal_a_loop_over_attempts(folder, old_log
     advantages = grpo.pooled_advantages(grpo.reward_tensor(episodes, GROUP, lambda a: a.reward))
     minibatches = []
     for q in range(3):
-        rows = grpo.training_rows(episodes[q * GROUP :][:GROUP], advantages[q : q + 1], GROUP, loss_agg)
+        rows = grpo.training_rows(
+            episodes[q * GROUP :][:GROUP], advantages[q : q + 1], GROUP, loss_agg
+        )
         minibatches.append(balance(rows, 1, 40)[0])
     cfg = grpo.Config(temperature=T, old_logps=old_logps, max_grad_norm=1e9, max_dlogp=10.0)
     optimizer = torch.optim.SGD(policy.parameters(), lr=LR)
-    totals, norms, skipped, _ = grpo.update(policy, optimizer, minibatches, cfg, CPU, dist.group.WORLD)
+    totals, norms, skipped, _ = grpo.update(
+        policy, optimizer, minibatches, cfg, CPU, dist.group.WORLD
+    )
     assert len(norms) == 3 and not skipped and totals["clipped"] > 0
     expected = parameters_by_hand(plain, episodes, old_logps, loss_agg)
     for name, p in policy.hf.named_parameters():

@@ -39,7 +39,10 @@ def test_nothing_given_is_the_defaults():
 
 
 def test_a_preset_is_python(preset):
-    path = preset("# a comment\n_k = 1024\nsteps = 2 * _k\nlr = 3\nnames = ['a']\nbetas = (0.8, 1)\nlimit = None\n")
+    path = preset(
+        "# a comment\n_k = 1024\nsteps = 2 * _k\nlr = 3\nnames = ['a']\nbetas = (0.8, 1)\nlimit = "
+        "None\n"
+    )
     assert parse_config(Config, [path]) == Config(steps=2048, lr=3.0, names=["a"], betas=(0.8, 1.0))
 
 
@@ -50,39 +53,68 @@ def test_the_later_wins(preset):
     assert parse_config(Config, ["--steps=3", two, one]).steps == 1
 
 
-@pytest.mark.parametrize(("arg", "key", "value"), [
-    ("--steps=-1", "steps", -1),
-    ("--steps=16_384", "steps", 16384),
-    ("--lr=5e-7", "lr", 5e-7),
-    ("--lr=1", "lr", 1.0),
-    ("--model=a=b", "model", "a=b"),
-    ("--model=", "model", ""),
-    ("--model=7", "model", "7"),
-    ("--show", "show", True),
-    ("--resume=False", "resume", False),
-    ("--resume=true", "resume", True),
-    ("--limit=5", "limit", 5),
-    ("--limit=none", "limit", None),
-    ("--names=a,b", "names", ["a", "b"]),
-    ("--names=", "names", []),
-    ("--betas=0.9,1", "betas", (0.9, 1.0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arg", "key", "value"),
+    [
+        ("--steps=-1", "steps", -1),
+        ("--steps=16_384", "steps", 16384),
+        ("--lr=5e-7", "lr", 5e-7),
+        ("--lr=1", "lr", 1.0),
+        ("--model=a=b", "model", "a=b"),
+        ("--model=", "model", ""),
+        ("--model=7", "model", "7"),
+        ("--show", "show", True),
+        ("--resume=False", "resume", False),
+        ("--resume=true", "resume", True),
+        ("--limit=5", "limit", 5),
+        ("--limit=none", "limit", None),
+        ("--names=a,b", "names", ["a", "b"]),
+        ("--names=", "names", []),
+        ("--betas=0.9,1", "betas", (0.9, 1.0)),
+    ],
+)
 def test_text_of_the_command_line_becomes_the_type_of_its_key(arg, key, value):
     found = getattr(parse_config(Config, [arg]), key)
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize("arg", ["--steps=1.5", "--steps=", "--steps", "--steps=True", "--lr=fast", "--resume=1",
-                                 "--resume=", "--limit=x", "--betas=0.9,x", "--model", "--names"])  # fmt: skip
+@pytest.mark.parametrize(
+    "arg",
+    [
+        "--steps=1.5",
+        "--steps=",
+        "--steps",
+        "--steps=True",
+        "--lr=fast",
+        "--resume=1",
+        "--resume=",
+        "--limit=x",
+        "--betas=0.9,x",
+        "--model",
+        "--names",
+    ],
+)
 def test_a_value_of_the_wrong_type_ends_the_program_with_key_and_origin(arg):
     key = arg[2:].partition("=")[0]
     with pytest.raises(SystemExit, match=f"command line: {key} = .* is not of type"):
         parse_config(Config, [arg])
 
 
-@pytest.mark.parametrize("line", ["steps = 1.0", "steps = True", "resume = 1", "lr = False", "model = 3",
-                                  "model = None", "limit = 0.5", "names = 3", "names = [1]",
-                                  "betas = {0.9}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "steps = 1.0",
+        "steps = True",
+        "resume = 1",
+        "lr = False",
+        "model = 3",
+        "model = None",
+        "limit = 0.5",
+        "names = 3",
+        "names = [1]",
+        "betas = {0.9}",
+    ],
+)
 def test_a_value_of_the_wrong_type_in_a_preset_names_the_file(preset, line):
     path = preset(line)
     with pytest.raises(SystemExit, match=f"{path}: {line.split()[0]} = .* is not of type"):
@@ -107,7 +139,9 @@ def test_a_missing_or_broken_preset_ends_the_program_with_its_name(preset):
     with pytest.raises(SystemExit, match="no preset nowhere.py"):
         parse_config(Config, ["nowhere.py"])
     for text in ("steps = ", "steps = 1 / 0", "steps = undefined"):
-        with pytest.raises(SystemExit, match="preset.py: (SyntaxError|ZeroDivisionError|NameError)"):
+        with pytest.raises(
+            SystemExit, match="preset.py: (SyntaxError|ZeroDivisionError|NameError)"
+        ):
             parse_config(Config, [preset(text)])
 
 
@@ -127,7 +161,9 @@ def test_every_preset_parses_for_its_script(script):
 
 def test_the_facts_of_a_run_are_json_and_hold_config_commit_and_versions():
     facts = json.loads(json.dumps(run_facts(Config(steps=3))))
-    assert facts["config"]["steps"] == 3 and {"python", "torch", "transformers"} <= set(facts["versions"])
+    assert facts["config"]["steps"] == 3 and {"python", "torch", "transformers"} <= set(
+        facts["versions"]
+    )
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     assert facts["git"] == (git.stdout.strip() or None)
     assert facts["machine"]["cores"] and isinstance(facts["machine"]["gpus"], list)
@@ -138,8 +174,14 @@ def test_a_machine_without_git_has_a_run_without_a_commit(monkeypatch):
     assert run_facts(Config())["git"] is None
 
 
-@pytest.mark.parametrize("preset", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "preset", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem
+)
 def test_every_preset_fits_the_script_that_it_is_named_after(preset):
-    script = next(name for name in ("grpo_unified", "train_rrm", "sft") if preset.stem.startswith(name))
+    script = next(
+        name for name in ("grpo_unified", "train_rrm", "sft") if preset.stem.startswith(name)
+    )
     config = parse_config(importlib.import_module(script).Config, [str(preset)])
-    assert config.steps > 0 and (preset.stem.endswith("8b") or config.out_dir != type(config)().out_dir)
+    assert config.steps > 0 and (
+        preset.stem.endswith("8b") or config.out_dir != type(config)().out_dir
+    )

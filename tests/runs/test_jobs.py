@@ -1,4 +1,6 @@
-"""Whole runs of the scripts as a user starts them: resume to the bit, real paragraphs, clear errors before work starts."""
+"""Whole runs of the scripts as a user starts them: resume to the bit, real paragraphs, clear errors
+before work starts.
+"""
 
 import json
 import os
@@ -28,7 +30,14 @@ def world(tmp_path_factory):
 
 
 def run(script, *args, ok=True):
-    done = subprocess.run([sys.executable, script, *args], capture_output=True, text=True, cwd=ROOT, env=os.environ, timeout=240)
+    done = subprocess.run(
+        [sys.executable, script, *args],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ,
+        timeout=240,
+    )
     assert (done.returncode == 0) is ok, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -37,9 +46,16 @@ def final_state(out, steps):
     """Everything a run leaves that must not depend on an interruption."""
     newest = sorted(out.glob("step-*"))[-1]
     assert newest.name == f"step-{steps:06d}"
-    weights = torch.load(newest / "weights.pt") if (newest / "weights.pt").exists() else (newest / "model.safetensors").read_bytes()
+    weights = (
+        torch.load(newest / "weights.pt")
+        if (newest / "weights.pt").exists()
+        else (newest / "model.safetensors").read_bytes()
+    )
     log = [json.loads(line) for line in open(out / "log.jsonl")]
-    timeless = [{k: v for k, v in line.items() if not k.startswith(("seconds", "tokens_per_second"))} for line in log]
+    timeless = [
+        {k: v for k, v in line.items() if not k.startswith(("seconds", "tokens_per_second"))}
+        for line in log
+    ]
     episodes = [path.read_text() for path in sorted(out.glob("episodes/*.jsonl"))]
     untimed = [[untime(json.loads(line)) for line in text.splitlines()] for text in episodes]
     optimizer = sorted((newest / "trainer").glob("*.distcp"))
@@ -54,7 +70,9 @@ def untime(episode):
 
 
 def resumed_equals_straight(start, out, tmp_path, steps, at):
-    """`start(out_dir)` runs to the end; the second run finds the first one's checkpoint of step `at` and goes on."""
+    """`start(out_dir)` runs to the end; the second run finds the first one's checkpoint of step
+    `at` and goes on.
+    """
     start(out)
     again = tmp_path / "again"
     shutil.copytree(out / f"step-{at:06d}", again / f"step-{at:06d}")
@@ -68,57 +86,145 @@ def resumed_equals_straight(start, out, tmp_path, steps, at):
         assert a == b, name
 
 
-SFT = ("--rows_per_step=8", "--steps=4", "--save_interval=2", "--tokens_per_microbatch=2000", "--keep_last=0", "--lr=1e-3",
-       "--checkpoint_activations=false", "--timeout_s=100")
+SFT = (
+    "--rows_per_step=8",
+    "--steps=4",
+    "--save_interval=2",
+    "--tokens_per_microbatch=2000",
+    "--keep_last=0",
+    "--lr=1e-3",
+    "--checkpoint_activations=false",
+    "--timeout_s=100",
+)
 
 
 def test_sft_resumed_is_bit_identical_to_a_straight_run(world, tmp_path):
     def start(out):
-        run("sft.py", *SFT, f"--model={world}/model", f"--data={world}/sft.jsonl", f"--out_dir={out}")
+        run(
+            "sft.py",
+            *SFT,
+            f"--model={world}/model",
+            f"--data={world}/sft.jsonl",
+            f"--out_dir={out}",
+        )
 
     resumed_equals_straight(start, tmp_path / "out", tmp_path, steps=4, at=2)
     assert "lr: 0.001 -> 0.002" in run(
-        "sft.py", *SFT, f"--model={world}/model", f"--data={world}/sft.jsonl", f"--out_dir={tmp_path}/out", "--lr=2e-3", ok=False
+        "sft.py",
+        *SFT,
+        f"--model={world}/model",
+        f"--data={world}/sft.jsonl",
+        f"--out_dir={tmp_path}/out",
+        "--lr=2e-3",
+        ok=False,
     )
 
 
-GRPO = ("--engine=hf", "--tools=search,browse", "--group_size=2", "--max_turns=3", "--temperature=1.0", "--max_dlogp=1e-3",
-        "--checkpoint_activations=false", "--timeout_s=200", "--lr=1e-3", "--keep_last=0", "--eval_interval=100")
+GRPO = (
+    "--engine=hf",
+    "--tools=search,browse",
+    "--group_size=2",
+    "--max_turns=3",
+    "--temperature=1.0",
+    "--max_dlogp=1e-3",
+    "--checkpoint_activations=false",
+    "--timeout_s=200",
+    "--lr=1e-3",
+    "--keep_last=0",
+    "--eval_interval=100",
+)
 
 
 def test_reagent_u_on_two_ranks_resumed_is_bit_identical(world, tmp_path):
     with judge_server() as (url, _):
 
         def start(out):
-            torchrun("grpo_unified.py", *GRPO, f"--model={world}/model", f"--data={world}/rl.jsonl", f"--rrm={url}",
-                     "--prompts_per_step=4", "--prompts_per_minibatch=2", "--max_new_tokens_per_turn=16",
-                     "--max_tokens_per_attempt=300", "--max_context=900", "--steps=2", "--save_interval=1", f"--out_dir={out}")
+            torchrun(
+                "grpo_unified.py",
+                *GRPO,
+                f"--model={world}/model",
+                f"--data={world}/rl.jsonl",
+                f"--rrm={url}",
+                "--prompts_per_step=4",
+                "--prompts_per_minibatch=2",
+                "--max_new_tokens_per_turn=16",
+                "--max_tokens_per_attempt=300",
+                "--max_context=900",
+                "--steps=2",
+                "--save_interval=1",
+                f"--out_dir={out}",
+            )
 
         resumed_equals_straight(start, tmp_path / "out", tmp_path, steps=2, at=1)
     log = [json.loads(line) for line in open(tmp_path / "out" / "log.jsonl")]
-    assert all(line["updates"] == 2 and line["attempts"] == 16 and line["dlogp/mean"] < 1e-4 for line in log)
+    assert all(
+        line["updates"] == 2 and line["attempts"] == 16 and line["dlogp/mean"] < 1e-4
+        for line in log
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows are not here")
 def test_three_steps_of_reagent_u_on_real_hotpotqa_paragraphs(tmp_path):
-    """A byte-level model that was shown one search and one browse runs both over the real paragraphs."""
-    run("data/hotpotqa/prepare.py", f"--input={SHARED}/hotpotqa/train100_distractor.jsonl", f"--out={tmp_path}/all.jsonl")
+    """A byte-level model that was shown one search and one browse runs both over the real
+    paragraphs.
+    """
+    run(
+        "data/hotpotqa/prepare.py",
+        f"--input={SHARED}/hotpotqa/train100_distractor.jsonl",
+        f"--out={tmp_path}/all.jsonl",
+    )
     rows = [json.loads(line) for line in open(tmp_path / "all.jsonl")]
     rows = sorted(rows, key=lambda row: sum(len(doc["text"]) for doc in row["docs"]))[:2]
     toy.write(tmp_path / "rl.jsonl", rows)
     tiny_model(tmp_path / "model", hidden=128, max_positions=16_384)
     toy.write(tmp_path / "sft.jsonl", (demonstration(row) for row in rows))
-    run("sft.py", f"--model={tmp_path}/model", f"--data={tmp_path}/sft.jsonl", "--rows_per_step=2", "--steps=120", "--lr=3e-3",
-        "--warmup_steps=10", "--checkpoint_activations=false", "--timeout_s=200", f"--out_dir={tmp_path}/sft")
+    run(
+        "sft.py",
+        f"--model={tmp_path}/model",
+        f"--data={tmp_path}/sft.jsonl",
+        "--rows_per_step=2",
+        "--steps=120",
+        "--lr=3e-3",
+        "--warmup_steps=10",
+        "--checkpoint_activations=false",
+        "--timeout_s=200",
+        f"--out_dir={tmp_path}/sft",
+    )
     with judge_server() as (url, seen):
-        torchrun("grpo_unified.py", *GRPO, f"--model={tmp_path}/sft/step-000120", f"--data={tmp_path}/rl.jsonl",
-                 f"--rrm={url}", "--prompts_per_step=2", "--prompts_per_minibatch=2", "--max_new_tokens_per_turn=160",
-                 "--max_tokens_per_attempt=5000", "--max_context=15000", "--steps=3", "--save_interval=100",
-                 f"--out_dir={tmp_path}/out", timeout=500)
-    episodes = [json.loads(line) for path in (tmp_path / "out" / "episodes").glob("*.jsonl") for line in open(path)]
-    calls = [call for e in episodes for a in e["attempts"] for call in a["calls"] if call["status"] == "ok"]
-    assert len(episodes) == 12 and len(seen) >= 24 and {call["name"] for call in calls} == {"search", "browse"}
+        torchrun(
+            "grpo_unified.py",
+            *GRPO,
+            f"--model={tmp_path}/sft/step-000120",
+            f"--data={tmp_path}/rl.jsonl",
+            f"--rrm={url}",
+            "--prompts_per_step=2",
+            "--prompts_per_minibatch=2",
+            "--max_new_tokens_per_turn=160",
+            "--max_tokens_per_attempt=5000",
+            "--max_context=15000",
+            "--steps=3",
+            "--save_interval=100",
+            f"--out_dir={tmp_path}/out",
+            timeout=500,
+        )
+    episodes = [
+        json.loads(line)
+        for path in (tmp_path / "out" / "episodes").glob("*.jsonl")
+        for line in open(path)
+    ]
+    calls = [
+        call
+        for e in episodes
+        for a in e["attempts"]
+        for call in a["calls"]
+        if call["status"] == "ok"
+    ]
+    assert (
+        len(episodes) == 12
+        and len(seen) >= 24
+        and {call["name"] for call in calls} == {"search", "browse"}
+    )
     real = {doc["text"] for row in rows for doc in row["docs"]}
     results = [m["content"] for e in episodes for m in e["messages"] if m["role"] == "tool"]
     assert any(text in result for result in results for text in real)
@@ -133,20 +239,37 @@ def demonstration(row):
     from tools import Toolbox
 
     toolbox, title = Toolbox(["search", "browse"]), row["docs"][0]["title"]
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": row["question"]}]
-    for name, arguments in (("search", {"queries": [title], "top_k": 1}), ("browse", {"url": f"doc:{title}"})):
+    messages = [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": row["question"]},
+    ]
+    for name, arguments in (
+        ("search", {"queries": [title], "top_k": 1}),
+        ("browse", {"url": f"doc:{title}"}),
+    ):
         seen = asyncio.run(toolbox.call(name, arguments, docs=row["docs"]))
-        messages += [{"role": "assistant", "content": tool_call_text(name, arguments)}, {"role": "tool", "content": seen.text}]
+        messages += [
+            {"role": "assistant", "content": tool_call_text(name, arguments)},
+            {"role": "tool", "content": seen.text},
+        ]
     messages.append({"role": "assistant", "content": f"\\boxed{{{row['answer'][0]}}}"})
     return {"messages": messages, "tools": toolbox.schemas}
 
 
 def test_the_defaults_are_the_papers_recipe_and_what_is_missing_is_named_in_one_line():
     cfg = grpo_unified.Config()
-    assert (cfg.lr, cfg.prompts_per_step, cfg.prompts_per_minibatch, cfg.group_size) == (5e-7, 64, 16, 8)
+    assert (cfg.lr, cfg.prompts_per_step, cfg.prompts_per_minibatch, cfg.group_size) == (
+        5e-7,
+        64,
+        16,
+        8,
+    )
     assert (cfg.temperature, cfg.rrm_weight, cfg.max_turns, cfg.steps) == (0.7, 0.3, 13, 300)
     text = run("grpo_unified.py", ok=False).strip()
-    assert text == "no file data/reagent/rl_train.jsonl: run python data/reagent/prepare.py (or data/toy/prepare.py)"
+    assert (
+        text == "no file data/reagent/rl_train.jsonl: run python data/reagent/prepare.py "
+        "(or data/toy/prepare.py)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,13 +279,22 @@ def test_the_defaults_are_the_papers_recipe_and_what_is_missing_is_named_in_one_
         (["--lr=fast"], "command line: lr = 'fast' is not of type float"),
         (["--learning_rate=1"], "command line: unknown key 'learning_rate'"),
         (["--rrm=nowhere"], "no reward model in nowhere"),
-        (["--rrm=nowhere", "--tensor_parallel=2"], "tensor_parallel = 2: serve the reward model nowhere"),
+        (
+            ["--rrm=nowhere", "--tensor_parallel=2"],
+            "tensor_parallel = 2: serve the reward model nowhere",
+        ),
         (["--rrm=http://127.0.0.1:9/v1"], "no judge answers at http://127.0.0.1:9/v1"),
         (["--model=nowhere/at/all"], "no model in nowhere/at/all"),
     ],
 )
 def test_a_bad_setting_is_named_before_work_starts(world, args, told):
-    base = [f"--model={world}/model", f"--data={world}/rl.jsonl", "--engine=hf", "--tools=search", "--out_dir=/dev/null/x"]
+    base = [
+        f"--model={world}/model",
+        f"--data={world}/rl.jsonl",
+        "--engine=hf",
+        "--tools=search",
+        "--out_dir=/dev/null/x",
+    ]
     with pytest.raises(SystemExit, match=None) as stopped:
         grpo_unified.check_config(parse_config(grpo_unified.Config, base + args))
         run_main(base + args)
@@ -175,17 +307,28 @@ def run_main(args):
 
     cfg = parse_config(grpo_unified.Config, args)
     chat = Chat(load_tokenizer(cfg.model))
-    reward_model.make_judge(cfg.rrm, chat, engines.Rounds(), engine=cfg.engine, max_context=cfg.max_context)
+    reward_model.make_judge(
+        cfg.rrm, chat, engines.Rounds(), engine=cfg.engine, max_context=cfg.max_context
+    )
 
 
 @pytest.mark.parametrize(
     "line, told",
     [
         ('{"id": "1", "answer": "a", "kind": "qa"}', "rl.jsonl:2: an RL row needs 'question'"),
-        ('{"id": "1", "question": "q", "answer": "", "kind": "qa"}', "rl.jsonl:2: an RL row needs 'answer'"),
+        (
+            '{"id": "1", "question": "q", "answer": "", "kind": "qa"}',
+            "rl.jsonl:2: an RL row needs 'answer'",
+        ),
         ('{"question": "q", "answer": "a", "kind": "qa"}', "rl.jsonl:2: an RL row needs 'id'"),
-        ('{"id": "1", "question": "q", "answer": "a", "kind": "poem"}', "rl.jsonl:2: 'kind' is 'poem'"),
-        ('{"id": "0", "question": "q", "answer": "a", "kind": "qa"}', "rl.jsonl:2: id '0' stands in line 1 too"),
+        (
+            '{"id": "1", "question": "q", "answer": "a", "kind": "poem"}',
+            "rl.jsonl:2: 'kind' is 'poem'",
+        ),
+        (
+            '{"id": "0", "question": "q", "answer": "a", "kind": "qa"}',
+            "rl.jsonl:2: id '0' stands in line 1 too",
+        ),
         ('{"id": "1", "question": "q", "ans', "rl.jsonl:2: not a JSON line"),
     ],
 )
@@ -213,13 +356,25 @@ def test_an_empty_file_and_a_bad_sft_row_are_clear_errors(tmp_path):
 
 @pytest.mark.slow
 def test_reagent_u_lifts_the_toy_from_lazy_to_grounded(tmp_path):
-    """One seed of the demo: at most 0.5 after SFT, refined by its own critique 0.15 above, by others' 0.05; 0.9 after U."""
+    """One seed of the demo: at most 0.5 after SFT, refined by its own critique 0.15 above, by
+    others' 0.05; 0.9 after U.
+    """
     trial = __import__("importlib").import_module("data.toy.trial").trial
     run("data/toy/prepare.py")
     torchrun("sft.py", "config/sft_toy_tiny.py", f"--out_dir={tmp_path}/sft", timeout=1200)
     before, _ = trial(f"{tmp_path}/sft/step-000250")
-    assert before["first"] <= 0.5 and before["refined"] >= before["first"] + 0.15 and before["shuffled"] <= before["first"] + 0.05
-    torchrun("grpo_unified.py", "config/grpo_unified_toy_tiny.py", f"--model={tmp_path}/sft/step-000250", "--rrm=toy",
-             f"--out_dir={tmp_path}/u", timeout=2400)
+    assert (
+        before["first"] <= 0.5
+        and before["refined"] >= before["first"] + 0.15
+        and before["shuffled"] <= before["first"] + 0.05
+    )
+    torchrun(
+        "grpo_unified.py",
+        "config/grpo_unified_toy_tiny.py",
+        f"--model={tmp_path}/sft/step-000250",
+        "--rrm=toy",
+        f"--out_dir={tmp_path}/u",
+        timeout=2400,
+    )
     after, _ = trial(f"{tmp_path}/u/step-000040")
     assert after["first"] >= 0.9 and after["grounded"] >= 0.9 and after["refined"] >= after["first"]

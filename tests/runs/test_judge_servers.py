@@ -17,7 +17,10 @@ from tests.loss.test_model import torchrun
 from tests.runs.test_jobs import GRPO
 from tests.runs.test_survival import start, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +31,16 @@ def world(tmp_path_factory):
     tiny_model(folder / "agent", phrases=toy.toy_phrases())
     toy.write(folder / "rrm.jsonl", (toy.rrm_row(rng, i) for i in range(3000)))
     toy.write(folder / "rl.jsonl", (toy.rl_row(rng, i, "train") for i in range(16)))
-    torchrun("train_rrm.py", "config/train_rrm_toy_sft.py", f"--model={folder}/rrm0", f"--data={folder}/rrm.jsonl",
-             "--eval_data=", "--steps=150", f"--out_dir={folder}/rrm", timeout=400)
+    torchrun(
+        "train_rrm.py",
+        "config/train_rrm_toy_sft.py",
+        f"--model={folder}/rrm0",
+        f"--data={folder}/rrm.jsonl",
+        "--eval_data=",
+        "--steps=150",
+        f"--out_dir={folder}/rrm",
+        timeout=400,
+    )
     return folder
 
 
@@ -37,12 +48,29 @@ def serve(folder):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", "float32",
-               "--enforce-eager", "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "rrm",
-               "--override-generation-config", '{"max_new_tokens": 64}']  # a judgment that does not end costs minutes
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--served-model-name",
+        "rrm",
+        "--override-generation-config",
+        '{"max_new_tokens": 64}',
+    ]  # a judgment that does not end costs minutes
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
     quiet = subprocess.DEVNULL
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=quiet, stderr=quiet, start_new_session=True), port
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=quiet, stderr=quiet, start_new_session=True
+    ), port
 
 
 def wait_until_healthy(process, port):
@@ -63,10 +91,26 @@ def test_one_of_two_servers_killed_in_mid_run_loses_no_judgment(world, tmp_path)
         for server in servers:
             wait_until_healthy(*server)
         urls = ",".join(f"http://127.0.0.1:{port}/v1" for _, port in servers)
-        run = start([sys.executable, "grpo_unified.py", *GRPO, f"--model={world}/agent", f"--data={world}/rl.jsonl",
-                     f"--rrm={urls}", "--prompts_per_step=4", "--prompts_per_minibatch=4", "--max_new_tokens_per_turn=12",
-                     "--max_tokens_per_attempt=100", "--max_context=400", "--rrm_max_context=4000", "--max_rrm_failures=1.0",
-                     "--steps=6", "--save_interval=100", f"--out_dir={tmp_path}/run"])
+        run = start(
+            [
+                sys.executable,
+                "grpo_unified.py",
+                *GRPO,
+                f"--model={world}/agent",
+                f"--data={world}/rl.jsonl",
+                f"--rrm={urls}",
+                "--prompts_per_step=4",
+                "--prompts_per_minibatch=4",
+                "--max_new_tokens_per_turn=12",
+                "--max_tokens_per_attempt=100",
+                "--max_context=400",
+                "--rrm_max_context=4000",
+                "--max_rrm_failures=1.0",
+                "--steps=6",
+                "--save_interval=100",
+                f"--out_dir={tmp_path}/run",
+            ]
+        )
         wait_for(tmp_path / "run" / "episodes" / "step-000002.jsonl", run, 400)
         os.killpg(servers[0][0].pid, 9)
         text = run.communicate(timeout=300)[0]
@@ -78,12 +122,24 @@ def test_one_of_two_servers_killed_in_mid_run_loses_no_judgment(world, tmp_path)
             if process.poll() is None:
                 os.killpg(process.pid, 9)
     log = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
-    episodes = [[json.loads(line) for line in open(path)] for path in sorted((tmp_path / "run" / "episodes").glob("*"))]
+    episodes = [
+        [json.loads(line) for line in open(path)]
+        for path in sorted((tmp_path / "run" / "episodes").glob("*"))
+    ]
     for line, step in zip(log, episodes, strict=True):
         attempts = [a for episode in step for a in episode["attempts"]]
         scored = [a for a in attempts if a["score"] is not None]
-        assert len(step) == 8 and line["judge/asked"] == len(attempts) == len(scored) + line["judge/failed"]
-        assert line["attempts"] == len(scored) == len([a for a in attempts if a["reward"] is not None])
-        assert all(a["critique"] for a in scored)  # a score comes with a judgment, never from a failure
-    assert "no answer from" not in text  # no judgment waited in vain; those that failed were written badly
+        assert (
+            len(step) == 8
+            and line["judge/asked"] == len(attempts) == len(scored) + line["judge/failed"]
+        )
+        assert (
+            line["attempts"] == len(scored) == len([a for a in attempts if a["reward"] is not None])
+        )
+        assert all(
+            a["critique"] for a in scored
+        )  # a score comes with a judgment, never from a failure
+    assert (
+        "no answer from" not in text
+    )  # no judgment waited in vain; those that failed were written badly
     assert sum(line["attempts"] for line in log[3:]) > 0

@@ -1,4 +1,6 @@
-"""More than one machine: two nodes of two ranks, each in a network namespace of its own with its own address."""
+"""More than one machine: two nodes of two ranks, each in a network namespace of its own with its
+own address.
+"""
 
 import os
 import subprocess
@@ -11,8 +13,15 @@ from safetensors.torch import load_file
 from tests.helpers.tiny import ROOT, toy_world
 from tests.runs.test_jobs import run
 
-SFT = ("--rows_per_step=8", "--steps=3", "--save_interval=3", "--tokens_per_microbatch=500", "--lr=1e-3",
-       "--checkpoint_activations=false", "--timeout_s=120")
+SFT = (
+    "--rows_per_step=8",
+    "--steps=3",
+    "--save_interval=3",
+    "--tokens_per_microbatch=500",
+    "--lr=1e-3",
+    "--checkpoint_activations=false",
+    "--timeout_s=120",
+)
 
 
 def shell(*lines):
@@ -32,7 +41,11 @@ def nodes():
     shell(f"ip link add va{mark} netns {a} type veth peer name vb{mark} netns {b}")
     for name, link, address in ((a, f"va{mark}", "10.77.0.1"), (b, f"vb{mark}", "10.77.0.2")):
         inside = f"ip netns exec {name} ip"
-        shell(f"{inside} addr add {address}/24 dev {link}", f"{inside} link set {link} up", f"{inside} link set lo up")
+        shell(
+            f"{inside} addr add {address}/24 dev {link}",
+            f"{inside} link set {link} up",
+            f"{inside} link set lo up",
+        )
     yield [(a, f"va{mark}"), (b, f"vb{mark}")]
     shell(f"ip netns del {a}", f"ip netns del {b}")
 
@@ -51,14 +64,35 @@ def test_two_nodes_of_two_ranks_train_as_one_rank(nodes, world, tmp_path, shard_
     _, base, alone = world
     running = []
     for rank, (node, link) in enumerate(nodes):
-        command = ["ip", "netns", "exec", node, sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
-                   "--nproc_per_node=2", f"--node_rank={rank}", "--master_addr=10.77.0.1", "--master_port=29511", "sft.py",
-                   *base, f"--out_dir={tmp_path}/out", f"--shard_ranks={shard_ranks}"]
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            node,
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            "--nproc_per_node=2",
+            f"--node_rank={rank}",
+            "--master_addr=10.77.0.1",
+            "--master_port=29511",
+            "sft.py",
+            *base,
+            f"--out_dir={tmp_path}/out",
+            f"--shard_ranks={shard_ranks}",
+        ]
         env = {**os.environ, "GLOO_SOCKET_IFNAME": link}
         pipe = subprocess.PIPE
-        running.append(subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=pipe, stderr=subprocess.STDOUT))
+        running.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=env, text=True, stdout=pipe, stderr=subprocess.STDOUT
+            )
+        )
     texts = [process.communicate(timeout=300)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], texts[0][-2000:] + texts[1][-2000:]
+    assert [process.returncode for process in running] == [0, 0], (
+        texts[0][-2000:] + texts[1][-2000:]
+    )
     together = load_file(tmp_path / "out" / "step-000003" / "model.safetensors")
     assert together.keys() == alone.keys()
     assert max((together[name] - alone[name]).abs().max().item() for name in alone) < 1e-5

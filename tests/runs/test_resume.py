@@ -1,4 +1,6 @@
-"""Resume is exact: a run that goes on from a checkpoint leaves what the run that was never stopped leaves."""
+"""Resume is exact: a run that goes on from a checkpoint leaves what the run that was never stopped
+leaves.
+"""
 
 import dataclasses
 import importlib.util
@@ -18,12 +20,24 @@ from tests.loss.test_model import launcher
 from tests.runs.test_jobs import GRPO, SFT, final_state, resumed_equals_straight
 from tests.runs.test_survival import SMALL, finish
 
-RRM = ("--judgments_per_step=4", "--steps=4", "--save_interval=2", "--keep_last=0", "--lr=1e-3", "--engine=hf",
-       "--checkpoint_activations=false", "--max_context=1024", "--timeout_s=100")
-STAGES = {"sft": ("--stage=sft", "--max_judgment_tokens=48"),
-          "grpo": ("--stage=grpo", "--group_size=2", "--max_judgment_tokens=16", "--max_dlogp=1e-3")}
+RRM = (
+    "--judgments_per_step=4",
+    "--steps=4",
+    "--save_interval=2",
+    "--keep_last=0",
+    "--lr=1e-3",
+    "--engine=hf",
+    "--checkpoint_activations=false",
+    "--max_context=1024",
+    "--timeout_s=100",
+)
+STAGES = {
+    "sft": ("--stage=sft", "--max_judgment_tokens=48"),
+    "grpo": ("--stage=grpo", "--group_size=2", "--max_judgment_tokens=16", "--max_dlogp=1e-3"),
+}
 
-# an untrained model writes no valid judgment, and without one there is no update: here every text counts as one
+# an untrained model writes no valid judgment, and without one there is no update: here every text
+# counts as one
 EVERY_TEXT_JUDGES = """
 import sys
 sys.path[:0] = [{root!r}]
@@ -31,7 +45,9 @@ import train_rrm
 from reagent import run
 from reagent.reward_model import Judgment
 from reagent.config import parse_config
-train_rrm.read_judgment = lambda chat, sample: Judgment("read", "look again", sum(sample.ids) % 101 / 100)
+def read(chat, sample):
+    return Judgment("read", "look again", sum(sample.ids) % 101 / 100)
+train_rrm.read_judgment = read
 train_rrm.main(parse_config(train_rrm.Config, sys.argv[1:]))
 """
 
@@ -48,29 +64,61 @@ def python(ranks):
 
 
 def grpo(world, out, url, *more):
-    return ["grpo_unified.py", *GRPO, *SMALL, f"--model={world}/model", f"--data={world}/rl.jsonl", f"--rrm={url}",
-            "--save_interval=1", f"--out_dir={out}", *more]
+    return [
+        "grpo_unified.py",
+        *GRPO,
+        *SMALL,
+        f"--model={world}/model",
+        f"--data={world}/rl.jsonl",
+        f"--rrm={url}",
+        "--save_interval=1",
+        f"--out_dir={out}",
+        *more,
+    ]
 
 
 @pytest.mark.slow
 def test_sft_on_two_ranks(world, tmp_path):
     def start(out):
-        finish([*python(2), "sft.py", *SFT, f"--model={world}/model", f"--data={world}/sft.jsonl", f"--out_dir={out}"])
+        finish(
+            [
+                *python(2),
+                "sft.py",
+                *SFT,
+                f"--model={world}/model",
+                f"--data={world}/sft.jsonl",
+                f"--out_dir={out}",
+            ]
+        )
 
     resumed_equals_straight(start, tmp_path / "out", tmp_path, steps=4, at=2)
 
 
 @pytest.mark.parametrize(
     "stage, ranks",
-    [("sft", 1), ("grpo", 1), pytest.param("sft", 2, marks=pytest.mark.slow), pytest.param("grpo", 2, marks=pytest.mark.slow)],
+    [
+        ("sft", 1),
+        ("grpo", 1),
+        pytest.param("sft", 2, marks=pytest.mark.slow),
+        pytest.param("grpo", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_the_reward_model(world, tmp_path, stage, ranks):
     script = tmp_path / "train.py"
     script.write_text(EVERY_TEXT_JUDGES.format(root=str(ROOT)))
 
     def start(out):
-        finish([*python(ranks), str(script), *RRM, *STAGES[stage], f"--model={world}/model", f"--data={world}/rrm.jsonl",
-                f"--out_dir={out}"])
+        finish(
+            [
+                *python(ranks),
+                str(script),
+                *RRM,
+                *STAGES[stage],
+                f"--model={world}/model",
+                f"--data={world}/rrm.jsonl",
+                f"--out_dir={out}",
+            ]
+        )
 
     resumed_equals_straight(start, tmp_path / "out", tmp_path, steps=4, at=2)
     log = [json.loads(line) for line in open(tmp_path / "out" / "log.jsonl")]
@@ -98,9 +146,15 @@ def test_with_vllm_data_order_seeds_and_step_numbers_are_the_same(world, tmp_pat
             log = [json.loads(line)["step"] for line in open(tmp_path / name / "log.jsonl")]
             paths = sorted((tmp_path / name / "episodes").glob("*"))
             episodes = [json.loads(line) for path in paths for line in open(path)]
-            chosen = [(e["id"], e["policy_version"], [a["seed"] for a in e["attempts"]]) for e in episodes]
+            chosen = [
+                (e["id"], e["policy_version"], [a["seed"] for a in e["attempts"]]) for e in episodes
+            ]
             seen[name] = log, [path.name for path in paths], chosen
-    assert seen["straight"] == seen["resumed"] and seen["straight"][0] == [1, 2, 3] and len(seen["straight"][2]) == 12
+    assert (
+        seen["straight"] == seen["resumed"]
+        and seen["straight"][0] == [1, 2, 3]
+        and len(seen["straight"][2]) == 12
+    )
 
 
 @pytest.mark.parametrize("script", [sft, train_rrm, grpo_unified])
@@ -113,4 +167,11 @@ def test_a_changed_field_is_refused_by_name_unless_it_leaves_the_math_alone(scri
             assert f"{name}: {config[name]!r} -> 'another'" in str(stopped)
             refused.add(name)
     assert {"model", "data", "lr", "steps", "seed", "max_grad_norm", "weight_decay"} <= refused
-    assert not refused & {"out_dir", "log_interval", "save_interval", "keep_last", "timeout_s", "tokens_per_microbatch"}
+    assert not refused & {
+        "out_dir",
+        "log_interval",
+        "save_interval",
+        "keep_last",
+        "timeout_s",
+        "tokens_per_microbatch",
+    }

@@ -36,17 +36,23 @@ def test_rows_come_back_in_any_order(write):
 
 
 def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_no_rows(write):
-    assert list(JsonlRows(write('\ufeff{"id": 1}\r\n\r\n  \n{"id": 2}\r\n\n'))) == [{"id": 1}, {"id": 2}]
+    assert list(JsonlRows(write('\ufeff{"id": 1}\r\n\r\n  \n{"id": 2}\r\n\n'))) == [
+        {"id": 1},
+        {"id": 2},
+    ]
 
 
-@pytest.mark.parametrize(("text", "problem"), [
-    ('{"id": 1}\n\n{"id": 2, "te', "rows.jsonl:3: not a JSON line"),
-    (b'{"id": 1}\n{"id": "\xff"}\n', "rows.jsonl:2: not a JSON line"),
-    ("[" * 100_000, "rows.jsonl:1: not a JSON line"),
-    ('{"id": 1}\n[2]\n', "rows.jsonl:2: a row is a JSON object, not list"),
-    ('{"id": "x"}\n{"id": "y"}\n{"id": "x"}\n', "rows.jsonl:3: id 'x' stands in line 1 too"),
-    ('{"id": [1]}\n{"id": [1]}\n', "rows.jsonl:2: id .1. stands in line 1 too"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"id": 1}\n\n{"id": 2, "te', "rows.jsonl:3: not a JSON line"),
+        (b'{"id": 1}\n{"id": "\xff"}\n', "rows.jsonl:2: not a JSON line"),
+        ("[" * 100_000, "rows.jsonl:1: not a JSON line"),
+        ('{"id": 1}\n[2]\n', "rows.jsonl:2: a row is a JSON object, not list"),
+        ('{"id": "x"}\n{"id": "y"}\n{"id": "x"}\n', "rows.jsonl:3: id 'x' stands in line 1 too"),
+        ('{"id": [1]}\n{"id": [1]}\n', "rows.jsonl:2: id .1. stands in line 1 too"),
+    ],
+)
 def test_a_line_that_cannot_be_read_is_an_error_that_names_file_and_line(write, text, problem):
     with pytest.raises(ValueError, match=problem):
         JsonlRows(write(text))
@@ -54,13 +60,17 @@ def test_a_line_that_cannot_be_read_is_an_error_that_names_file_and_line(write, 
 
 def test_a_row_that_fails_the_check_is_an_error_that_names_file_and_line(write):
     with pytest.raises(ValueError, match="rows.jsonl:3: 'kind' is 'essay'"):
-        path = write("\n\n".join(json.dumps(row) for row in (RL_ROW, {**RL_ROW, "id": "b", "kind": "essay"})))
+        path = write(
+            "\n\n".join(json.dumps(row) for row in (RL_ROW, {**RL_ROW, "id": "b", "kind": "essay"}))
+        )
         JsonlRows(path, check_rl_row)
 
 
 def test_different_ids_with_one_python_hash_are_two_rows(write):
     assert hash(-1) == hash(-2) and hash(1) == hash(1.0)
-    assert len(JsonlRows(write('{"id": -1}\n{"id": -2}\n{"id": 1}\n{"id": 1.0}\n{"id": "1"}\n'))) == 5
+    assert (
+        len(JsonlRows(write('{"id": -1}\n{"id": -2}\n{"id": 1}\n{"id": 1.0}\n{"id": "1"}\n'))) == 5
+    )
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])
@@ -80,7 +90,10 @@ def test_a_million_rows_open_within_a_minute_and_100_megabytes(tmp_path):
     path = tmp_path / "rows.jsonl"
     with open(path, "w") as file:
         for i in range(1_000_000):
-            file.write(json.dumps({**RL_ROW, "id": f"row-{i}", "question": f"How much is {i} + 1? " * 10}) + "\n")
+            file.write(
+                json.dumps({**RL_ROW, "id": f"row-{i}", "question": f"How much is {i} + 1? " * 10})
+                + "\n"
+            )
     script = f"""
 import resource, time
 from reagent.rows import JsonlRows, check_rl_row
@@ -89,42 +102,62 @@ before, start = peak(), time.process_time()
 rows = JsonlRows({str(path)!r}, check_rl_row)
 print(time.process_time() - start, peak() - before, rows[999_999]["id"])
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     seconds, megabytes, last = run.stdout.split()
     print(f"{seconds} CPU seconds, {megabytes} MB")
     assert last == "row-999999" and float(seconds) < 60 and float(megabytes) < 100, run.stdout
 
 
 def test_rows_need_no_torch_to_be_read():
-    script = "import sys, reagent.rows, reagent.config, reagent.chat; print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    script = (
+        "import sys, reagent.rows, reagent.config, reagent.chat; print([name for name in ('torch', "
+        "'transformers', 'numpy') if name in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert run.stdout.strip() == "[]"
 
 
 # ---------------------------------------------------------------- RL rows
 
 
-@pytest.mark.parametrize("more", [{}, {"answer": ["1", "one"]}, {"docs": []}, {"docs": [{"title": "t", "text": ""}]},
-                                  {"files": ["a.png"]}, {"id": 0}, {"meta": {"level": 1}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"answer": ["1", "one"]},
+        {"docs": []},
+        {"docs": [{"title": "t", "text": ""}]},
+        {"files": ["a.png"]},
+        {"id": 0},
+        {"meta": {"level": 1}},
+    ],
+)
 def test_good_rl_rows_pass(more):
     assert check_rl_row({**RL_ROW, **more}) is None
 
 
-@pytest.mark.parametrize(("more", "problem"), [
-    ({"id": None}, "needs 'id'"),
-    ({"question": ""}, "needs 'question'"),
-    ({"answer": []}, "needs 'answer'"),
-    ({"question": ["q"]}, "'question' is a text"),
-    ({"answer": 42}, "a text or a list of texts"),
-    ({"answer": ["1", None]}, "a text or a list of texts"),
-    ({"answer": " "}, "a text or a list of texts"),
-    ({"kind": None}, "math, qa, gaia or choice"),
-    ({"docs": "text"}, "'docs' is a list"),
-    ({"docs": [{"title": "t"}]}, "'docs' is a list"),
-    ({"docs": [{"title": "t", "text": None}]}, "'docs' is a list"),
-    ({"files": "a.png"}, "'files' is a list"),
-    ({"files": [1]}, "'files' is a list"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"id": None}, "needs 'id'"),
+        ({"question": ""}, "needs 'question'"),
+        ({"answer": []}, "needs 'answer'"),
+        ({"question": ["q"]}, "'question' is a text"),
+        ({"answer": 42}, "a text or a list of texts"),
+        ({"answer": ["1", None]}, "a text or a list of texts"),
+        ({"answer": " "}, "a text or a list of texts"),
+        ({"kind": None}, "math, qa, gaia or choice"),
+        ({"docs": "text"}, "'docs' is a list"),
+        ({"docs": [{"title": "t"}]}, "'docs' is a list"),
+        ({"docs": [{"title": "t", "text": None}]}, "'docs' is a list"),
+        ({"files": "a.png"}, "'files' is a list"),
+        ({"files": [1]}, "'files' is a list"),
+    ],
+)
 def test_a_bad_rl_row_gets_a_text_that_names_the_key(more, problem):
     assert problem in check_rl_row({**RL_ROW, **more})
 
@@ -146,9 +179,21 @@ def test_a_step_depends_on_nothing_but_its_number():
 
 
 def test_the_order_is_that_of_other_processes():
-    script = "from reagent.rows import batch_indices; print([batch_indices(s, 5, 1000, 1) for s in range(3)])"
-    runs = [subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
-                           env={"PYTHONHASHSEED": seed}, check=True).stdout for seed in ("1", "2")]  # fmt: skip
+    script = (
+        "from reagent.rows import batch_indices; print([batch_indices(s, 5, 1000, 1) for s in "
+        "range(3)])"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={"PYTHONHASHSEED": seed},
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
     assert runs[0] == runs[1] == f"{[batch_indices(s, 5, 1000, 1) for s in range(3)]}\n"
 
 

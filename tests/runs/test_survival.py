@@ -1,4 +1,6 @@
-"""Runs that survive: kills, SIGTERM, a full disk, dead and hung ranks, NaN, stale samplers, more than one machine."""
+"""Runs that survive: kills, SIGTERM, a full disk, dead and hung ranks, NaN, stale samplers, more
+than one machine.
+"""
 
 import json
 import multiprocessing
@@ -25,10 +27,22 @@ from tests.helpers.tiny import ROOT, toy_world
 from tests.loss.test_model import launcher
 from tests.runs.test_jobs import GRPO, final_state
 
-SFT = ("--rows_per_step=4", "--save_interval=1", "--tokens_per_microbatch=2000", "--keep_last=3", "--lr=1e-3",
-       "--checkpoint_activations=false", "--timeout_s=60")
-SMALL = ("--prompts_per_step=2", "--prompts_per_minibatch=1", "--max_new_tokens_per_turn=16", "--max_tokens_per_attempt=300",
-         "--max_context=900")
+SFT = (
+    "--rows_per_step=4",
+    "--save_interval=1",
+    "--tokens_per_microbatch=2000",
+    "--keep_last=3",
+    "--lr=1e-3",
+    "--checkpoint_activations=false",
+    "--timeout_s=60",
+)
+SMALL = (
+    "--prompts_per_step=2",
+    "--prompts_per_minibatch=1",
+    "--max_new_tokens_per_turn=16",
+    "--max_tokens_per_attempt=300",
+    "--max_context=900",
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +51,40 @@ def world(tmp_path_factory):
 
 
 def sft_run(world, out, *more):
-    return [sys.executable, "sft.py", *SFT, f"--model={world}/model", f"--data={world}/sft.jsonl", f"--out_dir={out}", *more]
+    return [
+        sys.executable,
+        "sft.py",
+        *SFT,
+        f"--model={world}/model",
+        f"--data={world}/sft.jsonl",
+        f"--out_dir={out}",
+        *more,
+    ]
 
 
 def grpo(world, out, url, *more):
-    return [f"--model={world}/model", f"--data={world}/rl.jsonl", f"--rrm={url}", f"--out_dir={out}", *GRPO, *SMALL, *more]
+    return [
+        f"--model={world}/model",
+        f"--data={world}/rl.jsonl",
+        f"--rrm={url}",
+        f"--out_dir={out}",
+        *GRPO,
+        *SMALL,
+        *more,
+    ]
 
 
 def start(command, **options):
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=pipe, stderr=subprocess.STDOUT, env=os.environ, **options)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        text=True,
+        stdout=pipe,
+        stderr=subprocess.STDOUT,
+        env=os.environ,
+        **options,
+    )
 
 
 def wait_for(path, process, seconds=120):
@@ -66,21 +104,29 @@ def finish(command, code=0):
 
 
 def check_newest(out):
-    """The newest checkpoint of a killed run is whole: transformers loads it, its step is its name's."""
+    """The newest checkpoint of a killed run is whole: transformers loads it, its step is its
+    name's.
+    """
     found = run.checkpoints(out)
     if found:
         AutoModelForCausalLM.from_pretrained(found[-1])
-        assert json.loads((found[-1] / "trainer.json").read_text())["step"] == int(found[-1].name[5:])
+        assert json.loads((found[-1] / "trainer.json").read_text())["step"] == int(
+            found[-1].name[5:]
+        )
         assert (found[-1] / "trainer" / ".metadata").stat().st_size > 0
     return len(found)
 
 
-FORKS = multiprocessing.get_context("forkserver")  # imports once: a run starts in a second, not in ten
+FORKS = multiprocessing.get_context(
+    "forkserver"
+)  # imports once: a run starts in a second, not in ten
 FORKS.set_forkserver_preload(["sft", "grpo_unified"])
 
 
 def killed_until_done(script, arguments, rng, kills):
-    """SIGKILLs the run at random moments after its next checkpoint, `kills` times; then lets it end."""
+    """SIGKILLs the run at random moments after its next checkpoint, `kills` times; then lets it
+    end.
+    """
     cfg = parse_config(script.Config, arguments)
     for _ in range(kills):
         before = run.checkpoints(cfg.out_dir)
@@ -101,7 +147,9 @@ def killed_until_done(script, arguments, rng, kills):
 
 def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(world, tmp_path):
     for name, kills in (("straight", 0), ("killed", 2)):
-        killed_until_done(sft, sft_run(world, tmp_path / name, "--steps=20")[2:], random.Random(1), kills)
+        killed_until_done(
+            sft, sft_run(world, tmp_path / name, "--steps=20")[2:], random.Random(1), kills
+        )
     assert final_state(tmp_path / "killed", 20) == final_state(tmp_path / "straight", 20)
     assert not list((tmp_path / "killed").glob("*.tmp"))
 
@@ -110,7 +158,9 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(world, tmp_pa
 def test_fifty_kills_of_reagent_u_change_nothing(world, tmp_path):
     with judge_server() as (url, _):
         for name, kills in (("straight", 0), ("killed", 50)):
-            arguments = grpo(world, tmp_path / name, url, "--steps=150", "--save_interval=1", "--keep_last=3")
+            arguments = grpo(
+                world, tmp_path / name, url, "--steps=150", "--save_interval=1", "--keep_last=3"
+            )
             began = time.monotonic()
             killed_until_done(grpo_unified, arguments, random.Random(2), kills)
             print(f"{name}: {kills} kills, {time.monotonic() - began:.0f} s")
@@ -141,7 +191,9 @@ def goes_on_from(command) -> int:
 LONG = ("--steps=4000", "--save_interval=4000")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_ends_the_run_with_0_and_it_goes_on_from_there(world, tmp_path, number):
     command = sft_run(world, tmp_path / "run", *LONG)
     code, text = stopped_by(number, command, tmp_path / "run")
@@ -154,9 +206,13 @@ def test_a_signal_saves_and_ends_the_run_with_0_and_it_goes_on_from_there(world,
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_torchrun_reaches_all_ranks_and_they_save_together(world, tmp_path, number):
     command = [*launcher(2), *sft_run(world, tmp_path / "run", *LONG)[1:]]
-    _, text = stopped_by(number, command, tmp_path / "run")  # torchrun's own code says that it was stopped
+    _, text = stopped_by(
+        number, command, tmp_path / "run"
+    )  # torchrun's own code says that it was stopped
     saved = run.checkpoints(tmp_path / "run")
-    assert check_newest(tmp_path / "run") == 1 and not list((tmp_path / "run").glob("*.tmp")), text[-2000:]
+    assert check_newest(tmp_path / "run") == 1 and not list((tmp_path / "run").glob("*.tmp")), text[
+        -2000:
+    ]
     assert goes_on_from(command) == int(saved[0].name[5:])
 
 
@@ -166,9 +222,23 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_whole(world
     disk.mkdir()
     command = sft_run(world, disk / "run", "--steps=400", "--keep_last=0")
     listing = f"{' '.join(command)}; echo ended $?; ls {disk}/run; cp -r {disk}/run {tmp_path}/left"
-    small = ["bwrap", "--dev-bind", "/", "/", "--size", "3000000", "--tmpfs", str(disk), "sh", "-c", listing]
+    small = [
+        "bwrap",
+        "--dev-bind",
+        "/",
+        "/",
+        "--size",
+        "3000000",
+        "--tmpfs",
+        str(disk),
+        "sh",
+        "-c",
+        listing,
+    ]
     text = finish(small)
-    assert "ended 1" in text and "No space left on device" in text and "saving" in text, text[-2000:]
+    assert "ended 1" in text and "No space left on device" in text and "saving" in text, text[
+        -2000:
+    ]
     assert check_newest(tmp_path / "left") >= 1 and not list((tmp_path / "left").glob("*.tmp"))
 
 
@@ -191,7 +261,11 @@ def workers(launcher):
 
 def test_a_rank_that_hangs_is_named_with_the_phase(world, tmp_path):
     with judge_server() as (url, _):
-        process = start(two_ranks(world, tmp_path / "run", url, "--steps=500", "--save_interval=1000", "--timeout_s=6"))
+        process = start(
+            two_ranks(
+                world, tmp_path / "run", url, "--steps=500", "--save_interval=1000", "--timeout_s=6"
+            )
+        )
         wait_for(tmp_path / "run" / "episodes" / "step-000001.jsonl", process)
         hung, text = workers(process)[1], ""
         os.kill(hung, signal.SIGSTOP)
@@ -203,14 +277,18 @@ def test_a_rank_that_hangs_is_named_with_the_phase(world, tmp_path):
                 os.kill(hung, signal.SIGKILL)  # so does torchrun, after half a minute
         limit.cancel()
         process.wait(30)
-    assert process.returncode != 0 and re.search(r"rank 0 stops: a rank is missing after .*[Rr]anks? 1\b", text, re.S), text[-3000:]
+    assert process.returncode != 0 and re.search(
+        r"rank 0 stops: a rank is missing after .*[Rr]anks? 1\b", text, re.S
+    ), text[-3000:]
 
 
 @pytest.mark.slow
 def test_a_dead_rank_brings_the_run_back_from_the_last_checkpoint(world, tmp_path, monkeypatch):
     with judge_server() as (url, _):
         more = ("--max-restarts=1", "--steps=6", "--save_interval=1", "--timeout_s=150")
-        monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # else the new ranks find the dead one's address
+        monkeypatch.setenv(
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1"
+        )  # else the new ranks find the dead one's address
         process = start(two_ranks(world, tmp_path / "run", url, *more))
         wait_for(tmp_path / "run" / "step-000002", process)
         os.kill(workers(process)[1], signal.SIGKILL)
@@ -234,7 +312,9 @@ def in_this_process(world, out, url, *more):
     return [json.loads(line) for line in open(out / "log.jsonl")]
 
 
-def test_a_loss_that_is_not_finite_skips_the_step_and_the_next_one_is_taken(world, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_skips_the_step_and_the_next_one_is_taken(
+    world, tmp_path, monkeypatch
+):
     calls, plain = [], grpo_unified.grpo_loss
 
     def broken(*args):
@@ -245,12 +325,16 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_the_next_one_is_taken(worl
     monkeypatch.setattr(grpo_unified, "grpo_loss", broken)
     with judge_server() as (url, _):
         log = in_this_process(world, tmp_path, url, "--steps=3", "--save_interval=1")
-    assert [bool(line["skipped"]) for line in log] == [False, True, False] and "nan" in log[1]["skipped"]
+    assert [bool(line["skipped"]) for line in log] == [False, True, False] and "nan" in log[1][
+        "skipped"
+    ]
     assert log[2]["dlogp/mean"] < 1e-4  # the weights were synced all the same
     assert "nan" not in str(log[2]["loss"])
 
 
-def test_a_sampler_that_drifts_off_skips_and_then_stops_naming_the_last_good_checkpoint(world, tmp_path, monkeypatch):
+def test_a_sampler_that_drifts_off_skips_and_then_stops_naming_the_last_good_checkpoint(
+    world, tmp_path, monkeypatch
+):
 
     syncs, load = [], engines.HFEngine.load_weights
 
@@ -260,12 +344,22 @@ def test_a_sampler_that_drifts_off_skips_and_then_stops_naming_the_last_good_che
 
     monkeypatch.setattr(engines.HFEngine, "load_weights", stale)
     with judge_server() as (url, _), pytest.raises(SystemExit) as stopped:
-        in_this_process(world, tmp_path, url, "--steps=9", "--save_interval=1", "--max_skips=2", "--keep_last=0")
+        in_this_process(
+            world, tmp_path, url, "--steps=9", "--save_interval=1", "--max_skips=2", "--keep_last=0"
+        )
     text = str(stopped.value)
-    assert "sampler and trainer differ" in text and "(3 in a row)" in text and "last good checkpoint" in text and "step-000004" in text
+    assert (
+        "sampler and trainer differ" in text
+        and "(3 in a row)" in text
+        and "last good checkpoint" in text
+        and "step-000004" in text
+    )
 
 
 def test_a_step_whose_judgments_fail_beyond_the_limit_stops_with_one_line(world, tmp_path):
-    with judge_server(lambda text: "no judgment today") as (url, _), pytest.raises(SystemExit) as stopped:
+    with (
+        judge_server(lambda text: "no judgment today") as (url, _),
+        pytest.raises(SystemExit) as stopped,
+    ):
         in_this_process(world, tmp_path, url, "--steps=2")
     assert "4 of 4 judgments failed, more than max_rrm_failures = 0.2" in str(stopped.value)

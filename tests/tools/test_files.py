@@ -1,6 +1,8 @@
-"""Files that come with a question. Names with a number are cases of a list of attacks (44-59; 55 and 57 also for images).
+"""Files that come with a question. Names with a number are cases of a list of attacks (44-59; 55
+and 57 also for images).
 
-Not here: TIFF and SVG are never decoded (55): the first is refused by its first bytes, the second is shown as text.
+Not here: TIFF and SVG are never decoded (55): the first is refused by its first bytes, the second
+is shown as text.
 """
 
 import io
@@ -30,7 +32,11 @@ def refused(folder, path, told="", **more) -> str:
     with pytest.raises(ToolError) as error:
         file_to_text(str(folder), path, **more)
     assert told in str(error.value), error.value
-    assert SECRET not in str(error.value) and len(str(error.value)) < 2000 and time.monotonic() - began < 10
+    assert (
+        SECRET not in str(error.value)
+        and len(str(error.value)) < 2000
+        and time.monotonic() - began < 10
+    )
     return str(error.value)
 
 
@@ -60,8 +66,12 @@ def test_a_workbook_gives_every_sheet_values_formulas_and_colours(folder):
 
 def test_a_stored_value_stands_in_for_its_formula(folder):
     workbook(folder / "a.xlsx")
-    remade(folder / "a.xlsx", folder / "b.xlsx", "xl/worksheets/sheet1.xml",
-           lambda body: re.sub(rb"(<f>B2\*2</f>)<v ?/?>(</v>)?", rb"\1<v>6</v>", body))  # fmt: skip
+    remade(
+        folder / "a.xlsx",
+        folder / "b.xlsx",
+        "xl/worksheets/sheet1.xml",
+        lambda body: re.sub(rb"(<f>B2\*2</f>)<v ?/?>(</v>)?", rb"\1<v>6</v>", body),
+    )
     assert "pear\t3\t6\n" in file_to_text(str(folder), "b.xlsx")
 
 
@@ -77,7 +87,10 @@ def test_a_document_gives_paragraphs_tables_and_headers_in_order(folder):
     table.cell(1, 1).add_table(1, 1).cell(0, 0).text = "inner"
     document.add_paragraph("after")
     document.save(folder / "a.docx")
-    assert file_to_text(str(folder), "a.docx") == "[header or footer: Confidential]\nbefore\na\tb\nc\td inner\nafter\n"
+    assert (
+        file_to_text(str(folder), "a.docx")
+        == "[header or footer: Confidential]\nbefore\na\tb\nc\td inner\nafter\n"
+    )
 
 
 def test_a_presentation_gives_text_tables_charts_and_notes(folder):
@@ -97,20 +110,30 @@ def test_a_presentation_gives_text_tables_charts_and_notes(folder):
     slide.notes_slide.notes_text_frame.text = "remember"
     show.save(folder / "a.pptx")
     text = file_to_text(str(folder), "a.pptx")
-    for part in ("[slide 1]\nTitle\n", "\tcell\n", "[chart: sold: 3.0, 4.0]", "grouped\n", "[notes: remember]"):
+    for part in (
+        "[slide 1]\nTitle\n",
+        "\tcell\n",
+        "[chart: sold: 3.0, 4.0]",
+        "grouped\n",
+        "[notes: remember]",
+    ):
         assert part in text
 
 
 def pdf(texts, extra=b"", trailer=b"") -> bytes:
     """A PDF with a page for each text."""
     kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(len(texts)))
-    objects = [b"<</Type/Catalog/Pages 2 0 R" + extra + b">>",
-               f"<</Type/Pages/Kids[{kids}]/Count {len(texts)}>>".encode(),
-               b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>"]  # fmt: skip
+    objects = [
+        b"<</Type/Catalog/Pages 2 0 R" + extra + b">>",
+        f"<</Type/Pages/Kids[{kids}]/Count {len(texts)}>>".encode(),
+        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
     for i, text in enumerate(texts):
         stream = f"BT /F1 12 Tf 50 700 Td ({text}) Tj ET".encode()
-        objects.append(f"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents {5 + 2 * i} 0 R"
-                       "/Resources<</Font<</F1 3 0 R>>>>>>".encode())  # fmt: skip
+        objects.append(
+            f"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents {5 + 2 * i} 0 R"
+            "/Resources<</Font<</F1 3 0 R>>>>>>".encode()
+        )
         objects.append(b"<</Length %d>>stream\n%s\nendstream" % (len(stream), stream))
     out, starts = bytearray(b"%PDF-1.4\n"), []
     for number, body in enumerate(objects, 1):
@@ -118,25 +141,40 @@ def pdf(texts, extra=b"", trailer=b"") -> bytes:
         out += b"%d 0 obj%s endobj\n" % (number, body)
     table = b"".join(b"%010d 00000 n \n" % start for start in starts)
     head = b"xref\n0 %d\n0000000000 65535 f \n" % (len(starts) + 1)
-    return bytes(out) + head + table + b"trailer<</Size %d/Root 1 0 R%s>>\nstartxref\n%d\n%%%%EOF" % (len(starts) + 1, trailer, len(out))
+    return (
+        bytes(out)
+        + head
+        + table
+        + b"trailer<</Size %d/Root 1 0 R%s>>\nstartxref\n%d\n%%%%EOF"
+        % (len(starts) + 1, trailer, len(out))
+    )
 
 
 def test_a_pdf_gives_its_pages(folder):
     (folder / "a.pdf").write_bytes(pdf(["first words", "", "third words"]))
     text = file_to_text(str(folder), "a.pdf")
     assert text.split("\n\n") == [
-        "", "[page 1 of 3]\nfirst words", "[page 2 of 3]\n(no text on this page)", "[page 3 of 3]\nthird words"
-    ]  # fmt: skip
+        "",
+        "[page 1 of 3]\nfirst words",
+        "[page 2 of 3]\n(no text on this page)",
+        "[page 3 of 3]\nthird words",
+    ]
 
 
 def test_a_page_of_html_keeps_title_text_and_tables_and_loses_scripts(folder):
-    page = "<!DOCTYPE html><title>Ferries</title><script>evil()</script><p>From Oban</p><table><tr><td>a<td>b</table>"
+    page = (
+        "<!DOCTYPE html><title>Ferries</title><script>evil()</script><p>From "
+        "Oban</p><table><tr><td>a<td>b</table>"
+    )
     (folder / "a.html").write_text(page)
     text = file_to_text(str(folder), "a.html")
     assert all(part in text for part in ("Ferries", "From Oban", "a", "b")) and "evil" not in text
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.py", "a.csv", "a.json", "a.jsonl", "a.pdb", "noending", "Ünï cödé.md", "a.svg"])
+@pytest.mark.parametrize(
+    "name",
+    ["a.txt", "a.py", "a.csv", "a.json", "a.jsonl", "a.pdb", "noending", "Ünï cödé.md", "a.svg"],
+)
 def test_text_of_any_name_comes_as_it_is(folder, name):
     (folder / name).write_text("köln, 1\n2,3\n\tπ = 3\n")
     assert file_to_text(str(folder), name) == "köln, 1\n2,3\n\tπ = 3\n"
@@ -174,11 +212,37 @@ def test_an_empty_file_says_so(folder):
 
 @pytest.mark.parametrize(
     "path",
-    ["../secret.txt", "/etc/passwd", "sub/../../secret.txt", "..", "/", "", ".", "./", "sub/../a.txt", "//etc/passwd",
-     "../files/../secret.txt", "..\\secret.txt", "~/.ssh/id_rsa", "%2e%2e/secret.txt", "‥/secret.txt", "．．/secret.txt",
-     "..／secret.txt", "a\0.txt", "x" * 5000, "x" * 300, "a/" * 2000 + "b", "\ud800", "a.txt/", "a.txt/b", "file:///etc/passwd",
-     "::", "a.txt::", "::b"],
-)  # fmt: skip
+    [
+        "../secret.txt",
+        "/etc/passwd",
+        "sub/../../secret.txt",
+        "..",
+        "/",
+        "",
+        ".",
+        "./",
+        "sub/../a.txt",
+        "//etc/passwd",
+        "../files/../secret.txt",
+        "..\\secret.txt",
+        "~/.ssh/id_rsa",
+        "%2e%2e/secret.txt",
+        "‥/secret.txt",
+        "．．/secret.txt",
+        "..／secret.txt",
+        "a\0.txt",
+        "x" * 5000,
+        "x" * 300,
+        "a/" * 2000 + "b",
+        "\ud800",
+        "a.txt/",
+        "a.txt/b",
+        "file:///etc/passwd",
+        "::",
+        "a.txt::",
+        "::b",
+    ],
+)
 def test_44_47_a_path_that_leads_elsewhere_is_refused(folder, path):
     (folder / "sub").mkdir()
     if path == "a.txt/":  # the same file as a.txt: harmless
@@ -261,7 +325,10 @@ def test_59_a_file_that_turns_into_a_link_never_shows_the_secret(folder, tmp_pat
 
 
 def bomb(path, member="bomb.txt", megabytes=300):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(member, "w") as out:
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open(member, "w") as out,
+    ):
         for _ in range(megabytes):
             out.write(bytes(1 << 20))
 
@@ -312,7 +379,14 @@ def test_49_members_that_lead_elsewhere_are_listed_and_nothing_is_written(folder
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name, main", [("a.xlsx", "xl/workbook.xml"), ("a.docx", "word/document.xml"), ("a.pptx", "ppt/presentation.xml")])
+@pytest.mark.parametrize(
+    "name, main",
+    [
+        ("a.xlsx", "xl/workbook.xml"),
+        ("a.docx", "word/document.xml"),
+        ("a.pptx", "ppt/presentation.xml"),
+    ],
+)
 def test_50_office_bombs_are_refused(folder, name, main):
     bomb(folder / name, main, megabytes=30)
     refused(folder, name, "too much")
@@ -328,9 +402,14 @@ def remade(source, target, member, change):
 
 def test_50_a_sheet_that_claims_the_whole_grid_is_read_by_its_cells(folder):
     workbook(folder / "a.xlsx")
-    remade(folder / "a.xlsx", folder / "b.xlsx", "xl/worksheets/sheet1.xml",
-           lambda body: body.replace(b'ref="A1:C5"', b'ref="A1:XFD1048576"').replace(
-               b"</sheetData>", b'<row r="90000"><c r="XFD90000"><v>7</v></c></row></sheetData>'))  # fmt: skip
+    remade(
+        folder / "a.xlsx",
+        folder / "b.xlsx",
+        "xl/worksheets/sheet1.xml",
+        lambda body: body.replace(b'ref="A1:C5"', b'ref="A1:XFD1048576"').replace(
+            b"</sheetData>", b'<row r="90000"><c r="XFD90000"><v>7</v></c></row></sheetData>'
+        ),
+    )
     with zipfile.ZipFile(folder / "b.xlsx") as archive:
         assert b"XFD1048576" in archive.read("xl/worksheets/sheet1.xml")
     assert "pear\t3" in file_to_text(str(folder), "b.xlsx")
@@ -352,7 +431,14 @@ def test_51_entities_are_not_expanded(folder, tmp_path, name):
         assert SECRET not in text and len(text) < 5000 and "end" in text
 
 
-@pytest.mark.parametrize("name, member", [("a.docx", "word/document.xml"), ("a.pptx", "ppt/slides/slide1.xml"), ("a.xlsx", "xl/worksheets/sheet1.xml")])
+@pytest.mark.parametrize(
+    "name, member",
+    [
+        ("a.docx", "word/document.xml"),
+        ("a.pptx", "ppt/slides/slide1.xml"),
+        ("a.xlsx", "xl/worksheets/sheet1.xml"),
+    ],
+)
 @pytest.mark.parametrize("entity", ["laughs", "outside"])
 def test_51_entities_in_office_documents_are_not_expanded(folder, tmp_path, name, member, entity):
     import docx
@@ -369,7 +455,9 @@ def test_51_entities_in_office_documents_are_not_expanded(folder, tmp_path, name
     book = openpyxl.Workbook()
     book.active["A1"] = "=HERE"
     book.save(folder / "from.xlsx")
-    declared, used = (LAUGHS, b"&l12;") if entity == "laughs" else (OUTSIDE % (tmp_path / "secret.txt"), b"&x;")
+    declared, used = (
+        (LAUGHS, b"&l12;") if entity == "laughs" else (OUTSIDE % (tmp_path / "secret.txt"), b"&x;")
+    )
 
     def with_entity(body):
         assert b"HERE" in body
@@ -382,7 +470,12 @@ def test_51_entities_in_office_documents_are_not_expanded(folder, tmp_path, name
         text = file_to_text(str(folder), name)
     except ToolError as error:
         text = str(error)
-    assert SECRET not in text and "hahaha" not in text and len(text) < 5000 and time.monotonic() - began < 10
+    assert (
+        SECRET not in text
+        and "hahaha" not in text
+        and len(text) < 5000
+        and time.monotonic() - began < 10
+    )
 
 
 def test_52_json_of_any_depth_is_only_text(folder):
@@ -390,7 +483,11 @@ def test_52_json_of_any_depth_is_only_text(folder):
     assert file_to_text(str(folder), "a.json") == "[" * 100_000
 
 
-@pytest.mark.parametrize("body", [b"a," * 1_000_000, b"x" * 90_000_000, b"a\0b,c\n" + b"1,2,3\n" * 1000], ids=["columns", "line", "nul"])
+@pytest.mark.parametrize(
+    "body",
+    [b"a," * 1_000_000, b"x" * 90_000_000, b"a\0b,c\n" + b"1,2,3\n" * 1000],
+    ids=["columns", "line", "nul"],
+)
 def test_53_odd_tables_are_capped(folder, body):
     (folder / "a.csv").write_bytes(body)
     text = file_to_text(str(folder), "a.csv", chars=10_000)
@@ -407,14 +504,20 @@ def test_54_a_pdf_of_ten_thousand_pages_is_cut(folder):
 @pytest.mark.parametrize(
     "make, told",
     [
-        (lambda: pdf(["x"], trailer=b"/ID[<00><00>]/Encrypt<</Filter/Standard/V 1/R 2/P -4/O<%s>/U<%s>>>" % (b"00" * 32, b"11" * 32)),
-         "password"),
+        (
+            lambda: pdf(
+                ["x"],
+                trailer=b"/ID[<00><00>]/Encrypt<</Filter/Standard/V 1/R 2/P -4/O<%s>/U<%s>>>"
+                % (b"00" * 32, b"11" * 32),
+            ),
+            "password",
+        ),
         (lambda: pdf(["words"])[:60], "damaged"),
         (lambda: b"%PDF-1.7\n" + os.urandom(5000), "damaged"),
         (lambda: pdf(["x"]).replace(b"/Kids[4 0 R]", b"/Kids[2 0 R]"), ""),
     ],
     ids=["encrypted", "truncated", "noise", "loop"],
-)  # fmt: skip
+)
 def test_54_a_bad_pdf_is_a_clean_error_or_has_no_text(folder, make, told):
     (folder / "a.pdf").write_bytes(make())
     try:
@@ -437,7 +540,11 @@ def test_54_a_reader_that_takes_too_long_is_killed_and_leaves_nothing(folder):
     with pytest.raises(ToolError, match="too long to read"):
         file_to_text(str(folder), "a.html", seconds=0.5)
     assert time.monotonic() - began < 1.5
-    mine = [pid for pid in set(os.listdir("/proc")) - before if pid.isdigit() and _parent(pid) == os.getpid()]
+    mine = [
+        pid
+        for pid in set(os.listdir("/proc")) - before
+        if pid.isdigit() and _parent(pid) == os.getpid()
+    ]
     assert not mine
 
 
@@ -466,8 +573,16 @@ def test_memory_of_a_reader_is_bounded(folder, monkeypatch):
         ("le.txt", "\ufeffgrüße\n".encode("utf-16-le"), "grüße"),
         ("be.csv", "\ufeffgrüße\n".encode("utf-16-be"), "grüße"),
         ("nomark.txt", "plain words without a mark".encode("utf-16-le"), "plain words"),
-        ("latin.xml", "<?xml version='1.0' encoding='iso-8859-1'?><a>grüße</a>".encode("latin-1"), "grüße"),
-        ("gbk.txt", ("北京是中华人民共和国的首都,也是全国的政治中心、文化中心。" * 5).encode("gbk"), "北京是中华人民共和国的首都"),
+        (
+            "latin.xml",
+            "<?xml version='1.0' encoding='iso-8859-1'?><a>grüße</a>".encode("latin-1"),
+            "grüße",
+        ),
+        (
+            "gbk.txt",
+            ("北京是中华人民共和国的首都,也是全国的政治中心、文化中心。" * 5).encode("gbk"),
+            "北京是中华人民共和国的首都",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value else "",
 )
@@ -532,7 +647,9 @@ def test_macros_and_outside_links_of_a_workbook_are_left_alone(folder, tmp_path)
     workbook(folder / "a.xlsx")
     with zipfile.ZipFile(folder / "a.xlsx", "a") as archive:
         archive.writestr("xl/vbaProject.bin", b"\xd0\xcf\x11\xe0" + SECRET.encode())
-        archive.writestr("xl/externalLinks/externalLink1.xml", f"<a href='file://{tmp_path}/secret.txt'/>")
+        archive.writestr(
+            "xl/externalLinks/externalLink1.xml", f"<a href='file://{tmp_path}/secret.txt'/>"
+        )
     text = file_to_text(str(folder), "a.xlsx")
     assert "pear\t3" in text and SECRET not in text
 

@@ -1,4 +1,6 @@
-"""media.py: what an endpoint receives of images and recordings, and what never reaches it. Numbers are those of the attacks."""
+"""media.py: what an endpoint receives of images and recordings, and what never reaches it. Numbers
+are those of the attacks.
+"""
 
 import io
 import math
@@ -37,7 +39,10 @@ def test_the_size_of_an_image_is_what_pillow_reads(kind):
 def test_the_size_of_other_webp_and_jpeg_forms():
     from PIL import Image
 
-    for options in ({"format": "webp", "lossless": True}, {"format": "jpeg", "progressive": True, "exif": b"Exif\0\0" + bytes(300)}):
+    for options in (
+        {"format": "webp", "lossless": True},
+        {"format": "jpeg", "progressive": True, "exif": b"Exif\0\0" + bytes(300)},
+    ):
         out = io.BytesIO()
         Image.new("RGB", (33, 44)).save(out, **options)
         assert image_size(out.getvalue())[1:] == (33, 44)
@@ -75,7 +80,12 @@ def test_an_image_arrives_whole_with_its_true_type_and_the_question(folder, serv
     answer = describe_image(str(folder), "wrong.bmp", "How many?", seconds=10)
     assert answer == f"image/{kind} of {len(body)} bytes: How many?"
     (seen,) = server.seen
-    assert (seen["model"], seen["mime"], seen["file"], seen["question"]) == ("vision-model", f"image/{kind}", body, "How many?")
+    assert (seen["model"], seen["mime"], seen["file"], seen["question"]) == (
+        "vision-model",
+        f"image/{kind}",
+        body,
+        "How many?",
+    )
     assert seen["headers"]["authorization"] == "Bearer vision-key"
 
 
@@ -85,10 +95,21 @@ def test_55_57_images_too_large_are_refused_before_they_are_sent(folder, server)
     (folder / "none.png").write_bytes(head + struct.pack(">II", 0, 5) + bytes(100))
     with open(folder / "big.png", "wb") as file:
         file.truncate(5 << 30)
-    (folder / "a.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>")
+    (folder / "a.svg").write_text(
+        "<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>"
+    )
     (folder / "a.tif").write_bytes(b"II*\0" + bytes(50))
     (folder / "link.png").symlink_to("bomb.png")
-    for path in ("bomb.png", "none.png", "big.png", "a.svg", "a.tif", "link.png", "../secret.txt", "a.zip::b.png"):
+    for path in (
+        "bomb.png",
+        "none.png",
+        "big.png",
+        "a.svg",
+        "a.tif",
+        "link.png",
+        "../secret.txt",
+        "a.zip::b.png",
+    ):
         with pytest.raises(ToolError):
             describe_image(str(folder), path, "?", seconds=10)
     assert server.seen == []
@@ -106,12 +127,18 @@ def test_only_the_key_of_the_endpoint_is_sent(folder, server, monkeypatch):
     describe_image(str(folder), "a.png", "?", seconds=10)
     assert SECRET not in str(server.seen)
     assert not any(set(seen["headers"]) & {"openai-organization", "x-mine"} for seen in server.seen)
-    assert [seen["headers"].get("authorization") for seen in server.seen] == ["Bearer vision-key", None]
+    assert [seen["headers"].get("authorization") for seen in server.seen] == [
+        "Bearer vision-key",
+        None,
+    ]
 
 
 def test_a_redirect_is_not_followed(folder, server):
     other = MediaServer()
-    server.plays += [(307, {"Location": other.url + "/chat/completions"}, b"{}"), (302, {"Location": other.url}, b"{}")]
+    server.plays += [
+        (307, {"Location": other.url + "/chat/completions"}, b"{}"),
+        (302, {"Location": other.url}, b"{}"),
+    ]
     (folder / "a.png").write_bytes(image("png"))
     for _ in range(2):
         with pytest.raises(ToolFault, match="30[27]"):
@@ -122,7 +149,11 @@ def test_a_redirect_is_not_followed(folder, server):
 
 def test_busy_and_broken_answers_are_tried_again(folder, server):
     (folder / "a.png").write_bytes(image("png"))
-    server.plays += [(429, {"Retry-After": "0"}, b"{}"), (500, {}, b"oops"), (200, {}, b"<html>not json")]
+    server.plays += [
+        (429, {"Retry-After": "0"}, b"{}"),
+        (500, {}, b"oops"),
+        (200, {}, b"<html>not json"),
+    ]
     assert describe_image(str(folder), "a.png", "Q", seconds=10).endswith("bytes: Q")
     assert len(server.seen) == 4
 
@@ -140,10 +171,16 @@ def test_an_endpoint_that_stays_broken_is_a_fault(folder, server):
 
 @pytest.mark.parametrize(
     "play, kind",
-    [((400, {}, b'{"error": {"message": "cannot decode image"}}'), ToolError), ((401, {}, b"{}"), ToolFault), ((404, {}, b"{}"), ToolFault),
-     ((200, {}, b"{}"), ToolFault), ((200, {}, b'{"choices": [{"message": {"content": null}}]}'), ToolFault),
-     ((200, {}, b"[1]"), ToolFault), ((200, {}, b'{"choices": []}'), ToolFault)],
-)  # fmt: skip
+    [
+        ((400, {}, b'{"error": {"message": "cannot decode image"}}'), ToolError),
+        ((401, {}, b"{}"), ToolFault),
+        ((404, {}, b"{}"), ToolFault),
+        ((200, {}, b"{}"), ToolFault),
+        ((200, {}, b'{"choices": [{"message": {"content": null}}]}'), ToolFault),
+        ((200, {}, b"[1]"), ToolFault),
+        ((200, {}, b'{"choices": []}'), ToolFault),
+    ],
+)
 def test_whose_fault_a_refusal_is(folder, server, play, kind):
     (folder / "a.png").write_bytes(image("png"))
     server.plays.append(play)
@@ -189,8 +226,15 @@ def test_a_recording_arrives_whole_with_its_type_and_a_neutral_name(folder, serv
     (folder / "private name.dat").write_bytes(body)
     assert transcribe_audio(str(folder), "private name.dat", seconds=10) == "words 0"
     (seen,) = server.seen
-    assert (seen["model"], seen["mime"], seen["name"], seen["file"]) == ("speech-model", "audio/wav", "recording.wav", body)
-    assert seen["headers"]["authorization"] == "Bearer speech-key" and "private" not in str(seen["headers"])
+    assert (seen["model"], seen["mime"], seen["name"], seen["file"]) == (
+        "speech-model",
+        "audio/wav",
+        "recording.wav",
+        body,
+    )
+    assert seen["headers"]["authorization"] == "Bearer speech-key" and "private" not in str(
+        seen["headers"]
+    )
 
 
 def test_a_long_wav_is_sent_in_pieces_that_join_to_the_whole(folder, server):
@@ -201,7 +245,9 @@ def test_a_long_wav_is_sent_in_pieces_that_join_to_the_whole(folder, server):
 
 
 def test_recordings_too_long_or_too_large_or_of_another_kind_are_refused(folder, server):
-    flac = b"fLaC\0\0\0\x22" + bytes(10) + (44100 << 44 | 44100 * 7201).to_bytes(8, "big") + bytes(500)
+    flac = (
+        b"fLaC\0\0\0\x22" + bytes(10) + (44100 << 44 | 44100 * 7201).to_bytes(8, "big") + bytes(500)
+    )
     (folder / "long.flac").write_bytes(flac)
     with open(folder / "big.wav", "wb") as file:
         file.truncate(101 << 20)
@@ -216,15 +262,43 @@ def test_recordings_too_long_or_too_large_or_of_another_kind_are_refused(folder,
     "body, kind, seconds",
     [
         (sound(1.5), "wav", 1.5),
-        (sound(1)[:40] + b"\xff\xff\xff\xff" + bytes(16000), "wav", 1.0),  # a stream that did not know its size
-        (b"fLaC\0\0\0\x22" + bytes(10) + (44100 << 44 | 44100 * 90).to_bytes(8, "big") + bytes(8), "flac", 90.0),
-        (b"OggS" + bytes(22) + b"\1\x13OpusHead" + bytes(11) + b"OggS\0\4" + struct.pack("<q", 48000 * 7) + bytes(20), "ogg", 7.0),
-        (b"\0\0\0\x10ftypM4A \0\0\0\0" + b"\0\0\0\x28moov\0\0\0\x20mvhd" + bytes(12) + struct.pack(">II", 1000, 4500), "m4a", 4.5),
+        (
+            sound(1)[:40] + b"\xff\xff\xff\xff" + bytes(16000),
+            "wav",
+            1.0,
+        ),  # a stream that did not know its size
+        (
+            b"fLaC\0\0\0\x22"
+            + bytes(10)
+            + (44100 << 44 | 44100 * 90).to_bytes(8, "big")
+            + bytes(8),
+            "flac",
+            90.0,
+        ),
+        (
+            b"OggS"
+            + bytes(22)
+            + b"\1\x13OpusHead"
+            + bytes(11)
+            + b"OggS\0\4"
+            + struct.pack("<q", 48000 * 7)
+            + bytes(20),
+            "ogg",
+            7.0,
+        ),
+        (
+            b"\0\0\0\x10ftypM4A \0\0\0\0"
+            + b"\0\0\0\x28moov\0\0\0\x20mvhd"
+            + bytes(12)
+            + struct.pack(">II", 1000, 4500),
+            "m4a",
+            4.5,
+        ),
         (b"\xff\xfb\x90\0" + bytes(160_000), "mp3", 10.0),  # 128 kbit/s without a count of frames
         (b"fLaC", "flac", None),
         (b"ID3\4\0\0\x7f\x7f\x7f\x7f", "mp3", None),
     ],
-)  # fmt: skip
+)
 def test_the_length_of_a_recording_is_read_from_its_header(body, kind, seconds):
     assert audio_length(body) == (kind, seconds and pytest.approx(seconds, abs=0.01))
 
@@ -248,10 +322,19 @@ def encoded(path, seconds, *options) -> Path:
 @needs_ffmpeg
 @pytest.mark.parametrize(
     "name, options",
-    [("a.mp3", []), ("b.mp3", ["-write_xing", "0", "-b:a", "64k"]), ("c.mp3", ["-ar", "16000"]), ("a.flac", []),
-     ("a.ogg", ["-c:a", "libopus"]), ("b.ogg", ["-c:a", "libvorbis"]), ("a.m4a", []), ("b.m4a", ["-movflags", "faststart"]),
-     ("a.wav", []), ("b.wav", ["-c:a", "pcm_s24le"])],
-)  # fmt: skip
+    [
+        ("a.mp3", []),
+        ("b.mp3", ["-write_xing", "0", "-b:a", "64k"]),
+        ("c.mp3", ["-ar", "16000"]),
+        ("a.flac", []),
+        ("a.ogg", ["-c:a", "libopus"]),
+        ("b.ogg", ["-c:a", "libvorbis"]),
+        ("a.m4a", []),
+        ("b.m4a", ["-movflags", "faststart"]),
+        ("a.wav", []),
+        ("b.wav", ["-c:a", "pcm_s24le"]),
+    ],
+)
 def test_the_length_of_what_ffmpeg_writes(folder, name, options):
     kind, seconds = audio_length(encoded(folder / name, 12.5, *options).read_bytes())
     assert kind == name[2:] and math.isclose(seconds, 12.5, abs_tol=0.2)
@@ -263,12 +346,19 @@ def test_the_length_of_what_ffmpeg_writes(folder, name, options):
 def test_a_long_recording_goes_through_ffmpeg_in_pieces(folder, server, name):
     encoded(folder / name, 625, *(["-c:a", "libopus"] if name == "a.ogg" else []))
     assert transcribe_audio(str(folder), name, seconds=60) == "words 0\nwords 1"
-    assert [audio_length(seen["file"])[1] for seen in server.seen] == pytest.approx([600, 25], abs=0.3)
+    assert [audio_length(seen["file"])[1] for seen in server.seen] == pytest.approx(
+        [600, 25], abs=0.3
+    )
 
 
 @needs_ffmpeg
 def test_a_long_recording_that_is_noise_is_the_models_error(folder, server):
-    (folder / "a.flac").write_bytes(b"fLaC\0\0\0\x22" + bytes(10) + (8000 << 44 | 8000 * 900).to_bytes(8, "big") + os.urandom(9000))
+    (folder / "a.flac").write_bytes(
+        b"fLaC\0\0\0\x22"
+        + bytes(10)
+        + (8000 << 44 | 8000 * 900).to_bytes(8, "big")
+        + os.urandom(9000)
+    )
     with pytest.raises(ToolError, match="damaged"):
         transcribe_audio(str(folder), "a.flac", seconds=20)
     assert server.seen == []

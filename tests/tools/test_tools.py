@@ -1,8 +1,10 @@
-"""The tools and the toolbox: arguments, limits, local search. Numbers are those of the list of attacks on the tools.
+"""The tools and the toolbox: arguments, limits, local search. Numbers are those of the list of
+attacks on the tools.
 
-Elsewhere: 1-43 tests/test_sandbox.py; 44-59 tests/test_attachments.py, of images tests/test_media.py; 60-75 tests/test_web.py,
-here what a call sees of them; 76-78 and malformed calls of 83 tests/test_rollout.py and test_chat.py, where text becomes
-tokens; 79 needs no test of its own, the sandbox has no network and no environment (22, 40-43); 81, 86-88 and 90
+Elsewhere: 1-43 tests/test_sandbox.py; 44-59 tests/test_attachments.py, of images
+tests/test_media.py; 60-75 tests/test_web.py, here what a call sees of them; 76-78 and malformed
+calls of 83 tests/test_rollout.py and test_chat.py, where text becomes tokens; 79 needs no test of
+its own, the sandbox has no network and no environment (22, 40-43); 81, 86-88 and 90
 tests/test_evaluate.py, 87-89 also test_evaluate_jobs.py.
 """
 
@@ -30,7 +32,10 @@ from toolkit.text import capped, clean
 from tools import TOOLS, Context, Toolbox, repaired, schema_of
 
 DATA = ROOT.parent / "shared" / "data"
-HITS = [("Lima", "https://a.org/lima", "Lima is the capital."), ("Peru", "https://b.org/peru", "A country.")]
+HITS = [
+    ("Lima", "https://a.org/lima", "Lima is the capital."),
+    ("Peru", "https://b.org/peru", "A country."),
+]
 ROWS = [
     {"id": "1", "title": "Lima", "text": "The capital of Peru.", "url": "https://a.org/lima"},
     {"id": "2", "title": "Cusco", "text": "A city in the mountains of Peru."},
@@ -61,17 +66,26 @@ def added(monkeypatch):
 
 
 def setting(monkeypatch, environ):
-    for name in ("SERPER_API_KEY", "BRAVE_API_KEY", "TAVILY_API_KEY", "SEARXNG_URL", "SUMMARY_URL", "JINA_API_KEY"):
+    for name in (
+        "SERPER_API_KEY",
+        "BRAVE_API_KEY",
+        "TAVILY_API_KEY",
+        "SEARXNG_URL",
+        "SUMMARY_URL",
+        "JINA_API_KEY",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # schemas and arguments
 
 
-def sample(context: Context, words: list[str], text: str, n: int = 1, x: float = 0.5, flag: bool = False) -> str:
+def sample(
+    context: Context, words: list[str], text: str, n: int = 1, x: float = 0.5, flag: bool = False
+) -> str:
     """Says what it was given.
 
     words: some words
@@ -87,15 +101,30 @@ def test_the_schema_of_a_tool_comes_from_its_hints_and_docstring():
     function = schema_of(sample)["function"]
     assert (function["name"], function["description"]) == ("sample", "Says what it was given.")
     assert function["parameters"]["required"] == ["words", "text"]
-    kinds = {name: (p["type"], p["description"]) for name, p in function["parameters"]["properties"].items()}
-    assert kinds == {"words": ("array", "some words"), "text": ("string", "a text"), "n": ("integer", "how many"),
-                     "x": ("number", "how much"), "flag": ("boolean", "whether")}  # fmt: skip
+    kinds = {
+        name: (p["type"], p["description"])
+        for name, p in function["parameters"]["properties"].items()
+    }
+    assert kinds == {
+        "words": ("array", "some words"),
+        "text": ("string", "a text"),
+        "n": ("integer", "how many"),
+        "x": ("number", "how much"),
+        "flag": ("boolean", "whether"),
+    }
 
 
 def test_every_tool_has_a_schema_with_the_names_of_the_released_protocol():
     wanted = {"search": ["queries", "top_k"], "browse": ["url", "query"], "python": ["code"]}
-    wanted |= {"file_reader": ["file_path"], "image2text": ["image_path", "query"], "audio2text": ["audio_path"]}
-    found = {name: list(schema_of(tool)["function"]["parameters"]["properties"]) for name, tool in TOOLS.items()}
+    wanted |= {
+        "file_reader": ["file_path"],
+        "image2text": ["image_path", "query"],
+        "audio2text": ["audio_path"],
+    }
+    found = {
+        name: list(schema_of(tool)["function"]["parameters"]["properties"])
+        for name, tool in TOOLS.items()
+    }
     assert found == wanted
 
 
@@ -182,7 +211,7 @@ def test_083_whatever_the_arguments_are_a_call_gives_an_observation():
             seen.text.encode()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the toolbox
 
 
@@ -239,12 +268,20 @@ def test_085_a_tool_that_hangs_ends_at_its_deadline_and_takes_no_place(added):
 
 
 def test_085_a_thread_that_hangs_does_not_hold_up_the_end_of_the_process():
-    code = ("import asyncio, tools, time\n"
-            "def hangs(context) -> str:\n    'Hangs.'\n    time.sleep(60)\n"
-            "tools.TOOLS['hangs'] = hangs\n"
-            "print(asyncio.run(tools.Toolbox(['hangs'], seconds_per_call=0.1).call('hangs', {})).status)")  # fmt: skip
+    code = (
+        "import asyncio, tools, time\n"
+        "def hangs(context) -> str:\n    'Hangs.'\n    time.sleep(60)\n"
+        "tools.TOOLS['hangs'] = hangs\n"
+        "print(asyncio.run(tools.Toolbox(['hangs'], seconds_per_call=0.1).call('hangs', "
+        "{})).status)"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, cwd=ROOT, check=True
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=ROOT,
+        check=True,
     )
     assert done.stdout == "timeout\n"
 
@@ -281,12 +318,21 @@ def test_calls_in_flight_are_bounded_for_each_tool_and_threads_are_used_again(ad
 def test_a_toolbox_serves_one_event_loop_after_another(added):
     added(sample)
     toolbox = Toolbox(["sample"], calls_in_flight=1)
-    assert {call(toolbox, "sample", GIVEN).text for _ in range(3)} == {"(['a'], 'b', 1, 0.5, False)"}
+    assert {call(toolbox, "sample", GIVEN).text for _ in range(3)} == {
+        "(['a'], 'b', 1, 0.5, False)"
+    }
 
 
-@pytest.mark.parametrize("options, told", [({"corpus": "no"}, "no corpus"), ({"files_dir": "no"}, "no folder"),
-                                           ({"block": "no/such"}, "no block list"), ({"replay": True}, "cache"),
-                                           ({"allow": "a.org"}, "host:port")])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"corpus": "no"}, "no corpus"),
+        ({"files_dir": "no"}, "no folder"),
+        ({"block": "no/such"}, "no block list"),
+        ({"replay": True}, "cache"),
+        ({"allow": "a.org"}, "host:port"),
+    ],
+)
 def test_options_that_cannot_work_are_an_error_at_the_start(options, told):
     with pytest.raises(SystemExit, match=told):
         Toolbox(["search"], **options)
@@ -331,15 +377,21 @@ def test_080_what_a_call_returns_is_clean(added):
     assert call(Toolbox(["dirty"]), "dirty", {}).text == "red?\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # local search
 
 
 def test_the_corpus_ranks_as_the_index_in_memory_does(tmp_path):
     rng = random.Random(0)
-    word = lambda: rng.choice("ship harbour tide moon wind rope sail anchor deck gull".split()) + str(rng.randrange(8))
+
+    def word():
+        return rng.choice("ship harbour tide moon wind rope sail anchor deck gull".split()) + str(
+            rng.randrange(8)
+        )
+
     rows = [
-        {"id": str(i), "title": word(), "text": " ".join(word() for _ in range(rng.randrange(60)))} for i in range(400)
+        {"id": str(i), "title": word(), "text": " ".join(word() for _ in range(rng.randrange(60)))}
+        for i in range(400)
     ]
     corpus = Corpus(corpus_file(tmp_path, rows))
     index = Index([(row["title"], row["text"], f"doc:{row['id']}") for row in rows])
@@ -349,16 +401,28 @@ def test_the_corpus_ranks_as_the_index_in_memory_does(tmp_path):
 
 
 def test_bm25_of_a_worked_example():
-    """Two pages of 3 and 1 words: "tide" once in the first, whose weight is 2.2 / (1 + 1.2 (0.25 + 0.75 * 3 / 2))."""
+    """Two pages of 3 and 1 words: "tide" once in the first, whose weight is 2.2 / (1 + 1.2 (0.25 +
+    0.75 * 3 / 2)).
+    """
     weight = Index([("", "tide moon wind", "a"), ("", "moon", "b")]).postings["tide"]
     assert weight == [(0, pytest.approx(2.2 / (1 + 1.2 * (0.25 + 0.75 * 1.5))))]
 
 
 @pytest.mark.parametrize(
     "query, title",
-    [("capitals of PERU?", "Lima"), ("the city", "Cusco"), ("北京", "北京大学"), ("大学", "北京大学"), ("who", "The Who"),
-     ("naïve", "Naïve"), ("zzz", None), ("", None), ("?!", None), ("\ud800", None)],
-)  # fmt: skip
+    [
+        ("capitals of PERU?", "Lima"),
+        ("the city", "Cusco"),
+        ("北京", "北京大学"),
+        ("大学", "北京大学"),
+        ("who", "The Who"),
+        ("naïve", "Naïve"),
+        ("zzz", None),
+        ("", None),
+        ("?!", None),
+        ("\ud800", None),
+    ],
+)
 def test_words_are_found_in_other_forms_and_scripts(tmp_path, query, title):
     pages = [
         ("Lima", "The capital of Peru."),
@@ -368,14 +432,22 @@ def test_words_are_found_in_other_forms_and_scripts(tmp_path, query, title):
         ("Naïve", ""),
     ]
     found = Index([(t, text, t) for t, text in pages]).search(query, 1)
-    kept = Corpus(corpus_file(tmp_path, [{"id": t, "title": t, "text": text} for t, text in pages])).search(query, 1)
+    kept = Corpus(
+        corpus_file(tmp_path, [{"id": t, "title": t, "text": text} for t, text in pages])
+    ).search(query, 1)
     assert [page[0] for page in found] == [page[0] for page in kept] == ([title] if title else [])
 
 
 def test_a_corpus_page_is_all_that_stands_under_its_address(tmp_path):
     corpus = Corpus(corpus_file(tmp_path))
-    assert corpus.page("https://a.org/lima") == ("Lima", "The capital of Peru.\n\nFounded by Pizarro.")
-    assert corpus.page("doc:2") == ("Cusco", "A city in the mountains of Peru.") and corpus.page("doc:9") is None
+    assert corpus.page("https://a.org/lima") == (
+        "Lima",
+        "The capital of Peru.\n\nFounded by Pizarro.",
+    )
+    assert (
+        corpus.page("doc:2") == ("Cusco", "A city in the mountains of Peru.")
+        and corpus.page("doc:9") is None
+    )
 
 
 def test_the_index_is_kept_and_built_again_when_the_corpus_changes(tmp_path, monkeypatch):
@@ -391,7 +463,13 @@ def test_the_index_is_kept_and_built_again_when_the_corpus_changes(tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"x" * 500, lambda b: b[:300] + b"\0" * 9 + b[309:]]
+    "damage",
+    [
+        lambda b: b"",
+        lambda b: b[: len(b) // 2],
+        lambda b: b"x" * 500,
+        lambda b: b[:300] + b"\0" * 9 + b[309:],
+    ],
 )
 def test_a_damaged_index_is_built_again(tmp_path, damage):
     path = corpus_file(tmp_path)
@@ -409,10 +487,16 @@ def test_without_a_place_for_the_index_it_stays_in_memory(tmp_path):
 
 
 def test_several_processes_may_build_the_index_at_once(tmp_path):
-    path = corpus_file(tmp_path, [{"id": str(i), "title": f"t{i}", "text": f"word{i} common"} for i in range(3000)])
-    code = f"from toolkit import search; c = search.Corpus({path!r}); print(c.search('word7', 1)[0][0], len(c.search('common', 20)))"
+    path = corpus_file(
+        tmp_path, [{"id": str(i), "title": f"t{i}", "text": f"word{i} common"} for i in range(3000)]
+    )
+    code = (
+        f"from toolkit import search; c = search.Corpus({path!r}); print(c.search('word7', "
+        "1)[0][0], len(c.search('common', 20)))"
+    )
     runs = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(4)
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
     ]
     assert [run.communicate(timeout=60)[0] for run in runs] == ["t7 20\n"] * 4
     assert len(list(tmp_path.iterdir())) == 2
@@ -420,7 +504,13 @@ def test_several_processes_may_build_the_index_at_once(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["not json", "[]", '{"id": "1", "title": "a"}', '{"title": "a", "text": ""}', '{"id": 1, "title": 1, "text": ""}'],
+    [
+        "not json",
+        "[]",
+        '{"id": "1", "title": "a"}',
+        '{"title": "a", "text": ""}',
+        '{"id": 1, "title": 1, "text": ""}',
+    ],
 )
 def test_a_bad_corpus_row_is_an_error_that_names_file_and_line(tmp_path, line):
     path = corpus_file(tmp_path)
@@ -466,25 +556,35 @@ def test_both_gold_paragraphs_of_real_questions_are_among_the_first_ten(real_cor
     for row in rows:
         hits = {(title, text) for title, text, _ in real_corpus.search(row["question"], 10)}
         gold = {title for title, _ in row["supporting_facts"]}
-        found += all((p["title"], p["text"]) in hits for p in row["paragraphs"] if p["title"] in gold)
+        found += all(
+            (p["title"], p["text"]) in hits for p in row["paragraphs"] if p["title"] in gold
+        )
     seconds = time.perf_counter() - began
     print(f"recall@10 of both: {found / len(rows):.2f}; {len(rows) / seconds:.0f} queries a second")
     assert found / len(rows) >= 0.68 and len(rows) / seconds >= 100
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # search and browse, where they look and what they show
 
 
 def test_a_row_with_docs_is_searched_there_alone(tmp_path):
     (tmp_path / "block").write_text("doc:\n")
-    toolbox = Toolbox(["search", "browse"], corpus=corpus_file(tmp_path), block=str(tmp_path / "block"))
+    toolbox = Toolbox(
+        ["search", "browse"], corpus=corpus_file(tmp_path), block=str(tmp_path / "block")
+    )
     docs = [{"title": "Ada", "text": "lives in Rome."}, {"title": "Ada", "text": "Born in Nice."}]
     assert call(toolbox, "search", {"queries": ["Peru", "rome"]}, docs=docs).text == (
         'No results for "Peru".\n\nResults for "rome":\n1. Ada (doc:Ada)\nlives in Rome.'
     )
-    assert call(toolbox, "browse", {"url": "doc:Ada"}, docs=docs).text == "Ada\n\nlives in Rome.\n\nBorn in Nice."
-    assert call(toolbox, "browse", {"url": "https://a.org/lima"}, docs=docs).status == "error" and toolbox.blocked == 0
+    assert (
+        call(toolbox, "browse", {"url": "doc:Ada"}, docs=docs).text
+        == "Ada\n\nlives in Rome.\n\nBorn in Nice."
+    )
+    assert (
+        call(toolbox, "browse", {"url": "https://a.org/lima"}, docs=docs).status == "error"
+        and toolbox.blocked == 0
+    )
 
 
 def test_a_corpus_is_searched_before_the_web(tmp_path, monkeypatch):
@@ -494,26 +594,42 @@ def test_a_corpus_is_searched_before_the_web(tmp_path, monkeypatch):
         assert call(toolbox, "search", {"queries": "mountains"}).text.startswith(
             'Results for "mountains":\n1. Cusco (doc:2)'
         )
-        assert call(toolbox, "browse", {"url": " doc:2 "}).text == "Cusco\n\nA city in the mountains of Peru."
+        assert (
+            call(toolbox, "browse", {"url": " doc:2 "}).text
+            == "Cusco\n\nA city in the mountains of Peru."
+        )
         assert "no page" in call(toolbox, "browse", {"url": server.url}).text and server.seen == []
 
 
 def test_074_blocked_addresses_of_a_corpus_are_hidden_and_counted(tmp_path):
     (tmp_path / "block").write_text("a.org\n")
-    toolbox = Toolbox(["search", "browse"], corpus=corpus_file(tmp_path), block=str(tmp_path / "block"))
+    toolbox = Toolbox(
+        ["search", "browse"], corpus=corpus_file(tmp_path), block=str(tmp_path / "block")
+    )
     assert "1. Cusco" in call(toolbox, "search", {"queries": "peru"}).text
-    assert call(toolbox, "browse", {"url": "https://a.org/lima"}).status == "error" and toolbox.blocked == 2
+    assert (
+        call(toolbox, "browse", {"url": "https://a.org/lima"}).status == "error"
+        and toolbox.blocked == 2
+    )
 
 
 @pytest.mark.parametrize("top_k, shown", [(-1, 1), (0, 1), (10**9, 20), ("7", 7), (3.0, 3)])
 def test_075_the_number_of_results_is_clamped(tmp_path, top_k, shown):
     rows = [{"id": str(i), "title": f"t{i}", "text": "word"} for i in range(30)]
-    seen = call(Toolbox(["search"], corpus=corpus_file(tmp_path, rows)), "search", {"queries": "word", "top_k": top_k})
+    seen = call(
+        Toolbox(["search"], corpus=corpus_file(tmp_path, rows)),
+        "search",
+        {"queries": "word", "top_k": top_k},
+    )
     assert seen.text.count("(doc:") == shown
 
 
 def test_075_a_number_beyond_all_measure_is_an_observation(tmp_path):
-    seen = call(Toolbox(["search"], corpus=corpus_file(tmp_path)), "search", {"queries": "peru", "top_k": 10**400})
+    seen = call(
+        Toolbox(["search"], corpus=corpus_file(tmp_path)),
+        "search",
+        {"queries": "peru", "top_k": 10**400},
+    )
     assert (seen.status, seen.text) == ("error", "search: top_k must be a whole number.")
 
 
@@ -535,12 +651,16 @@ def test_075_a_search_of_the_web_side_by_side_in_the_order_of_the_queries(monkey
 
     def page(request):
         met.wait()
-        return SPOKEN["serper"]([(json.loads(request.body)["q"], "https://a.org/", "x")])["/search"](request)
+        return SPOKEN["serper"]([(json.loads(request.body)["q"], "https://a.org/", "x")])[
+            "/search"
+        ](request)
 
     with web_server({"/search": page}) as server:
         setting(monkeypatch, environ_of("serper", server))
         seen = call(Toolbox(["search"]), "search", {"queries": list("abcde"), "top_k": 1})
-    assert seen.text == "\n\n".join(f'Results for "{q}":\n1. {q} (https://a.org/)\nx' for q in "abcde")
+    assert seen.text == "\n\n".join(
+        f'Results for "{q}":\n1. {q} (https://a.org/)\nx' for q in "abcde"
+    )
 
 
 def test_075_a_provider_that_is_down_marks_the_call_a_fault_within_its_time(monkeypatch):
@@ -551,7 +671,8 @@ def test_075_a_provider_that_is_down_marks_the_call_a_fault_within_its_time(monk
 
 
 PAGE = "".join(
-    f"<p>Harbour {i} has {i * 3} ships and a {'lighthouse' if i == 70 else 'crane'} of its own, as the books say.</p>"
+    f"<p>Harbour {i} has {i * 3} ships and a {'lighthouse' if i == 70 else 'crane'} of its own, as "
+    "the books say.</p>"
     for i in range(300)
 )
 PAGE = f"<html><title>Ports</title><article>{PAGE}</article></html>"
@@ -561,23 +682,32 @@ def test_a_long_page_shows_its_start_or_the_passages_that_match():
     with web_server({"/": PAGE}) as server:
         toolbox = Toolbox(["browse"], allow=server.host, output_chars=4000)
         start = call(toolbox, "browse", {"url": server.url}).text
-        match = call(toolbox, "browse", {"url": server.url, "query": "Which harbour has a lighthouse?"}).text
+        match = call(
+            toolbox, "browse", {"url": server.url, "query": "Which harbour has a lighthouse?"}
+        ).text
         none = call(toolbox, "browse", {"url": server.url, "query": "zebra"}).text
     assert (
         start.startswith("Ports\n\nHarbour 0 has")
         and "characters left out: a query" in start
         and "lighthouse" not in start
     )
-    assert "Harbour 70 has 210 ships and a lighthouse" in match and match.startswith("Ports\n[the passages")
+    assert "Harbour 70 has 210 ships and a lighthouse" in match and match.startswith(
+        "Ports\n[the passages"
+    )
     assert none == start and max(len(start), len(match)) <= 4000
 
 
 def test_passages_keep_the_order_of_the_text_and_their_bound():
     text = "\n".join(
-        f"paragraph {i} about {'tides' if i in (3, 30) else 'sand'} " + "and more " * 80 for i in range(40)
+        f"paragraph {i} about {'tides' if i in (3, 30) else 'sand'} " + "and more " * 80
+        for i in range(40)
     )
     found = passages(text, "tide", 2000)
-    assert found.index("paragraph 3 ") < found.index("paragraph 30 ") and "[…]" in found and len(found) <= 2000
+    assert (
+        found.index("paragraph 3 ") < found.index("paragraph 30 ")
+        and "[…]" in found
+        and len(found) <= 2000
+    )
     assert passages(text, "zebra", 2000) == "" == passages("", "tide", 2000)
     assert len(passages("tide " * 10_000, "tide", 2000)) <= 2000
 
@@ -585,17 +715,30 @@ def test_passages_keep_the_order_of_the_text_and_their_bound():
 def test_a_summariser_answers_from_the_whole_page(monkeypatch):
     def page(request):
         asked = json.loads(request.body)["messages"][-1]["content"]
-        return json.dumps({"choices": [{"message": {"content": f"lighthouse: {'a lighthouse of' in asked}"}}]})
+        return json.dumps(
+            {"choices": [{"message": {"content": f"lighthouse: {'a lighthouse of' in asked}"}}]}
+        )
 
     with web_server({"/": PAGE, "/v1/chat/completions": page}) as server:
         setting(monkeypatch, {"SUMMARY_URL": server.url + "/v1", "SUMMARY_MODEL": "small"})
         toolbox = Toolbox(["browse"], allow=server.host)
-        assert call(toolbox, "browse", {"url": server.url, "query": "lighthouse"}).text == "Ports\n\nlighthouse: True"
-        assert call(toolbox, "browse", {"url": server.url}).text.startswith("Ports\n\nHarbour 0 has")
+        assert (
+            call(toolbox, "browse", {"url": server.url, "query": "lighthouse"}).text
+            == "Ports\n\nlighthouse: True"
+        )
+        assert call(toolbox, "browse", {"url": server.url}).text.startswith(
+            "Ports\n\nHarbour 0 has"
+        )
 
 
 @pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:1/", "http://localhost/", "file:///etc/passwd", "http://169.254.169.254/latest"]
+    "url",
+    [
+        "http://127.0.0.1:1/",
+        "http://localhost/",
+        "file:///etc/passwd",
+        "http://169.254.169.254/latest",
+    ],
 )
 def test_060_a_closed_address_is_the_models_error_at_once(url):
     seen = call(Toolbox(["browse"]), "browse", {"url": url})
@@ -609,13 +752,21 @@ def test_067_a_page_that_drips_ends_within_the_time_of_the_call():
             time.sleep(0.1)
 
     with web_server({"/": drip}) as server:
-        seen = call(Toolbox(["browse"], allow=server.host, seconds_per_call=0.5), "browse", {"url": server.url})
+        seen = call(
+            Toolbox(["browse"], allow=server.host, seconds_per_call=0.5),
+            "browse",
+            {"url": server.url},
+        )
     assert seen.status == "error" and "too long" in seen.text and seen.seconds < 1.5
 
 
 def test_a_replay_gives_the_same_observations_without_the_network(tmp_path, monkeypatch):
     cache = str(tmp_path / "calls.sqlite")
-    calls = [("search", {"queries": ["a", "b"]}), ("browse", {"query": "lighthouse"}), ("browse", {})]
+    calls = [
+        ("search", {"queries": ["a", "b"]}),
+        ("browse", {"query": "lighthouse"}),
+        ("browse", {}),
+    ]
     with web_server(SPOKEN["serper"](HITS) | {"/": PAGE}) as server:
         calls = [(name, a if name == "search" else a | {"url": server.url}) for name, a in calls]
         calls.append(("browse", {"url": server.url + "/missing"}))
@@ -625,12 +776,16 @@ def test_a_replay_gives_the_same_observations_without_the_network(tmp_path, monk
     setting(monkeypatch, {})
     again = Toolbox(["search", "browse"], cache=cache, replay=True)
     assert [s.status for s in seen] == ["ok", "ok", "ok", "error"]
-    assert [(s.text, s.status) for s in (call(again, *each) for each in calls)] == [(s.text, s.status) for s in seen]
+    assert [(s.text, s.status) for s in (call(again, *each) for each in calls)] == [
+        (s.text, s.status) for s in seen
+    ]
     missed = call(again, "search", {"queries": ["c"]})
-    assert missed.status == "fault" and "no answer for search" in missed.text and '"c"' in missed.text
+    assert (
+        missed.status == "fault" and "no answer for search" in missed.text and '"c"' in missed.text
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files
 
 
@@ -667,12 +822,15 @@ def test_a_file_is_read_through_the_toolbox(tmp_path):
     (tmp_path / "a.txt").write_text("the tide is at noon")
     (tmp_path / "b.txt").write_text("another row's")
     toolbox = Toolbox(["file_reader"], files_dir=str(tmp_path))
-    assert "the tide is at noon" in call(toolbox, "file_reader", {"file_path": "a.txt"}, files=["a.txt"]).text
+    assert (
+        "the tide is at noon"
+        in call(toolbox, "file_reader", {"file_path": "a.txt"}, files=["a.txt"]).text
+    )
     assert call(toolbox, "file_reader", {"file_path": "b.txt"}, files=["a.txt"]).status == "error"
     assert call(toolbox, "file_reader", {"file_path": "../a.txt"}).status == "error"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # python through the toolbox, and the command line
 
 
@@ -687,11 +845,15 @@ def test_a_file_is_read_through_the_toolbox(tmp_path):
         ("search", {"docs": [], "files": ["a.txt"]}, "row q has files"),
     ],
 )
-def test_rows_that_the_tools_cannot_serve_are_refused_before_work_starts(tmp_path, monkeypatch, tools, row, told):
+def test_rows_that_the_tools_cannot_serve_are_refused_before_work_starts(
+    tmp_path, monkeypatch, tools, row, told
+):
     for key in [key for key in os.environ if key.endswith(("_API_KEY", "_URL"))]:
         monkeypatch.delenv(key)
     toolbox = Toolbox(tools.split(","), files_dir=str(tmp_path))
-    with pytest.raises(SystemExit, match=f"rows.jsonl: {told}") if told else contextlib.nullcontext():
+    with (
+        pytest.raises(SystemExit, match=f"rows.jsonl: {told}") if told else contextlib.nullcontext()
+    ):
         toolbox.check_rows([{"id": "q", **row}], "rows.jsonl")
     toolbox.close()
 
@@ -709,7 +871,9 @@ def test_python_through_the_toolbox_keeps_the_pace_of_the_sandbox():
     toolbox = Toolbox(["python"])
 
     async def run(count):
-        return await asyncio.gather(*[toolbox.call("python", {"code": f"print({i})"}) for i in range(count)])
+        return await asyncio.gather(
+            *[toolbox.call("python", {"code": f"print({i})"}) for i in range(count)]
+        )
 
     asyncio.run(run(32))  # warm
     began = time.perf_counter()
@@ -726,18 +890,31 @@ def test_python_through_the_toolbox_keeps_the_pace_of_the_sandbox():
 
 
 def shell(*arguments):
-    environ = {name: value for name, value in os.environ.items() if not name.endswith(("_API_KEY", "_URL"))}
+    environ = {
+        name: value for name, value in os.environ.items() if not name.endswith(("_API_KEY", "_URL"))
+    }
     return subprocess.run(
-        [sys.executable, "tools.py", *arguments], capture_output=True, text=True, cwd=ROOT, env=environ, timeout=60
+        [sys.executable, "tools.py", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environ,
+        timeout=60,
     )
 
 
 def test_a_tool_runs_from_the_shell(tmp_path):
     done = shell(
-        "search", '{"queries": "mountains", "top_k": 1}', f"--corpus={corpus_file(tmp_path)}", "--output_chars=500"
+        "search",
+        '{"queries": "mountains", "top_k": 1}',
+        f"--corpus={corpus_file(tmp_path)}",
+        "--output_chars=500",
     )
     assert done.returncode == 0 and "[ok," in done.stderr
-    assert done.stdout == 'Results for "mountains":\n1. Cusco (doc:2)\nA city in the mountains of Peru.\n'
+    assert (
+        done.stdout
+        == 'Results for "mountains":\n1. Cusco (doc:2)\nA city in the mountains of Peru.\n'
+    )
 
 
 @pytest.mark.parametrize(

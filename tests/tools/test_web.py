@@ -1,4 +1,6 @@
-"""The web of the tools against real servers on loopback. Numbers are those of the list of attacks on the tools."""
+"""The web of the tools against real servers on loopback. Numbers are those of the list of attacks
+on the tools.
+"""
 
 import gzip
 import itertools
@@ -24,8 +26,14 @@ HITS = [
     ("Lima", "https://a.org/lima", "Lima is the capital."),
     ("Peru", "https://b.org/peru", "A <strong>country</strong>."),
 ]
-ARTICLE = "".join(f"<p>Paragraph {i} tells of the harbour and of its ships, at some length.</p>" for i in range(12))
-HTML = f"<html><head><title>The harbour</title></head><body><article><h1>Ships</h1>{ARTICLE}</article></body></html>"
+ARTICLE = "".join(
+    f"<p>Paragraph {i} tells of the harbour and of its ships, at some length.</p>"
+    for i in range(12)
+)
+HTML = (
+    "<html><head><title>The "
+    f"harbour</title></head><body><article><h1>Ships</h1>{ARTICLE}</article></body></html>"
+)
 
 
 def says(*addresses):
@@ -48,10 +56,13 @@ def read(server, path="/"):
     return text_of(opened(server, path), 20.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 60-63, 71: addresses
 
-LOOPBACK = "127.0.0.1 localhost 127.1 2130706433 0x7f000001 0177.0.0.1 0 [::1] [::ffff:127.0.0.1] ①②⑦.⓪.⓪.① LOCALHOST "
+LOOPBACK = (
+    "127.0.0.1 localhost 127.1 2130706433 0x7f000001 0177.0.0.1 0 [::1] [::ffff:127.0.0.1] "
+    "①②⑦.⓪.⓪.① LOCALHOST "
+)
 LOOPBACK += "localhost. 127.000.000.001 [0:0:0:0:0:0:0:1]"
 
 
@@ -63,9 +74,12 @@ def test_060_every_spelling_of_loopback_is_refused(host):
 
 @pytest.mark.parametrize(
     "address",
-    "169.254.169.254 fd00:ec2::254 100.64.0.1 198.18.0.1 10.1.2.3 172.16.0.1 192.168.1.1 0.0.0.0 224.0.0.1 239.1.1.1 "
-    "255.255.255.255 240.0.0.1 192.0.0.192 192.88.99.1 168.63.129.16 100.100.100.200 64:ff9b::7f00:1 64:ff9b::a00:1 "
-    "2002:7f00:1:: 2001:0:7f00:1:: ::ffff:10.0.0.1 ::ffff:0:7f00:1 ::127.0.0.1 fe80::1 fe80::1%eth0 fec0::1 ff02::1 :: "
+    "169.254.169.254 fd00:ec2::254 100.64.0.1 198.18.0.1 10.1.2.3 172.16.0.1 192.168.1.1 0.0.0.0 "
+    "224.0.0.1 239.1.1.1 "
+    "255.255.255.255 240.0.0.1 192.0.0.192 192.88.99.1 168.63.129.16 100.100.100.200 "
+    "64:ff9b::7f00:1 64:ff9b::a00:1 "
+    "2002:7f00:1:: 2001:0:7f00:1:: ::ffff:10.0.0.1 ::ffff:0:7f00:1 ::127.0.0.1 fe80::1 "
+    "fe80::1%eth0 fec0::1 ff02::1 :: "
     "::1 100::1 2001:db8::1 fc00::1".split(),
 )
 def test_061_addresses_that_are_not_of_the_public_web_are_refused(address):
@@ -75,7 +89,8 @@ def test_061_addresses_that_are_not_of_the_public_web_are_refused(address):
 
 
 @pytest.mark.parametrize(
-    "address", "1.1.1.1 8.8.8.8 93.184.216.34 192.0.2.1 2606:4700::1111 2a00:1450::1 ::ffff:8.8.8.8".split()
+    "address",
+    "1.1.1.1 8.8.8.8 93.184.216.34 192.0.2.1 2606:4700::1111 2a00:1450::1 ::ffff:8.8.8.8".split(),
 )
 def test_061_public_addresses_are_open(address):
     assert is_public(address) == (address != "192.0.2.1")  # that one is for documentation
@@ -83,7 +98,8 @@ def test_061_public_addresses_are_open(address):
 
 @pytest.mark.parametrize(
     "url",
-    "file:///etc/passwd ftp://a.org/x gopher://a.org data:text/html,x javascript:alert(1) jar:http://a.org!/x "
+    "file:///etc/passwd ftp://a.org/x gopher://a.org data:text/html,x javascript:alert(1) "
+    "jar:http://a.org!/x "
     "unix:/run/x //a.org/x a.org/x http: http:// http:///x https:a.org about:blank".split()
     + ["", "  ", "http://a b.org/"],
 )
@@ -139,12 +155,19 @@ def test_an_allow_list_that_cannot_be_read_is_an_error_at_the_start(text):
         web.allowed_hosts(text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 64-73: what a server may do
 
 
 @pytest.mark.parametrize(
-    "target", ["http://169.254.169.254/x", "file:///etc/passwd", "http://10.0.0.1/", "//127.0.0.1:22/", "/a b"]
+    "target",
+    [
+        "http://169.254.169.254/x",
+        "file:///etc/passwd",
+        "http://10.0.0.1/",
+        "//127.0.0.1:22/",
+        "/a b",
+    ],
 )
 def test_064_redirects_are_checked_like_the_first_address(target):
     with web_server({"/": (302, {"Location": target}, "")}) as server, pytest.raises(ToolError):
@@ -155,7 +178,10 @@ def test_064_redirects_are_checked_like_the_first_address(target):
 def test_064_five_redirects_are_followed_and_a_loop_ends():
     routes = {f"/{i}": (301 + i % 2, {"Location": f"/{i + 1}"}, "") for i in range(10)}
     with web_server(routes | {"/6": "end", "/loop": (302, {"Location": "/loop"}, "")}) as server:
-        assert opened(server, "/1").hops[-1] == server.url + "/6" and len(opened(server, "/1").hops) == 6
+        assert (
+            opened(server, "/1").hops[-1] == server.url + "/6"
+            and len(opened(server, "/1").hops) == 6
+        )
         for path in ("/0", "/loop"):
             with pytest.raises(ToolError, match="redirects more than 5"):
                 opened(server, path)
@@ -165,7 +191,12 @@ def test_065_the_checked_address_is_the_one_connected_to():
     """The name exists for this resolver alone: a second look-up could not find the server."""
     with web_server({"/": HTML}) as server:
         port, resolve = server.host.split(":")[1], says("127.0.0.1")
-        page = fetch(f"http://good.example:{port}/", seconds=5, allow={f"good.example:{port}"}, resolve=resolve)
+        page = fetch(
+            f"http://good.example:{port}/",
+            seconds=5,
+            allow={f"good.example:{port}"},
+            resolve=resolve,
+        )
     assert page.body == HTML.encode() and resolve.asked == ["good.example"]
     assert server.seen[0][2]["host"] == f"good.example:{port}"
 
@@ -179,10 +210,17 @@ def test_065_a_name_that_changes_its_address_is_judged_on_each_hop():
     with web_server({"/": (302, {"Location": "http://good.example/"}, "")}) as server:
         port = server.host.split(":")[1]
         with pytest.raises(ToolError, match="not on the public web"):
-            fetch(f"http://good.example:{port}/", seconds=5, allow={f"good.example:{port}"}, resolve=resolve)
+            fetch(
+                f"http://good.example:{port}/",
+                seconds=5,
+                allow={f"good.example:{port}"},
+                resolve=resolve,
+            )
 
 
-@pytest.mark.parametrize("addresses", [("1.1.1.1", "10.0.0.1"), ("10.0.0.1", "1.1.1.1"), ("1.1.1.1", "::1")])
+@pytest.mark.parametrize(
+    "addresses", [("1.1.1.1", "10.0.0.1"), ("10.0.0.1", "1.1.1.1"), ("1.1.1.1", "::1")]
+)
 def test_066_one_private_address_among_several_is_enough_to_refuse(addresses):
     with pytest.raises(ToolError, match="not on the public web"):
         checked("http://a.org/", resolve=says(*addresses))
@@ -215,10 +253,15 @@ def test_067_an_endless_page_ends_at_the_byte_cap():
 
 @pytest.mark.parametrize(
     "start",
-    [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n",
-     b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n"],
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\n",
+        b"HTTP/1.1 200 OK\r\nX: ",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n",
+    ],
     ids=["status", "headers", "header", "body", "length"],
-)  # fmt: skip
+)
 def test_067_a_server_that_drips_ends_at_the_deadline(start):
     with web_server({"/": drip(start)}) as server:
         began = time.monotonic()
@@ -239,9 +282,13 @@ def test_067_a_host_that_does_not_answer_ends_at_the_deadline():
 def test_068_a_packed_page_is_capped_after_unpacking():
     bomb = gzip.compress(b"a" * (50 << 20))
     packed = {"Content-Encoding": "gzip"}
-    routes = {"/bomb": (200, packed, bomb), "/ok": (200, packed, gzip.compress(b"ab") + gzip.compress(b"cd")),
-              "/br": (200, {"Content-Encoding": "br"}, b"x"), "/lie": (200, packed, b"plain"),
-              "/cut": (200, packed, gzip.compress(HTML.encode())[:-20])}  # fmt: skip
+    routes = {
+        "/bomb": (200, packed, bomb),
+        "/ok": (200, packed, gzip.compress(b"ab") + gzip.compress(b"cd")),
+        "/br": (200, {"Content-Encoding": "br"}, b"x"),
+        "/lie": (200, packed, b"plain"),
+        "/cut": (200, packed, gzip.compress(HTML.encode())[:-20]),
+    }
     with web_server(routes) as server:
         assert opened(server, "/ok").body == b"abcd" and len(bomb) < 100_000
         for path, told in (
@@ -264,9 +311,14 @@ def test_068_a_page_that_ends_early_is_not_taken_for_whole():
 
 @pytest.mark.parametrize(
     "header",
-    ["X: " + "a" * (1 << 20), "\r\n".join(f"X-{i}: 1" for i in range(10_000)), "Content-Length: many", "X: \r\n\r\n"],
+    [
+        "X: " + "a" * (1 << 20),
+        "\r\n".join(f"X-{i}: 1" for i in range(10_000)),
+        "Content-Length: many",
+        "X: \r\n\r\n",
+    ],
     ids=["1 MB", "10,000", "length", "split"],
-)  # fmt: skip
+)
 def test_070_headers_beyond_reason_are_an_error_or_harmless(header):
     reply = f"HTTP/1.1 200 OK\r\n{header}\r\n\r\nbody"
     with web_server({"/": lambda request: request.wfile.write(reply.encode()) and None}) as server:
@@ -289,12 +341,17 @@ def test_073_a_page_sees_no_key_no_cookie_and_no_referrer(monkeypatch):
     with web_server(routes) as server:
         Web({"SERPER_API_KEY": KEY}, allow=server.host).page(server.url + "/", 20)
     for _, path, headers, _ in server.seen:
-        assert KEY not in path + str(headers) and not {"cookie", "referer", "authorization"} & set(headers)
+        assert KEY not in path + str(headers) and not {"cookie", "referer", "authorization"} & set(
+            headers
+        )
 
 
 @pytest.mark.parametrize("name", ["serper", "brave", "tavily"])
 def test_073_a_key_does_not_follow_a_redirect(name):
-    with web_server({"*": "caught"}) as thief, web_server({"*": (307, {"Location": thief.url}, "")}) as server:
+    with (
+        web_server({"*": "caught"}) as thief,
+        web_server({"*": (307, {"Location": thief.url}, "")}) as server,
+    ):
         with pytest.raises(ToolFault):
             Web(environ_of(name, server)).search("lima", 5, 5)
     assert len(server.seen) == 1 and thief.seen == []
@@ -305,7 +362,10 @@ def certificate(tmp_path_factory):
     if not shutil.which("openssl"):
         pytest.skip("needs openssl to make a certificate")
     folder = tmp_path_factory.mktemp("tls")
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=x -addext subjectAltName=DNS:good.example"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=x -addext "
+        "subjectAltName=DNS:good.example"
+    )
     command = [*command.split(), "-keyout", str(folder / "key"), "-out", str(folder / "cert")]
     subprocess.run(command, check=True, capture_output=True)
     return folder
@@ -315,7 +375,9 @@ def certificate(tmp_path_factory):
     "name, trusted, opens",
     [("good.example", True, True), ("good.example", False, False), ("evil.example", True, False)],
 )
-def test_a_certificate_is_checked_against_the_name_in_the_url(certificate, monkeypatch, name, trusted, opens):
+def test_a_certificate_is_checked_against_the_name_in_the_url(
+    certificate, monkeypatch, name, trusted, opens
+):
     if trusted:
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert"))
     web._tls.cache_clear()
@@ -323,7 +385,15 @@ def test_a_certificate_is_checked_against_the_name_in_the_url(certificate, monke
     tls.load_cert_chain(certificate / "cert", certificate / "key")
     with web_server({"/": "secret"}, tls) as server:
         port = server.host.split(":")[1]
-        ask = lambda: fetch(f"https://{name}:{port}/", seconds=5, allow={f"{name}:{port}"}, resolve=says("127.0.0.1"))
+
+        def ask():
+            return fetch(
+                f"https://{name}:{port}/",
+                seconds=5,
+                allow={f"{name}:{port}"},
+                resolve=says("127.0.0.1"),
+            )
+
         if opens:
             assert ask().body == b"secret"
         else:
@@ -337,7 +407,11 @@ def test_no_name_resolution_at_all_is_a_fault_and_one_unknown_name_an_error():
         raise socket.gaierror(-3, "Temporary failure in name resolution")
 
     def online(host, port, type):
-        return says("1.1.1.1")(host, port, type) if host == "example.com" else offline(host, port, type)
+        return (
+            says("1.1.1.1")(host, port, type)
+            if host == "example.com"
+            else offline(host, port, type)
+        )
 
     with pytest.raises(ToolFault, match="no name resolution"):
         checked("http://a.org/", resolve=offline)
@@ -347,17 +421,21 @@ def test_no_name_resolution_at_all_is_a_fault_and_one_unknown_name_an_error():
 
 @pytest.mark.parametrize("status", [404, 403, 500, 429])
 def test_a_page_that_is_not_there_is_an_error_that_names_the_status(status):
-    with web_server({"/": (status, {}, "no")}) as server, pytest.raises(ToolError, match=f"answers {status}"):
+    with (
+        web_server({"/": (status, {}, "no")}) as server,
+        pytest.raises(ToolError, match=f"answers {status}"),
+    ):
         opened(server)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 69: pages as text
 
 
 def test_069_an_article_comes_without_its_scripts_and_with_its_links():
     page = HTML.replace(
-        "<article>", "<script>var tracking = 1</script><nav><a href='/fleet'>The  fleet</a></nav><article>"
+        "<article>",
+        "<script>var tracking = 1</script><nav><a href='/fleet'>The  fleet</a></nav><article>",
     )
     with web_server({"/": page}) as server:
         title, text = read(server)
@@ -366,7 +444,10 @@ def test_069_an_article_comes_without_its_scripts_and_with_its_links():
 
 
 def test_069_a_page_without_an_article_still_gives_its_words():
-    page = "<html><title>a &amp; b</title><style>p {}</style><nav><div>Lima</div><div>Cusco &lt;3</div></nav></html>"
+    page = (
+        "<html><title>a &amp; b</title><style>p {}</style><nav><div>Lima</div><div>Cusco "
+        "&lt;3</div></nav></html>"
+    )
     with web_server({"/": page}) as server:
         title, text = read(server)
     assert title == "a & b" and text.endswith("Lima\nCusco <3")
@@ -382,7 +463,11 @@ def test_069_a_page_without_an_article_still_gives_its_words():
         ("text/plain", "naïve ☃".encode("utf-16"), "naïve ☃"),
         ("text/plain; charset=gb2312", "你好，世界".encode("gbk"), "你好，世界"),
         ("text/plain; charset=nonsense", "naïve".encode(), "naïve"),
-        ("text/html", b'<html><meta charset="windows-1251"><p>' + "Привет, мир".encode("cp1251"), "Привет, мир"),
+        (
+            "text/html",
+            b'<html><meta charset="windows-1251"><p>' + "Привет, мир".encode("cp1251"),
+            "Привет, мир",
+        ),
         ("text/html", b"<p>caf\xe9 au lait " + b"\xff\xfe\xfd" * 20, "caf"),  # invalid in UTF-8
         ("application/json", b'{"population": 12}', '{"population": 12}'),
         ("text/javascript", b"var a=1;" * 25_000, "var a=1;"),
@@ -402,7 +487,9 @@ def test_069_what_a_page_is_counts_and_not_what_it_claims(kind, body, told):
     assert told in text and json.loads(json.dumps(text)) == text
 
 
-@pytest.mark.parametrize("kind", ["text/html; charset=windows-1251", "text/plain;charset='windows-1251'"])
+@pytest.mark.parametrize(
+    "kind", ["text/html; charset=windows-1251", "text/plain;charset='windows-1251'"]
+)
 def test_069_the_charset_of_the_header_goes_before_that_of_the_page(kind):
     body = ("<meta charset=koi8-r><p>" if "html" in kind else "") + "Привет, мир"
     with web_server({"/": (200, {"Content-Type": kind}, body.encode("cp1251"))}) as server:
@@ -411,11 +498,17 @@ def test_069_the_charset_of_the_header_goes_before_that_of_the_page(kind):
 
 def test_a_pdf_gives_its_text():
     stream = b"BT /F1 24 Tf 72 700 Td (The tide is at noon) Tj ET"
-    parts = [b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
-             b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
-             b"<</Length %d>>stream\n%s\nendstream" % (len(stream), stream),
-             b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>"]  # fmt: skip
-    body = b"%PDF-1.4\n" + b"".join(b"%d 0 obj%sendobj\n" % (i, part) for i, part in enumerate(parts, 1))
+    parts = [
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents 4 0 R"
+        b"/Resources<</Font<</F1 5 0 R>>>>>>",
+        b"<</Length %d>>stream\n%s\nendstream" % (len(stream), stream),
+        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
+    body = b"%PDF-1.4\n" + b"".join(
+        b"%d 0 obj%sendobj\n" % (i, part) for i, part in enumerate(parts, 1)
+    )
     with web_server({"/": (200, {}, body + b"trailer<</Root 1 0 R/Size 6>>")}) as server:
         assert "The tide is at noon" in read(server)[1]
 
@@ -430,7 +523,7 @@ def test_a_page_that_takes_too_long_to_read_is_given_up():
         assert time.monotonic() - began < 1.3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 75: search providers
 
 
@@ -451,7 +544,11 @@ def test_075_a_provider_without_hits_gives_none(name):
         web_server(SPOKEN[name]([])) as server,
         web_server({"*": answer({"results": None, "organic": 7, "web": []})}) as odd,
     ):
-        assert Web(environ_of(name, server)).search("x", 5, 5) == [] == Web(environ_of(name, odd)).search("x", 5, 5)
+        assert (
+            Web(environ_of(name, server)).search("x", 5, 5)
+            == []
+            == Web(environ_of(name, odd)).search("x", 5, 5)
+        )
 
 
 @pytest.mark.parametrize("name", ["serper", "brave", "tavily"])
@@ -494,7 +591,9 @@ def test_075_a_slow_provider_is_a_fault_at_the_deadline():
 
 
 def test_075_a_provider_that_recovers_is_used_after_the_time_it_asks_for():
-    replies = itertools.chain([(429, {"Retry-After": "1"}, "")], itertools.repeat(answer({"results": []})))
+    replies = itertools.chain(
+        [(429, {"Retry-After": "1"}, "")], itertools.repeat(answer({"results": []}))
+    )
     with web_server({"/search": lambda request: next(replies)}) as server:
         began = time.monotonic()
         assert Web(environ_of("searxng", server)).search("x", 5, 8) == []
@@ -549,18 +648,30 @@ def test_settings_that_cannot_work_are_an_error_at_the_start(environ, told):
 
 def test_of_several_providers_the_named_one_is_asked():
     with web_server(SPOKEN["tavily"](HITS)) as server, web_server({}) as other:
-        environ = environ_of("serper", other) | environ_of("tavily", server) | {"SEARCH_PROVIDER": "tavily"}
+        environ = (
+            environ_of("serper", other)
+            | environ_of("tavily", server)
+            | {"SEARCH_PROVIDER": "tavily"}
+        )
         assert len(Web(environ).search("x", 5, 5)) == 2 and other.seen == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # endpoints that read pages
 
 
 def test_the_reader_service_gets_the_address_and_only_it_the_key():
     def page(request):
-        assert request.headers["Accept"] == "application/json" and request.headers["Authorization"] == f"Bearer {KEY}"
-        data = {"title": "Lima", "url": request.path[1:], "content": "Read by a service.", "description": ""}
+        assert (
+            request.headers["Accept"] == "application/json"
+            and request.headers["Authorization"] == f"Bearer {KEY}"
+        )
+        data = {
+            "title": "Lima",
+            "url": request.path[1:],
+            "content": "Read by a service.",
+            "description": "",
+        }
         return answer({"code": 200, "status": 20000, "data": data})
 
     with web_server({"*": page}) as server, web_server({"/": HTML}) as intranet:
@@ -574,10 +685,14 @@ def test_the_reader_service_gets_the_address_and_only_it_the_key():
 
 @pytest.mark.parametrize("status", [400, 401])
 def test_073_an_endpoint_that_repeats_the_key_does_not_tell_it_to_the_model(status):
-    with web_server({"*": lambda request: answer({"detail": f"{'x' * 150} no to {KEY}, Bearer {KEY}"}, status)}) as server:
+    with web_server(
+        {"*": lambda request: answer({"detail": f"{'x' * 150} no to {KEY}, Bearer {KEY}"}, status)}
+    ) as server:
         with pytest.raises((ToolError, ToolFault)) as told:
             Web({"JINA_API_KEY": KEY, "JINA_URL": server.url}).page("http://1.1.1.1/", 5)
-    assert "no to [key]" in str(told.value) and not any(KEY[:n] in str(told.value) for n in range(4, len(KEY) + 1))
+    assert "no to [key]" in str(told.value) and not any(
+        KEY[:n] in str(told.value) for n in range(4, len(KEY) + 1)
+    )
 
 
 def chat(content):
@@ -585,7 +700,14 @@ def chat(content):
         body = json.loads(request.body)
         assert request.headers["Authorization"] == f"Bearer {KEY}" and body["model"] == "small"
         return answer(
-            {"choices": [{"index": 0, "message": {"role": "assistant", "content": content(body["messages"])}}]}
+            {
+                "choices": [
+                    {
+                        "index": 0,
+                        "message": {"role": "assistant", "content": content(body["messages"])},
+                    }
+                ]
+            }
         )
 
     return {"/v1/chat/completions": page}
@@ -593,23 +715,35 @@ def chat(content):
 
 def test_the_summariser_is_given_page_and_query_and_its_thoughts_are_left_out():
     def content(messages):
-        assert "Looked for: tide" in messages[-1]["content"] and "at noon" in messages[-1]["content"]
+        assert (
+            "Looked for: tide" in messages[-1]["content"] and "at noon" in messages[-1]["content"]
+        )
         return "<think>hm</think>At noon.<think>or is it"
 
     with web_server(chat(content)) as server:
-        mine = Web({"SUMMARY_URL": server.url + "/v1", "SUMMARY_MODEL": "small", "SUMMARY_API_KEY": KEY})
+        mine = Web(
+            {"SUMMARY_URL": server.url + "/v1", "SUMMARY_MODEL": "small", "SUMMARY_API_KEY": KEY}
+        )
         assert mine.answer("http://a.org", "The tide is at noon", "tide", 5) == "At noon."
 
 
 @pytest.mark.parametrize(
-    "reply", [answer({"error": "context too long"}, 400), answer({"choices": []}), answer([]), (500, {}, "")]
+    "reply",
+    [
+        answer({"error": "context too long"}, 400),
+        answer({"choices": []}),
+        answer([]),
+        (500, {}, ""),
+    ],
 )
 def test_a_failing_summariser_is_a_fault_never_the_models_error(reply):
     with web_server({"*": reply}) as server, pytest.raises(ToolFault, match="summariser"):
-        Web({"SUMMARY_URL": server.url, "SUMMARY_MODEL": "small"}).answer("http://a.org", "text", "query", 1)
+        Web({"SUMMARY_URL": server.url, "SUMMARY_MODEL": "small"}).answer(
+            "http://a.org", "text", "query", 1
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 74: the block list
 
 
@@ -637,15 +771,23 @@ def blocked(tmp_path, *lines):
     ],
 )
 def test_074_a_blocked_address_is_known_in_every_spelling(tmp_path, url, hidden):
-    listed = web.Blocklist(blocked(tmp_path, "huggingface.co/datasets/gaia-benchmark", "https://mirror.org"))
+    listed = web.Blocklist(
+        blocked(tmp_path, "huggingface.co/datasets/gaia-benchmark", "https://mirror.org")
+    )
     assert listed.blocks(url) == hidden and listed.count == hidden
 
 
 def test_074_blocked_results_and_pages_are_left_out_and_counted(tmp_path):
     routes = {"/": HTML, "/short": (302, {"Location": "/gaia/1"}, ""), "/gaia/1": HTML}
     with web_server(SPOKEN["serper"](HITS)) as server, web_server(routes) as pages:
-        mine = Web(environ_of("serper", server), block=blocked(tmp_path, "a.org", "/gaia/"), allow=pages.host)
-        assert [url for _, _, url in mine.search("x", 5, 5)] == ["https://b.org/peru"] and mine.blocklist.count == 1
+        mine = Web(
+            environ_of("serper", server),
+            block=blocked(tmp_path, "a.org", "/gaia/"),
+            allow=pages.host,
+        )
+        assert [url for _, _, url in mine.search("x", 5, 5)] == [
+            "https://b.org/peru"
+        ] and mine.blocklist.count == 1
         for path in ("/gaia/1", "/short"):
             with pytest.raises(ToolError, match="block list"):
                 mine.page(pages.url + path, 20)
@@ -657,7 +799,7 @@ def test_a_missing_block_list_is_an_error_at_the_start():
         Web({}, block="no/such/file")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the cache
 
 
@@ -682,7 +824,9 @@ def test_the_block_list_holds_for_what_the_cache_answers(tmp_path):
     with web_server(SPOKEN["serper"](HITS)) as server:
         Web(environ_of("serper", server), cache=cache).search("x", 5, 5)
     replay = Web({}, cache=cache, replay=True, block=blocked(tmp_path, "a.org"))
-    assert [url for _, _, url in replay.search("x", 5, 5)] == ["https://b.org/peru"] and replay.blocklist.count == 1
+    assert [url for _, _, url in replay.search("x", 5, 5)] == [
+        "https://b.org/peru"
+    ] and replay.blocklist.count == 1
 
 
 def test_an_error_is_asked_again_but_replayed_as_it_was_and_a_fault_is_not_kept(tmp_path):
@@ -700,7 +844,10 @@ def test_an_error_is_asked_again_but_replayed_as_it_was_and_a_fault_is_not_kept(
         with pytest.raises(ToolFault, match="no answer"):
             replay.search("x", 5, 5)
         routes |= {"/page": HTML, **SPOKEN["searxng"](HITS)}
-        assert mine.page(server.url + "/page", 20)[0] == "The harbour" and len(mine.search("x", 5, 5)) == 2
+        assert (
+            mine.page(server.url + "/page", 20)[0] == "The harbour"
+            and len(mine.search("x", 5, 5)) == 2
+        )
     assert replay.page(server.url + "/page", 5)[0] == "The harbour"
 
 
@@ -720,8 +867,11 @@ def test_a_replay_of_nothing_is_an_error_at_the_start(options):
 
 def test_the_cache_holds_under_threads_and_processes(tmp_path):
     cache, count = str(tmp_path / "calls.sqlite"), 40
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from toolkit.web import Cache; c = Cache({cache!r}, {{}}, False)\n"
-            f"for i in range({count}): assert c.through('t', {{'i': i}}, lambda: i * i) == i * i")  # fmt: skip
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from toolkit.web import Cache; c = "
+        f"Cache({cache!r}, {{}}, False)\n"
+        f"for i in range({count}): assert c.through('t', {{'i': i}}, lambda: i * i) == i * i"
+    )
     others = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     mine = web.Cache(cache, {}, False)
     with ThreadPoolExecutor(8) as pool:
