@@ -1,5 +1,5 @@
-"""Evaluation: the 18 benchmarks of the paper through the agent loop of training, with numbers that
-can be trusted.
+"""Evaluation: the 12 benchmarks of the paper, under the 18 names of its release, through the agent
+loop of training, with numbers that can be trusted.
 
     python evaluate.py --model=FOLDER|URL --dataset=hotpotqa,math500 [preset.py] [--key=value ...]
     torchrun --nproc_per_node=8 evaluate.py --model=FOLDER --dataset=gaia_text

@@ -1,5 +1,5 @@
-"""Stage 3, the agent: GRPO with rule rewards, Reagent-R or Reagent-U (paper section 3.3, equations
-3-6).
+"""Stage 3, the agent: GRPO with rule rewards, Reagent-R or Reagent-U (paper sections 3.5.2
+and 3.5.3, equations 6-9).
 
     torchrun --nproc_per_node=8 grpo_unified.py  # the paper's recipe, Qwen3-8B
     torchrun --nproc_per_node=2 grpo_unified.py config/grpo_unified_toy_tiny.py  # a laptop
@@ -139,7 +139,7 @@ MAY_CHANGE |= {
 def pooled_advantages(
     rewards: torch.Tensor, eps: float = 1e-6, pool: str = "joint"
 ) -> torch.Tensor:
-    """A = (R - mean(R_pool)) / (std(R_pool) + eps) (paper equation 5), unbiased std over the
+    """A = (R - mean(R_pool)) / (std(R_pool) + eps) (paper equation 8), unbiased std over the
     attempts that remain.
 
     rewards (N, 2, G): question, stage, sibling; NaN where an attempt is missing. Returns (N, 2, G)
@@ -181,7 +181,7 @@ def kept_pools(rewards: torch.Tensor, rules: torch.Tensor, drop: str) -> torch.T
 
 
 def grpo_loss(logps, old_logps, advantages, weights, clip_low: float, clip_high: float):
-    """Clipped surrogate (paper equation 6): -sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high)
+    """Clipped surrogate (paper equation 9): -sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high)
     A_t), r = pi / pi_old.
 
     All (M,). The weights hold the denominator: 1 / (N |o|) for seq_mean, 1 / (all tokens) for
@@ -197,7 +197,7 @@ def grpo_loss(logps, old_logps, advantages, weights, clip_low: float, clip_high:
 
 
 def set_rewards(episodes: list, rrm_weight: float, scored: bool) -> None:
-    """R = R_rule + lambda * s (paper equation 4). Without a valid judgment, or in a dropped chain:
+    """R = R_rule + lambda * s (paper equation 6). Without a valid judgment, or in a dropped chain:
     no reward.
     """
     for episode in episodes:

@@ -1,10 +1,10 @@
 """Rollouts: engines, the agent loop, critique and refinement, the client of the reasoning reward
 model (Agent-RRM).
 
-A chain is one coroutine: first attempt -> judge -> refined attempt -> judge (paper section 3.3,
-Reagent-U). All share one engine and wait for nobody but the tools and the judge they called. Tokens
-in, tokens out: ids are append-only, the mask is written when a token is appended, history is never
-rendered again.
+A chain is one coroutine: first attempt -> judge -> refined attempt -> judge (paper section 3.5.3,
+Reagent-U; without the last judgment it is Reagent-C, section 3.5.1). All share one engine and wait
+for nobody but the tools and the judge they called. Tokens in, tokens out: ids are append-only, the
+mask is written when a token is appended, history is never rendered again.
 """
 
 import asyncio
@@ -123,7 +123,7 @@ class Setup:
 
 
 async def run_chain(row: dict, setup: Setup, key: tuple) -> Episode:
-    """One chain: o1 ~ pi(.|q), (c, s1), o2 ~ pi(.|q, o1, c), s2 (paper section 3.3); `key` = (run
+    """One chain: o1 ~ pi(.|q), (c, s1), o2 ~ pi(.|q, o1, c), s2 (paper section 3.5); `key` = (run
     seed, step, sibling).
     """
     gold = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]

@@ -1,8 +1,9 @@
-"""Stage 1, cold start: supervised fine-tuning on tool-use trajectories (paper section 3.1).
+"""Stage 1, cold start: supervised fine-tuning on tool-use trajectories (paper: data in section 3.3,
+recipe in section 4).
 
-python sft.py config/sft_toy_tiny.py                       # a laptop torchrun --nproc_per_node=8
-sft.py                         # the paper's recipe: Qwen3-8B, 55.6K trajectories python sft.py
-config/sft_toy_tiny.py --show=3              # rows as the model sees them, trained tokens in green
+    python sft.py config/sft_toy_tiny.py           # a laptop
+    torchrun --nproc_per_node=8 sft.py  # the paper's recipe: Qwen3-8B, 55.6K trajectories
+    python sft.py config/sft_toy_tiny.py --show=3  # rows as the model sees them, trained tokens green
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Stage 2, Agent-RRM: the reasoning reward model (paper section 3.2), by SFT on judgments and then
+"""Stage 2, Agent-RRM: the reasoning reward model (paper section 3.4), by SFT on judgments and then
 GRPO on judgments.
 
     torchrun --nproc_per_node=8 train_rrm.py --stage=sft --lr=1e-5 …   # sft.py's loop on judgments

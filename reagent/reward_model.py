@@ -164,7 +164,7 @@ class Judge:
         self.asked = self.failed = self.invalid_replies = 0
 
     async def __call__(self, question: str, messages: list[dict], key: tuple) -> Judgment | None:
-        """Judges one attempt (paper section 3.2) without the gold answer; None: no valid judgment
+        """Judges one attempt (paper section 3.4) without the gold answer; None: no valid judgment
         was to be had.
         """
         self.asked += 1

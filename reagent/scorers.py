@@ -283,7 +283,7 @@ F1_FLOOR = 0.3  # a token F1 below it earns nothing (the released reward)
 
 def rule_reward(row: dict, answer: str | None, form: str = "em_f1") -> tuple[float, bool]:
     """R_rule of an RL row and whether the answer is right by the benchmark's own metric (paper
-    section 3.3).
+    section 3.5.2).
 
     em_f1: 1 for an exact match, else the token F1 if it is at least 0.3 (qa only); em: the metric
     alone.

@@ -1,4 +1,4 @@
-"""The 18 evaluation sets by name: their tools, scorers and rows."""
+"""The 18 evaluation sets of the release (the paper has 12 benchmarks): tools, scorers and rows."""
 
 import dataclasses
 import hashlib
@@ -27,7 +27,7 @@ class DataSet:
     tools: str
     scorer: str
     rollouts: int = 1
-    max_turns: int = 30  # turns with tool calls (paper, section 4.1)
+    max_turns: int = 30  # turns with tool calls (paper, appendix C.3)
     seconds_per_call: float = 30.0
 
 

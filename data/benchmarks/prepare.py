@@ -1,5 +1,5 @@
-"""The 18 evaluation sets of the paper as rows for evaluate.py, each from its publisher by path and
-revision.
+"""The 12 benchmarks of the paper, under the 18 names of its release, as rows for evaluate.py, each
+from its publisher by path and revision.
 
     python data/benchmarks/prepare.py  # all; what needs access is told
     python data/benchmarks/prepare.py --dataset=gaia_text,math500

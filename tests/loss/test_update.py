@@ -65,7 +65,7 @@ def make_episodes(plain) -> list[Episode]:
 
 
 def parameters_by_hand(plain, episodes, old_logps: str, loss_agg: str) -> dict:
-    """Equations 5 and 6, question by question = minibatch by minibatch, with SGD."""
+    """Equations 8 and 9, question by question = minibatch by minibatch, with SGD."""
     optimizer = torch.optim.SGD(plain.parameters(), lr=LR)
     jobs = []  # (question, episode, attempt, mu, old)
     for n, episode in enumerate(episodes):
