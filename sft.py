@@ -3,7 +3,7 @@ recipe in section 4).
 
     python sft.py config/sft_toy_tiny.py           # a laptop
     torchrun --nproc_per_node=8 sft.py  # the paper's recipe: Qwen3-8B, 55.6K trajectories
-    python sft.py config/sft_toy_tiny.py --show=3  # rows as the model sees them, trained tokens green
+    python sft.py config/sft_toy_tiny.py --show=3  # rows as the model sees them, trained ones green
 """
 
 import dataclasses
