@@ -7,26 +7,15 @@ import re
 import sys
 from functools import lru_cache
 
-from toolkit.text import after_thoughts
+from toolkit.text import after_thoughts, last_boxed
 
 # --------------------------------------------------------------------------------------------------
 # reading what models write
 
 
 def extract_answer(text: str) -> str | None:
-    """The content of the last balanced \\boxed{} after the thoughts, or None where there is none or
-    it is blank.
-    """
-    text = after_thoughts(text)
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 0, start + len("\\boxed")
-    for i in range(begin, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[begin + 1 : i].strip() or None
-    return None
+    """What the last valid box after the thoughts holds, or None where there is none."""
+    return last_boxed(after_thoughts(text))
 
 
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.S)

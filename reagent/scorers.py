@@ -12,6 +12,8 @@ import string
 from collections import Counter
 from functools import partial
 
+from toolkit.text import last_boxed
+
 MATH_SECONDS = (
     5.0  # math-verify can hang for longer than its own timeout: a child is killed after this
 )
@@ -97,22 +99,6 @@ def score_gaia(pred: str, gold: str) -> bool:
 
 # --------------------------------------------------------------------------------------------------
 # mathematics
-
-
-def last_boxed(text: str) -> str | None:
-    """The content of the last balanced \\boxed{} or \\fbox{}, or of "\\boxed x"."""
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if start < 0:
-        return None
-    rest = text[start:].partition("ed" if text.startswith("\\boxed", start) else "box")[2].lstrip()
-    if not rest.startswith("{"):
-        return re.split(r"[\s$]", rest, maxsplit=1)[0]
-    depth = 0
-    for i, c in enumerate(rest):
-        depth += (c == "{") - (c == "}")
-        if depth == 0:
-            return rest[1:i]
-    return None
 
 
 def plain_latex(text: str) -> str:

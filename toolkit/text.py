@@ -38,3 +38,34 @@ def clean(text: str) -> str:
 def after_thoughts(text: str) -> str:
     """What a turn says after its last </think>, up to thoughts that are opened and never closed."""
     return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+_BOX = re.compile(r"\\f?box(?:ed)?(?![a-z])\s*")
+_BRACE = re.compile(r"\\.|[{}]", re.S)  # \{ and \} are no braces
+_BARE = re.compile(
+    r"(?!\\f?box)[-+.\d\\$]\S*|[A-Z]\b"
+)  # what may stand behind \boxed without braces
+_BLANK = re.compile(r"[\s.…_?]*|\\[lc]?dots|<?(?:your |the |final )*answer(?: here)?>?", re.I)
+
+
+def last_boxed(text: str) -> str | None:
+    """What the last valid \\boxed{} or \\fbox{} (or "\\boxed 5") holds. A box that never closes, is
+    blank or only shows the form ("\\boxed{...}") is none.
+    """
+    if not (boxes := list(_BOX.finditer(text))):
+        return None
+    partner, open_ = {}, []  # brace -> where its partner stands; one pass, whatever the text
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            open_.append(brace.start())
+        elif brace[0] == "}" and open_:
+            partner[open_.pop()] = brace.start()
+    for box in reversed(boxes):
+        start, content = box.end(), None
+        if start in partner:
+            content = text[start + 1 : partner[start]].strip()
+        elif bare := _BARE.match(text, start):
+            content = bare[0].strip("$").rstrip(".,;:)")
+        if content is not None and not _BLANK.fullmatch(content):
+            return content
+    return None
