@@ -31,6 +31,8 @@ MOST_UNPACKED = 200 << 20  # of all members of an office document
 MOST_RATIO = 200  # of unpacked to packed bytes, for what is larger than FREE_BYTES
 FREE_BYTES = 20 << 20
 MOST_MEMBERS = 10_000
+MOST_ROWS = 100_000  # of a sheet
+MOST_LINKS = 200  # of a page
 MEMORY = 2 << 30  # bytes of address space of a reader
 CHILD = (
     f"import json, sys; sys.path.insert(0, {ROOT!r}); from toolkit.files import child; "
@@ -434,23 +436,36 @@ def html_text(text: str, url: str, chars: int) -> tuple[str, str]:
     list, a form), and of a file where it leaves out more than a fifth.
     """
     import trafilatura
-    from lxml import html
 
-    tree = html.document_fromstring(
-        text.encode("utf-8", "replace"), parser=html.HTMLParser(encoding="utf-8")
-    )
-    title, links = (
-        " ".join((tree.findtext(".//title") or "").split())[:500],
-        _links(tree, url) if url else "",
-    )
-    main = (
-        trafilatura.extract(text, url=url or None, include_comments=not url, favor_recall=True)
-        or ""
-    )
+    tree, note = _tree(text)
+    title = " ".join((tree.findtext(".//title") or "").split())[:500]
+    links = _links(tree, url) if url else ""
+    where, main = dict(url=url or None, include_comments=not url), None
+    with contextlib.suppress(RecursionError):  # lists in lists: then all words count
+        main = trafilatura.extract(_tree(text)[0], favor_recall=True, **where)
+    main = main or ""
     if not url or len(main) < 400:
         words = _words(tree)
         main = words if len(main) < (1.0 if url else 0.8) * len(words) else main
-    return title, (main[:chars] + links).strip()
+    if len(main) > chars:
+        note = f"\n[Cut here, after {chars:,} characters: there is more on the page.]"
+    return title, (main[:chars] + note + links).strip()
+
+
+def _tree(text: str):
+    """(the tree of HTML, a note or ""): libxml2 stops where elements lie 2,048 deep, and tells
+    its log alone.
+    """
+    from lxml import html
+
+    parser = html.HTMLParser(
+        encoding="utf-8", huge_tree=True, remove_comments=True, remove_pis=True
+    )
+    tree = html.document_fromstring(text.encode("utf-8", "replace"), parser=parser)
+    fatal = [entry for entry in parser.error_log if entry.level_name == "FATAL"]
+    where = f"line {fatal[0].line}, column {fatal[0].column} of its source" if fatal else ""
+    why = "the page is nested too deep to be read further"
+    return tree, f"\n[Cut here, at {where}: {why}.]" if fatal else ""
 
 
 def _links(tree, url: str) -> str:
@@ -466,7 +481,9 @@ def _links(tree, url: str) -> str:
                 and len(address) < 500
             ):
                 links.setdefault(address, name)
-    lines = (f"\n- {name}: {to}" for to, name in list(links.items())[:200])
+    lines = [f"\n- {name}: {to}" for to, name in links.items()]
+    if len(lines) > MOST_LINKS:
+        lines[MOST_LINKS:] = [f"\n[{len(lines) - MOST_LINKS:,} more links]"]
     return "\n\nLinks on the page:" + "".join(lines) if links else ""
 
 
@@ -474,9 +491,8 @@ def _words(tree) -> str:
     """Every word below the title, a line for a block and a tab between cells; takes the tree
     apart.
     """
-    for part in tree.xpath("//script | //style | //noscript | //template | //title | //comment()"):
-        if part.getparent() is not None:  # a comment beside the page has none
-            part.drop_tree()
+    for part in tree.xpath("//script | //style | //noscript | //template | //title"):
+        part.drop_tree()
     for part in tree.iter(
         "p", "div", "br", "li", "tr", "td", "th", "h1", "h2", "h3", "h4", "dt", "dd", "section"
     ):
@@ -589,9 +605,11 @@ def _xlsx(stream, chars: int) -> Iterator[str]:
         for sheet in (values, formulas):
             sheet.reset_dimensions()  # what the file claims may be the whole grid
         empty = 0
-        for row, other in zip(
-            values.iter_rows(max_row=100_000), formulas.iter_rows(), strict=False
-        ):
+        rows = zip(values.iter_rows(max_row=MOST_ROWS + 1), formulas.iter_rows(), strict=False)
+        for number, (row, other) in enumerate(rows):
+            if number == MOST_ROWS:
+                yield f"[Cut here, after row {MOST_ROWS:,}: the sheet has more rows.]\n"
+                break
             cells = [_cell(a, b) for a, b in zip(row[:500], other[:500], strict=False)]
             colours += [
                 f"{cell.coordinate} {colour}" for cell in row[:500] if (colour := _colour(cell))
@@ -603,7 +621,8 @@ def _xlsx(stream, chars: int) -> Iterator[str]:
                 yield (f"[{empty} empty rows]\n" if empty else "") + line + "\n"
             empty = 0 if line else empty + 1
         if colours:
-            yield f"[colours: {', '.join(colours[:2000])}]\n"
+            more = f", {len(colours) - 2000:,} more" if len(colours) > 2000 else ""
+            yield f"[colours: {', '.join(colours[:2000])}{more}]\n"
 
 
 def _cell(stored, written) -> str:
@@ -641,11 +660,16 @@ def _blocks(container, depth: int = 0) -> Iterator[str]:
             for row in block.rows:
                 cells = {cell._tc: cell for cell in row.cells}.values()  # a merged cell is one cell
                 texts = (
-                    "".join(_blocks(cell, depth + 1)) if depth < 5 else cell.text for cell in cells
+                    "".join(_blocks(cell, depth + 1)) if depth < 5 else _flat(cell)
+                    for cell in cells
                 )
                 yield "\t".join(re.sub(r"\s+", " ", text.strip()) for text in texts) + "\n"
         else:
             yield block.text + "\n"
+
+
+def _flat(cell) -> str:
+    return cell.text + (" [a table nested too deep to be read]" if cell.tables else "")
 
 
 def _pptx(stream, chars: int) -> Iterator[str]:
@@ -661,8 +685,9 @@ def _pptx(stream, chars: int) -> Iterator[str]:
 
 def _shapes(shapes, depth: int = 0) -> Iterator[str]:
     for shape in shapes:
-        if hasattr(shape, "shapes") and depth < 20:
-            yield from _shapes(shape.shapes, depth + 1)
+        if hasattr(shape, "shapes"):
+            deep = ["[a group of shapes nested too deep to be read]\n"]
+            yield from _shapes(shape.shapes, depth + 1) if depth < 20 else deep
         elif getattr(shape, "has_table", False):
             for row in shape.table.rows:
                 yield "\t".join(re.sub(r"\s+", " ", cell.text.strip()) for cell in row.cells) + "\n"

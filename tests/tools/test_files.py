@@ -75,6 +75,56 @@ def test_a_stored_value_stands_in_for_its_formula(folder):
     assert "pear\t3\t6\n" in file_to_text(str(folder), "b.xlsx")
 
 
+def test_a_sheet_is_cut_after_its_last_row_that_is_read_and_says_so(folder, monkeypatch):
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    book.active["A100000"], book.create_sheet("deeper")["A100001"] = "last", "beyond"
+    book.save(folder / "a.xlsx")
+    whole, cut = file_to_text(str(folder), "a.xlsx").split("[sheet 'deeper']")
+    assert "last" in whole and "Cut here" not in whole
+    assert "beyond" not in cut and "[Cut here, after row 100,000: the sheet has more rows.]" in cut
+
+
+@pytest.mark.parametrize("tag", ["div", "b", "ul><li"])
+def test_html_nested_too_deep_is_cut_with_a_note(folder, tag):
+    for depth in (300, 100_000):
+        body = "<html><p>first words<p>" + f"<{tag}>" * depth + "the deep<p>and more"
+        (folder / "a.html").write_text(body)
+        title, page = files.page_to_text(body.encode(), "http://a.b/", seconds=20, chars=1000)
+        for text in (file_to_text(str(folder), "a.html"), page):
+            assert "first words" in text
+            assert "and more" in text or "nested too deep" in text
+            assert depth < 100_000 or "nested too deep" in text
+
+
+def test_a_page_is_cut_with_a_note_and_its_links_are_counted():
+    body = (
+        b"<html><p>"
+        + b"word " * 1000
+        + b"".join(b"<a href=/%d>l%d</a>" % (i, i) for i in range(250))
+    )
+    title, text = files.page_to_text(body, "http://a.b/", seconds=20, chars=1000)
+    assert "[Cut here, after 1,000 characters" in text and "- l199: http://a.b/199" in text
+    assert text.endswith("[50 more links]")
+
+
+def test_what_lies_too_deep_in_a_document_or_slide_is_named(folder):
+    import docx
+    import pptx
+
+    document, slides = docx.Document(), pptx.Presentation()
+    container, shapes = document, slides.slides.add_slide(slides.slide_layouts[6]).shapes
+    for _ in range(8):
+        container = container.add_table(1, 1).cell(0, 0)
+    for _ in range(25):
+        shapes = shapes.add_group_shape().shapes
+    container.text = shapes.add_textbox(0, 0, 9, 9).text_frame.text = "at the bottom"
+    document.save(folder / "a.docx"), slides.save(folder / "a.pptx")
+    for name in ("a.docx", "a.pptx"):
+        assert "nested too deep to be read]" in file_to_text(str(folder), name)
+
+
 def test_a_document_gives_paragraphs_tables_and_headers_in_order(folder):
     import docx
 
@@ -534,7 +584,7 @@ def test_54_scripts_in_a_pdf_do_nothing(folder):
 
 
 def test_54_a_reader_that_takes_too_long_is_killed_and_leaves_nothing(folder):
-    (folder / "a.html").write_text("<html>" + "<div>" * 400_000 + "x")
+    (folder / "a.html").write_text("<html><p " + " ".join(f"a{i}" for i in range(300_000)) + ">x")
     before = set(os.listdir("/proc"))
     began = time.monotonic()
     with pytest.raises(ToolError, match="too long to read"):
