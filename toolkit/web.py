@@ -15,7 +15,6 @@ SERPER_URL, BRAVE_URL, TAVILY_URL and JINA_URL name another host that speaks the
 
 import contextlib
 import html
-import http.client
 import ipaddress
 import json
 import os
@@ -23,16 +22,15 @@ import random
 import re
 import socket
 import sqlite3
-import ssl
 import threading
 import time
 import urllib.parse
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from http.client import responses
 from pathlib import Path
 
+from toolkit import http
 from toolkit.files import body_to_text, page_to_text
 from toolkit.sandbox import ToolError, ToolFault
 from toolkit.text import after_thoughts
@@ -47,6 +45,8 @@ WIDER = {
     "gb2312": "gb18030",
     "gbk": "gb18030",
 }
+PORTS = {"http": 80, "https": 443}
+IN_ADDRESSES = "%/:=&?~+!$,;'@()*[]"  # stay as they are when an address is quoted
 VERSION = 2  # of what the cache holds: raise it when the reading of pages or results changes
 
 # --------------------------------------------------------------------------------------------------
@@ -88,6 +88,13 @@ class Target:
     path: str  # with the query
     addresses: tuple[str, ...]
 
+    @property
+    def exact(self) -> str:
+        """The address as it is asked for, all of it in ASCII."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == PORTS[self.scheme] else f":{self.port}"
+        return f"{self.scheme}://{host}{port}{self.path}"
+
 
 def checked(url: str, allow=frozenset(), resolve=socket.getaddrinfo) -> Target:
     """A URL of the model, judged; ToolError says why it stays closed. `allow`: host:port beyond the
@@ -111,7 +118,7 @@ def checked(url: str, allow=frozenset(), resolve=socket.getaddrinfo) -> Target:
             f"{url[:200]!r} cannot be opened: the host must be a plain name, without user or "
             "password."
         )
-    port = port or {"http": 80, "https": 443}[parts.scheme]
+    port = port or PORTS[parts.scheme]
     allowed = f"{host}:{port}" in allow
     if port not in (80, 443) and not allowed:
         raise ToolError(f"Port {port} is not open to the browse tool.")
@@ -124,7 +131,7 @@ def checked(url: str, allow=frozenset(), resolve=socket.getaddrinfo) -> Target:
         parts.scheme,
         host,
         port,
-        urllib.parse.quote(path, safe="%/:=&?~+!$,;'@()*[]"),
+        urllib.parse.quote(path, safe=IN_ADDRESSES),
         addresses,
     )
 
@@ -153,7 +160,7 @@ def allowed_hosts(text: str) -> frozenset[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# HTTP: one exchange with one checked address; no proxies, no cookies
+# pages: one exchange with each checked address; no proxies, no cookies
 
 
 @dataclass(frozen=True)
@@ -164,100 +171,6 @@ class Page:
     content_type: str
     body: bytes
     hops: tuple[str, ...]
-
-
-@lru_cache(maxsize=1)
-def _tls() -> ssl.SSLContext:
-    return ssl.create_default_context()
-
-
-def exchange(
-    target: Target, method: str, headers: dict, body: bytes | None, deadline: float, most_bytes: int
-):
-    """One request -> (status, headers, body), all of it before `deadline` (time.monotonic), or a
-    ToolError.
-    """
-    late, connection = ToolError(f"{target.host} took too long to answer."), None
-    try:
-        connection, sock = _connected(target, deadline)
-        # a socket's timeout bounds one read, and a server that sends a byte a second never meets
-        # it: the line is cut
-        watch = threading.Timer(max(0.0, deadline - time.monotonic()), _cut, (sock,))
-        watch.daemon = True
-        watch.start()
-        try:
-            connection.request(method, target.path, body, {"Accept-Encoding": "gzip"} | headers)
-            response = connection.getresponse()
-            data = _body(response, most_bytes)
-        finally:
-            watch.cancel()
-            connection.close()
-        if time.monotonic() >= deadline:  # the line was cut, and what came may look whole
-            raise late
-        return response.status, response.headers, data
-    except OverflowError as error:
-        raise ToolError(f"The page is larger than {most_bytes / (1 << 20):.3g} MiB.") from error
-    except (http.client.HTTPException, OSError, ValueError, zlib.error) as error:
-        if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
-            raise late from error
-        raise ToolError(
-            f"{target.host} cannot be read: {type(error).__name__}: {str(error)[:200]}"
-        ) from error
-
-
-def _connected(target: Target, deadline: float) -> tuple[http.client.HTTPConnection, socket.socket]:
-    """A line to one of the checked addresses: the name is not resolved again, so it cannot change
-    its mind.
-    """
-    secure, problem = target.scheme == "https", TimeoutError()
-    connection = (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(
-        target.host, target.port
-    )
-    for address in target.addresses:
-        try:
-            sock = socket.create_connection(
-                (address, target.port), max(0.001, deadline - time.monotonic())
-            )
-            connection.sock = (
-                _tls().wrap_socket(sock, server_hostname=target.host) if secure else sock
-            )
-            return connection, connection.sock
-        except OSError as error:
-            problem = error
-    raise problem
-
-
-def _cut(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(
-            sock, socket.SHUT_RDWR
-        )  # of the plain socket: TLS's own would touch the reader's state
-
-
-def _body(response: http.client.HTTPResponse, most: int) -> bytes:
-    """The body, unpacked; OverflowError beyond `most` bytes before or after unpacking."""
-    if (response.length or 0) > most:
-        raise OverflowError
-    data = bytearray()
-    while piece := response.read1(1 << 16):
-        data += piece
-        if len(data) > most:
-            raise OverflowError
-    if response.length:
-        raise http.client.IncompleteRead(b"", response.length)
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("identity", "gzip", "x-gzip"):
-        raise ValueError(f"packed as {encoding[:40]}, which was not asked for")
-    text = data if encoding == "identity" else b""
-    while "gzip" in encoding and data:  # member after member
-        member = zlib.decompressobj(31)
-        text += member.decompress(data, most + 1 - len(text))
-        if len(text) > most:
-            raise OverflowError
-        if not member.eof:
-            raise zlib.error("the packed data end early")
-        data = member.unused_data
-    return bytes(text)
 
 
 def fetch(
@@ -279,14 +192,25 @@ def fetch(
     while len(hops) <= MOST_REDIRECTS:
         target = checked(url, allow, resolve)
         hops.append(target.url)
-        status, got, body = exchange(target, "GET", headers, None, deadline, most_bytes)
-        onward = got.get("Location") if status in (301, 302, 303, 307, 308) else None
+        try:
+            got = http.now(
+                http.exchange(
+                    "GET",
+                    target.exact,
+                    headers,
+                    seconds=deadline - time.monotonic(),
+                    most_bytes=most_bytes,
+                    addresses=target.addresses,
+                )
+            )
+        except (http.Unavailable, http.Refused) as error:
+            raise ToolError(f"{target.url[:300]} cannot be opened: {error}.") from error
+        status = got.status
+        onward = got.headers.get("location") if status in (301, 302, 303, 307, 308) else None
         if onward is None:
             if not 200 <= status < 300:
-                raise ToolError(
-                    f"{url[:300]} answers {status} {http.client.responses.get(status, '')}."
-                )
-            return Page(target.url, got.get("Content-Type", ""), body, tuple(hops))
+                raise ToolError(f"{url[:300]} answers {status} {responses.get(status, '')}.")
+            return Page(target.url, got.headers.get("content-type", ""), got.body, tuple(hops))
         with contextlib.suppress(UnicodeError):  # raw UTF-8, which http.client reads as latin-1
             onward = onward.encode("latin-1").decode("utf-8")
         url = urllib.parse.urljoin(target.url, onward)
@@ -318,52 +242,22 @@ def api(
     ToolFault; so are, at once, wrong keys and used-up quotas. A request that the endpoint does not
     take is a ToolError.
     """
-    deadline, parts = time.monotonic() + seconds, urllib.parse.urlsplit(url)
-    home = f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
-    data = json.dumps(body).encode() if isinstance(body, dict) else body
-    sent = {
-        "Accept": "application/json",
-        "Content-Type": "application/json",
-        "User-Agent": "Reagent",
-    } | headers
+    deadline, url = time.monotonic() + seconds, urllib.parse.quote(url, safe=IN_ADDRESSES)
     for attempt in range(tries):
-        left, pause, status = deadline - time.monotonic(), 0.0, 0
+        left = deadline - time.monotonic()
+        until = max(left * share, min(left, 1.0))  # a slow body leaves room for another try
         try:
-            until = time.monotonic() + max(
-                left * share, min(left, 1.0)
-            )  # a slow body leaves room for another try
-            status, got, answer = exchange(
-                checked(url, {home}), method, sent, data, until, MOST_BYTES
-            )
-            if 200 <= status < 300:
-                return json.loads(answer)
-            problem = f"{status} {_without_keys(answer.decode('utf-8', 'replace'), headers)[:200]}"
-            pause = (
-                float(got["Retry-After"])
-                if re.fullmatch(r"\d{1,5}", got.get("Retry-After", ""))
-                else 0.0
-            )
-        except (ToolError, ToolFault, ValueError, RecursionError) as error:
-            problem = _without_keys(str(error), headers)
-        if status in (400, 413, 415, 422) and not OURS.search(problem):
-            raise ToolError(f"{what} does not take this: {problem}")
-        pause = max(pause, 0.3 * 2**attempt * random.uniform(0.8, 1.2))
-        for_good = 300 <= status < 500 and status not in (408, 429)
-        if for_good or attempt == tries - 1 or time.monotonic() + pause >= deadline:
-            raise ToolFault(f"{what} failed: {problem}")
+            return http.now(http.ask(method, url, headers=headers, body=body, seconds=until))
+        except http.Refused as refused:
+            if refused.status in (400, 413, 415, 422) and not OURS.search(str(refused)):
+                raise ToolError(f"{what} does not take this: {refused}") from refused
+            raise ToolFault(f"{what} failed: {refused}") from refused
+        except http.Unavailable as problem:
+            pause = max(problem.wait_s, 0.3 * 2**attempt * random.uniform(0.8, 1.2))
+            moved = 300 <= problem.status < 400  # a redirect stays one
+            if moved or attempt == tries - 1 or time.monotonic() + pause >= deadline:
+                raise ToolFault(f"{what} failed: {problem}") from problem
         time.sleep(pause)
-
-
-def _without_keys(text: str, headers: dict) -> str:
-    """Without what stands in our headers, whole or in part: an endpoint may tell the key that it
-    refuses, and the model reads.
-    """
-    values = [value for name, value in headers.items() if name != "Content-Type"]
-    for secret in {
-        word for value in values for word in (value, *value.split()) if word != "Bearer"
-    }:
-        text = text.replace(secret, "[key]")
-    return text
 
 
 # --------------------------------------------------------------------------------------------------

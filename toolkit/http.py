@@ -1,0 +1,397 @@
+"""HTTP, once for the whole project: endpoints that a run is set to ask, and pages of the web.
+
+A request has a connection of its own and a deadline for all of it: the look-up of the name,
+greeting, headers and body, whether the other side is silent, drips or never ends. What is read is
+capped. No redirect is followed, so a key reaches the configured host alone. Proxies of the
+environment (HTTP_PROXY, HTTPS_PROXY, NO_PROXY) count only where ENDPOINT_PROXIES=1 asks for them,
+and never for pages. There are two ways to fail: `Unavailable` may be tried again, `Refused` never
+will work.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import ssl
+import sys
+import time
+import urllib.parse
+import urllib.request
+import zlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import h11
+
+MOST_BYTES = 10 << 20  # of a reply, before and after decompression
+MOST_HEADER = 64 << 10  # bytes of a reply's head
+WORDS = 300  # characters of a server's own words in our errors
+REST_S = 10.0  # an endpoint that failed is asked last for so long
+MOST_PAUSE_S = 15.0  # between tries of one request
+SHARE = 0.75  # of the time that is left, for one try where a deadline holds them all
+AGAIN = (408, 409, 425, 429)  # of 4xx, those that pass
+HOPELESS = (401, 402, 403, 404, 405, 410)  # the key, the account or the address: no request works
+
+
+class Unavailable(Exception):
+    """No usable answer, now: the request may be tried again. `late`: it was only too slow."""
+
+    def __init__(self, text: str, status: int = 0, *, late: bool = False, wait_s: float = 0.0):
+        super().__init__(text)
+        self.status, self.late, self.wait_s = status, late, wait_s
+
+
+class Refused(Exception):
+    """This request never will work there. `status` is the server's (0: it was not sent)."""
+
+    def __init__(self, text: str, status: int = 0):
+        super().__init__(text)
+        self.status = status
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether every other request would be refused too."""
+        return self.status == 0 or self.status in HOPELESS
+
+
+# --------------------------------------------------------------------------------------------------
+# one exchange
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: dict[str, str]  # names in lower case
+    body: bytes  # unpacked
+
+
+async def exchange(
+    method: str,
+    url: str,
+    headers: dict[str, str],
+    body: bytes | None = None,
+    *,
+    seconds: float,
+    most_bytes: int = MOST_BYTES,
+    addresses: tuple[str, ...] = (),
+) -> Reply:
+    """One request, its reply whole within `seconds`. Unavailable | Refused.
+
+    `addresses`: those of the host that were checked, none other is connected to.
+    """
+    parts = _split(url)
+    try:
+        async with asyncio.timeout(max(0.0, seconds)):
+            reader, writer, target = await _connected(parts, addresses)
+            try:
+                sent = {"Host": parts.netloc, "Accept-Encoding": "gzip", "Connection": "close"}
+                request = h11.Request(
+                    method=method, target=target, headers=[*(sent | headers).items()]
+                )
+                return await _read(reader, writer, request, body, most_bytes)
+            finally:
+                writer.transport.abort()  # a farewell would wait for the other side
+    except TimeoutError as error:
+        raise Unavailable(f"{parts.hostname} took too long to answer", late=True) from error
+    except (ssl.SSLCertVerificationError, h11.LocalProtocolError) as error:
+        raise Refused(f"{parts.hostname}: {_named(error)}") from error
+    except (OSError, EOFError, UnicodeError, h11.RemoteProtocolError, zlib.error) as error:
+        raise Unavailable(f"{parts.hostname} cannot be read: {_named(error)}") from error
+
+
+def _split(url: str) -> urllib.parse.SplitResult:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or "@" in parts.netloc or not url.isascii() or not url.isprintable() or " " in url:
+        raise Refused(f"{url[:200]!r} is not an address http(s)://host[:port]/…")
+    return parts
+
+
+async def _connected(parts, addresses: tuple[str, ...]):
+    """(reader, writer, what the request asks for): a line to the host, through a proxy if asked."""
+    secure, proxy = parts.scheme == "https", None if addresses else _proxy(parts)
+    target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    at = urllib.parse.urlsplit(proxy) if proxy else parts
+    port = at.port or {"http": 80, "https": 443}.get(at.scheme, 80)
+    tls = dict(ssl=_tls(), server_hostname=parts.hostname) if secure and not proxy else {}
+    problem = None
+    for address in addresses or (at.hostname,):
+        try:
+            line = await asyncio.open_connection(address, port, happy_eyeballs_delay=0.25, **tls)
+            break
+        except OSError as error:
+            problem = error
+    else:
+        raise problem
+    if not proxy or not secure:
+        return *line, urllib.parse.urlunsplit(parts[:4] + ("",)) if proxy else target
+    reader, writer = line
+    home = f"{parts.hostname}:{parts.port or 443}"
+    writer.write(f"CONNECT {home} HTTP/1.1\r\nHost: {home}\r\n\r\n".encode())
+    opened = await reader.readuntil(b"\r\n\r\n")
+    if opened.split(maxsplit=2)[1:2] != [b"200"]:
+        writer.transport.abort()
+        raise ConnectionError(f"the proxy does not open {home}: {opened[:WORDS]!r}")
+    await writer.start_tls(_tls(), server_hostname=parts.hostname)
+    return reader, writer, target
+
+
+def _proxy(parts) -> str | None:
+    if os.environ.get("ENDPOINT_PROXIES") != "1" or urllib.request.proxy_bypass(parts.hostname):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
+
+
+@lru_cache(maxsize=1)
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+async def _read(reader, writer, request: h11.Request, body: bytes | None, most: int) -> Reply:
+    wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=MOST_HEADER)
+    if body is not None:
+        length = (b"Content-Length", str(len(body)).encode())
+        request = h11.Request(
+            method=request.method, target=request.target, headers=[*request.headers, length]
+        )
+    # nothing waits for the request to be taken: a server may refuse it before it has read it all
+    writer.write(wire.send(request))
+    writer.write((wire.send(h11.Data(body)) if body else b"") + wire.send(h11.EndOfMessage()))
+    status, headers, data = 0, {}, bytearray()
+    while not isinstance(event := wire.next_event(), (h11.EndOfMessage, h11.ConnectionClosed)):
+        if event is h11.NEED_DATA:
+            wire.receive_data(await reader.read(1 << 16))
+        elif isinstance(event, h11.Response):
+            status = event.status_code
+            headers = {name.decode(): value.decode("latin-1") for name, value in event.headers}
+            _cap(int(headers.get("content-length", 0)), most)
+        elif isinstance(event, h11.Data):
+            data += event.data
+            _cap(len(data), most)
+    return Reply(status, headers, unpacked(data, headers.get("content-encoding", ""), most))
+
+
+def _cap(size: int, most: int) -> None:
+    if size > most:
+        raise Unavailable(f"the reply is larger than {most / (1 << 20):.3g} MiB")
+
+
+def unpacked(data: bytes, encoding: str, most: int) -> bytes:
+    """A body as it was before it was packed by gzip; Unavailable beyond `most` bytes."""
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity"):
+        return bytes(data)
+    if encoding not in ("gzip", "x-gzip"):
+        raise Unavailable(f"the reply is packed as {encoding[:40]}, which was not asked for")
+    text = b""
+    while data:  # member after member
+        member = zlib.decompressobj(31)
+        text += member.decompress(data, most + 1 - len(text))
+        _cap(len(text), most)
+        if not member.eof:
+            raise zlib.error("the packed data end early")
+        data = member.unused_data
+    return text
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def now(coroutine: Awaitable):
+    """What the coroutine returns, for callers in threads without a loop."""
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(coroutine)
+    finally:
+        loop.run_until_complete(asyncio.sleep(0))  # aborted lines are closed in the next turn
+        loop.close()  # asyncio.run would wait here for a look-up of a name that hangs
+
+
+# --------------------------------------------------------------------------------------------------
+# endpoints that speak JSON
+
+
+async def ask(
+    method: str, url: str, *, headers: dict, body: dict | bytes | None = None, seconds: float
+):
+    """The JSON of a reply with status 2xx; a body that is no JSON goes as it is. Unavailable: no
+    answer, 3xx, 408, 409, 425, 429, 5xx, a reply that is no JSON; Refused: 4xx. Both tell the
+    server's words, without what stands in our headers.
+    """
+    sent = {"Accept": "application/json", "Content-Type": "application/json"}
+    sent |= {"User-Agent": "Reagent"} | headers
+    data = json.dumps(body).encode() if isinstance(body, dict) else body
+    try:
+        reply = await exchange(method, url, sent, data, seconds=seconds)
+        if not 200 <= reply.status < 300:
+            wait = reply.headers.get("retry-after", "")
+            raise Unavailable(
+                f"{reply.status} {_words(reply.body)}",
+                reply.status,
+                wait_s=float(wait) if wait.isdecimal() and len(wait) < 6 else 0.0,
+            )
+        try:
+            return json.loads(reply.body)
+        except (ValueError, RecursionError) as error:
+            told = f"{reply.status} without JSON: {_words(reply.body) or 'nothing'}"
+            raise Unavailable(told, reply.status) from error
+    except Unavailable as problem:
+        problem.args = (_without_keys(str(problem), headers),)
+        if 400 <= problem.status < 500 and problem.status not in AGAIN:
+            raise Refused(str(problem), problem.status) from None
+        raise
+
+
+def _words(body: bytes) -> str:
+    return " ".join(body[: 10 * WORDS].decode("utf-8", "replace").split())
+
+
+def _without_keys(text: str, headers: dict) -> str:
+    """Cut to WORDS, without what stands in our headers, whole or in part: an endpoint may tell the
+    key that it refuses, and the model reads.
+    """
+    values = [value for name, value in headers.items() if name != "Content-Type"]
+    for secret in {
+        word for value in values for word in (value, *value.split()) if word != "Bearer"
+    }:
+        text = text.replace(secret, "[key]")
+    return text[:WORDS]
+
+
+class Endpoint:
+    """A server that a run is configured to ask, its key, at most `most` requests at a time."""
+
+    def __init__(self, url: str, key: str = "", most: int = 64):
+        _split(url)
+        self.url, self.slots = url.rstrip("/"), asyncio.Semaphore(most)
+        self.headers = {"Authorization": f"Bearer {key.strip()}"} if key.strip() else {}
+        self.asking = 0  # requests in flight and those that wait for their turn
+        self.rests_until = 0.0  # time.monotonic(): it failed, others are asked before it
+        self.answered = -1.0  # time.monotonic() of its last answer; -1: none yet
+        self.told = False  # was "waiting for" printed?
+        self.limit_key = "max_tokens"
+
+    async def ask(self, path: str, body: dict | None = None, *, seconds: float):
+        """The JSON at the URL plus `path`; a body is posted. Unavailable | Refused."""
+        method = "GET" if body is None else "POST"
+        return await ask(method, self.url + path, headers=self.headers, body=body, seconds=seconds)
+
+    @contextlib.asynccontextmanager
+    async def turn(self):
+        self.asking += 1
+        try:
+            async with self.slots:
+                yield
+        finally:
+            self.asking -= 1
+
+    def _failed(self, problem: Unavailable) -> None:
+        if not problem.late:  # one that is slow is busy, not down
+            self.rests_until = time.monotonic() + REST_S
+        if not self.told:
+            print(f"waiting for {self.url}: {problem}", file=sys.stderr)
+            self.told = True
+
+    def _answered(self) -> None:
+        if self.told:
+            print(f"{self.url} answers again", file=sys.stderr)
+        self.answered, self.rests_until, self.told = time.monotonic(), 0.0, False
+
+
+async def insist(
+    endpoints: list[Endpoint],
+    once: Callable[[Endpoint, float], Awaitable],
+    *,
+    seconds: float | None = None,
+    request_s: float = 1800.0,
+    patience_s: float = 600.0,
+):
+    """What `once(endpoint, its seconds)` returns: the least busy endpoint is asked until one
+    answers.
+
+    Unavailable after `patience_s` of failures, or when `seconds` (None: no end) for turns, tries
+    and pauses are over; Refused at once, and for what fails where others were answered meanwhile.
+    """
+    began, failing_since, pause = time.monotonic(), None, 0.25
+    problem = Unavailable("no request came to its turn", late=True)
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                endpoint = min(
+                    endpoints, key=lambda e: (e.rests_until > time.monotonic(), e.asking)
+                )
+                try:
+                    async with endpoint.turn():
+                        left = request_s
+                        if seconds is not None:
+                            left = min(left, SHARE * (began + seconds - time.monotonic()))
+                        reply = await once(endpoint, left)
+                    endpoint._answered()
+                    return reply
+                except Unavailable as error:
+                    problem = problem if error.late and not problem.late else error
+                    endpoint._failed(error)
+                failing_since = failing_since or time.monotonic()
+                if time.monotonic() - failing_since >= patience_s:
+                    if any(e.answered > failing_since for e in endpoints):
+                        raise Refused(str(problem), problem.status or 500)
+                    break
+                if all(e.rests_until > time.monotonic() or e is endpoint for e in endpoints):
+                    left = failing_since + patience_s - time.monotonic()
+                    wait = min(max(pause, problem.wait_s), MOST_PAUSE_S, max(0.05, left))
+                    await asyncio.sleep(wait)
+                    pause *= 2
+    except TimeoutError:
+        pass
+    urls = ", ".join(e.url for e in endpoints)
+    waited = time.monotonic() - began
+    raise Unavailable(f"no answer from {urls} for {waited:.0f} s: {problem}", problem.status)
+
+
+# --------------------------------------------------------------------------------------------------
+# models behind an endpoint
+
+
+async def models_of(endpoint: Endpoint, *, seconds: float) -> dict[str, dict]:
+    """The cards of the models that a server lists, by name; Unavailable where it lists none."""
+    reply = await endpoint.ask("/models", seconds=seconds)
+    cards = reply.get("data") if isinstance(reply, dict) else None
+    cards = [c for c in cards if isinstance(c, dict) and c.get("id")] if cards else []
+    if not cards:
+        raise Unavailable("it lists no model")
+    return {str(card["id"]): card for card in cards}
+
+
+async def complete(endpoint: Endpoint, body: dict, most_tokens: int, *, seconds: float) -> dict:
+    """The first choice of a chat completion; Unavailable where the reply is something else.
+
+    A server that does not take `max_tokens` is asked with `max_completion_tokens`, then and later.
+    """
+    key, until = endpoint.limit_key, time.monotonic() + seconds
+    try:
+        reply = await endpoint.ask("/chat/completions", {**body, key: most_tokens}, seconds=seconds)
+    except Refused as refused:
+        other = "max_completion_tokens"
+        if refused.status not in (400, 422) or key == other or key not in str(refused):
+            raise
+        left = until - time.monotonic()
+        reply = await endpoint.ask("/chat/completions", {**body, other: most_tokens}, seconds=left)
+        endpoint.limit_key = other
+    choice = choice_of(reply)
+    if not isinstance(choice.get("message"), dict):
+        raise Unavailable(f"a completion without a message: {_words(json.dumps(reply).encode())}")
+    return choice
+
+
+def choice_of(reply) -> dict:
+    """The first choice of a completion; Unavailable where the server sent something else."""
+    choices = reply.get("choices") if isinstance(reply, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, dict):
+        raise Unavailable(f"not a completion: {_words(json.dumps(reply).encode())[:WORDS]}", 200)
+    return choice
