@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from urllib.parse import urldefrag, urljoin
 
@@ -33,6 +34,9 @@ FREE_BYTES = 20 << 20
 MOST_MEMBERS = 10_000
 MOST_ROWS = 100_000  # of a sheet
 MOST_LINKS = 200  # of a page
+MOST_PAGE = 10 << 20  # bytes of a page of the web, before and after unpacking
+MOST_GZIP = 1000  # members of a packed page
+PIECE = 1 << 10  # bytes
 MEMORY = 2 << 30  # bytes of address space of a reader
 CHILD = (
     f"import json, sys; sys.path.insert(0, {ROOT!r}); from toolkit.files import child; "
@@ -121,19 +125,19 @@ def file_to_text(files_dir: str, path: str, *, seconds: float = 30.0, chars: int
         os.close(fd)
 
 
-def page_to_text(body: bytes, url: str, *, seconds: float, chars: int) -> tuple[str, str]:
-    """(title, text and links) of a page of HTML that stood at `url`; errors as of file_to_text."""
+def page_to_text(
+    body: bytes, url: str, *, packed: str = "", charset: str = "", seconds: float, chars: int
+) -> tuple[str, str]:
+    """(title, text and links) of what stood at `url`: HTML, or what file_to_text reads; errors as
+    there.
+
+    `packed` and `charset` are what the server said of it; both are undone in the child, where all
+    work has an end.
+    """
+    said = {"url": url, "packed": packed, "charset": charset, "most": MOST_PAGE}
     with _in_memory(body) as fd:
-        reply = _in_child(fd, {"do": "page", "url": url, "chars": chars}, seconds)
+        reply = _in_child(fd, {"do": "page", "chars": chars, **said}, seconds)
     return reply["title"], reply["text"]
-
-
-def body_to_text(body: bytes, *, seconds: float, chars: int) -> str:
-    """The text of bytes that are no page of HTML, as file_to_text reads a file that holds them."""
-    with _in_memory(body) as fd:
-        return _in_child(
-            fd, {"do": "file", "name": "page", "members": [], "chars": chars}, seconds
-        )["text"]
 
 
 @contextlib.contextmanager
@@ -232,10 +236,8 @@ def child(given: dict) -> None:
             os.execv(given["command"][0], given["command"])
         with os.fdopen(0, "rb", closefd=False) as stream:
             if given["do"] == "page":
-                title, text = html_text(
-                    decoded(stream.read(), whole=True), given["url"], given["chars"]
-                )
-                reply = {"title": title, "text": text or "(a page without text)"}
+                title, text = _page(stream.read(), given)
+                reply = {"title": title, "text": text}
             else:
                 reply = {
                     "text": whole_text(
@@ -286,6 +288,53 @@ def whole_text(stream, name: str, members: list[str], chars: int, seconds: float
             text.append(f"\n[Cut here, after {length:,} characters: there is more in the file.]")
             break
     return "".join(text).encode("utf-8", "replace").decode() if length else "(an empty file)"
+
+
+HTML = re.compile(rb"<(!doctype\s+html|html|head|body|div|p|table|title)\b", re.I)
+
+
+def _page(body: bytes, given: dict) -> tuple[str, str]:
+    """(title, text) of a page, by what it is and not by what the server claims."""
+    body = unpacked(body, given["packed"], given["most"])
+    if not body.strip():
+        return "", "(an empty page)"
+    if codec := charset(given["charset"]):  # what the header says goes before what the page says
+        with contextlib.suppress(UnicodeDecodeError):
+            body = codecs.BOM_UTF8 + body.decode(codec).encode()
+    if HTML.search(body[:4096]) and b"\0" not in body[:4096]:
+        title, text = html_text(decoded(body, whole=True), given["url"], given["chars"])
+        return title, text or "(a page without text)"
+    return "", whole_text(io.BytesIO(body), "page", [], given["chars"], given["seconds"])
+
+
+def unpacked(body: bytes, packed: str, most: int) -> bytes:
+    """The body as it was before gzip, up to `most` bytes; ToolError for any other packing.
+
+    A piece at a time: what follows a member is copied for each, and a body may be nothing but
+    empty members.
+    """
+    packed = packed.strip().lower()
+    if packed in ("", "identity"):
+        return body
+    if packed not in ("gzip", "x-gzip"):
+        raise ToolError(f"The page is packed as {packed[:40]}, which was not asked for.")
+    text, members, member = bytearray(), 0, None
+    for start in range(0, len(body), PIECE):
+        piece = body[start : start + PIECE]
+        while piece:
+            if member is None:
+                member, members = zlib.decompressobj(31), members + 1
+            try:
+                text += member.decompress(piece, most + 1 - len(text))
+            except zlib.error as error:
+                raise ToolError(f"The page is not packed as it says: {error}.") from error
+            if len(text) > most or members > MOST_GZIP:
+                what = f"{most >> 20} MiB" if len(text) > most else f"{MOST_GZIP:,} packed parts"
+                raise ToolError(f"The page is larger than {what}.")
+            piece, member = member.unused_data, None if member.eof else member
+    if member is not None:
+        raise ToolError("The page ends early: its packed data are not whole.")
+    return bytes(text)
 
 
 STARTS = [
@@ -407,13 +456,43 @@ def decoded(body: bytes, whole: bool) -> str:
     with contextlib.suppress(UnicodeDecodeError):
         return codecs.getincrementaldecoder("utf-8")().decode(body, final=whole)
     declared = re.search(rb"(?:charset|encoding)\s*=\s*[\"']?([\w.:-]{1,30})", body[:2048])
-    if declared:
-        with contextlib.suppress(LookupError, UnicodeDecodeError):
-            return codecs.getincrementaldecoder(declared[1].decode())().decode(body, final=whole)
+    if codec := charset(declared[1].decode()) if declared else None:
+        with contextlib.suppress(UnicodeDecodeError):
+            return codecs.getincrementaldecoder(codec)().decode(body, final=whole)
     from charset_normalizer import from_bytes
 
-    best = from_bytes(body[: 1 << 16]).best()
-    return body.decode(best.encoding if best else "utf-8", "replace")
+    best = from_bytes(body[: 1 << 16], cp_isolation=sorted(CHARSETS)).best()
+    return body.decode(best and charset(best.encoding) or "utf-8", "replace")
+
+
+# as browsers read them: a label's codec, or a wider one that is meant by it. All take time in
+# proportion to the text, which Python's punycode and others do not
+CHARSETS = dict.fromkeys(
+    "utf-8 utf-16 utf-16-le utf-16-be utf-32 utf-32-le utf-32-be iso8859-2 iso8859-3 iso8859-4 "
+    "iso8859-5 iso8859-6 iso8859-7 iso8859-8 iso8859-10 iso8859-13 iso8859-14 iso8859-15 "
+    "iso8859-16 koi8-r koi8-u mac-roman mac-cyrillic cp437 cp850 cp852 cp866 cp874 cp932 cp949 "
+    "cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258 gb18030 hz big5hkscs euc_jp "
+    "iso2022_jp johab".split(),
+    "",
+) | {
+    "ascii": "cp1252",
+    "iso8859-1": "cp1252",
+    "iso8859-9": "cp1254",
+    "iso8859-11": "cp874",
+    "tis-620": "cp874",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "big5": "big5hkscs",
+    "shift_jis": "cp932",
+    "euc_kr": "cp949",
+}
+
+
+def charset(label: str) -> str | None:
+    """The codec for a label of a page or a file; None if it is unknown or not in CHARSETS."""
+    with contextlib.suppress(LookupError, ValueError):
+        name = codecs.lookup(label.lower().removeprefix("x-")).name
+        return CHARSETS[name] or name
 
 
 def _text(stream, chars: int) -> Iterator[str]:

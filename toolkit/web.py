@@ -31,20 +31,13 @@ from http.client import responses
 from pathlib import Path
 
 from toolkit import http
-from toolkit.files import body_to_text, page_to_text
+from toolkit.files import page_to_text
 from toolkit.sandbox import ToolError, ToolFault
 from toolkit.text import after_thoughts
 
 MOST_BYTES = 10 << 20  # of a page, before and after decompression
 MOST_REDIRECTS = 5
 MOST_CHARS = 500_000  # of a page's text
-WIDER = {
-    "iso-8859-1": "cp1252",
-    "latin-1": "cp1252",
-    "us-ascii": "cp1252",
-    "gb2312": "gb18030",
-    "gbk": "gb18030",
-}
 PORTS = {"http": 80, "https": 443}
 IN_ADDRESSES = "%/:=&?~+!$,;'@()*[]"  # stay as they are when an address is quoted
 VERSION = 2  # of what the cache holds: raise it when the reading of pages or results changes
@@ -171,6 +164,7 @@ class Page:
     content_type: str
     body: bytes
     hops: tuple[str, ...]
+    packed: str = ""  # how the body is packed
 
 
 def fetch(
@@ -188,6 +182,7 @@ def fetch(
     headers = {
         "User-Agent": "Mozilla/5.0 (compatible; Reagent)",
         "Accept": "text/html,application/pdf,*/*;q=0.5",
+        "Accept-Encoding": "gzip",
     }
     while len(hops) <= MOST_REDIRECTS:
         target = checked(url, allow, resolve)
@@ -210,7 +205,8 @@ def fetch(
         if onward is None:
             if not 200 <= status < 300:
                 raise ToolError(f"{url[:300]} answers {status} {responses.get(status, '')}.")
-            return Page(target.url, got.headers.get("content-type", ""), got.body, tuple(hops))
+            kind, packed = (got.headers.get(f"content-{x}", "") for x in ("type", "encoding"))
+            return Page(target.url, kind, got.body, tuple(hops), packed)
         with contextlib.suppress(UnicodeError):  # raw UTF-8, which http.client reads as latin-1
             onward = onward.encode("latin-1").decode("utf-8")
         url = urllib.parse.urljoin(target.url, onward)
@@ -268,19 +264,15 @@ def text_of(page: Page, seconds: float) -> tuple[str, str]:
     """(title, text) of a page, by what it is and not by what it claims; ToolError for what has no
     text.
     """
-    body, named = page.body, re.search(r"charset=[\"']?([\w.:-]+)", page.content_type, re.I)
-    if not body.strip():
-        return "", "(an empty page)"
-    if named:  # what the header says goes before what the page says
-        with contextlib.suppress(LookupError, ValueError):
-            body = b"\xef\xbb\xbf" + body.decode(WIDER.get(named[1].lower(), named[1])).encode()
-    head = body[:4096]
-    if (
-        re.search(rb"<(!doctype\s+html|html|head|body|div|p|table|title)\b", head, re.I)
-        and b"\0" not in head
-    ):
-        return page_to_text(body, page.url, seconds=seconds, chars=MOST_CHARS)
-    return "", body_to_text(body, seconds=seconds, chars=MOST_CHARS)
+    named = re.search(r"charset=[\"']?([\w.:-]{1,40})", page.content_type, re.I)
+    return page_to_text(
+        page.body,
+        page.url,
+        packed=page.packed,
+        charset=named[1] if named else "",
+        seconds=seconds,
+        chars=MOST_CHARS,
+    )
 
 
 # --------------------------------------------------------------------------------------------------

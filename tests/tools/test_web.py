@@ -19,7 +19,7 @@ from tests.helpers.search_server import KEY, SPOKEN, answer, environ_of, web_ser
 from tests.helpers.tiny import ROOT
 from toolkit import http, web
 from toolkit.sandbox import ToolError, ToolFault
-from toolkit.web import Web, checked, fetch, is_public, text_of
+from toolkit.web import Page, Web, checked, fetch, is_public, text_of
 
 HITS = [
     ("Lima", "https://a.org/lima", "Lima is the capital."),
@@ -289,15 +289,15 @@ def test_068_a_packed_page_is_capped_after_unpacking():
         "/cut": (200, packed, gzip.compress(HTML.encode())[:-20]),
     }
     with web_server(routes) as server:
-        assert opened(server, "/ok").body == b"abcd" and len(bomb) < 100_000
+        assert read(server, "/ok") == ("", "abcd") and len(bomb) < 100_000
         for path, told in (
             ("/bomb", "larger than 10 MiB"),
             ("/br", "packed as br"),
-            ("/lie", "cannot be read"),
-            ("/cut", "end early"),
+            ("/lie", "not packed as it says"),
+            ("/cut", "ends early"),
         ):
             with pytest.raises(ToolError, match=told):
-                opened(server, path)
+                read(server, path)
 
 
 def test_068_a_page_that_ends_early_is_not_taken_for_whole():
@@ -479,6 +479,33 @@ def test_069_the_charset_of_the_header_goes_before_that_of_the_page(kind):
     body = ("<meta charset=koi8-r><p>" if "html" in kind else "") + "Привет, мир"
     with web_server({"/": (200, {"Content-Type": kind}, body.encode("cp1251"))}) as server:
         assert "Привет, мир" in read(server)[1]
+
+
+@pytest.mark.parametrize("where", ["text/plain; charset=%s", "<html><meta charset=%s><p>"])
+@pytest.mark.parametrize("charset", ["punycode", "idna", "unicode_escape", "utf-7", "hex", "zip"])
+def test_a_charset_that_costs_more_than_reading_is_not_used(charset, where):
+    body = b"plain words " * 20_000
+    page = Page("http://a.b/", "", where.encode() % charset.encode() + body, ())
+    if "plain" in where:
+        page = Page("http://a.b/", where % charset, body, ())
+    began = time.monotonic()
+    assert "plain words" in text_of(page, 5)[1] and time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize("size", [1, 4, 10])
+def test_a_body_of_empty_packed_members_costs_no_more_than_reading(size):
+    empty = gzip.compress(b"", mtime=0)
+    body = empty * ((size << 20) // len(empty))
+    began = time.monotonic()
+    with pytest.raises(ToolError, match="larger than 1,000 packed parts"):
+        text_of(Page("http://a.b/", "", body, (), "gzip"), 5)
+    assert time.monotonic() - began < 3
+
+
+def test_members_that_span_pieces_are_unpacked_whole():
+    text = "".join(f"line {i} of many\n" for i in range(20_000))
+    parts = [gzip.compress(text[i : i + 7001].encode()) for i in range(0, len(text), 7001)]
+    assert text_of(Page("http://a.b/", "", b"".join(parts), (), "gzip"), 10) == ("", text)
 
 
 def test_a_pdf_gives_its_text():
