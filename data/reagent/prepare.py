@@ -9,7 +9,14 @@ our trainers read.
     python data/reagent/prepare.py --set=rrm_sft --input=a.parquet --input=b.jsonl
 
 Written: sft.jsonl (stage 1), rrm_sft.jsonl and rrm_rl.jsonl (stage 2), rl_train.jsonl (stage 3);
-the records are those of the README. The schemas of the sets are not documented, so every common
+the records are those of the README. NAME.meta.json beside each has revision and digests.
+
+The released weights were trained with the prompts that stand in the rows, so these are written to
+prompts/SET.system.txt (empty: the rows have no system turn) and, for the reward model's sets,
+prompts/SET.request.txt with {question} and {trajectory} in their places; where rows differ, the
+commonest is first and the others are SET.system-2.txt and so on. The presets use them.
+
+The schemas of the sets are not documented, so every common
 layout is taken (json list, jsonl, parquet):
   sft  messages | conversations (sharegpt) | instruction, input, output (alpaca)
       | prompt or question, response
@@ -34,7 +41,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from data.hotpotqa.prepare import fetch, print_table, read_records, write_rows
+from data.hotpotqa.prepare import (
+    fetch,
+    origin,
+    print_table,
+    read_records,
+    write_origin,
+    write_rows,
+)
 from reagent.chat import assistant_text, check_messages, tool_call_text
 from reagent.reward_model import parse_judgment
 from reagent.rows import check_rl_row
@@ -68,6 +82,7 @@ JUDGED = re.compile(
     r"(?:agent(?:'s)? +)?trajectory(?: of the agent)?[ *]*:[\s*]*(.+)",
     re.S | re.I | re.M,
 )
+PROMPTS_KEPT = 9  # of each set and kind, the commonest
 NO_MEDIA = "its media file is not under files_dir (--media fetches it)"
 
 
@@ -157,9 +172,10 @@ def pieces(role: str, text: str) -> list[tuple[str, str]]:
     return [(who, part) for who, part in cut if part or who == "tool"] or [(role, text)]
 
 
-def messages_of(record: dict) -> list[dict]:
+def messages_of(record: dict, cut: bool = True) -> list[dict]:
     """Messages of our protocol: calls as raw text in assistant turns, results in tool turns, no
-    assistant turn after another."""
+    assistant turn after another. cut=False leaves turns whole: the request and the judgment of a
+    reward model quote <tool_response> blocks, which are no turns."""
     messages: list[dict] = []
     for turn in turns_of(record):
         role, text = ROLES.get(turn["role"], turn["role"]), content_text(turn["content"])
@@ -167,9 +183,8 @@ def messages_of(record: dict) -> list[dict]:
             role, text = "assistant", as_call(text)
         elif role == "assistant":
             text = assistant_text({**turn, "content": text})
-        for who, part in (
-            pieces(role, text) if role in ("user", "tool", "assistant") else [(role, text)]
-        ):
+        whole = not cut or role not in ("user", "tool", "assistant")
+        for who, part in [(role, text)] if whole else pieces(role, text):
             if who == "assistant" and messages and messages[-1]["role"] == "assistant":
                 messages[-1]["content"] += "\n" + part
             else:
@@ -202,13 +217,15 @@ def schemas_of(tools) -> list[dict]:
 
 
 def sft_row(record: dict) -> dict:
-    """{"messages", "tools"?}; the tools' schemas may be a list or its JSON text."""
+    """{"messages", "tools"?}; the tools' schemas may be a list or its JSON text. A system prompt
+    that holds them as <tools> needs no second copy from the template."""
     messages = messages_of(record)
     if messages and messages[-1]["role"] != "assistant":
         raise Unfit("the last turn is not the agent's")
     if problem := check_messages(messages):
         raise Unfit(re.sub(r"message \d+: ", "", problem))
-    tools = schemas_of(record.get("tools"))
+    shown = any(m["role"] == "system" and "<tools>" in m["content"] for m in messages)
+    tools = [] if shown else schemas_of(record.get("tools"))
     return {"messages": messages, **({"tools": tools} if tools else {})}
 
 
@@ -222,41 +239,39 @@ def number_in_unit(value) -> float | None:
     return score if 0 <= score <= 1 else None
 
 
-def judged_parts(record: dict) -> tuple[str, object, str]:
-    """(question, trajectory, text of the judgment or "") of a record: from its own fields or from
-    its conversation.
+def judged_parts(record: dict) -> tuple[str, object, str, dict[str, str]]:
+    """(question, trajectory, text of the judgment or "", its prompts) of a record: from its own
+    fields or from its conversation, which alone has prompts.
     """
-    reply = next(
-        (
-            record[key]
-            for key in ("judgment", "response", "output", "completion")
-            if isinstance(record.get(key), str)
-        ),
-        "",
-    )
+    keys = ("judgment", "response", "output", "completion")
+    reply = next((record[key] for key in keys if isinstance(record.get(key), str)), "")
     if record.get("question") and record.get("trajectory"):
-        return record["question"], record["trajectory"], reply
-    if isinstance(record.get("prompt"), list) and not reply:  # rows for RL have no reply
-        messages = [
-            {"role": turn["role"], "content": content_text(turn["content"])}
-            for turn in record["prompt"]
-        ]
-    else:
-        messages = messages_of(record)
+        return record["question"], record["trajectory"], reply, {}
+    messages = messages_of(record, cut=False)
     asked = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
     if messages[-1]["role"] == "assistant":
         reply = messages[-1]["content"]
-    match = JUDGED.search(asked)
+    # a rubric before the request may name its parts too: alpaca has the request apart from it
+    apart = record.get("input")
+    start = len(asked) - len(apart) if isinstance(apart, str) and asked.endswith(apart) else 0
+    match = JUDGED.search(asked, start) or JUDGED.search(asked)
     if not match:
         raise Unfit("no 'Question: ... Trajectory: ...' in the request")
-    return match[1], match[2], reply
+    form = asked[: match.start(1)] + "{question}" + asked[match.end(1) : match.start(2)]
+    prompts = {"system": system_of(messages), "request": form + "{trajectory}"}
+    return match[1], match[2], reply, prompts
+
+
+def system_of(messages: list[dict]) -> str:
+    """The system prompt of a conversation, "" where it has none."""
+    return next((m["content"] for m in messages if m["role"] == "system"), "")
 
 
 def rrm_row(record: dict, for_sft: bool) -> dict:
     """{"question", "trajectory", "think", "critique", "score", "correct"?, "answer"?}; RL needs a
     score or correct.
     """
-    question, trajectory, reply = judged_parts(record)
+    question, trajectory, reply, _ = judged_parts(record)
     trajectory = parsed(trajectory) if isinstance(trajectory, str) else trajectory
     if isinstance(trajectory, list):
         trajectory = messages_of({"messages": trajectory})
@@ -449,6 +464,17 @@ def convert(name: str, record, source: str, number: int, files_dir: Path) -> dic
         raise Unfit(f"broken inside ({type(error).__name__})") from error
 
 
+def count_prompts(name: str, record: dict, row: dict, prompts: dict[str, Counter]) -> None:
+    """Counts what the model of a converted record read: {"system" | "request": texts}."""
+    if name == "rl":
+        return
+    found = {"system": system_of(row["messages"])} if name == "sft" else judged_parts(record)[3]
+    for kind, text in found.items():
+        counted = prompts.setdefault(kind, Counter())
+        if text in counted or len(counted) < 1000:  # not a prompt of its own for every row
+            counted[text] += 1
+
+
 def told_apart(row: dict, source: Path, seen: dict[str, int]) -> None:
     """Notes the row's id, or raises Unfit; an id that another question has gets the file's name:
     ids restart in files.
@@ -463,9 +489,11 @@ def told_apart(row: dict, source: Path, seen: dict[str, int]) -> None:
     seen[row["id"]] = question
 
 
-def convert_files(name: str, paths: list[Path], tallies: dict, files_dir: Path):
+def convert_files(
+    name: str, paths: list[Path], tallies: dict, files_dir: Path, prompts: dict[str, Counter]
+):
     """Yield the rows of all files of a set; a file without one fitting record is an error that
-    names its keys.
+    names its keys. `prompts` counts what stands in the rows: {"system" | "request": texts}.
     """
     seen: dict[str, int] = {}
     names = Counter(path.name for path in paths)
@@ -485,6 +513,7 @@ def convert_files(name: str, paths: list[Path], tallies: dict, files_dir: Path):
                 tally[str(reason)] += 1
                 continue
             tally["converted"] += 1
+            count_prompts(name, record, row, prompts)
             yield row
         if tally["read"] and not tally["converted"]:
             reason = max((key for key in tally if key != "read"), key=tally.__getitem__)
@@ -495,6 +524,23 @@ def convert_files(name: str, paths: list[Path], tallies: dict, files_dir: Path):
                 f"{reason}); "
                 f"keys found: {', '.join(keys)}. --inspect shows the first ones"
             )
+
+
+def write_prompts(folder: Path, name: str, prompts: dict[str, Counter], rows: int) -> None:
+    """The commonest prompts of a set as files, those of an earlier run taken away; prints which."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f"{name}.*.txt"):
+        old.unlink()
+    for kind, counted in prompts.items():
+        for place, (text, count) in enumerate(counted.most_common(PROMPTS_KEPT), 1):
+            path = folder / (f"{name}.{kind}-{place}.txt" if place > 1 else f"{name}.{kind}.txt")
+            path.write_text(text, encoding="utf-8", errors="replace")
+            empty = "" if text else " (empty: no system turn)"
+            print(f"wrote {path}: the {kind} prompt of {count / rows:.1%} of the rows{empty}")
+        if len(counted) > PROMPTS_KEPT:
+            print(f"  {name}: {len(counted):,} or more different {kind} prompts, the rest not kept")
+    if not prompts and name != "rl":
+        print(f"{name}: its rows hold no prompts, so none are written to {folder}")
 
 
 def inspect(paths: list[Path], count: int = 3) -> None:
@@ -512,9 +558,9 @@ def inspect(paths: list[Path], count: int = 3) -> None:
                 )
 
 
-def download(name: str, revision: str) -> list[Path]:
-    """The data files of a released set in the hub's local cache, with resume; prints the revision
-    that was read.
+def download(name: str, revision: str) -> dict[Path, str]:
+    """The data files of a released set in the hub's local cache, with resume: {file: address with
+    the commit}; prints the revision that was read.
     """
     from huggingface_hub import HfApi
 
@@ -536,7 +582,8 @@ def download(name: str, revision: str) -> list[Path]:
             f"{repo}: no {', '.join(DATA_FILES)} file among its {len(info.siblings)} files"
         )
     print(f"{repo} at {info.sha}: {', '.join(files)}")
-    return [fetch(f"hf://{repo}@{info.sha}/{file}", HERE / "raw") for file in files]
+    urls = [f"hf://{repo}@{info.sha}/{file}" for file in files]
+    return {fetch(url, HERE / "raw"): url for url in urls}
 
 
 def download_media(files_dir: Path, revision: str) -> None:
@@ -603,15 +650,18 @@ def main(argv=None):
     tallies: dict = {}
     try:
         for name in [args.set] if args.set else SETS:
-            paths = [Path(path) for path in args.input] or download(name, args.revision)
+            given = {Path(path): "" for path in args.input} or download(name, args.revision)
             if args.inspect:
-                inspect(paths)
+                inspect(list(given))
                 continue
-            target = Path(args.out) / SETS[name][1]
-            written = write_rows(target, convert_files(name, paths, tallies, Path(args.files_dir)))
+            target, prompts = Path(args.out) / SETS[name][1], {}
+            rows = convert_files(name, list(given), tallies, Path(args.files_dir), prompts)
+            written = write_rows(target, rows)
             if not written:
                 raise SystemExit(f"{target}: not written, the files hold no record that fits")
+            write_origin(target, written, [origin(url, path) for path, url in given.items()])
             print(f"wrote {written:,} rows to {target}")
+            write_prompts(Path(args.out) / "prompts", name, prompts, written)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     finally:
@@ -624,6 +674,9 @@ if __name__ == "__main__":
 
 # The names of the sets say 55.6K, 28K, 90K and 709K rows; we know no exact counts. A file with two
 # tasks, one of them without an answer, read by --set=rl --input=DeepScaleR_18_6k_5k.json --out=.,
-# prints:  wrote 1 rows to rl_train.jsonl file                              read converted  skipped
-# rl: DeepScaleR_18_6k_5k.json         2         1        1 rl: DeepScaleR_18_6k_5k.json: 1 skipped,
-# no question or no ground truth
+# prints:
+#
+# wrote 1 rows to rl_train.jsonl
+# file                              read converted  skipped
+# rl: DeepScaleR_18_6k_5k.json         2         1        1
+#   rl: DeepScaleR_18_6k_5k.json: 1 skipped, no question or no ground truth

@@ -434,3 +434,155 @@ def test_inspect_shows_keys_and_writes_nothing(tmp_path, capsys):
         and len(text) < 4000
     )
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- the sets as they are handed out
+
+RUBRIC = (
+    "You judge agents.\n\nQuestion: what was asked\nTrajectory: what it did\nNever give the answer."
+)
+RELEASED = (  # the request of the release, with a trajectory as the release writes it
+    "Question: Who?\nAnd when?\n\nAgent Trajectory: <think>\nhm\n</think>\n"
+    + CALL
+    + "\n<tool_response>\nQuestion: none\nfound\n</tool_response>\n\\boxed{a}"
+)
+FORM = "Question: {question}\n\nAgent Trajectory: {trajectory}"
+REVIEW = BLOCKS.replace("It guessed.", "It read <tool_response>found</tool_response>.")
+# LLaMA-Factory's layouts (the release names it for its SFT), veRL's for RL
+REQUESTS = {
+    "alpaca with a system": {
+        "system": RUBRIC,
+        "instruction": RELEASED,
+        "input": "",
+        "output": REVIEW,
+    },
+    "sharegpt": {
+        "system": RUBRIC,
+        "conversations": [{"from": "human", "value": RELEASED}, {"from": "gpt", "value": REVIEW}],
+    },
+    "messages": {
+        "messages": [
+            {"role": "system", "content": RUBRIC},
+            {"role": "user", "content": RELEASED},
+            {"role": "assistant", "content": REVIEW},
+        ]
+    },
+    "verl": {
+        "data_source": "rrm",
+        "prompt": [
+            {"role": "system", "content": RUBRIC},
+            {"role": "user", "content": RELEASED},
+        ],
+        "ability": "judge",
+        "reward_model": {"style": "rule", "ground_truth": REVIEW},
+        "extra_info": {"index": 0, "split": "train"},
+    },
+}
+
+
+@pytest.mark.parametrize("layout", REQUESTS)
+@pytest.mark.parametrize("name", ["rrm_sft", "rrm_rl"])
+def test_a_judgment_whose_request_quotes_tool_results_is_read_and_its_prompts_are_written(
+    tmp_path, name, layout
+):
+    path = jsonl(tmp_path / "rows.jsonl", [REQUESTS[layout]] * 2)
+    rows = prepared(reagent, tmp_path / "out", path, f"--set={name}")
+    question, _, trajectory = RELEASED.partition("\n\nAgent Trajectory: ")
+    assert len(rows) == 2 and rows[0]["question"] == question.removeprefix("Question: ")
+    assert rows[0]["trajectory"] == trajectory and rows[0]["score"] == 0.4
+    assert rows[0]["think"] == "It read <tool_response>found</tool_response>."
+    prompts = tmp_path / "out/prompts"
+    assert sorted(file.name for file in prompts.iterdir()) == [
+        f"{name}.request.txt",
+        f"{name}.system.txt",
+    ]
+    assert (prompts / f"{name}.system.txt").read_text() == RUBRIC
+    assert (prompts / f"{name}.request.txt").read_text() == FORM
+
+
+def test_a_rubric_before_the_request_belongs_to_its_form(tmp_path):
+    record = {"instruction": RUBRIC, "input": RELEASED, "output": REVIEW}
+    rows = prepared(
+        reagent, tmp_path / "out", jsonl(tmp_path / "a.jsonl", [record]), "--set=rrm_sft"
+    )
+    prompts = tmp_path / "out/prompts"
+    assert rows[0]["question"] == "Who?\nAnd when?"
+    assert (prompts / "rrm_sft.request.txt").read_text() == RUBRIC + "\n" + FORM
+    assert (prompts / "rrm_sft.system.txt").read_text() == ""
+
+
+def test_the_commonest_prompt_of_the_agent_comes_first_and_each_is_told(tmp_path, capsys):
+    def rows(system, count):
+        return [{"messages": [{"role": "system", "content": system}, *PLAIN]}] * count
+
+    path = jsonl(
+        tmp_path / "a.jsonl", rows("rare", 1) + rows("common {x}", 2) + [{"messages": PLAIN}]
+    )
+    (tmp_path / "out/prompts").mkdir(parents=True)
+    (tmp_path / "out/prompts/sft.system-7.txt").write_text("of an earlier run")
+    (tmp_path / "out/prompts/rrm_sft.system.txt").write_text("of another set")
+    prepared(reagent, tmp_path / "out", path, "--set=sft")
+    texts = {file.name: file.read_text() for file in (tmp_path / "out/prompts").iterdir()}
+    assert texts == {
+        "sft.system.txt": "common {x}",
+        "sft.system-2.txt": "rare",
+        "sft.system-3.txt": "",
+        "rrm_sft.system.txt": "of another set",
+    }
+    printed = capsys.readouterr().out
+    assert "sft.system.txt: the system prompt of 50.0% of the rows\n" in printed
+    assert (
+        "sft.system-3.txt: the system prompt of 25.0% of the rows (empty: no system turn)"
+        in printed
+    )
+
+
+def test_schemas_inside_the_system_prompt_are_not_given_twice():
+    schema = {"type": "function", "function": {"name": "search", "parameters": {}}}
+    system = f"Be brief.\n\n# Tools\n<tools>\n{json.dumps(schema)}\n</tools>"
+    record = {"system": system, "messages": PLAIN, "tools": [schema]}
+    row = convert("sft", record)
+    assert "tools" not in row and row["messages"][0] == {"role": "system", "content": system}
+
+
+def test_the_released_tasks_by_their_files(tmp_path):
+    """The four files that the release's preparation reads; their fields are those it reads."""
+    files = tmp_path / "files"
+    for name in ("images/7.png", "audio/7.wav"):
+        (files / name).parent.mkdir(parents=True, exist_ok=True)
+        (files / name).write_bytes(b"x")
+    sets = {
+        "DeepScaleR_18_6k_5k": ("1+1?", "2", {}),
+        "Hiersearch_13k": ("Who?", ["Ada", "Ada the Elder"], {}),
+        "OCR_VQA_8k_5k_converted": ("<image>Title?", "Lamps", {"image": "data/images/7.png"}),
+        "HeySQuAD_4k_2k_converted": ("<audio>What?", "A lamp", {"audio": ["data/audio/7.wav"]}),
+    }
+    inputs = []
+    for name, (question, gold, media) in sets.items():
+        record = {
+            "question": question,
+            "ground_truth": gold,
+            "category": "",
+            "multimodal_info": media,
+        }
+        record["meta_info"] = {"source": name}
+        (tmp_path / f"{name}.json").write_text(json.dumps([record]))
+        inputs.append(f"--input={tmp_path / name}.json")
+    rows = prepared(
+        reagent, tmp_path / "out", inputs[0][8:], *inputs[1:], "--set=rl", f"--files_dir={files}"
+    )
+    assert [(row["kind"], row.get("files")) for row in rows] == [
+        ("math", None),
+        ("qa", None),
+        ("qa", ["images/7.png"]),
+        ("qa", ["audio/7.wav"]),
+    ]
+    assert [row["question"] for row in rows] == ["1+1?", "Who?", "Title?", "What?"]
+    assert [row["id"] for row in rows] == [f"{name}-000001" for name in sets]
+
+
+def test_the_revision_of_a_released_set_is_recorded(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": PLAIN}])
+    prepared(reagent, tmp_path / "out", path, "--set=sft")
+    meta = json.loads((tmp_path / "out/sft.meta.json").read_text())
+    assert meta["rows"] == 1 and meta["revision"].startswith("a.jsonl @ sha256 ")
