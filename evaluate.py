@@ -32,7 +32,8 @@ import rollout
 from reagent import engines, reward_model
 from reagent.chat import Chat
 from reagent.config import check_choices, parse_config, read_prompt, run_facts
-from reagent.reward_model import check_rrm_row
+from reagent.engines import EngineConfig
+from reagent.reward_model import RewardModelConfig, check_rrm_row
 from reagent.rows import JsonlRows, check_rl_row
 from reagent.scorers import SCORER_OF_KIND, rule_reward, score, unknown
 from results.benchmarks import DATASETS, DataSet, Task, load_tasks
@@ -44,6 +45,9 @@ from tools import Toolbox
 
 # --------------------------------------------------------------------------------------------------
 # the data sets and the knobs
+
+
+AT_WORK = EngineConfig(sleep=False, max_live_chains=64)
 
 
 @dataclass
@@ -70,9 +74,7 @@ class Config:
     max_new_tokens_per_turn: int = 0  # 0: as many as the attempt has left
     max_context: int = 0  # tokens of a chain; 0: the model's positions
     refine: bool = False  # Reagent-C: a second attempt after the critique of the reward model
-    rrm: str = ""  # URL[,URL] of the reward model | its folder (in process) | toy
-    rrm_prompt_file: str = ""
-    rrm_max_context: int = 32_768  # tokens
+    rrm: RewardModelConfig = RewardModelConfig()
     # tools
     corpus: str = ""  # local pages: search and browse stay offline
     seconds_per_call: float = 0.0  # 0: as the table says
@@ -86,13 +88,10 @@ class Config:
     judge_cache: str = "out/judge_cache.sqlite"
     judged: str = "table"  # table: the sets that need it | all: every set given | none
     # engine
-    engine: str = "vllm"  # vllm | hf; a URL needs neither
+    engine: EngineConfig = AT_WORK  # a URL needs none
     endpoint: str = "auto"  # of a served model: auto | completions | chat
     served_model: str = ""  # its name there; "": the first that the server lists
     tokenizer: str = ""  # of a served model: a folder or name; "": what the server was started with
-    tensor_parallel: int = 1  # adjacent ranks that share an engine
-    gpu_memory_share: float = 0.85  # of the GPU
-    max_live_chains: int = 64  # at a time on each engine; requests in flight to a server
     # run
     seed: int = 0
     out_dir: str = "out/eval"
@@ -120,9 +119,11 @@ MAY_CHANGE = {
 MAY_CHANGE |= {
     "judged",
     "endpoint",
-    "gpu_memory_share",
-    "max_live_chains",
-    "tensor_parallel",
+    "engine.memory_share",
+    "engine.max_live_chains",
+    "engine.tensor_parallel",
+    "rrm.seconds",
+    "rrm.patience",
     "out_dir",
     "retries",
 }
@@ -131,16 +132,17 @@ MAY_CHANGE |= {"patience_s", "timeout_s", "cache"}
 
 
 def check_config(cfg: Config) -> None:
-    check_choices(cfg, engine="vllm hf", endpoint="auto completions chat", judged="table all none")
+    engines.engine_class(cfg.engine.kind)
+    check_choices(cfg, endpoint="auto completions chat", judged="table all none")
     for key in ("limit", "rollouts", "retries", "max_context", "max_turns", "temperature"):
         if getattr(cfg, key) < 0:
             raise SystemExit(f"{key} = {getattr(cfg, key)}: not below 0")
-    if cfg.refine and not cfg.rrm:
+    if cfg.refine and not cfg.rrm.source:
         raise SystemExit(
             "--refine needs the reward model whose critique is read: --rrm=http://…/v1 or "
             "--rrm=FOLDER"
         )
-    if cfg.rrm and not cfg.refine:
+    if cfg.rrm.source and not cfg.refine:
         raise SystemExit("--rrm is read by --refine alone")
     if not cfg.dataset:
         raise SystemExit(f"--dataset: one or more of {', '.join(DATASETS)}, or files of RL rows")
@@ -200,7 +202,6 @@ def scored(spec: DataSet, row: dict, answer: str | None) -> dict:
 class Agent:
     engine: object
     chat: object
-    rounds: engines.Rounds | None
     positions: int  # tokens that a chain may have
     how: str  # how it is asked, for the report
 
@@ -208,7 +209,9 @@ class Agent:
 def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
     from reagent.served import ChatEngine, Line, ServedEngine, TextChat, look_up
 
-    line = Line(cfg.model, "MODEL_API_KEY", patience_s=cfg.patience_s, most=cfg.max_live_chains)
+    line = Line(
+        cfg.model, "MODEL_API_KEY", patience_s=cfg.patience_s, most=cfg.engine.max_live_chains
+    )
     found = runner.run(look_up(line, cfg.served_model, cfg.endpoint))
     if found.kind == "chat":
         print(
@@ -222,7 +225,7 @@ def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
             "counts estimated"
         )
         chat = TextChat()
-        return Agent(ChatEngine(line, found, chat), chat, None, positions, how)
+        return Agent(ChatEngine(line, found, chat), chat, positions, how)
     from reagent.policy import load_tokenizer
 
     folder = cfg.tokenizer or found.root
@@ -238,22 +241,18 @@ def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
     if found.kind == "text":
         how = f"{found.model} by completions, token ids in, text out: each turn is encoded again"
     positions = found.max_context or cfg.max_context or positions_of(folder)
-    return Agent(ServedEngine(line, found, chat), chat, None, positions, how)
+    return Agent(ServedEngine(line, found, chat), chat, positions, how)
 
 
 def local_agent(cfg: Config, tp_group) -> Agent:
     from reagent.policy import load_tokenizer
 
-    chat, rounds, positions = (
-        Chat(load_tokenizer(cfg.model)),
-        engines.Rounds(),
-        positions_of(cfg.model),
-    )
+    chat, positions = Chat(load_tokenizer(cfg.model)), positions_of(cfg.model)
     context = min(cfg.max_context or positions, positions)
-    options = dict(max_context=context, gpu_memory_share=cfg.gpu_memory_share)
-    options |= dict(tp_group=tp_group, tp_size=cfg.tensor_parallel)
-    engine = engines.make_engine(cfg.engine, cfg.model, chat.stop_ids, rounds, **options)
-    return Agent(engine, chat, rounds, positions, f"{cfg.engine} in this process")
+    engine = engines.make_engine(
+        cfg.engine, cfg.model, chat.stop_ids, max_context=context, tp_group=tp_group
+    )
+    return Agent(engine, chat, positions, f"{cfg.engine.kind} in this process")
 
 
 def positions_of(folder: str) -> int:
@@ -383,7 +382,7 @@ async def run_task(
 
         chains = [(row | {"meta": {"rollout": key[2]}}, key) for key, row in waiting.values()]
         jobs = [(row, (cfg.seed, "evaluation", task.name, key[2])) for row, key in chains]
-        await rollout.run_chains(jobs, setup, agent.rounds, cfg.max_live_chains, on_done)
+        await rollout.run_chains(jobs, setup, cfg.engine.max_live_chains, on_done)
         waiting = {name: waiting[name] for name in faults}
         if not waiting:
             break
@@ -490,7 +489,7 @@ def write_reports(cfg: Config, tasks: list[Task], journal: Journal, judge: str, 
     ]
     facts += [f"system prompt {cfg.prompt_file}"] * bool(cfg.prompt_file)
     facts += [f"local pages {cfg.corpus}"] * bool(cfg.corpus)
-    facts += [f"refined after critiques of {cfg.rrm}"] * cfg.refine
+    facts += [f"refined after critiques of {cfg.rrm.source}"] * cfg.refine
     text = markdown(summaries, facts)
     (out / "report.md").write_text(text, encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summaries, indent=1), encoding="utf-8")
@@ -550,17 +549,11 @@ def run_missing(
     """Builds the agent and runs this process's share of what is missing; returns how the agent is
     asked.
     """
-    tp = cfg.tensor_parallel
+    tp = cfg.engine.tensor_parallel
     agent = served_agent(cfg, runner) if cfg.model.startswith("http") else local_agent(cfg, group)
     critic = None
     if cfg.refine:
-        prompt = read_prompt(cfg.rrm_prompt_file, reward_model.RRM_PROMPT)
-        options = dict(engine=cfg.engine, max_context=cfg.rrm_max_context, prompt=prompt)
-        critic = stopping(
-            reward_model.make_judge(
-                cfg.rrm, agent.chat, agent.rounds or engines.Rounds(), **options
-            )
-        )
+        critic = stopping(reward_model.make_judge(cfg.rrm, agent.chat, engine=cfg.engine))
     if rank == 0:
         facts = run_facts(cfg) | {
             "agent": agent.how,
@@ -594,7 +587,7 @@ def join_ranks(cfg: Config, rank: int, world: int, stack):
 
     run.init_distributed(cfg.timeout_s)
     stack.callback(dist.destroy_process_group)
-    gloo, tp = dist.new_group(backend="gloo"), cfg.tensor_parallel
+    gloo, tp = dist.new_group(backend="gloo"), cfg.engine.tensor_parallel
     groups = (
         [dist.new_group(list(range(a, a + tp)), backend="gloo") for a in range(0, world, tp)]
         if tp > 1
@@ -671,30 +664,27 @@ class Common:
     tools: str = "search,browse,python"
     corpus: str = ""  # local pages for rows without docs
     files_dir: str = ""  # where the files of rows lie
-    engine: str = "vllm"  # vllm | hf
+    engine: EngineConfig = AT_WORK
     temperature: float = 0.7
     max_turns: int = 13
     max_new_tokens_per_turn: int = 4096
     max_tokens_per_attempt: int = 11_000
     max_context: int = 32_768  # tokens of a chain
-    rrm_max_context: int = 32_768
-    max_live_chains: int = 64
     seed: int = 0
 
 
 @dataclass
 class ReportConfig(Common):
-    rrm: str = ""  # the judge: folder | URL[,URL] | toy
-    against: str = ""  # another judge, for a paired comparison
+    rrm: RewardModelConfig = RewardModelConfig()
+    against: str = ""  # another source, for a paired comparison
     eval_data: str = "data/toy/rrm_test.jsonl"  # RRM rows
-    rrm_prompt_file: str = ""  # another prompt for both judges
     agent: str = ""  # a folder: its answers before and after refinement (critique lift) on `data`
     out_dir: str = "out/rrm_report"
 
 
 @contextlib.contextmanager
 def agent_at_work(cfg, folder: str):
-    """-> (Setup without a judge, rounds, rows, run): an agent's engine and tools; `run(coroutine)`
+    """-> (Setup without a judge, rows, run): an agent's engine and tools; `run(coroutine)`
     runs chains.
     """
     from reagent.policy import load_tokenizer
@@ -702,12 +692,10 @@ def agent_at_work(cfg, folder: str):
     rows = JsonlRows(
         cfg.data, check_rl_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)"
     )
-    chat, rounds = Chat(load_tokenizer(folder)), engines.Rounds()
+    chat = Chat(load_tokenizer(folder))
     toolbox = Toolbox(cfg.tools.split(","), corpus=cfg.corpus, files_dir=cfg.files_dir)
     toolbox.check_rows(rows, cfg.data)
-    engine = engines.make_engine(
-        cfg.engine, folder, chat.stop_ids, rounds, max_context=cfg.max_context
-    )
+    engine = engines.make_engine(cfg.engine, folder, chat.stop_ids, max_context=cfg.max_context)
     limits = rollout.Limits(
         cfg.max_turns,
         cfg.max_new_tokens_per_turn,
@@ -719,19 +707,18 @@ def agent_at_work(cfg, folder: str):
     with asyncio.Runner() as runner:
         yield (
             setup,
-            rounds,
             [rows[i] for i in range(min(cfg.limit or len(rows), len(rows)))],
             runner.run,
         )
     toolbox.close()
 
 
-def critique_lift(setup, judge, rows: list[dict], rounds, run, seed: int) -> dict:
+def critique_lift(setup, judge, rows: list[dict], run, seed: int) -> dict:
     """How many answers refinement fixes and breaks with the judge's own critique, another
     question's, an empty one.
     """
     setup = dataclasses.replace(setup, judge=judge)
-    episodes = run(rollout.run_chains([(row, (seed, "lift", 0)) for row in rows], setup, rounds))
+    episodes = run(rollout.run_chains([(row, (seed, "lift", 0)) for row in rows], setup))
     pairs = [
         (e, row)
         for e, row in zip(episodes, rows)
@@ -750,7 +737,7 @@ def critique_lift(setup, judge, rows: list[dict], rounds, run, seed: int) -> dic
         ("empty", [""] * len(own)),
     ):
         setup.judge = None
-        refined = run(rollout.refine_with(*zip(*pairs), critiques, setup, rounds, (seed, name)))
+        refined = run(rollout.refine_with(*zip(*pairs), critiques, setup, (seed, name)))
         moves = [(bool(e.attempts[0].correct), bool(e.attempts[-1].correct)) for e in refined]
         lift |= {
             f"lift/{name}/fixed": moves.count((False, True)),
@@ -760,51 +747,42 @@ def critique_lift(setup, judge, rows: list[dict], rounds, run, seed: int) -> dic
     return lift
 
 
-def report(cfg: ReportConfig) -> None:
+def report_rrm(cfg: ReportConfig) -> None:
     """A judge on held-out judgments, beside another one, and what its critiques do for an agent;
     table and log.jsonl.
     """
     from reagent.policy import load_tokenizer
 
-    if not cfg.rrm:
-        raise SystemExit("report needs --rrm")
+    if not cfg.rrm.source:
+        raise SystemExit("rrm needs --rrm")
     rows = list(JsonlRows(cfg.eval_data, check_rrm_row))
-    prompt = read_prompt(cfg.rrm_prompt_file, reward_model.RRM_PROMPT)
     found, judged = {}, []
-    for spec in filter(None, (cfg.rrm, cfg.against)):
-        folder = next((name for name in (cfg.agent, spec) if name and Path(name).is_dir()), None)
+    for source in filter(None, (cfg.rrm.source, cfg.against)):
+        folder = next((name for name in (cfg.agent, source) if name and Path(name).is_dir()), None)
         if folder is None:
             raise SystemExit(
-                f"report: {spec} is no folder, so lengths need a tokenizer: give --agent=FOLDER"
+                f"{source} is no folder, so lengths need a tokenizer: give --agent=FOLDER"
             )
-        chat, rounds = Chat(load_tokenizer(folder)), engines.Rounds()
-        judge = reward_model.make_judge(
-            spec, chat, rounds, engine=cfg.engine, max_context=cfg.rrm_max_context, prompt=prompt
-        )
+        chat = Chat(load_tokenizer(folder))
+        config = dataclasses.replace(cfg.rrm, source=source)
+        judge = reward_model.make_judge(config, chat, engine=cfg.engine)
         asked = (
             judge(row["question"], row["trajectory"], (cfg.seed, i)) for i, row in enumerate(rows)
         )
         with asyncio.Runner() as runner:
-            judged.append(runner.run(engines.run_together(asked, rounds, cfg.max_live_chains)))
+            judged.append(runner.run(engines.run_together(asked, cfg.engine.max_live_chains)))
         lengths = [len(chat.text(j.think + j.critique)) for j in judged[-1] if j]
-        found[spec] = judgment_report(judged[-1], rows, lengths)
-        print(
-            f"\n{spec} on {len(rows)} trajectories of {cfg.eval_data}\n{report_table(found[spec])}"
-        )
+        found[source] = judgment_report(judged[-1], rows, lengths)
+        print(f"\n{source} on {len(rows)} trajectories of {cfg.eval_data}")
+        print(report_table(found[source]))
+    own = found[cfg.rrm.source]
     if cfg.against:
-        found[cfg.rrm] |= paired_bootstrap(judged[1], judged[0], rows)
+        own |= paired_bootstrap(judged[1], judged[0], rows)
     if cfg.agent:
-        with agent_at_work(cfg, cfg.agent) as (setup, rounds, questions, run):
-            judge = reward_model.make_judge(
-                cfg.rrm,
-                setup.chat,
-                rounds,
-                engine=cfg.engine,
-                max_context=cfg.rrm_max_context,
-                prompt=prompt,
-            )
-            found[cfg.rrm] |= critique_lift(setup, judge, questions, rounds, run, cfg.seed)
-    for name, value in found[cfg.rrm].items():
+        with agent_at_work(cfg, cfg.agent) as (setup, questions, run):
+            judge = reward_model.make_judge(cfg.rrm, setup.chat, engine=cfg.engine)
+            own |= critique_lift(setup, judge, questions, run, cfg.seed)
+    for name, value in own.items():
         if name.startswith(("difference", "lift")):
             print(f"{name:24} {value}")
     out = Path(cfg.out_dir)
@@ -831,7 +809,7 @@ def command(argv: list[str]) -> None:
     """score FILE | compare A B | page FOLDER | rrm … | the keys of a run."""
     files = {"score": 1, "compare": 2, "page": 1}
     if argv[:1] == ["rrm"]:
-        return report(parse_config(ReportConfig, argv[1:]))
+        return report_rrm(parse_config(ReportConfig, argv[1:]))
     if not argv or argv[0] not in files:
         return main(parse_config(Config, argv))
     name, *paths = argv

@@ -30,6 +30,7 @@ import rollout
 from reagent import engines, reward_model, run
 from reagent.chat import Chat
 from reagent.config import check_choices, parse_config, read_prompt, run_facts
+from reagent.engines import EngineConfig
 from reagent.policy import (
     Row,
     backward,
@@ -42,6 +43,7 @@ from reagent.policy import (
     memory_of,
     shard,
 )
+from reagent.reward_model import RewardModelConfig
 from reagent.rows import JsonlRows, batch_indices, check_rl_row
 from reagent.scorers import rule_reward
 from results.page import newest_episodes, write_report
@@ -55,15 +57,9 @@ class Config:
     data: str = "data/reagent/rl_train.jsonl"  # RL rows
     eval_data: str = ""  # RL rows for the evaluation during training; "": none
     variant: str = "u"  # u | r | rule
-    rrm: str = (
-        "http://localhost:8001/v1"  # URL[,URL] of the reward model | its folder (in process) | toy
-    )
+    rrm: RewardModelConfig = RewardModelConfig("http://localhost:8001/v1")
     rrm_weight: float = 0.3  # lambda
-    rule_form: str = "em_f1"  # em_f1 | em
-    max_rrm_failures: float = 0.2  # share of judgments of a step that may fail before the run stops
     prompt_file: str = ""  # another system prompt
-    rrm_prompt_file: str = ""  # another prompt for the reward model
-    rrm_max_context: int = 32_768  # tokens; longer trajectories are shortened inside tool results
     fixed_critique: str = (
         ""  # ablation: every refinement reads this instead of the judge's critique
     )
@@ -78,7 +74,6 @@ class Config:
     max_new_tokens_per_turn: int = 4096
     max_tokens_per_attempt: int = 11_000  # tool results included
     max_context: int = 32_768  # tokens of a chain
-    max_live_chains: int = 0  # per engine, bounds its KV cache; 0: all
     # loss and optimisation
     pool: str = "joint"  # joint: over 2G | per_stage
     drop: str = "equal"  # pools without gradient: equal | rule_equal | release
@@ -97,10 +92,7 @@ class Config:
     )
     max_skips: int = 5  # steps skipped in a row before the run stops
     # engine and memory
-    engine: str = "vllm"  # vllm | hf
-    tensor_parallel: int = 1  # adjacent ranks that share an engine
-    gpu_memory_share: float = 0.85  # of the GPU, for the engine
-    engine_sleep: bool = True  # the engine gives its memory back while the agent trains
+    engine: EngineConfig = EngineConfig()
     tokens_per_microbatch: int = 28_000
     checkpoint_activations: bool = True
     shard_ranks: int = 0  # HSDP; 0: all ranks share one copy
@@ -119,9 +111,11 @@ MAY_CHANGE = {
     "save_interval",
     "keep_last",
     "timeout_s",
-    "gpu_memory_share",
-    "engine_sleep",
-    "max_live_chains",
+    "engine.memory_share",
+    "engine.sleep",
+    "engine.max_live_chains",
+    "rrm.seconds",
+    "rrm.patience",
 }
 MAY_CHANGE |= {
     "tokens_per_microbatch",
@@ -307,27 +301,25 @@ def learning_rate(step: int, cfg) -> float:
 
 
 def check_config(cfg: Config) -> None:
+    engines.engine_class(cfg.engine.kind)
     check_choices(
         cfg,
         variant="u r rule",
         pool="joint per_stage",
         drop="equal rule_equal release",
-        engine="vllm hf",
     )
-    check_choices(
-        cfg, loss_agg="seq_mean token_mean", old_logps="sampler recomputed", rule_form="em_f1 em"
-    )
+    check_choices(cfg, loss_agg="seq_mean token_mean", old_logps="sampler recomputed")
     if cfg.prompts_per_step % cfg.prompts_per_minibatch:
         raise SystemExit(
             f"prompts_per_minibatch = {cfg.prompts_per_minibatch} does not divide "
             f"{cfg.prompts_per_step}"
         )
-    judged_here = cfg.variant != "rule" and cfg.rrm != "toy" and not cfg.rrm.startswith("http")
-    if cfg.tensor_parallel > 1 and judged_here:
+    judged_here = cfg.variant != "rule" and not cfg.rrm.source.startswith("http")
+    if cfg.engine.tensor_parallel > 1 and judged_here:
         raise SystemExit(
-            f"tensor_parallel = {cfg.tensor_parallel}: serve the reward model {cfg.rrm} "
-            "(--rrm=http://…/v1), an "
-            "engine of its own beside a tensor-parallel one is not supported"
+            f"engine.tensor_parallel = {cfg.engine.tensor_parallel}: serve the reward model "
+            f"{cfg.rrm.source} (--rrm=http://…/v1), an engine of its own beside a tensor-parallel "
+            "one is not supported"
         )
 
 
@@ -410,7 +402,7 @@ def main(cfg: Config) -> None:
     toolbox.check_rows(eval_rows, cfg.eval_data)
     rank, world, device = run.init_distributed(cfg.timeout_s)
     gloo = dist.new_group(backend="gloo")
-    tp = cfg.tensor_parallel
+    tp = cfg.engine.tensor_parallel
     if world % tp:
         raise SystemExit(f"tensor_parallel = {tp} does not divide {world} ranks")
     patience = timedelta(seconds=cfg.timeout_s)
@@ -425,18 +417,18 @@ def main(cfg: Config) -> None:
         run.meet(phase, gloo, cfg.timeout_s, error)
 
     # -------------------- engines first (they reseed), then the policy
-    out, rounds = Path(cfg.out_dir), engines.Rounds()
+    out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    options = dict(
-        max_context=cfg.max_context, gpu_memory_share=cfg.gpu_memory_share, sleep=cfg.engine_sleep
+    engine = engines.make_engine(
+        cfg.engine,
+        cfg.model,
+        chat.stop_ids,
+        max_context=cfg.max_context,
+        tp_group=tp_groups[rank // tp] if tp > 1 else None,
     )
-    options |= dict(tp_group=tp_groups[rank // tp] if tp > 1 else None, tp_size=tp)
-    engine = engines.make_engine(cfg.engine, cfg.model, chat.stop_ids, rounds, **options)
-    prompt = read_prompt(cfg.rrm_prompt_file, reward_model.RRM_PROMPT)
     judge = None
     if cfg.variant != "rule":
-        options_rrm = dict(engine=cfg.engine, max_context=cfg.rrm_max_context, prompt=prompt)
-        judge = reward_model.make_judge(cfg.rrm, chat, rounds, **options_rrm)
+        judge = reward_model.make_judge(cfg.rrm, chat, engine=cfg.engine)
     torch.manual_seed(cfg.seed)
     policy = shard(load_policy(cfg.model, cfg.checkpoint_activations), device, cfg.shard_ranks)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -483,7 +475,7 @@ def main(cfg: Config) -> None:
             chat,
             toolbox,
             limits,
-            lambda row, answer: rule_reward(row, answer, cfg.rule_form),
+            rule_reward,
             judge,
             cfg.variant == "u",
             cfg.temperature,
@@ -503,7 +495,7 @@ def main(cfg: Config) -> None:
                     if i // cfg.group_size % n_engines == rank // tp
                 ]
                 done = rollout.run_chains(
-                    share, setup, rounds, cfg.max_live_chains, lambda _: bar.update(n_engines)
+                    share, setup, cfg.engine.max_live_chains, lambda _: bar.update(n_engines)
                 )
                 try:
                     mine = runner.run(done)
@@ -557,10 +549,11 @@ def main(cfg: Config) -> None:
         if judge:
             asked, failed = run.sum_over_ranks([judge.asked - asked, judge.failed - failed], gloo)
             line |= {"judge/asked": int(asked), "judge/failed": int(failed)}
-            if failed > cfg.max_rrm_failures * asked:
+            if failed > cfg.rrm.max_failures * asked:
                 raise SystemExit(
                     f"step {step + 1}: {failed:.0f} of {asked:.0f} judgments failed, more than "
-                    f"max_rrm_failures = {cfg.max_rrm_failures}: is the reward model {cfg.rrm} up "
+                    f"rrm.max_failures = {cfg.rrm.max_failures}: is the reward model "
+                    f"{cfg.rrm.source} up "
                     "and sound?"
                 )
         if hasattr(engine, "sleep"):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 from reagent.chat import extract_answer, parse_calls
-from reagent.engines import Rounds, Sample, run_together
+from reagent.engines import Sample, run_together
 from reagent.reward_model import Judge
 from reagent.rows import seed_of, shown_question
 
@@ -319,18 +319,12 @@ def append_fragment(episode: Episode, setup: Setup, messages: list[dict], room: 
     return True
 
 
-async def run_chains(
-    jobs, setup: Setup, rounds: Rounds | None, max_live: int = 0, on_done=None
-) -> list[Episode]:
+async def run_chains(jobs, setup: Setup, max_live: int = 0, on_done=None) -> list[Episode]:
     """`jobs` = (row, key) pairs -> one Episode each."""
-    return await run_together(
-        (run_chain(row, setup, key) for row, key in jobs), rounds, max_live, on_done
-    )
+    return await run_together((run_chain(row, setup, key) for row, key in jobs), max_live, on_done)
 
 
-async def refine_with(
-    episodes, rows, critiques, setup: Setup, rounds: Rounds | None, key: tuple
-) -> list[Episode]:
+async def refine_with(episodes, rows, critiques, setup: Setup, key: tuple) -> list[Episode]:
     """Stage 2 from the first stage of finished episodes, with critiques of one's choice (own,
     shuffled, empty).
     """
@@ -347,4 +341,4 @@ async def refine_with(
         await refine(fresh, row, setup, critique, (*key, fresh.id))
         return fresh
 
-    return await run_together((one(*job) for job in zip(episodes, rows, critiques)), rounds)
+    return await run_together(one(*job) for job in zip(episodes, rows, critiques))

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from reagent import engines, reward_model, run
 from reagent.chat import Chat
 from reagent.config import parse_config, read_prompt, run_facts
+from reagent.engines import EngineConfig
 from reagent.policy import (
     Row,
     backward,
@@ -89,9 +90,7 @@ class Config:
     max_grad_norm: float = 1.0
     max_dlogp: float = 0.05  # mean |logp(sampler) - logp(trainer)| beyond which a step is skipped
     # engine and memory
-    engine: str = "vllm"  # vllm | hf
-    gpu_memory_share: float = 0.85
-    engine_sleep: bool = True
+    engine: EngineConfig = EngineConfig()
     tokens_per_microbatch: int = 28_000
     checkpoint_activations: bool = True
     shard_ranks: int = 0  # HSDP; 0: all ranks share one copy
@@ -112,8 +111,8 @@ MAY_CHANGE = {
     "save_interval",
     "keep_last",
     "timeout_s",
-    "gpu_memory_share",
-    "engine_sleep",
+    "engine.memory_share",
+    "engine.sleep",
 }
 
 MAY_CHANGE |= {"tokens_per_microbatch", "checkpoint_activations", "shard_ranks", "wandb"}
@@ -211,11 +210,11 @@ def learning_rate(step: int, cfg) -> float:
 
 
 async def sample_judgments(
-    engine, rounds, prompts: list[list[int]], seeds: list[int], cfg, temperature: float
+    engine, prompts: list[list[int]], seeds: list[int], cfg, temperature: float
 ) -> list:
     options = dict(max_new_tokens=cfg.max_judgment_tokens, temperature=temperature)
     chains = (engine.generate(ids, seed=seed, **options) for ids, seed in zip(prompts, seeds))
-    return await engines.run_together(chains, rounds)
+    return await engines.run_together(chains)
 
 
 def read_judgment(chat: Chat, sample):
@@ -241,16 +240,11 @@ def main(cfg: Config) -> None:
         run.meet(phase, gloo, cfg.timeout_s, error)
 
     # -------------------- engine first (it reseeds), then the policy
-    rounds = engines.Rounds()
-    options = dict(
-        max_context=cfg.max_context, gpu_memory_share=cfg.gpu_memory_share, sleep=cfg.engine_sleep
-    )
-    sampling = cfg.stage == "grpo" or bool(eval_rows)
-    engine = (
-        engines.make_engine(cfg.engine, cfg.model, chat.stop_ids, rounds, **options)
-        if sampling
-        else None
-    )
+    engine = None
+    if cfg.stage == "grpo" or eval_rows:
+        engine = engines.make_engine(
+            cfg.engine, cfg.model, chat.stop_ids, max_context=cfg.max_context
+        )
     torch.manual_seed(cfg.seed)
     policy = shard(load_policy(cfg.model, cfg.checkpoint_activations), device, cfg.shard_ranks)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -285,9 +279,7 @@ def main(cfg: Config) -> None:
     def sample(prompts: list, seeds: list, temperature: float) -> list:
         """Every rank samples its share; all get all, in order."""
         mine = runner.run(
-            sample_judgments(
-                engine, rounds, prompts[rank::world], seeds[rank::world], cfg, temperature
-            )
+            sample_judgments(engine, prompts[rank::world], seeds[rank::world], cfg, temperature)
         )
         shares = [None] * world
         dist.all_gather_object(shares, mine, group=gloo)

@@ -5,7 +5,6 @@ prompts_per_step = 16
 prompts_per_minibatch = 4
 max_tokens_per_attempt = 8000
 max_context = 20_000
-gpu_memory_share = 0.45
-engine_sleep = False
+engine = dict(memory_share=0.45, sleep=False)
 tokens_per_microbatch = 16_384
 out_dir = "out/u_17b"

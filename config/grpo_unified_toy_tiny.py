@@ -3,7 +3,7 @@
 model = "out/toy/sft/step-000250"
 data = "data/toy/rl_train.jsonl"
 eval_data = "data/toy/rl_test.jsonl"
-rrm = "out/toy/rrm/step-000030"  # "toy" is the rule annotator
+rrm = dict(source="out/toy/rrm/step-000030", max_context=1024)  # "toy" is the rule annotator
 tools = "search"
 prompts_per_step = 8
 prompts_per_minibatch = 8
@@ -13,7 +13,6 @@ max_turns = 8
 max_new_tokens_per_turn = 12  # a call has 6 tokens, an answer 4
 max_tokens_per_attempt = 400
 max_context = 1024
-rrm_max_context = 1024
 lr = 2e-4  # at 4e-4 seed 0 falls into calls without end after step 10, which the judge cannot read
 lr_end = 0.1
 steps = 40

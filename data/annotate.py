@@ -18,24 +18,18 @@ import rollout
 from evaluate import Common, agent_at_work
 from reagent import engines, reward_model
 from reagent.chat import Chat
-from reagent.config import parse_config, read_prompt
+from reagent.config import parse_config
 from reagent.policy import load_tokenizer
-from reagent.reward_model import leaks, row_trajectory
+from reagent.reward_model import RewardModelConfig, leaks, row_trajectory
 from reagent.rows import read_appended, seed_of
 
 
 @dataclass
 class AnnotateConfig(Common):
     agents: str = ""  # folders of one or several agents, separated by commas
-    teacher: str = (
-        ""  # URL[,URL] of an OpenAI-compatible endpoint (key: RRM_API_KEY) | a folder | toy
-    )
-    teacher_model: str = ""  # its name there; "": the first that the endpoint lists
-    teacher_prompt_file: str = ""  # another prompt for the teacher
+    teacher: RewardModelConfig = RewardModelConfig()  # key of its servers: RRM_API_KEY
     samples_per_question: int = 4  # of each agent
     share_correct: float = 0.5  # of the rows written; the larger class is thinned
-    patience_s: float = 120.0  # seconds a trajectory waits for a teacher that is down
-    rest_s: float = 10.0  # seconds an endpoint that failed is left alone
     out: str = "data/reagent/rrm_annotated.jsonl"
 
 
@@ -45,7 +39,7 @@ def sample_trajectories(cfg: AnnotateConfig, path: Path) -> list[dict]:
     """
     done = {row["id"]: row for row in read_appended(path)}
     for folder in cfg.agents.split(","):
-        with agent_at_work(cfg, folder) as (setup, rounds, rows, run), open(path, "a") as file:
+        with agent_at_work(cfg, folder) as (setup, rows, run), open(path, "a") as file:
             jobs = [
                 (f"{folder}/{row['id']}/{g}", row, g)
                 for row in rows
@@ -74,7 +68,7 @@ def sample_trajectories(cfg: AnnotateConfig, path: Path) -> list[dict]:
                 file.write(json.dumps(done[name]) + "\n")
                 file.flush()
 
-            run(engines.run_together((one(*job) for job in missing), rounds, cfg.max_live_chains))
+            run(engines.run_together((one(*job) for job in missing), cfg.engine.max_live_chains))
             bar.close()
     return sorted(done.values(), key=lambda row: row["id"])
 
@@ -103,32 +97,19 @@ def annotate(cfg: AnnotateConfig) -> None:
     out, counted, and asked for again by the next call. The paper's teacher is gpt-oss-120b; whether
     it saw the gold answer is not said: ours does not.
     """
-    for key in ("agents", "teacher"):
-        if not getattr(cfg, key):
+    for key, given in (("agents", cfg.agents), ("teacher", cfg.teacher.source)):
+        if not given:
             raise SystemExit(f"annotate needs --{key}")
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    prompt = read_prompt(cfg.teacher_prompt_file, reward_model.RRM_PROMPT)
-    chat, rounds = Chat(load_tokenizer(cfg.agents.split(",")[0])), engines.Rounds()
-    teacher = reward_model.make_judge(
-        cfg.teacher,
-        chat,
-        rounds,
-        engine=cfg.engine,
-        max_context=cfg.rrm_max_context,
-        prompt=prompt,
-        model=cfg.teacher_model,
-        patience_s=cfg.patience_s,
-        rest_s=cfg.rest_s,
-    )  # is it up? Asked before any work
+    chat = Chat(load_tokenizer(cfg.agents.split(",")[0]))
+    # is the teacher up? Asked before any work
+    teacher = reward_model.make_judge(cfg.teacher, chat, engine=cfg.engine)
     sampled = sample_trajectories(cfg, out.with_suffix(".trajectories.jsonl"))
     chosen = thinned(sampled, cfg.share_correct, cfg.seed)
     judged = {row["id"]: row for row in read_appended(out.with_suffix(".judgments.jsonl"))}
     missing = [row for row in chosen if row["id"] not in judged]
-    before, leaking = (
-        len(judged),
-        0,
-    )  # the first is in the seeds: the next call asks in-process teachers afresh
+    before, leaking = len(judged), 0  # `before` is in the seeds: the next call asks afresh
     bar = tqdm(total=len(missing), desc="judgments", disable=not sys.stderr.isatty())
     with open(out.with_suffix(".judgments.jsonl"), "a") as file, asyncio.Runner() as runner:
 
@@ -147,7 +128,7 @@ def annotate(cfg: AnnotateConfig) -> None:
             file.write(json.dumps(judged[row["id"]]) + "\n")
             file.flush()
 
-        runner.run(engines.run_together((one(row) for row in missing), rounds, cfg.max_live_chains))
+        runner.run(engines.run_together((one(row) for row in missing), cfg.engine.max_live_chains))
     bar.close()
     rows = thinned(
         [judged[row["id"]] for row in chosen if row["id"] in judged], cfg.share_correct, cfg.seed

@@ -3,6 +3,7 @@ import.
 """
 
 import dataclasses
+import importlib.util
 import inspect
 import os
 import platform
@@ -20,13 +21,14 @@ from pathlib import Path
 def parse_config(cls, argv: list[str]):
     """`[preset.py ...] [--key=value ...]` -> an instance of the dataclass `cls`; later wins.
 
-    An unknown key or a value of the wrong type ends the program with a line that names the key and
-    where it came from.
+    A field that is a dataclass takes `--rrm.seconds=60`, `--rrm=URL` (its first field) and, in a
+    preset, `rrm = dict(...)`. An unknown key or a value of the wrong type ends the program with a
+    line that names the key and where it came from.
     """
     if "-h" in argv or "--help" in argv:
-        print(inspect.getsource(cls))
+        print("\n".join(map(inspect.getsource, _dataclasses_of(cls))))
         raise SystemExit(0)
-    hints, values = typing.get_type_hints(cls), {}
+    cfg = cls()
     for arg in argv:
         if arg.startswith("--"):
             key, given, text = arg[2:].partition("=")
@@ -36,12 +38,43 @@ def parse_config(cls, argv: list[str]):
         else:
             raise SystemExit(f"command line: {arg!r} is neither a preset.py nor --key=value")
         for key, value in pairs.items():
-            if key not in hints:
-                raise SystemExit(
-                    f"{origin}: unknown key {key!r}; -h lists the keys of {cls.__name__}"
-                )
-            values[key] = _typed(value, hints[key], f"{origin}: {key}")
-    return cls(**values)
+            cfg = _with(cfg, key, value, origin)
+    return cfg
+
+
+def _dataclasses_of(cls) -> list:
+    """The dataclass with those it inherits from and those of its fields, each once."""
+    found = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    inner = [kind for kind in typing.get_type_hints(cls).values() if dataclasses.is_dataclass(kind)]
+    return list(dict.fromkeys([*found, *inner]))
+
+
+def _with(cfg, key: str, value, origin: str, prefix: str = ""):
+    """`cfg` with one field changed; `key` may be dotted, `value` a dict for a nested dataclass."""
+    head, dotted, rest = key.partition(".")
+    kind = typing.get_type_hints(type(cfg)).get(head)
+    nested = dataclasses.is_dataclass(kind)
+    if kind is None or (dotted and not nested):
+        names = type(cfg).__name__
+        raise SystemExit(f"{origin}: unknown key {prefix + key!r}; -h lists the keys of {names}")
+    if not nested:
+        return dataclasses.replace(cfg, **{head: _typed(value, kind, f"{origin}: {prefix}{head}")})
+    first = dataclasses.fields(kind)[0].name
+    pairs = {rest: value} if dotted else value if isinstance(value, dict) else {first: value}
+    inner = getattr(cfg, head)
+    for name, item in pairs.items():
+        inner = _with(inner, name, item, origin, f"{prefix}{head}.")
+    return dataclasses.replace(cfg, **{head: inner})
+
+
+def load_script(path: str):
+    """A Python file, known by its path only, as a module."""
+    if not Path(path).is_file():
+        raise SystemExit(f"no file {path}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _read_preset(path: str) -> dict:
@@ -60,7 +93,9 @@ def _typed(value, kind, where: str):
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType) and type(None) in inner:
         return (
-            None if value in (None, "none") else _typed(value, inner[inner[0] is type(None)], where)
+            None
+            if value in (None, "none")
+            else _typed(value, next(k for k in inner if k is not type(None)), where)
         )
     if origin in (list, tuple) and isinstance(value, (str, list, tuple)):
         items = value.split(",") if isinstance(value, str) and value else value

@@ -6,9 +6,16 @@ import asyncio
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from reagent.config import load_script
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -22,17 +29,61 @@ class Sample:
     finish_reason: str
 
 
-class Rounds:
-    """Counts live chains and those that wait for an engine; an HFEngine computes when all that live
-    are waiting.
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the sampler runs; `--engine=vllm` is short for `--engine.kind=vllm`."""
 
-    The first engine that has requests: the agent's before the judge's, so that judgments come in
-    few large batches.
+    kind: str = "vllm"  # vllm | hf (transformers, for laptops) | path/to/file.py:Class
+    tensor_parallel: int = 1  # adjacent ranks that share an engine
+    memory_share: float = 0.85  # of the GPU
+    sleep: bool = True  # it gives its memory back while the policy trains
+    max_live_chains: int = 0  # at a time on one engine, bounds its KV cache; 0: all
+
+
+class Engine(Protocol):
+    """What the loop needs of a sampler; `sleep`, `follow` and `finish` are optional.
+
+    A class of your own is made as Class(folder, stop_ids, config=EngineConfig, max_context=tokens,
+    tp_group=None).
     """
+
+    async def generate(
+        self, ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, top_p: float
+    ) -> Sample: ...
+
+    def load_weights(self, pairs: Iterable[tuple[str, "torch.Tensor"]]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What waits for an HFEngine; `done` is the future of its Sample."""
+
+    ids: list[int]
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    top_p: float
+    done: asyncio.Future
+
+
+class Rounds:
+    """The chains that live on an event loop, and how many of them wait for an HFEngine, which
+    computes when all of them do.
+
+    The engine that was made first goes first: the agent's before the reward model's, so that
+    judgments come in few large batches.
+    """
+
+    _of_loop: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
     def __init__(self):
         self.live = self.waiting = 0
-        self.engines: list[HFEngine] = []
+        self.asked: set[HFEngine] = set()  # engines with requests
+
+    @classmethod
+    def here(cls) -> "Rounds":
+        """Those of the running event loop."""
+        return cls._of_loop.setdefault(asyncio.get_running_loop(), cls())
 
     def start(self):
         self.live += 1
@@ -43,8 +94,8 @@ class Rounds:
 
     def check(self):
         if self.live and self.waiting >= self.live:
-            engine = next(e for e in self.engines if e.queue)
-            asyncio.get_running_loop().call_soon(engine.run_round)
+            first = min(self.asked, key=lambda engine: engine.number)
+            asyncio.get_running_loop().call_soon(first.run_round)
 
 
 class HFEngine:
@@ -53,8 +104,9 @@ class HFEngine:
     """
 
     max_batch = 64
+    made = 0
 
-    def __init__(self, folder: str, stop_ids: Iterable[int], rounds: Rounds):
+    def __init__(self, folder: str, stop_ids: Iterable[int], **_):
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -63,42 +115,46 @@ class HFEngine:
         self.model = (
             AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(self.device).eval()
         )
-        self.stop_ids, self.rounds, self.queue = set(stop_ids), rounds, []
+        self.stop_ids, self.queue = set(stop_ids), []
         self.busy_seconds = 0.0
-        rounds.engines.append(self)
+        HFEngine.made += 1
+        self.number = HFEngine.made
 
     async def generate(self, ids, *, max_new_tokens, temperature, seed, top_p=1.0) -> Sample:
-        done = asyncio.get_running_loop().create_future()
-        self.queue.append((ids, max_new_tokens, temperature, seed, top_p, done))
-        self.rounds.waiting += 1
-        self.rounds.check()
+        done, rounds = asyncio.get_running_loop().create_future(), Rounds.here()
+        self.queue.append(Request(ids, max_new_tokens, temperature, seed, top_p, done))
+        rounds.asked.add(self)
+        rounds.waiting += 1
+        rounds.check()
         return await done
 
     def run_round(self):
-        if self.rounds.waiting < self.rounds.live:  # a chain was added meanwhile
+        rounds = Rounds.here()
+        if rounds.waiting < rounds.live:  # a chain was added meanwhile
             return
-        requests, self.queue = sorted(self.queue, key=lambda r: (len(r[0]), r[3])), []
+        rounds.asked.discard(self)
+        requests, self.queue = sorted(self.queue, key=lambda r: (len(r.ids), r.seed)), []
         began = time.perf_counter()
         for i in range(0, len(requests), self.max_batch):
             batch = requests[i : i + self.max_batch]
             for request, sample in zip(batch, self._decode(batch)):
-                self.rounds.waiting -= 1
-                request[5].set_result(sample)
+                rounds.waiting -= 1
+                request.done.set_result(sample)
         self.busy_seconds += time.perf_counter() - began
 
     def _decode(self, requests) -> list[Sample]:
         import torch
         from transformers import DynamicCache
 
-        width = max(len(r[0]) for r in requests)
+        width = max(len(r.ids) for r in requests)
         ids = torch.tensor(
-            [[0] * (width - len(r[0])) + list(r[0]) for r in requests], device=self.device
+            [[0] * (width - len(r.ids)) + list(r.ids) for r in requests], device=self.device
         )
         attention = torch.tensor(
-            [[0] * (width - len(r[0])) + [1] * len(r[0]) for r in requests], device=self.device
+            [[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in requests], device=self.device
         )
         position = (attention.cumsum(1) - 1).clamp(min=0)
-        generators = [torch.Generator().manual_seed(r[3]) for r in requests]
+        generators = [torch.Generator().manual_seed(r.seed) for r in requests]
         samples = [Sample([], [], "length") for _ in requests]
         alive, cache = list(range(len(requests))), DynamicCache(config=self.model.config)
         with torch.inference_mode():
@@ -117,7 +173,7 @@ class HFEngine:
                     samples[i].logps.append(logps[row])
                     if tokens[row] in self.stop_ids:
                         samples[i] = Sample(samples[i].ids, samples[i].logps, "stop")
-                    elif len(samples[i].ids) < requests[i][1]:
+                    elif len(samples[i].ids) < requests[i].max_new_tokens:
                         keep.append(row)
                 if len(keep) < len(alive):
                     cache.batch_select_indices(
@@ -144,10 +200,12 @@ def _sample(logits, requests, draws):
     """
     import torch
 
-    temperature = torch.tensor([r[2] or 1.0 for r in requests], device=logits.device)[:, None]
+    temperature = torch.tensor([r.temperature or 1.0 for r in requests], device=logits.device)[
+        :, None
+    ]
     logps = torch.log_softmax(logits / temperature, -1)
     probs = logps.double().exp()
-    top_p = torch.tensor([r[4] for r in requests], device=logits.device, dtype=torch.float64)[
+    top_p = torch.tensor([r.top_p for r in requests], device=logits.device, dtype=torch.float64)[
         :, None
     ]
     if (top_p < 1).any():
@@ -158,7 +216,7 @@ def _sample(logits, requests, draws):
     drawn = torch.searchsorted(
         cumulative, draws.to(logits.device)[:, None] * cumulative[:, -1:], right=True
     )[:, 0]
-    greedy = torch.tensor([not r[2] for r in requests], device=logits.device)
+    greedy = torch.tensor([not r.temperature for r in requests], device=logits.device)
     tokens = torch.where(greedy, logits.argmax(-1), drawn.clamp(max=logits.shape[-1] - 1))
     return tokens.tolist(), logps.gather(1, tokens[:, None])[:, 0].tolist()
 
@@ -182,17 +240,8 @@ class VLLMEngine:
     thread.
     """
 
-    def __init__(
-        self,
-        folder,
-        stop_ids,
-        *,
-        max_context,
-        gpu_memory_share=0.85,
-        sleep=False,
-        tp_group=None,
-        tp_size=1,
-    ):
+    def __init__(self, folder, stop_ids, *, config=None, max_context, tp_group=None):
+        config = config or EngineConfig()
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -204,13 +253,13 @@ class VLLMEngine:
         options = (
             dict(distributed_executor_backend="external_launcher") if "RANK" in os.environ else {}
         )
-        gpu = dict(gpu_memory_utilization=gpu_memory_share, enable_sleep_mode=sleep)
+        gpu = dict(gpu_memory_utilization=config.memory_share, enable_sleep_mode=config.sleep)
         options |= gpu if cuda else dict(enforce_eager=True)
         self.llm = LLM(
             folder,
             dtype="bfloat16" if cuda else "float32",
             max_model_len=max_context,
-            tensor_parallel_size=tp_size,
+            tensor_parallel_size=config.tensor_parallel,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
             enable_prefix_caching=True,
@@ -221,7 +270,7 @@ class VLLMEngine:
             self.names = set(
                 AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict()
             )
-        self.stop_ids, self.sleeps, self.group = list(stop_ids), sleep, tp_group
+        self.stop_ids, self.sleeps, self.group = list(stop_ids), config.sleep and cuda, tp_group
         self.waiting, self.futures, self.pump, self.count = [], {}, None, 0
         self.stepping = threading.Lock()
         self.busy_seconds = 0.0
@@ -319,22 +368,20 @@ def _vllm_sample(output) -> Sample:
     return Sample(list(output.token_ids), logps, reason)
 
 
-async def run_together(coroutines, rounds: Rounds | None, max_live: int = 0, on_done=None) -> list:
+async def run_together(coroutines, max_live: int = 0, on_done=None) -> list:
     """Runs chains side by side, at most `max_live` at a time (0: all); results in the order
     given.
     """
-    coroutines = list(coroutines)
+    coroutines, rounds = list(coroutines), Rounds.here()
     slots = asyncio.Semaphore(max_live or max(len(coroutines), 1))
 
     async def one(chain):
         async with slots:
-            if rounds:
-                rounds.start()
+            rounds.start()
             try:
                 result = await chain
             finally:
-                if rounds:
-                    rounds.end()
+                rounds.end()
         if on_done:
             on_done(result)
         return result
@@ -342,12 +389,25 @@ async def run_together(coroutines, rounds: Rounds | None, max_live: int = 0, on_
     return await asyncio.gather(*(one(chain) for chain in coroutines))
 
 
-def make_engine(kind: str, folder: str, stop_ids, rounds: Rounds, **options):
-    """kind = vllm | hf; `options` are VLLMEngine's."""
+def engine_class(kind: str):
+    """vllm | hf | path/to/file.py:Class -> the class; SystemExit for anything else."""
+    known = {"vllm": VLLMEngine, "hf": HFEngine}
+    if kind in known:
+        return known[kind]
+    path, _, name = kind.partition(".py:")
+    if not name:
+        raise SystemExit(f"engine = {kind!r}: vllm, hf or path/to/file.py:Class")
+    found = load_script(path + ".py")
+    if not hasattr(found, name):
+        raise SystemExit(f"engine = {kind!r}: {path}.py has no {name}")
+    return getattr(found, name)
+
+
+def make_engine(
+    config: EngineConfig, folder: str, stop_ids, *, max_context: int, tp_group=None
+) -> Engine:
+    """The engine that `config` names, with the model of `folder`."""
     if not (Path(folder) / "config.json").is_file() and Path(folder).exists():
         raise SystemExit(f"{folder} is not a model folder: it has no config.json")
-    if kind == "hf":
-        return HFEngine(folder, stop_ids, rounds)
-    if kind == "vllm":
-        return VLLMEngine(folder, stop_ids, **options)
-    raise SystemExit(f"engine = {kind!r}: vllm or hf")
+    make = engine_class(config.kind)
+    return make(folder, stop_ids, config=config, max_context=max_context, tp_group=tp_group)

@@ -7,12 +7,13 @@ import re
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from reagent.chat import Chat
-from reagent.engines import Rounds, make_engine
+from reagent.config import read_prompt
+from reagent.engines import EngineConfig, make_engine
 from reagent.rows import seed_of
 
 RRM_PROMPT = (
@@ -30,6 +31,24 @@ RRM_PROMPT = (
 JUDGE_REQUEST = "Question:\n{question}\n\nTrajectory of the agent:\n{trajectory}"
 
 JUDGE_TEMPERATURE = 0.3  # of a judge at work, also in its report
+
+
+REST_S = 10.0  # seconds that a server which failed is left alone
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """A reward model at work; `--rrm=URL` is short for `--rrm.source=URL`."""
+
+    source: str = ""  # URL[,URL] of servers | a folder (in this process) | toy
+    model: str = ""  # its name on the servers; "": the first that each lists
+    prompt_file: str = ""  # another system prompt
+    max_context: int = 32_768  # tokens; longer trajectories are shortened inside tool results
+    max_tokens: int = 1400  # of a judgment, its thoughts included
+    temperature: float = 0.3
+    seconds: float = 60.0  # for one request to a server
+    patience: float = 120.0  # seconds a judgment waits for servers that are down
+    max_failures: float = 0.2  # share of the judgments of a step that may fail before a run stops
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,7 +286,7 @@ def served_judge(
     max_new_tokens=1400,
     seconds=60.0,
     patience_s=120.0,
-    rest_s=10.0,
+    rest_s=None,
     break_tags=lambda text: text,
 ) -> Judge:
     """OpenAI-compatible servers: the least busy one is asked; one that fails rests for `rest_s` and
@@ -279,6 +298,7 @@ def served_judge(
     clients = [
         AsyncOpenAI(base_url=url, api_key=key, timeout=seconds, max_retries=0) for url in urls
     ]
+    rest_s = REST_S if rest_s is None else rest_s
     busy, rests_until, names = [0] * len(urls), [0.0] * len(urls), [model] * len(urls)
 
     async def ask_one(i, request, seed):
@@ -351,30 +371,38 @@ def toy_script():
     return toy
 
 
-def make_judge(
-    spec: str, chat, rounds: Rounds, *, engine: str, max_context: int, prompt=RRM_PROMPT, **served
-) -> Judge:
-    """spec = "http://…/v1[,http://…/v1]": servers | a folder: in this process | "toy": the toy's
-    rule annotator.
-
-    `served` are options of served_judge, for servers only.
+def make_judge(config: RewardModelConfig, chat, *, engine: EngineConfig) -> Judge:
+    """The client of the reward model that `config` names; `chat` breaks control strings for
+    servers, `engine` runs a folder.
     """
-    if spec == "toy":
+    source, prompt = config.source, read_prompt(config.prompt_file, RRM_PROMPT)
+    if source == "toy":
         return toy_judge(toy_script().annotate)
-    if spec.startswith("http"):
-        urls = spec.split(",")
+    if source.startswith("http"):
+        urls = source.split(",")
         check_served(urls)
         return served_judge(
-            urls, prompt=prompt, max_context=max_context, break_tags=chat.broken, **served
+            urls,
+            model=config.model,
+            prompt=prompt,
+            temperature=config.temperature,
+            max_context=config.max_context,
+            max_new_tokens=config.max_tokens,
+            seconds=config.seconds,
+            patience_s=config.patience,
+            break_tags=chat.broken,
         )
-    if not Path(spec).is_dir():
+    if not Path(source).is_dir():
         raise SystemExit(
-            f"no reward model in {spec}: train one with train_rrm.py, or give a URL "
+            f"no reward model in {source}: train one with train_rrm.py, or give a URL "
             "(--rrm=http://…/v1)"
         )
     from reagent.policy import load_tokenizer
 
-    judge_chat = Chat(load_tokenizer(spec))
-    own = make_engine(engine, spec, judge_chat.stop_ids, rounds, max_context=max_context)
-    new = min(1400, max_context // 4)
-    return engine_judge(own, judge_chat, prompt=prompt, max_context=max_context, max_new_tokens=new)
+    judge_chat = Chat(load_tokenizer(source))
+    alone = replace(engine, sleep=False, tensor_parallel=1)
+    own = make_engine(alone, source, judge_chat.stop_ids, max_context=config.max_context)
+    new = min(config.max_tokens, config.max_context // 4)
+    return engine_judge(
+        own, judge_chat, prompt=prompt, max_context=config.max_context, max_new_tokens=new
+    )

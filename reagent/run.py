@@ -163,23 +163,32 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer) -> dict:
 
 
 def check_resume(saved: dict, config: dict, may_change: set[str], folder) -> None:
-    """Refuses to resume when a field that changes the math differs, naming it; a server may have
-    another address.
+    """Refuses to resume when a key that changes the math differs, naming it; nested keys are
+    dotted, and servers may have moved to other addresses.
     """
-
-    def served(value):
-        return str(value).startswith(("http://", "https://"))
-
-    def same(a, b):
-        return a == b or served(a) and served(b)
-
-    changed = [k for k in config if k not in may_change and not same(saved.get(k), config[k])]
+    saved, config = flat(saved), flat(config)
+    changed = []
+    for key, now in config.items():
+        before = saved.get(key)
+        moved = all(str(v).startswith(("http://", "https://")) for v in (before, now))
+        if key not in may_change and before != now and not moved:
+            changed.append(f"{key}: {before!r} -> {now!r}")
     if changed:
-        text = ", ".join(f"{k}: {saved.get(k)!r} -> {config[k]!r}" for k in changed)
         raise SystemExit(
-            f"{folder} was trained with other settings ({text}): start a new --out_dir or restore "
-            "them"
+            f"{folder} was trained with other settings ({', '.join(changed)}): start a new "
+            "--out_dir or restore them"
         )
+
+
+def flat(config: dict, prefix: str = "") -> dict:
+    """A config with nested ones as dotted keys: {"rrm": {"model": m}} -> {"rrm.model": m}."""
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
 
 
 def prune(folder, keep_last: int, best_step: int | None) -> None:

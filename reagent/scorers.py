@@ -267,17 +267,15 @@ SCORER_OF_KIND = {"qa": "hotpotqa", "math": "math", "gaia": "gaia", "choice": "c
 F1_FLOOR = 0.3  # a token F1 below it earns nothing (the released reward)
 
 
-def rule_reward(row: dict, answer: str | None, form: str = "em_f1") -> tuple[float, bool]:
-    """R_rule of an RL row and whether the answer is right by the benchmark's own metric (paper
-    section 3.5.2).
+def rule_reward(row: dict, answer: str | None) -> tuple[float, bool]:
+    """R_rule of an RL row and whether the answer is right by the benchmark's own metric.
 
-    em_f1: 1 for an exact match, else the token F1 if it is at least 0.3 (qa only); em: the metric
-    alone.
+    1 for a right answer, else (qa only) the token F1 if it is at least 0.3, as the release has it.
     """
     if answer is None or not answer.strip():
         return 0.0, False
     result = score(SCORER_OF_KIND[row["kind"]], answer, row["answer"])
     reward = float(result["correct"])
-    if form == "em_f1" and not result["correct"] and result.get("f1", 0.0) >= F1_FLOOR:
+    if not result["correct"] and result.get("f1", 0.0) >= F1_FLOOR:
         reward = result["f1"]
     return reward, result["correct"]

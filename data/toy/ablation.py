@@ -141,7 +141,7 @@ def run(world: World, judge: str, arm: str, seed: int, out: Path) -> None:
         f"--save_interval={STEPS}",
         "--keep_last=0",
         f"--seed={seed}",
-        "--max_rrm_failures=1",
+        "--rrm.max_failures=1",
         f"--out_dir={out}",
     ]
     seconds = cpu_seconds(train, out / "run.log")

@@ -45,20 +45,24 @@ def trial(
 ):
     """-> (figures, episodes with the judge's own critiques) of one agent on the rows of `data`."""
     rows = list(JsonlRows(data))
-    chat, rounds = Chat(load_tokenizer(folder)), engines.Rounds()
-    engine = engines.HFEngine(folder, chat.stop_ids, rounds)
-    judge = reward_model.make_judge(rrm, chat, rounds, engine="hf", max_context=1024)
+    chat = Chat(load_tokenizer(folder))
+    engine = engines.HFEngine(folder, chat.stop_ids)
+    judge = reward_model.make_judge(
+        reward_model.RewardModelConfig(rrm, max_context=1024),
+        chat,
+        engine=engines.EngineConfig("hf"),
+    )
     limits = rollout.Limits(8, 12, 400, 1024, final_tokens=12)
     with contextlib.closing(Toolbox(tools.split(","))) as toolbox:
         setup = rollout.Setup(engine, chat, toolbox, limits, rule_reward, judge, refine=True)
         episodes = asyncio.run(
-            rollout.run_chains([(row, (seed, "trial", 0)) for row in rows], setup, rounds)
+            rollout.run_chains([(row, (seed, "trial", 0)) for row in rows], setup)
         )
         critiques = [e.attempts[0].critique or "" for e in episodes]
         moved = critiques[1:] + critiques[:1]
         setup.judge = None
         shuffled = asyncio.run(
-            rollout.refine_with(episodes, rows, moved, setup, rounds, (seed, "shuffled"))
+            rollout.refine_with(episodes, rows, moved, setup, (seed, "shuffled"))
         )
 
     def share(values):

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from reagent.chat import Chat
-from reagent.engines import HFEngine, Rounds, run_together
+from reagent.engines import HFEngine, run_together
 from reagent.policy import Row, collate, full_weights, load_tokenizer
 from tests.helpers.tiny import ROOT, tiny_model
 from tests.loss.test_model import policy_of, torchrun
@@ -21,12 +21,12 @@ needs_vllm = pytest.mark.skipif(
 )
 
 
-def sample(engine, rounds, prompts, temperature=0.9, new=12):
+def sample(engine, prompts, temperature=0.9, new=12):
     chains = [
         engine.generate(ids, max_new_tokens=new, temperature=temperature, seed=i)
         for i, ids in enumerate(prompts)
     ]
-    return asyncio.run(run_together(chains, rounds))
+    return asyncio.run(run_together(chains))
 
 
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [1, 2], [40] * 30]
@@ -44,8 +44,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_transformers_engine_returns_the_trainers_logps(folder):
-    rounds = Rounds()
-    samples = sample(HFEngine(folder, [258], rounds), rounds, PROMPTS)
+    samples = sample(HFEngine(folder, [258]), PROMPTS)
     policy = policy_of(folder)
     for prompt, got in zip(PROMPTS, samples):
         assert torch.allclose(
@@ -54,8 +53,7 @@ def test_the_transformers_engine_returns_the_trainers_logps(folder):
 
 
 def test_temperature_zero_is_greedy_decoding_in_transformers(folder):
-    rounds = Rounds()
-    samples = sample(HFEngine(folder, [], rounds), rounds, PROMPTS, temperature=0.0)
+    samples = sample(HFEngine(folder, []), PROMPTS, temperature=0.0)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for prompt, got in zip(PROMPTS, samples):
         out = plain.generate(
@@ -66,22 +64,20 @@ def test_temperature_zero_is_greedy_decoding_in_transformers(folder):
 
 def test_a_round_can_be_repeated_to_the_bit(folder):
     def once():
-        rounds = Rounds()
-        return sample(HFEngine(folder, [258], rounds), rounds, PROMPTS)
+        return sample(HFEngine(folder, [258]), PROMPTS)
 
     assert once() == once()
 
 
 def test_a_left_out_weight_is_an_error_and_a_sync_changes_the_sampler(folder, tmp_path):
-    rounds = Rounds()
-    engine = HFEngine(folder, [], rounds)
+    engine = HFEngine(folder, [])
     other = policy_of(tiny_model(tmp_path, seed=1))
-    before = sample(engine, rounds, PROMPTS)
+    before = sample(engine, PROMPTS)
     pairs = list(full_weights(other, torch.float32))
     with pytest.raises(ValueError, match="left out"):
         engine.load_weights(iter(pairs[:-1]))
     engine.load_weights(iter(pairs))
-    after = sample(engine, rounds, PROMPTS)
+    after = sample(engine, PROMPTS)
     assert after != before
     assert torch.allclose(
         torch.tensor(after[3].logps), trainer_logps(other, PROMPTS[3], after[3]), atol=1e-4
@@ -170,3 +166,24 @@ def test_vllm_beside_fsdp_on_two_ranks(tied, tmp_path):
 def test_the_byte_level_chat_stops_where_the_engines_do(folder):
     chat = Chat(load_tokenizer(folder))
     assert chat.closer_id in chat.stop_ids
+
+
+def test_an_engine_of_ones_own_is_one_file(folder, tmp_path):
+    from reagent.engines import EngineConfig, Sample, make_engine
+
+    (tmp_path / "stub.py").write_text(
+        "from reagent.engines import Sample\n"
+        "class Stub:\n"
+        "    def __init__(self, folder, stop_ids, *, config, max_context, tp_group):\n"
+        "        self.context = max_context\n"
+        "    async def generate(self, ids, **options):\n"
+        "        return Sample([7], [-0.5], 'stop')\n"
+        "    def load_weights(self, pairs):\n"
+        "        list(pairs)\n"
+    )
+    config = EngineConfig(f"{tmp_path}/stub.py:Stub")
+    engine = make_engine(config, folder, [], max_context=9)
+    assert sample(engine, PROMPTS) == [Sample([7], [-0.5], "stop")] * len(PROMPTS)
+    assert engine.context == 9
+    with pytest.raises(SystemExit, match="stub.py has no Other"):
+        make_engine(EngineConfig(f"{tmp_path}/stub.py:Other"), folder, [], max_context=9)

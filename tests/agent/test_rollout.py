@@ -326,7 +326,7 @@ def test_live_chains_are_bounded():
 
     engine = Counting(*["\\boxed{a}"] * 9)
     setup = Setup(engine, CHAT, Toolbox(["search"]), Limits(), lambda *_: (0.0, False))
-    asyncio.run(run_chains([({**ROW, "id": i}, (0,)) for i in range(9)], setup, None, max_live=3))
+    asyncio.run(run_chains([({**ROW, "id": i}, (0,)) for i in range(9)], setup, max_live=3))
     assert max(most) == 3
 
 

@@ -66,7 +66,7 @@ def test_twenty_steps_over_engines_of_two_ranks_do_not_hang_and_stay_in_step(
             script,
             *GRPO,
             "--engine=vllm",
-            "--tensor_parallel=2",
+            "--engine.tensor_parallel=2",
             f"--model={world}/model",
             f"--data={world}/rl.jsonl",
             f"--rrm={url}",

@@ -506,7 +506,9 @@ def sync_figures(kind: str, folder: str, repeats: int) -> dict:
     """
     torch.set_num_threads(1)
     policy = load(folder)
-    engine = engines.make_engine(kind, folder, [], engines.Rounds(), max_context=256)
+    engine = engines.make_engine(
+        engines.EngineConfig(kind, sleep=False), folder, [], max_context=256
+    )
     weights = [whole(value).detach() for value in policy.hf.parameters()]
     copies = [torch.empty_like(value) for value in weights]
 
@@ -663,9 +665,12 @@ class Agent:
         self, cfg: Config, delay: Callable[[], float] = lambda: 0.0, refine=True, temperature=1.0
     ):
         self.folder = learned_by_heart(Path(cfg.out_dir) / "by-heart")
-        self.chat, self.rounds = Chat(load_tokenizer(self.folder)), engines.Rounds()
+        self.chat = Chat(load_tokenizer(self.folder))
         self.engine = engines.make_engine(
-            cfg.engine, self.folder, self.chat.stop_ids, self.rounds, max_context=1024
+            engines.EngineConfig(cfg.engine, sleep=False),
+            self.folder,
+            self.chat.stop_ids,
+            max_context=1024,
         )
         self.generate, self.engine.generate = self.engine.generate, self.metered
         self.sampled = 0
@@ -698,9 +703,7 @@ class Agent:
             CHAIN.set(key)
             return await rollout.run_chain(row, self.setup, key)
 
-        return asyncio.run(
-            engines.run_together([one(*job) for job in jobs or self.jobs], self.rounds)
-        )
+        return asyncio.run(engines.run_together([one(*job) for job in jobs or self.jobs]))
 
     def judge_and_refine(self, episodes: list[rollout.Episode]) -> list[rollout.Episode]:
         """The rest of chains whose first attempt stands: judgment, refined attempt, its
@@ -716,7 +719,7 @@ class Agent:
 
         fresh = copy.deepcopy(episodes)
         return asyncio.run(
-            engines.run_together([rest(e, *job) for e, job in zip(fresh, self.jobs)], self.rounds)
+            engines.run_together([rest(e, *job) for e, job in zip(fresh, self.jobs)])
         )
 
     def line(

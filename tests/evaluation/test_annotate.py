@@ -25,7 +25,7 @@ LIMITS = [
     "--max_new_tokens_per_turn=12",
     "--max_tokens_per_attempt=200",
     "--max_context=600",
-    "--rrm_max_context=4000",
+    "--teacher.max_context=4000",
     "--temperature=1.0",
 ]
 
@@ -73,7 +73,7 @@ def test_a_teacher_that_answers_500_prose_and_429_loses_no_trajectory(world, tmp
         return [500, "I think it was fine.", 429, hashed_judgment(text)][min(asked[text] - 1, 3)]
 
     with judge_server(moody) as (url, _):
-        rows = annotate(world, tmp_path, url, "--rest_s=0.05")
+        rows = annotate(world, tmp_path, url)
     assert len(rows) == 12
 
 
@@ -121,18 +121,17 @@ def test_critique_lift_counts_each_kind_of_critique(world):
     """The judge answers over HTTP; the counts are those of the refined attempts themselves."""
     from reagent import reward_model
 
-    config = parse_config(evaluate.ReportConfig, [f"--data={world}/rl.jsonl", *LIMITS])
+    limits = [limit for limit in LIMITS if "teacher" not in limit]
+    config = parse_config(evaluate.ReportConfig, [f"--data={world}/rl.jsonl", *limits])
     with (
         judge_server() as (url, _),
-        evaluate.agent_at_work(config, f"{world}/model") as (setup, rounds, rows, run),
+        evaluate.agent_at_work(config, f"{world}/model") as (setup, rows, run),
     ):
         setup.rule_reward = lambda row, answer: (
             0.0,
             len(answer or "") % 2 == 1,
         )  # a tiny model is never right by itself
-        lift = evaluate.critique_lift(
-            setup, reward_model.served_judge([url]), rows, rounds, run, seed=0
-        )
+        lift = evaluate.critique_lift(setup, reward_model.served_judge([url]), rows, run, seed=0)
     for name in ("own", "shuffled", "empty"):
         change = (lift[f"lift/{name}/fixed"] - lift[f"lift/{name}/broken"]) / lift["lift/questions"]
         assert lift[f"lift/{name}/refined"] == pytest.approx(lift["lift/first"] + change)
@@ -158,7 +157,7 @@ def test_paired_bootstrap_tells_a_better_judge_from_an_equal_one():
 
 def test_report_says_when_it_has_no_tokenizer_to_count_with(tmp_path):
     toy.write(tmp_path / "rrm.jsonl", [toy.rrm_row(random.Random(0), 0)])
-    with pytest.raises(SystemExit, match="report: toy is no folder.*--agent=FOLDER"):
-        evaluate.report(
+    with pytest.raises(SystemExit, match="toy is no folder.*--agent=FOLDER"):
+        evaluate.report_rrm(
             parse_config(evaluate.ReportConfig, ["--rrm=toy", f"--eval_data={tmp_path}/rrm.jsonl"])
         )

@@ -93,7 +93,7 @@ def test_bad_rows_and_names_are_told_before_work_starts(tmp_path, args, told):
 @pytest.mark.parametrize(
     "args, told",
     [
-        (["--engine=sglang"], "engine = 'sglang': one of vllm, hf"),
+        (["--engine=sglang"], "engine = 'sglang': vllm, hf or path/to/file.py:Class"),
         (["--refine"], "--refine needs the reward model"),
         (["--rrm=toy"], "--rrm is read by --refine alone"),
         (["--limit=-1"], "limit = -1: not below 0"),
@@ -183,7 +183,7 @@ class Letters:
 def test_prompt_critique_and_all_attempts_fit_the_positions(refine):
     for positions, prompt in itertools.product((600, 4096, 40_960, 131_072), (50, 250)):
         cfg = config("--rrm=x", "--refine") if refine else config()
-        agent = evaluate.Agent(None, Letters(), None, positions, "")
+        agent = evaluate.Agent(None, Letters(), positions, "")
         limits = evaluate.limits_of(
             cfg, Task("t", benchmarks.OWN_ROWS, [], 1, {}, []), agent, prompt
         )
@@ -203,7 +203,7 @@ def test_prompt_critique_and_all_attempts_fit_the_positions(refine):
         evaluate.limits_of(
             config(),
             Task("t", benchmarks.OWN_ROWS, [], 1, {}, []),
-            evaluate.Agent(None, None, None, 80, ""),
+            evaluate.Agent(None, None, 80, ""),
             50,
         )
 

@@ -133,7 +133,13 @@ def test_a_server_that_goes_away_stops_the_run_and_marks_no_row(world, tmp_path,
             SystemExit,
             match=r"no answer from http\S+ for 1 s .*; 1 of 4 chains are finished: run the same",
         ):
-            run(world, tmp_path / "a", *served(world, url), "--max_live_chains=1", "--patience_s=1")
+            run(
+                world,
+                tmp_path / "a",
+                *served(world, url),
+                "--engine.max_live_chains=1",
+                "--patience_s=1",
+            )
     assert (
         not (tmp_path / "a" / "results.jsonl").exists()
         and "waiting for http" in capfd.readouterr().err
@@ -141,7 +147,7 @@ def test_a_server_that_goes_away_stops_the_run_and_marks_no_row(world, tmp_path,
     lines = [json.loads(line) for line in open(tmp_path / "a" / "journal-0.jsonl")]
     assert [(line["id"], line["status"]) for line in lines] == [("q0", "answered")]
     with chat_server(knows, tokenizer) as (url, seen):  # at another port
-        run(world, tmp_path / "a", *served(world, url), "--max_live_chains=1")
+        run(world, tmp_path / "a", *served(world, url), "--engine.max_live_chains=1")
         assert len(seen) == 6
         run(world, tmp_path / "b", *served(world, url))
     assert (tmp_path / "a" / "results.jsonl").read_bytes() == (
@@ -158,7 +164,9 @@ def test_a_server_that_comes_back_in_time_is_waited_for(world, tmp_path):
         return bad[len(asked)] if len(asked) in bad else knows(text, request)
 
     with chat_server(stumbles, tokenizer_of(world)) as (url, seen):
-        rows = run(world, tmp_path, *served(world, url), "--max_live_chains=1", "--patience_s=30")
+        rows = run(
+            world, tmp_path, *served(world, url), "--engine.max_live_chains=1", "--patience_s=30"
+        )
     assert [r["correct"] for r in rows] == [True, True, True, False] and len(seen) == 12
 
 
@@ -438,7 +446,7 @@ def test_a_local_run_cut_anywhere_and_resumed_leaves_the_same_bytes(world, tmp_p
         again = tmp_path / str(share)
         again.mkdir()
         (again / "journal-0.jsonl").write_bytes(journal[: int(share * len(journal))])
-        run(world, again, f"--model={world}/model", *HF, "--max_live_chains=5")
+        run(world, again, f"--model={world}/model", *HF, "--engine.max_live_chains=5")
         assert (again / "results.jsonl").read_bytes() == (
             tmp_path / "straight" / "results.jsonl"
         ).read_bytes(), share
@@ -484,7 +492,7 @@ def test_088_twenty_kills_leave_the_file_of_an_undisturbed_run(world, tmp_path):
     """SIGKILL at random moments of start, sampling and writing."""
     rng, args = (
         random.Random(0),
-        ("--rollouts=12", "--max_live_chains=4", "--max_tokens_per_attempt=400"),
+        ("--rollouts=12", "--engine.max_live_chains=4", "--max_tokens_per_attempt=400"),
     )
 
     def start(out):
@@ -538,7 +546,7 @@ def test_transformers_vllm_and_vllm_over_two_ranks_leave_the_same_file(tmp_path,
     commands = {
         "hf": ["--engine=hf"],
         "vllm": ["--engine=vllm"],
-        "two": ["--engine=vllm", "--tensor_parallel=2"],
+        "two": ["--engine=vllm", "--engine.tensor_parallel=2"],
     }
     for name, args in commands.items():
         args = ("evaluate.py", *common, *args, f"--out_dir={tmp_path}/{name}")

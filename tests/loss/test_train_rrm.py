@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import train_rrm
-from reagent import engines, reward_model
+from reagent import reward_model
 from reagent.chat import Chat
-from reagent.config import read_prompt
-from reagent.reward_model import Judgment
+from reagent.engines import EngineConfig
+from reagent.reward_model import Judgment, RewardModelConfig
 from results import judging
 from tests.helpers.judge_server import judge_server
 from tests.helpers.tiny import toy
@@ -146,11 +146,9 @@ def test_another_prompt_file_is_what_the_judge_trains_on_and_is_asked_with(tmp_p
     path.write_text("You are Agent-RRM.")
     row = {"question": "q", "trajectory": [{"role": "assistant", "content": "x"}]}
     ids = train_rrm.judge_ids(CHAT, row, train_rrm.Config(rrm_prompt_file=str(path)))
-    prompt = read_prompt(str(path), reward_model.RRM_PROMPT)
     with judge_server(whole=True) as (url, requests):
-        judge = reward_model.make_judge(
-            url, CHAT, engines.Rounds(), engine="hf", max_context=4000, prompt=prompt
-        )
+        config = RewardModelConfig(url, prompt_file=str(path), max_context=4000)
+        judge = reward_model.make_judge(config, CHAT, engine=EngineConfig("hf"))
         assert asyncio.run(judge(row["question"], row["trajectory"], (0,)))
     assert requests[0]["messages"][0] == {"role": "system", "content": "You are Agent-RRM."}
     assert "You are Agent-RRM." in CHAT.decode(ids) and reward_model.RRM_PROMPT[

@@ -185,3 +185,37 @@ def test_every_preset_fits_the_script_that_it_is_named_after(preset):
     assert config.steps > 0 and (
         preset.stem.endswith("8b") or config.out_dir != type(config)().out_dir
     )
+
+
+@dataclass(frozen=True)
+class Inner:
+    where: str = ""
+    seconds: float = 60.0
+
+
+@dataclass
+class Outer:
+    lr: float = 1.0
+    inner: Inner = Inner("here")
+
+
+def test_a_nested_dataclass_takes_its_first_field_dotted_keys_and_a_dict(tmp_path):
+    (tmp_path / "preset.py").write_text("inner = dict(where='there', seconds=5)")
+    assert parse_config(Outer, []).inner == Inner("here")
+    assert parse_config(Outer, ["--inner=URL"]).inner == Inner("URL")
+    given = [f"{tmp_path}/preset.py", "--inner.seconds=7"]
+    assert parse_config(Outer, given).inner == Inner("there", 7.0)
+
+
+@pytest.mark.parametrize(
+    "argument, told",
+    [
+        ("--inner.hours=1", "command line: unknown key 'inner.hours'"),
+        ("--lr.x=1", "command line: unknown key 'lr.x'"),
+        ("--inner.seconds=soon", "command line: inner.seconds = 'soon' is not of type float"),
+    ],
+)
+def test_a_bad_nested_key_is_named_whole(argument, told):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(Outer, [argument])
+    assert str(stopped.value).startswith(told)

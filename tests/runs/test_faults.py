@@ -90,7 +90,7 @@ def test_ten_steps_with_every_fault_end_and_no_such_attempt_enters_the_pool_as_a
         "--group_size=4",
         "--max_turns=4",
         "--max_context=700",
-        "--max_rrm_failures=0.9",
+        "--rrm.max_failures=0.9",
         "--max_dlogp=1",
     )
     with judge_server(reply) as (url, _):

@@ -13,7 +13,7 @@ import torch
 
 import grpo_unified
 import sft
-from reagent import engines, reward_model
+from reagent import reward_model
 from reagent.config import parse_config
 from reagent.policy import load_tokenizer
 from tests.helpers.judge_server import judge_server
@@ -280,8 +280,8 @@ def test_the_defaults_are_the_papers_recipe_and_what_is_missing_is_named_in_one_
         (["--learning_rate=1"], "command line: unknown key 'learning_rate'"),
         (["--rrm=nowhere"], "no reward model in nowhere"),
         (
-            ["--rrm=nowhere", "--tensor_parallel=2"],
-            "tensor_parallel = 2: serve the reward model nowhere",
+            ["--rrm=nowhere", "--engine.tensor_parallel=2"],
+            "engine.tensor_parallel = 2: serve the reward model nowhere",
         ),
         (["--rrm=http://127.0.0.1:9/v1"], "no judge answers at http://127.0.0.1:9/v1"),
         (["--model=nowhere/at/all"], "no model in nowhere/at/all"),
@@ -307,9 +307,7 @@ def run_main(args):
 
     cfg = parse_config(grpo_unified.Config, args)
     chat = Chat(load_tokenizer(cfg.model))
-    reward_model.make_judge(
-        cfg.rrm, chat, engines.Rounds(), engine=cfg.engine, max_context=cfg.max_context
-    )
+    reward_model.make_judge(cfg.rrm, chat, engine=cfg.engine)
 
 
 @pytest.mark.parametrize(

@@ -362,4 +362,4 @@ def test_a_step_whose_judgments_fail_beyond_the_limit_stops_with_one_line(world,
         pytest.raises(SystemExit) as stopped,
     ):
         in_this_process(world, tmp_path, url, "--steps=2")
-    assert "4 of 4 judgments failed, more than max_rrm_failures = 0.2" in str(stopped.value)
+    assert "4 of 4 judgments failed, more than rrm.max_failures = 0.2" in str(stopped.value)
