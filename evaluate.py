@@ -289,11 +289,8 @@ def limits_of(cfg: Config, task: Task, agent: Agent, prompt: int) -> rollout.Lim
 
 def prompt_tokens(task: Task, agent: Agent, toolbox, system: str) -> int:
     """The tokens of the longest prompt."""
-
-    def user(text):
-        return [{"role": "system", "content": system}, {"role": "user", "content": text}]
-
-    return max(len(agent.chat.prompt(user(text), toolbox.schemas)) for text in task.longest)
+    schemas = toolbox.schemas
+    return max(len(rollout.opening(agent.chat, system, text, schemas)[1]) for text in task.longest)
 
 
 def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:

@@ -128,11 +128,7 @@ async def run_chain(row: dict, setup: Setup, key: tuple) -> Episode:
     """
     gold = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
     question = shown_question(row)
-    messages = [
-        {"role": "system", "content": setup.system_prompt},
-        {"role": "user", "content": question},
-    ]
-    ids = list(setup.chat.prompt(messages, setup.toolbox.schemas))
+    messages, ids = opening(setup.chat, setup.system_prompt, question, setup.toolbox.schemas)
     episode = Episode(
         str(row["id"]), question, gold, ids, [0] * len(ids), [], messages, setup.policy_version
     )
@@ -149,6 +145,15 @@ async def run_chain(row: dict, setup: Setup, key: tuple) -> Episode:
                 episode, row, setup, setup.fixed_critique or episode.attempts[0].critique, key
             )
     return episode
+
+
+def opening(chat, system: str, question: str, schemas: list[dict]) -> tuple[list[dict], list[int]]:
+    """The turns before the first attempt and their ids. An empty system prompt is no turn; one that
+    holds the schemas as <tools>, like those of the release, gets no second copy of them.
+    """
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
+    return messages, list(chat.prompt(messages, [] if "<tools>" in system else schemas))
 
 
 async def refine(episode: Episode, row: dict, setup: Setup, critique: str, key: tuple) -> None:

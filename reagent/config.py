@@ -154,4 +154,7 @@ def run_facts(cfg) -> dict:
 @cache
 def read_prompt(path: str, default: str) -> str:
     """The prompt in a file, or the default where no file is given."""
-    return Path(path).read_text() if path else default
+    if path and not Path(path).is_file():
+        hint = "data/reagent/prepare.py writes those of the released sets"
+        raise SystemExit(f"no prompt file {path}: {hint}")
+    return Path(path).read_text(encoding="utf-8") if path else default

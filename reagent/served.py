@@ -275,9 +275,12 @@ class TextChat:
 
     def prompt(self, messages: list[dict], tools: list[dict] | None) -> list[int]:
         ids = []
+        if tools and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": ""}, *messages]
         for message in messages:
             if message["role"] == "system":
-                ids += self._turn("system", self.text(message["content"] + tool_text(tools)))
+                text = (message["content"] + tool_text(tools)).lstrip("\n")
+                ids += self._turn("system", self.text(text))
             else:
                 ids += self._turn("user", self.outside(message["content"]))
         return [*ids, _ROLES.index("assistant")]

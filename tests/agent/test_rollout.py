@@ -3,6 +3,7 @@ engine plays the policy.
 """
 
 import asyncio
+import json
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from reagent.chat import Chat
 from reagent.engines import Sample
 from reagent.reward_model import Judge
 from reagent.rows import seed_of
+from reagent.served import TextChat
 from rollout import Episode, Limits, Setup, append_sample, run_chain, run_chains
 from tests.helpers.tiny import toy
 from tools import TOOLS, Toolbox
@@ -59,6 +61,19 @@ def episode_of(*turns, judge=None, refine=False, row=ROW, engine=None, **limits)
         engine or Script(*turns), CHAT, Toolbox(["search", "browse"]), limits, reward, judge, refine
     )
     return asyncio.run(run_chain(row, setup, (0, 0, 0)))
+
+
+def test_an_empty_system_prompt_is_no_turn_and_schemas_in_it_are_not_given_twice():
+    reader, schemas = TextChat(), Toolbox(["search"]).schemas
+    own = f"Look . <tools> {json.dumps(schemas[0])} </tools>"
+    asked = {
+        system: rollout.opening(reader, system, "Where ?", schemas)
+        for system in ("", "Look .", own)
+    }
+    shown = {system: reader.decode(ids).count('"search"') for system, (_, ids) in asked.items()}
+    assert shown == {"": 1, "Look .": 1, own: 1}
+    user = {"role": "user", "content": "Where ?"}
+    assert asked[""][0] == [user] and asked["Look ."][0][1:] == [user]
 
 
 def judge_of(*replies, requests=None):
