@@ -6,7 +6,7 @@ loop of training, with numbers that can be trusted.
     python evaluate.py score rows.jsonl  # {"scorer", "pred", "gold"} rows -> one JSON line each
     python evaluate.py compare A.jsonl B.jsonl
         # paired: difference, 95 % interval, questions gained and lost
-    python evaluate.py page RUN_FOLDER           # report.html and curve.svg of a run once more
+    python evaluate.py page FOLDER  # report.html of a run again, or an index over runs
     python evaluate.py rrm --rrm=FOLDER --eval_data=FILE [--against=OTHER] [--agent=FOLDER]
         # a reward model on held-out judgments
 
@@ -37,9 +37,9 @@ from reagent.reward_model import RewardModelConfig, check_rrm_row
 from reagent.rows import JsonlRows, check_rl_row
 from reagent.scorers import SCORER_OF_KIND, rule_reward, score, unknown
 from results.benchmarks import DATASETS, DataSet, Task, load_tasks
-from results.journal import SEALED, Journal, about, page_episodes, sealed, write_results
+from results.journal import SEALED, Journal, about, sealed, write_results
 from results.judging import judgment_report, paired_bootstrap, report_table
-from results.page import write_report, write_run_page
+from results.runs import write_folder_page, write_run_page
 from results.statistics import compare, markdown, question_means, summarise
 from tools import Toolbox
 
@@ -490,17 +490,7 @@ def write_reports(cfg: Config, tasks: list[Task], journal: Journal, judge: str, 
     text = markdown(summaries, facts)
     (out / "report.md").write_text(text, encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summaries, indent=1), encoding="utf-8")
-    config = {key: str(value) for key, value in dataclasses.asdict(cfg).items()}
-    shown, total = page_episodes(out, tasks)
-    which = f"of {total:,} episodes" if total > len(shown) else "episodes"
-    write_report(
-        out / "report.html",
-        title=f"Evaluation of {cfg.model}",
-        episodes=shown,
-        which=which,
-        table_markdown=text,
-        config=config,
-    )
+    write_run_page(out, dataclasses.asdict(cfg))
     return text
 
 
@@ -816,7 +806,7 @@ def command(argv: list[str]) -> None:
         if name == "score":
             score_file(*paths)
         elif name == "page":
-            write_run_page(*paths)
+            write_folder_page(*paths)
         else:
             a, b = map(question_means, paths)
             print(json.dumps(compare(a, b), indent=1))

@@ -12,7 +12,6 @@ as in the released script, pools without any spread of rewards are dropped.
 """
 
 import asyncio
-import dataclasses
 import json
 import math
 import sys
@@ -46,7 +45,7 @@ from reagent.policy import (
 from reagent.reward_model import RewardModelConfig
 from reagent.rows import JsonlRows, batch_indices, check_rl_row
 from reagent.scorers import rule_reward
-from results.page import newest_episodes, write_report
+from results.runs import write_run_page
 from tools import Toolbox
 
 
@@ -670,14 +669,7 @@ def main(cfg: Config) -> None:
         if stopping:
             break
     if rank == 0:
-        write_report(
-            out / "report.html",
-            title=f"Reagent-{cfg.variant.upper()}, {out}",
-            episodes=newest_episodes(out),
-            which="newest episodes",
-            log=log,
-            config=dataclasses.asdict(cfg),
-        )
+        write_run_page(out)
     meet("the end")
     toolbox.close()
     dist.destroy_process_group()

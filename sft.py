@@ -6,7 +6,6 @@ recipe in section 4).
     python sft.py config/sft_toy_tiny.py --show=3  # rows as the model sees them, trained ones green
 """
 
-import dataclasses
 import json
 import math
 import sys
@@ -33,7 +32,7 @@ from reagent.policy import (
     shard,
 )
 from reagent.rows import JsonlRows, batch_indices
-from results.page import write_report
+from results.runs import write_run_page
 
 
 @dataclass
@@ -256,9 +255,7 @@ def main(cfg: Config) -> None:
         if stopping:
             break
     if rank == 0:
-        write_report(
-            out / "report.html", title=f"SFT, {out}", log=log, config=dataclasses.asdict(cfg)
-        )
+        write_run_page(out)
     meet("the end")
     dist.destroy_process_group()
 

@@ -13,7 +13,6 @@ answer; yes/no, choices and numbers below 1000 are exempt: a critique may well s
 """
 
 import asyncio
-import dataclasses
 import json
 import math
 import sys
@@ -51,7 +50,7 @@ from reagent.reward_model import (
 )
 from reagent.rows import JsonlRows, batch_indices, seed_of
 from results.judging import judgment_report, report_table
-from results.page import write_report
+from results.runs import write_run_page
 
 
 @dataclass
@@ -447,13 +446,8 @@ def main(cfg: Config) -> None:
         final = {k[5:]: v for k, v in log[-1].items() if k.startswith("eval/")} if log else {}
         table = report_table(final) if final else ""
         print(table)
-        write_report(
-            out / "report.html",
-            title=f"RRM {cfg.stage}, {out}",
-            log=log,
-            table_markdown=table,
-            config=dataclasses.asdict(cfg),
-        )
+        (out / "report.md").write_text(table)
+        write_run_page(out)
     meet("the end")
     dist.destroy_process_group()
 

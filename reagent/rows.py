@@ -7,7 +7,7 @@ import json
 import os
 import random
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -88,11 +88,21 @@ def read_appended(path: str | Path) -> list[dict]:
     cut off.
     """
     drop_cut_line(Path(path))
-    return (
-        [json.loads(line) for line in Path(path).read_bytes().splitlines()]
-        if Path(path).is_file()
-        else []
-    )
+    return list(whole_rows(path))
+
+
+def whole_rows(path: str | Path) -> Iterator[dict]:
+    """The rows of a file that may be growing at this moment, none if there is none; a last line
+    without its end is left out.
+    """
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.endswith(b"\n"):
+                    try:
+                        yield json.loads(line)
+                    except ValueError as error:
+                        raise ValueError(f"{path}:{number}: not a JSON line ({error})") from error
 
 
 def drop_cut_line(path: Path) -> None:

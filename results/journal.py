@@ -10,7 +10,6 @@ import json
 import os
 import socket
 import time
-from collections import Counter
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -229,36 +228,3 @@ def write_results(out: Path, tasks: list, journal: Journal, judge: str) -> None:
                 if line := final_line(journal, key, row, judge):
                     file.write(json.dumps(line) + "\n")
     part.replace(out / "results.jsonl")
-
-
-def page_episodes(out: Path, tasks: list, most: int = 1000) -> tuple[list[dict], int]:
-    """(episodes for the report page, as many of each set; of how many); of an encrypted row the
-    figures without the texts.
-    """
-    shown, seen = [], Counter()
-    with open(out / "results.jsonl", encoding="utf-8") as file:
-        for line in map(json.loads, file):
-            seen[line["dataset"]] += 1
-            if seen[line["dataset"]] > most // len(tasks):
-                continue
-            episode = (
-                dict(
-                    question=f"[{line['dataset']} {line['id']}]", gold=[], messages=[], attempts=[]
-                )
-                | line
-            )
-            if "sealed" in line:
-                episode["question"] += " kept encrypted"
-                episode["attempts"] = [{"correct": line["correct"], "termination": line["status"]}]
-                episode.pop("sealed"), episode.pop("canary")
-            episode["id"] = f"{line['id']} / {line['rollout']}"
-            episode["meta"] = line.get("meta", {}) | {"dataset": line["dataset"]}
-            episode["dropped"] = (
-                line["status"] if line["status"] in ("fault", "prompt_too_long") else ""
-            )
-            episode |= {
-                "ids": range(line.get("tokens", 0)),
-                "mask": [1] * line.get("sampled", 0),
-            }  # counted, not shown
-            shown.append(episode)
-    return shown, sum(seen.values())

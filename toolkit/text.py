@@ -15,12 +15,18 @@ def capped(text: str, most: int) -> str:
 
 COMBINING = "\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"
 
+STACKED = f"(?<=[{COMBINING}]{{8}})[{COMBINING}]+"
+
+CONTROLS = (  # and what turns the direction of a line, and tags
+    r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f"
+)
+
 UNSEEN = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b."  # terminal sequences
-    # controls, tags
-    r"|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]"
-    f"|(?<=[{COMBINING}]{{8}})[{COMBINING}]+"
+    f"|[{CONTROLS}]|{STACKED}"
 )
+
+MARKED = re.compile(f"[{CONTROLS}\r\u200e\u200f\u2028\u2029\ufeff]|{STACKED}")
 
 
 def clean(text: str) -> str:
@@ -33,6 +39,18 @@ def clean(text: str) -> str:
         if re.search("[\ud800-\udfff]", text)
         else text
     )
+
+
+def visible(text: str) -> str:
+    """Any text as a page shows it to somebody who must see what is there: what `clean` takes out
+    stands as an escape.
+    """
+    text = text.replace("\r\n", "\n").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return MARKED.sub(_escaped, text)
+
+
+def _escaped(found: re.Match) -> str:
+    return "" if re.match(f"[{COMBINING}]", found[0]) else ascii(found[0])[1:-1]
 
 
 def after_thoughts(text: str) -> str:

@@ -21,7 +21,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from results.page import figure_svg, read_jsonl
+from reagent.rows import whole_rows
+from results.page import numeric_series
+from results.plots import Panel, mean_line, picture_svg, share_axes
 
 STEPS, QUESTIONS, GROUP = 24, 8, 8
 ARMS = {
@@ -170,7 +172,7 @@ def figures_of(folders: list[Path], arm: str, twice: bool) -> dict[str, list]:
     for folder in folders:
         result, log = (
             json.loads((folder / "result.json").read_text()),
-            read_jsonl(folder / "log.jsonl"),
+            list(whole_rows(folder / "log.jsonl")),
         )
         log = log if twice else log[:STEPS]
         tried, reached = result["trials"][twice], steps_to(log)
@@ -197,15 +199,18 @@ def cell(values: list) -> str:
     )
 
 
-def mean_curve(folders: list[Path], key: str, per: int) -> list[tuple[float, float]]:
-    """(attempts sampled, mean over seeds) of a key of the logs."""
-    logs = [[line.get(key) for line in read_jsonl(folder / "log.jsonl")] for folder in folders]
-    steps = zip(*logs)
-    return [
-        ((i + 1) * per, statistics.mean(found))
-        for i, found in enumerate(steps)
-        if None not in found
-    ]
+def accuracy_panel(folders: list[Path], arm: str, name: str) -> Panel:
+    """Accuracy by attempts sampled, both stages: mean over seeds, between the worst and the
+    best.
+    """
+    runs = [numeric_series(whole_rows(folder / "log.jsonl")) for folder in folders]
+    stages = {
+        stage: [run[f"accuracy/{stage}"] for run in runs]
+        for stage in ("first", "refined")
+        if all(f"accuracy/{stage}" in run for run in runs)
+    }
+    lines = {stage: mean_line(points, per=per_step(arm)) for stage, points in stages.items()}
+    return Panel(f"{arm}, {name}", lines, x_label="attempts")
 
 
 def write_results(out: Path, before: dict[str, dict], seeds: int) -> str:
@@ -239,17 +244,11 @@ def write_results(out: Path, before: dict[str, dict], seeds: int) -> str:
                 text.append(
                     f"| {label} | " + " | ".join(cell(values[column]) for column in COLUMNS) + " |"
                 )
-            lines = {
-                stage: mean_curve(folders, f"accuracy/{stage}", per_step(arm))
-                for stage in ("first", "refined")
-            }
-            drawn.append(
-                ("", f"{arm}, {name}", {stage: points for stage, points in lines.items() if points})
-            )
+            drawn.append(accuracy_panel(folders, arm, name))
     (out / "table.md").write_text("\n".join(text).strip() + "\n")
-    (out / "curves.svg").write_text(
-        figure_svg(drawn).replace(">step<", ">attempts<"), encoding="utf-8"
-    )
+    if drawn:
+        share_axes(drawn)
+        (out / "curves.svg").write_text(picture_svg(drawn), encoding="utf-8")
     return "\n".join(text)
 
 

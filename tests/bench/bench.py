@@ -53,6 +53,8 @@ from reagent.policy import (
     load_tokenizer,
     shard,
 )
+from results import plots
+from results.plots import Panel, picture_svg, share_axes
 from tools import Observation
 
 COLUMNS = ("advantage", "weight", "logp_mu")
@@ -851,13 +853,10 @@ def bench_growth(cfg: Config) -> list[Line]:
         lines.append(trainer.line(name, alternate({"": trainer.step}, min(cfg.repeats, 3))[""]))
     Path(cfg.plot).parent.mkdir(parents=True, exist_ok=True)
     lengths, groups = lines[: len(tokens)], lines[len(tokens) :]
-    panels = [growth_panel(lengths, tokens, "tokens in the row", 0)]
-    panels.append(growth_panel(groups, sizes, "rows of 512 tokens in the group", 320))
-    style = "font:11px sans-serif;background:#fff"
-    Path(cfg.plot).write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 240" style="{style}">'
-        f"{''.join(panels)}</svg>\n"
-    )
+    panels = [growth_panel(lengths, tokens, "tokens in the row")]
+    panels.append(growth_panel(groups, sizes, "rows of 512 tokens"))
+    share_axes(panels)
+    Path(cfg.plot).write_text(picture_svg(panels, columns=2, height=240))
     for part in (lengths, groups):
         rates = [line.flops / statistics.median(line.seconds) for line in part]
         for line, rate in zip(part, rates):
@@ -865,33 +864,14 @@ def bench_growth(cfg: Config) -> list[Line]:
     return lines
 
 
-def growth_panel(lines: list[Line], xs: tuple[int, ...], label: str, left: int) -> str:
-    """Measured seconds as dots over the line that the FLOPs draw through the first of them; both
-    axes logarithmic.
-    """
+def growth_panel(lines: list[Line], xs: tuple[int, ...], label: str) -> Panel:
+    """Measured seconds over the line that the FLOPs draw through the first of them."""
     seconds = [statistics.median(line.seconds) for line in lines]
     expected = [line.flops * seconds[0] / lines[0].flops for line in lines]
-    low, high = math.log(min(seconds + expected) / 1.3), math.log(max(seconds + expected) * 1.3)
-
-    def at(x, y):
-        across = math.log(x / xs[0]) / math.log(xs[-1] / xs[0])
-        return left + 50 + 240 * across, 190 - 160 * (math.log(y) - low) / (high - low)
-
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, xs, expected))
-    parts = [f'<polyline points="{path}" fill="none" stroke="#999"/>']
-    for x, y in zip(xs, seconds):
-        a, b = at(x, y)
-        parts.append(
-            f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="#06c"/>'
-            f'<text x="{a:.1f}" y="{b - 8:.1f}" text-anchor="middle">{y:.2g} s</text>'
-        )
-        parts.append(f'<text x="{a:.1f}" y="206" text-anchor="middle">{x:,}</text>')
-    title = f'<text x="{left + 170}" y="226" text-anchor="middle">{label}</text>'
-    return (
-        "".join(parts)
-        + title
-        + f'<text x="{left + 50}" y="16" fill="#666">seconds of a step; line: FLOPs</text>'
-    )
+    measured = plots.Line(list(zip(xs, seconds)))
+    flops = plots.Line(list(zip(xs, expected)), expected=True)
+    drawn = {"measured": measured, "by FLOPs from the first point": flops}
+    return Panel(f"Seconds of a step by {label}", drawn, logarithmic=True)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,0 +1,288 @@
+"""The pages of what lies in a folder: a run, an evaluation, or many runs side by side.
+
+python evaluate.py page RUN_FOLDER    # RUN_FOLDER/report.html and curve.svg once more
+python evaluate.py page FOLDER        # FOLDER/index.html and curves.svg over the runs in it
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from urllib.parse import quote
+
+from reagent.rows import whole_rows
+from results.page import (
+    counted,
+    flat,
+    numeric_series,
+    panels,
+    place,
+    section_of,
+    write_page,
+    write_report,
+)
+from results.plots import COLOURS, Line, Panel, mean_line, number, picture_svg, share_axes
+from results.statistics import percent
+
+MOST = 1_000  # episodes on a page: a run's newest, of an evaluation as many of each data set
+
+PER_SEED = {"seed", "out_dir"}  # keys in which runs that differ by their seed differ
+
+
+def facts_of(run: Path) -> dict:
+    """run.json; {} where there is none."""
+    path = run / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def newest_episodes(run: Path, most: int = MOST) -> list[dict]:
+    """The last episodes of a run, in their order, without token ids, each with its step and its
+    place among the chains of its question.
+    """
+    episodes: list[dict] = []
+    for path in sorted((run / "episodes").glob("step-*.jsonl"), reverse=True):
+        siblings: Counter = Counter()
+        of_step = []
+        for row in whole_rows(path):
+            siblings[row["id"]] += 1
+            step = int(path.stem.rpartition("-")[2])
+            of_step.append(counted(row) | {"step": step, "sibling": siblings[row["id"]]})
+        episodes = of_step + episodes
+        if len(episodes) >= most:
+            break
+    return episodes[-most:]
+
+
+def evaluated_episodes(out: Path, sets: int, most: int = MOST) -> tuple[list[dict], int]:
+    """(episodes of results.jsonl, as many of each data set; of how many); of an encrypted row the
+    figures without the texts.
+    """
+    shown, seen = [], Counter()
+    for line in whole_rows(out / "results.jsonl"):
+        seen[line["dataset"]] += 1
+        if seen[line["dataset"]] > most // max(sets, 1):
+            continue
+        episode = {"question": f"[{line['dataset']} {line['id']}]"} | line
+        if "sealed" in line:
+            episode["question"] += " kept encrypted"
+            episode["attempts"] = [{"correct": line["correct"], "termination": line["status"]}]
+        episode["meta"] = {"dataset": line["dataset"]}
+        episode["sibling"] = line["rollout"] + 1
+        failed = line["status"] in ("fault", "prompt_too_long")
+        episode["dropped"] = line["status"] if failed else ""
+        shown.append(episode)
+    return shown, sum(seen.values())
+
+
+def set_tiles(summaries: list[dict]) -> list[tuple[str, str, str]]:
+    """(data set, pass@1 over all rows, its interval and what it is over) of summary.json."""
+    tiles = []
+    for s in summaries:
+        share, low, high = (100 * x for x in s["all"])
+        before = f"{100 * s['refine']['o1'][0]:.1f} → " if "refine" in s else ""
+        note = f"{low:.1f} to {high:.1f}, {s['questions']:,} questions"
+        tiles.append((s["dataset"], f"{before}{share:.1f} %", note + f" × {s['k']}" * (s["k"] > 1)))
+    return tiles
+
+
+def script_of(facts: dict) -> str:
+    return Path((facts.get("command") or [""])[0]).stem
+
+
+def title_of(run: Path, facts: dict) -> str:
+    config, script = facts.get("config", {}), script_of(facts)
+    if script == "grpo_unified":
+        return f"Reagent-{config['variant'].upper()}, {run}"
+    if script == "train_rrm":
+        return f"Agent-RRM, {config['stage']}, {run}"
+    return (
+        f"Evaluation of {config['model']}"
+        if script == "evaluate"
+        else f"{script.upper()} {run}".strip()
+    )
+
+
+def write_run_page(run: Path, config: dict | None = None) -> None:
+    """report.html (and curve.svg, where there are curves) of a run or an evaluation, from what lies
+    in its folder.
+    """
+    facts, log = facts_of(run), list(whole_rows(run / "log.jsonl"))
+    page = dict(title=title_of(run, facts), log=log, markdown=text_of(run / "report.md"))
+    page["config"] = config or facts.get("config", {})
+    if (run / "results.jsonl").is_file():
+        summaries = json.loads(text_of(run / "summary.json") or "[]")
+        page["episodes"], total = evaluated_episodes(run, len(summaries))
+        page["tiles"] = [*set_tiles(summaries), ("episodes", f"{total:,}")]
+    else:
+        page |= {"episodes": newest_episodes(run), "which": "newest episodes"}
+    write_report(run / "report.html", **page)
+    lines = {key: Line(points) for key, points in numeric_series(log).items()}
+    drawn = [panel for panel in panels(lines)[0] if panel.section == "Learning"][:6]
+    if drawn:
+        shares = [of for of in drawn if of.lines.keys() <= COLOURS.keys() and max(of.ys()) <= 1]
+        if shares:
+            share_axes(shares)
+        (run / "curve.svg").write_text(picture_svg(drawn), encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------
+# many runs
+
+
+@dataclass
+class Run:
+    """A run below the folder of an index."""
+
+    name: str  # its folder, seen from there
+    script: str  # that made it
+    home: str  # the folder that its out_dir lay in
+    settings: dict  # its config, but for PER_SEED
+    series: dict[str, list[tuple[float, float]]]
+    cell: dict | str  # of a table: its name, a link where it has a page
+
+
+@dataclass
+class Group:
+    """Runs of the same settings: the seeds of one."""
+
+    name: str
+    runs: list[Run]
+
+    def lines(self) -> dict[str, Line]:
+        """The means over the seeds of the keys that all of them have."""
+        keys = [key for key in self.runs[0].series if all(key in run.series for run in self.runs)]
+        return {key: mean_line([run.series[key] for run in self.runs]) for key in keys}
+
+
+def read_run(folder: Path, path: Path) -> Run:
+    facts, name = facts_of(path), path.relative_to(folder).as_posix()
+    config = flat(facts.get("config", {}))
+    home = str(Path(config.get("out_dir", "")).parent)
+    settings = {key: value for key, value in config.items() if key not in PER_SEED}
+    series = numeric_series(whole_rows(path / "log.jsonl"))
+    return Run(name, script_of(facts), home, settings, series, link(folder, path))
+
+
+def link(folder: Path, path: Path) -> dict | str:
+    name, page = path.relative_to(folder).as_posix(), path / "report.html"
+    return {"text": name, "href": quote(f"{name}/report.html")} if page.is_file() else name
+
+
+def grouped(runs: list[Run]) -> list[Group]:
+    """Runs of one script and the same settings are seeds of each other, also where each has its
+    model beside it; one without a run.json stands alone.
+    """
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        key = [f"{name}={value}".replace(run.home, "") for name, value in run.settings.items()]
+        found.setdefault(json.dumps(sorted(key) or run.name), []).append(run)
+    names = [pattern([run.name for run in seeds]) for seeds in found.values()]
+    return [
+        Group(name if names.count(name) == 1 else " + ".join(run.name for run in seeds), seeds)
+        for name, seeds in zip(names, found.values())
+    ]
+
+
+def pattern(names: list[str]) -> str:
+    """["u/0", "u/1"] -> "u/*"."""
+    parts = [name.split("/") for name in names]
+    if len(set(map(len, parts))) > 1:
+        return " + ".join(names)
+    return "/".join(of[0] if len(set(of)) == 1 else "*" for of in zip(*parts))
+
+
+def compared(groups: list[Group]) -> list[Panel]:
+    """A section for each family of keys with a panel for each group, all on the same axes."""
+    rows: dict[str, list[Panel]] = {}
+    for group in groups:
+        for panel in panels(group.lines())[0]:
+            if panel.section in ("Learning", "Other"):
+                family = panel.title.removesuffix("/" + next(iter(panel.lines)))
+                row = rows.setdefault(family, [])
+                row.append(replace(panel, title=group.name, section=family))
+    for row in rows.values():
+        share_axes(row)
+    return [panel for row in rows.values() for panel in row]
+
+
+def table_of(script: str, groups: list[Group]) -> dict:
+    """A table as page.html takes it: a row for each group with its last values, mean and standard
+    deviation over the seeds.
+    """
+    keys = sorted({key for group in groups for key in group.lines()})
+    keys = [key for key in sorted(keys, key=place) if section_of(key) == "Learning"][:6]
+    settings = [group.runs[0].settings for group in groups]
+    apart = [name for name in settings[0] if len({str(of.get(name)) for of in settings}) > 1]
+    rows = []
+    for group, own in zip(groups, settings):
+        last = [[run.series[key][-1][1] for run in group.runs if key in run.series] for key in keys]
+        steps = {points[-1][0] for run in group.runs for points in run.series.values()}
+        cells = [
+            ", ".join(f"{name} {own.get(name)}" for name in apart),
+            number(max(steps, default=0)),
+        ]
+        rows.append([[run.cell for run in group.runs], *cells, *map(over_seeds, last)])
+    head = ["run", "differs in", "steps", *keys]
+    return {"title": f"Runs of {script or 'unknown scripts'}", "head": head, "rows": rows}
+
+
+def over_seeds(values: list[float]) -> str:
+    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{spread}" if values else "–"
+
+
+def evaluations(folder: Path, runs: list[Path]) -> list[dict]:
+    """The table of the evaluations among the runs, one row a data set; [] where there are none."""
+    rows = []
+    for path in runs:
+        for s in json.loads(text_of(path / "summary.json") or "[]"):
+            names = [link(folder, path), s["dataset"], s["subset"], s["judge"]]
+            rows.append([*names, str(s["questions"]), str(s["k"]), percent(s["all"])])
+    head = ["evaluation", "data set", "subset", "judge", "questions", "k", "pass@1, all rows"]
+    return [{"title": "Evaluations", "head": head, "rows": rows}] if rows else []
+
+
+def write_index(folder: Path, found: list[Path]) -> None:
+    """index.html and curves.svg over the runs below a folder."""
+    runs = [read_run(folder, path) for path in found if (path / "log.jsonl").is_file()]
+    scripts = {run.script: [of for of in runs if of.script == run.script] for run in runs}
+    tables, drawn = evaluations(folder, found), []
+    for script, those in scripts.items():
+        groups = grouped(those)
+        tables.append(table_of(script, groups))
+        drawn += compared(groups)
+    sections = list(dict.fromkeys(panel.section for panel in drawn))
+    data = {"tiles": [("runs", f"{len(found):,}")], "tables": tables, "unfolded": sections[:3]}
+    if any(line.spread for panel in drawn for line in panel.lines.values()):
+        data["note"] = "Line: mean over seeds. Band: from the lowest to the highest."
+    write_page(folder / "index.html", f"Runs in {folder}", data, drawn)
+    if drawn:
+        row = [panel for panel in drawn if panel.section == sections[0]]
+        (folder / "curves.svg").write_text(picture_svg(row), encoding="utf-8")
+
+
+def is_run(folder: Path) -> bool:
+    files = ("log.jsonl", "results.jsonl", "episodes")
+    return any((folder / name).exists() for name in files)
+
+
+def write_folder_page(folder: str) -> None:
+    """The page of a run or an evaluation, or the index over those below the folder."""
+    root = Path(folder)
+    below = {path.parent for name in ("log.jsonl", "results.jsonl") for path in root.rglob(name)}
+    if is_run(root):
+        write_run_page(root)
+    elif below:
+        write_index(root, sorted(below))
+    else:
+        raise SystemExit(
+            f"{root}: no log.jsonl, results.jsonl or episodes/ there or below: "
+            "give the folder of a run, or one that holds runs"
+        )
+    page = root / ("report.html" if is_run(root) else "index.html")
+    print(f"wrote {page}")
