@@ -425,6 +425,7 @@ def main(cfg: Config) -> None:
         max_context=cfg.max_context,
         tp_group=tp_groups[rank // tp] if tp > 1 else None,
     )
+    engines.rest(engine)  # until the first sync: the policy is loaded meanwhile
     judge = None
     if cfg.variant != "rule":
         judge = reward_model.make_judge(cfg.rrm, chat, engine=cfg.engine)
@@ -442,7 +443,7 @@ def main(cfg: Config) -> None:
         run.check_resume(saved["config"], facts["config"], may_change, found[-1])
         run.load_checkpoint(found[-1], policy, optimizer)
         start, log, best = saved["step"], saved["log"], saved["best"]
-        engine.load_weights(full_weights(policy, weights_dtype))
+    engine.load_weights(full_weights(policy, weights_dtype))  # one that slept has none
     if rank == 0:
         (out / "run.json").write_text(json.dumps(facts, indent=1))
         (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
@@ -555,8 +556,7 @@ def main(cfg: Config) -> None:
                     f"{cfg.rrm.source} up "
                     "and sound?"
                 )
-        if hasattr(engine, "sleep"):
-            engine.sleep()
+        engines.rest(engine)
         began_train = time.perf_counter()
 
         # ------------------------------------------------------------ rewards, pools, advantages

@@ -244,6 +244,7 @@ def main(cfg: Config) -> None:
         engine = engines.make_engine(
             cfg.engine, cfg.model, chat.stop_ids, max_context=cfg.max_context
         )
+    engines.rest(engine)  # until the first sync: the policy is loaded meanwhile
     torch.manual_seed(cfg.seed)
     policy = shard(load_policy(cfg.model, cfg.checkpoint_activations), device, cfg.shard_ranks)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -295,8 +296,8 @@ def main(cfg: Config) -> None:
         )
         return report | {"too_long": len(prompts) - len(there)}
 
-    if found:
-        sync()
+    if cfg.stage == "grpo":
+        sync()  # an engine that slept has no weights
 
     # ---------------------------------------------------------------- loop
     bar = tqdm(
@@ -327,8 +328,7 @@ def main(cfg: Config) -> None:
             line["too_long"] = len(picked) - len(asked) // cfg.group_size
             seeds = [seed_of(cfg.seed, step, i, "judge") for i in range(len(prompts))]
             samples = sample(prompts, seeds, cfg.temperature)
-            if hasattr(engine, "sleep"):
-                engine.sleep()
+            engines.rest(engine)
             judged = [read_judgment(chat, s) for s in samples]
             weights = (cfg.closeness_weight, cfg.agreement_weight, cfg.leak_penalty)
             rewards = torch.tensor(
@@ -408,6 +408,8 @@ def main(cfg: Config) -> None:
             if cfg.stage == "sft":
                 sync()
             line |= {f"eval/{k}": v for k, v in evaluate_judge().items()}
+            if cfg.stage == "sft":
+                engines.rest(engine)
         line["seconds/step"] = round(time.perf_counter() - began, 3)
         log.append(line)
         if rank == 0:

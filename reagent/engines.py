@@ -3,7 +3,13 @@ process.
 """
 
 import asyncio
+import atexit
+import concurrent.futures
+import contextlib
+import functools
+import gc
 import os
+import queue
 import threading
 import time
 import weakref
@@ -41,7 +47,7 @@ class EngineConfig:
 
 
 class Engine(Protocol):
-    """What the loop needs of a sampler; `sleep`, `follow` and `finish` are optional.
+    """What the loop needs of a sampler; `sleep`, `close`, `follow` and `finish` are optional.
 
     A class of your own is made as Class(folder, stop_ids, config=EngineConfig, max_context=tokens,
     tp_group=None).
@@ -193,6 +199,9 @@ class HFEngine:
             for name, value in _all_names(pairs, set(own)):
                 own[name].copy_(value)
 
+    def close(self) -> None:
+        self.model = None
+
 
 def _sample(logits, requests, draws):
     """logits (B, V) -> token ids and log-probs; inverse CDF on one uniform draw a row; temperature
@@ -235,9 +244,104 @@ def _all_names(pairs, expected: set[str]):
         raise ValueError(f"weight sync: weights left out: {', '.join(sorted(expected - seen)[:5])}")
 
 
+class EngineThread(threading.Thread):
+    """The one thread of this process that touches vLLM: it builds engines, steps them, loads
+    weights, puts to sleep and wakes.
+
+    CUDA's current device and stream belong to a thread: a new one is on device 0. vLLM captures its
+    graphs on the stream of the thread that builds it and keeps the stream of its first step for
+    every later copy (model runner V2), and its forward context is one for the process. So device
+    and stream are set once, here, and engines that share a process take turns. A job and the thread
+    that asked for it see each other's kernels finished: `call` waits for both streams.
+    """
+
+    current: "EngineThread | None" = None
+
+    def __init__(self):
+        super().__init__(name="engines", daemon=True)
+        self.jobs: queue.SimpleQueue = queue.SimpleQueue()  # functions, called between two steps
+        self.engines: list[VLLMEngine] = []
+        self.stopping = False
+        atexit.register(self.stop)  # a step that runs when the process ends is let finish
+
+    @classmethod
+    def shared(cls) -> "EngineThread":
+        if cls.current is None or cls.current.stopping:
+            cls.current = cls()
+            cls.current.start()
+        return cls.current
+
+    def run(self):
+        _choose_device()
+        while not self.stopping:
+            busy = [engine for engine in self.engines if engine.waiting]
+            self._do_jobs(wait=not busy)
+            for engine in busy:
+                engine.advance()
+
+    def _do_jobs(self, wait: bool) -> None:
+        with contextlib.suppress(queue.Empty):
+            self.jobs.get(block=wait)()
+            while not self.stopping:
+                self.jobs.get_nowait()()
+
+    def call(self, work, *args):
+        """work(*args) in the thread, between two steps; its result or its error, whatever kind."""
+        done: concurrent.futures.Future = concurrent.futures.Future()
+
+        def job():
+            try:
+                result = work(*args)
+                _finish_kernels()
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(result)
+
+        _finish_kernels()
+        self.jobs.put(job)
+        return done.result()
+
+    def stop(self) -> None:
+        def last():
+            self.stopping = True
+
+        atexit.unregister(self.stop)
+        self.jobs.put(last)
+        self.join(timeout=10)
+
+
+def _choose_device() -> None:
+    import torch
+
+    from reagent.run import local_device
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_device())
+        torch.cuda.set_stream(torch.cuda.Stream())
+
+
+def _finish_kernels() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+
+
+@dataclass(frozen=True)
+class NamedRequest:
+    """What a chain asks a VLLMEngine for; tensor-parallel ranks tell it each other."""
+
+    name: str
+    ids: list[int]
+    options: dict  # of SamplingParams
+
+
 class VLLMEngine:
-    """vLLM in this process: a continuous loop over add_request and step, driven from a worker
-    thread.
+    """vLLM in this process, stepped by the thread of engines: requests go in by a queue, samples
+    come back by call_soon_threadsafe, and while anything runs the loop waits for nobody.
+
+    `sleep` gives the card's memory back, weights included; `load_weights` wakes the engine.
     """
 
     def __init__(self, folder, stop_ids, *, config=None, max_context, tp_group=None):
@@ -245,18 +349,11 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
-        from vllm import LLM
 
         cuda = torch.cuda.is_available()
         if not cuda:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        options = (
-            dict(distributed_executor_backend="external_launcher") if "RANK" in os.environ else {}
-        )
-        gpu = dict(gpu_memory_utilization=config.memory_share, enable_sleep_mode=config.sleep)
-        options |= gpu if cuda else dict(enforce_eager=True)
-        self.llm = LLM(
-            folder,
+        options = dict(
             dtype="bfloat16" if cuda else "float32",
             max_model_len=max_context,
             tensor_parallel_size=config.tensor_parallel,
@@ -264,54 +361,78 @@ class VLLMEngine:
             generation_config="vllm",
             enable_prefix_caching=True,
             seed=0,
-            **options,
         )
+        if "RANK" in os.environ:
+            options["distributed_executor_backend"] = "external_launcher"
+        gpu = dict(gpu_memory_utilization=config.memory_share, enable_sleep_mode=config.sleep)
+        options |= gpu if cuda else dict(enforce_eager=True)
         with torch.device("meta"):
             self.names = set(
                 AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict()
             )
-        self.stop_ids, self.sleeps, self.group = list(stop_ids), config.sleep and cuda, tp_group
-        self.waiting, self.futures, self.pump, self.count = [], {}, None, 0
-        self.stepping = threading.Lock()
-        self.busy_seconds = 0.0
+        self.stop_ids, self.group = list(stop_ids), tp_group
+        self.sleeps, self.asleep = config.sleep and cuda, False
+        self.added: list[NamedRequest] = []  # join at the next step
+        self.waiting: dict[str, tuple] = {}  # name -> (event loop, future) of its chain
+        self.count, self.busy_seconds = 0, 0.0
+        self.thread = EngineThread.shared()
+        self.thread.call(self._build, folder, options)
+
+    def _build(self, folder, options) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(folder, **options)
+        self.thread.engines.append(self)
 
     async def generate(self, ids, *, max_new_tokens, temperature, seed, top_p=1.0) -> Sample:
+        if self.asleep or self.llm is None:
+            raise RuntimeError("the engine sleeps or is closed: load_weights comes before requests")
         options = dict(max_tokens=max_new_tokens, temperature=temperature, seed=seed, top_p=top_p)
         self.count += 1
-        name, done = str(self.count), asyncio.get_running_loop().create_future()
-        self.waiting.append((name, list(ids), options))
-        self.futures[name] = done
-        if self.pump is None or self.pump.done():
-            self.pump = asyncio.create_task(self._pump())
+        request, loop = (
+            NamedRequest(str(self.count), list(ids), options),
+            asyncio.get_running_loop(),
+        )
+        done = loop.create_future()
+        self.thread.jobs.put(functools.partial(self._join, request, loop, done))
         return await done
 
-    async def _pump(self):
-        """Steps while anything runs; requests that arrive meanwhile join at the next step."""
+    def _join(self, request: NamedRequest, loop, done) -> None:
+        self.added.append(request)
+        self.waiting[request.name] = loop, done
+
+    def advance(self) -> None:
+        """One step: requests that arrived meanwhile join, samples that are whole go back."""
         try:
-            while self.futures:
-                added, self.waiting = self.waiting, []
-                for name, sample in await asyncio.to_thread(self._lead, added):
-                    self.futures.pop(name).set_result(sample)
-        except Exception as error:  # every chain that waits must hear why
-            for done in self.futures.values():
-                done.set_exception(error)
-            self.futures, self.waiting = {}, []
-
-    def _lead(self, added) -> list[tuple[str, Sample]]:
-        with self.stepping:
+            added, self.added = self.added, []
             self._tell(added)
-            return self._step(added)
+            for name, result in self._step(added):
+                _answer(*self.waiting.pop(name), result)
+        except Exception as error:  # every chain that waits must hear why
+            self._drop_requests(error)
 
-    def _step(self, added) -> list[tuple[str, Sample]]:
+    def _drop_requests(self, error: Exception) -> None:
+        left, self.waiting, self.added = self.waiting, {}, []
+        for loop, done in left.values():
+            _answer(loop, done, error)
+        with contextlib.suppress(Exception):  # an engine that broke may not even do this
+            self.llm.llm_engine.abort_request([*left])
+
+    def _step(self, added: list[NamedRequest]) -> list[tuple[str, Sample | Exception]]:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        engine, began = self.llm.llm_engine, time.perf_counter()
-        for name, ids, options in added:
-            fixed = dict(
-                logprobs=0, stop_token_ids=self.stop_ids, ignore_eos=True, detokenize=False
-            )
-            engine.add_request(name, {"prompt_token_ids": ids}, SamplingParams(**options, **fixed))
-        finished = [(o.request_id, _vllm_sample(o.outputs[0])) for o in engine.step() if o.finished]
+        engine, began, finished = self.llm.llm_engine, time.perf_counter(), []
+        fixed = dict(logprobs=0, stop_token_ids=self.stop_ids, ignore_eos=True, detokenize=False)
+        fixed["output_kind"] = RequestOutputKind.FINAL_ONLY  # no partial outputs at every step
+        for request in added:
+            parameters = SamplingParams(**request.options, **fixed)
+            try:
+                engine.add_request(request.name, {"prompt_token_ids": request.ids}, parameters)
+            except ValueError as error:  # this request is at fault, not the others
+                finished.append((request.name, error))
+        outputs = [output for output in engine.step() if output.finished]
+        finished += [(output.request_id, _vllm_sample(output.outputs[0])) for output in outputs]
         self.busy_seconds += time.perf_counter() - began
         return finished
 
@@ -327,6 +448,9 @@ class VLLMEngine:
 
     def follow(self) -> None:
         """A tensor-parallel rank that does not lead: repeats the leader's steps until `finish`."""
+        self.thread.call(self._follow)
+
+    def _follow(self) -> None:
         import torch.distributed as dist
 
         while True:
@@ -340,26 +464,67 @@ class VLLMEngine:
 
     def finish(self) -> None:
         """The leader's end of a rollout phase, also of one that failed in mid-step."""
-        with self.stepping:
-            self._tell(None)
+        self.thread.call(self._finish)
+
+    def _finish(self) -> None:
+        self._drop_requests(RuntimeError("the rollout has ended"))
+        self._tell(None)
 
     def sleep(self) -> None:
-        if self.sleeps:
-            self.llm.sleep(level=2)
+        if self.sleeps and not self.asleep:
+            self.thread.call(functools.partial(self.llm.sleep, level=2))
+            self.asleep = True
 
     def load_weights(self, pairs) -> None:
-        if self.sleeps:
+        self.thread.call(self._load, pairs)
+        self.asleep = False
+
+    def _load(self, pairs) -> None:
+        if self.asleep:
             self.llm.wake_up(tags=["weights"])
         checked = _all_names(pairs, self.names)
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=checked))
         for left in checked:  # the check of the names runs at the end of the iterator
             raise ValueError(f"weight sync: vLLM did not read {left[0]}")
-        if self.sleeps:
+        if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():
             raise RuntimeError(
                 "vLLM kept its prefix cache after a weight sync: are requests still running?"
             )
+
+    def close(self) -> None:
+        """Frees the engine; process groups stay, which the trainer or another engine may share."""
+        self.thread.call(self._close)
+
+    def _close(self) -> None:
+        import torch
+
+        self._drop_requests(RuntimeError("the engine is closed"))
+        self.thread.engines.remove(self)
+        client = self.llm.llm_engine.engine_core
+        client._finalizer.detach()  # vLLM's own shutdown also ends all of torch.distributed
+        client.engine_core.model_executor.shutdown()
+        client.engine_core.scheduler.shutdown()
+        self.llm = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _answer(loop, done, result: Sample | Exception) -> None:
+    """Settles a chain's future in its own loop, from any thread."""
+
+    def settle():
+        if done.done():
+            return  # the chain was cancelled
+        if isinstance(result, Exception):
+            done.set_exception(result)
+        else:
+            done.set_result(result)
+
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        loop.call_soon_threadsafe(settle)
 
 
 def _vllm_sample(output) -> Sample:
@@ -411,3 +576,9 @@ def make_engine(
         raise SystemExit(f"{folder} is not a model folder: it has no config.json")
     make = engine_class(config.kind)
     return make(folder, stop_ids, config=config, max_context=max_context, tp_group=tp_group)
+
+
+def rest(engine: Engine | None) -> None:
+    """Puts an engine to sleep whose class can; `load_weights` wakes it."""
+    if hasattr(engine, "sleep"):
+        engine.sleep()

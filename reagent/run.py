@@ -24,14 +24,19 @@ from reagent.policy import Policy, full_weights
 # processes
 
 
+def local_device() -> torch.device:
+    """This rank's card, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
 def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
     """Joins torchrun's process group, or starts a job of one; returns (rank, world size,
     device).
     """
-    cuda = torch.cuda.is_available()
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    )
+    device = local_device()
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():

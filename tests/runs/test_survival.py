@@ -340,7 +340,7 @@ def test_a_sampler_that_drifts_off_skips_and_then_stops_naming_the_last_good_che
 
     def stale(self, pairs):
         syncs.append(1)
-        load(self, ((name, value + (0.3 if len(syncs) > 1 else 0)) for name, value in pairs))
+        load(self, ((name, value + (0.3 if len(syncs) > 2 else 0)) for name, value in pairs))
 
     monkeypatch.setattr(engines.HFEngine, "load_weights", stale)
     with judge_server() as (url, _), pytest.raises(SystemExit) as stopped:
