@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from reagent.reward_model import golds_of, leaks, row_trajectory
+from results.statistics import table
 
 
 def rank_correlation(a, b) -> float:
@@ -62,17 +63,14 @@ def judgment_report(judgments: list, rows: list[dict], lengths: list[int]) -> di
 
 
 def report_table(report: dict) -> str:
-    plain = {k: v for k, v in report.items() if not k.startswith("calibration")}
-    lines = [
-        "| " + " | ".join(plain) + " |",
-        "|" + "---|" * len(plain),
-        "| " + " | ".join(map(str, plain.values())) + " |",
+    """A report as Markdown: its figures, then the calibration."""
+    figures = {key: value for key, value in report.items() if not key.startswith("calibration")}
+    tenths = [
+        {"score": key[12:] + "+", "share correct": value[0], "judgments": value[1]}
+        for key, value in report.items()
+        if key.startswith("calibration")
     ]
-    lines += ["", "| score | share correct | judgments |", "|---|---|---|"]
-    lines += [
-        f"| {k[12:]}+ | {v[0]} | {v[1]} |" for k, v in report.items() if k.startswith("calibration")
-    ]
-    return "\n".join(lines)
+    return "\n".join(table([figures]) + (table(tenths) if tenths else [])).strip()
 
 
 def paired_bootstrap(judged_a: list, judged_b: list, rows: list[dict], draws: int = 2000) -> dict:

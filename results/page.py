@@ -110,10 +110,7 @@ def heads(episodes: list[dict]) -> list[dict]:
     """
     found, seen = [], Counter()
     for episode in episodes:
-        attempts, dataset = (
-            episode.get("attempts") or [],
-            (episode.get("meta") or {}).get("dataset"),
-        )
+        dataset = (episode.get("meta") or {}).get("dataset")
         parts = [str(part) for part in (episode.get("step"), dataset, episode.get("id")) if part]
         seen[*parts] += 1
         sibling = episode.get("sibling") or seen[*parts]
@@ -121,7 +118,7 @@ def heads(episodes: list[dict]) -> list[dict]:
         head |= {"sibling": sibling, "link": "/".join([*parts, str(sibling)])}
         head["question"] = (episode.get("question") or "")[:300]
         for key in ("correct", "reward", "score"):
-            head[key] = [attempt.get(key) for attempt in attempts]
+            head[key] = [attempt.get(key) for attempt in episode.get("attempts") or []]
         found.append(head)
     return found
 
@@ -134,7 +131,7 @@ def numeric_series(log: Iterable[dict]) -> dict[str, list[tuple[float, float]]]:
     """{key: [(step, value), ...]} of every finite number in the log lines; a line without a step
     counts for itself.
     """
-    lines = [(line.get("step", place), line) for place, line in enumerate(log, 1)]
+    lines = [(line.get("step", number), line) for number, line in enumerate(log, 1)]
     series: dict[str, list[tuple[float, float]]] = {}
     for step, line in lines:
         for key, value in line.items():

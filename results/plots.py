@@ -12,9 +12,7 @@ from toolkit.text import visible
 
 WIDTH, HEIGHT = 300, 190  # of a panel, in pixels
 
-PICTURE = (
-    800  # pixels: as wide as a README shows a picture, so that its type stays as large as it is
-)
+PICTURE = 800  # pixels: as wide as a README shows a picture, so that its type keeps its size
 
 NOISY = 40  # lines of more points are drawn faintly, and their running mean in full
 
@@ -44,8 +42,7 @@ class Panel:
     x_label: str = "step"
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
-    # both axes; every value is above 0, every x of the first line has a mark, whatever x_range says
-    logarithmic: bool = False
+    logarithmic: bool = False  # both axes; every value above 0, every x with a mark
 
     def xs(self) -> list[float]:
         return [x for line in self.lines.values() for x, _ in line.points]
@@ -102,13 +99,10 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 def number(value: float) -> str:
     """A short label: 0.25, 12k, 3.1M, 2e-5."""
-    if abs(value) >= 1e4:
-        size, suffix = next(
-            (s, x) for s, x in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= s
-        )
-        return f"{value / size:.4g}{suffix}"
-    small = value != 0 and abs(value) < 1e-3
-    return f"{value:.2g}".replace("e-0", "e-") if small else f"{value:.4g}"
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(size, 1e4):
+            return f"{value / size:.4g}{suffix}"
+    return f"{value:.2g}".replace("e-0", "e-") if 0 < abs(value) < 1e-3 else f"{value:.4g}"
 
 
 def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -158,16 +152,12 @@ def scales(panel: Panel, top: int, width: int, height: int) -> tuple[Scale, Scal
     low, high = panel.y_range or (min(panel.ys()), max(panel.ys()))
     across = panel.x_range or (min(panel.xs()), max(panel.xs()))
     if panel.logarithmic:
-        marks, across = log_ticks(low, high), [x for x, _ in first(panel.lines).points]
+        marks, across = log_ticks(low, high), sorted(set(panel.xs()))
     else:
         marks = ticks(0.0 if 0 <= low < 0.6 * high else low, high)
     left = 14 + round(6.3 * max(len(number(mark)) for mark in marks))
     x = Scale(list(across), left, width - 14, panel.logarithmic)
     return x, Scale(marks, height - 26, top, panel.logarithmic)
-
-
-def first(lines: dict[str, Line]) -> Line:
-    return next(iter(lines.values()))
 
 
 def colours(lines: dict[str, Line]) -> dict[str, str]:

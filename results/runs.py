@@ -12,16 +12,7 @@ from statistics import mean, stdev
 from urllib.parse import quote
 
 from reagent.rows import whole_rows
-from results.page import (
-    counted,
-    flat,
-    numeric_series,
-    panels,
-    place,
-    section_of,
-    write_page,
-    write_report,
-)
+from results import page
 from results.plots import COLOURS, Line, Panel, mean_line, number, picture_svg, share_axes
 from results.statistics import percent
 
@@ -30,14 +21,8 @@ MOST = 1_000  # episodes on a page: a run's newest, of an evaluation as many of 
 PER_SEED = {"seed", "out_dir"}  # keys in which runs that differ by their seed differ
 
 
-def facts_of(run: Path) -> dict:
-    """run.json; {} where there is none."""
-    path = run / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def text_of(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+def text_of(path: Path, missing: str = "") -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else missing
 
 
 def newest_episodes(run: Path, most: int = MOST) -> list[dict]:
@@ -51,7 +36,7 @@ def newest_episodes(run: Path, most: int = MOST) -> list[dict]:
         for row in whole_rows(path):
             siblings[row["id"]] += 1
             step = int(path.stem.rpartition("-")[2])
-            of_step.append(counted(row) | {"step": step, "sibling": siblings[row["id"]]})
+            of_step.append(page.counted(row) | {"step": step, "sibling": siblings[row["id"]]})
         episodes = of_step + episodes
         if len(episodes) >= most:
             break
@@ -90,39 +75,37 @@ def set_tiles(summaries: list[dict]) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def script_of(facts: dict) -> str:
-    return Path((facts.get("command") or [""])[0]).stem
+def facts_of(run: Path) -> tuple[str, dict]:
+    """(the script that made a run, its config) by run.json; empty ones without it."""
+    facts = json.loads(text_of(run / "run.json", "{}"))
+    return Path((facts.get("command") or [""])[0]).stem, facts.get("config", {})
 
 
-def title_of(run: Path, facts: dict) -> str:
-    config, script = facts.get("config", {}), script_of(facts)
-    if script == "grpo_unified":
-        return f"Reagent-{config['variant'].upper()}, {run}"
-    if script == "train_rrm":
-        return f"Agent-RRM, {config['stage']}, {run}"
-    return (
-        f"Evaluation of {config['model']}"
-        if script == "evaluate"
-        else f"{script.upper()} {run}".strip()
-    )
+def title_of(run: Path, script: str, config: dict) -> str:
+    kinds = {
+        "grpo_unified": f"Reagent-{config.get('variant', '').upper()}, {run}",
+        "train_rrm": f"Agent-RRM, {config.get('stage')}, {run}",
+        "evaluate": f"Evaluation of {config.get('model')}",
+    }
+    return kinds.get(script, f"{script.upper()} {run}".strip())
 
 
 def write_run_page(run: Path, config: dict | None = None) -> None:
     """report.html (and curve.svg, where there are curves) of a run or an evaluation, from what lies
     in its folder.
     """
-    facts, log = facts_of(run), list(whole_rows(run / "log.jsonl"))
-    page = dict(title=title_of(run, facts), log=log, markdown=text_of(run / "report.md"))
-    page["config"] = config or facts.get("config", {})
+    log, (script, kept) = list(whole_rows(run / "log.jsonl")), facts_of(run)
+    config = config or kept
+    data = {"markdown": text_of(run / "report.md"), "config": config, "log": log}
     if (run / "results.jsonl").is_file():
-        summaries = json.loads(text_of(run / "summary.json") or "[]")
-        page["episodes"], total = evaluated_episodes(run, len(summaries))
-        page["tiles"] = [*set_tiles(summaries), ("episodes", f"{total:,}")]
+        summaries = json.loads(text_of(run / "summary.json", "[]"))
+        data["episodes"], total = evaluated_episodes(run, len(summaries))
+        data["tiles"] = [*set_tiles(summaries), ("episodes", f"{total:,}")]
     else:
-        page |= {"episodes": newest_episodes(run), "which": "newest episodes"}
-    write_report(run / "report.html", **page)
-    lines = {key: Line(points) for key, points in numeric_series(log).items()}
-    drawn = [panel for panel in panels(lines)[0] if panel.section == "Learning"][:6]
+        data |= {"episodes": newest_episodes(run), "which": "newest episodes"}
+    page.write_report(run / "report.html", title=title_of(run, script, config), **data)
+    lines = {key: Line(points) for key, points in page.numeric_series(log).items()}
+    drawn = [panel for panel in page.panels(lines)[0] if panel.section == "Learning"][:6]
     if drawn:
         shares = [of for of in drawn if of.lines.keys() <= COLOURS.keys() and max(of.ys()) <= 1]
         if shares:
@@ -140,7 +123,7 @@ class Run:
 
     name: str  # its folder, seen from there
     script: str  # that made it
-    home: str  # the folder that its out_dir lay in
+    seedless: str  # the same for runs that differ by their seed alone
     settings: dict  # its config, but for PER_SEED
     series: dict[str, list[tuple[float, float]]]
     cell: dict | str  # of a table: its name, a link where it has a page
@@ -156,31 +139,30 @@ class Group:
     def lines(self) -> dict[str, Line]:
         """The means over the seeds of the keys that all of them have."""
         keys = [key for key in self.runs[0].series if all(key in run.series for run in self.runs)]
-        return {key: mean_line([run.series[key] for run in self.runs]) for key in keys}
+        lines = {key: mean_line([run.series[key] for run in self.runs]) for key in keys}
+        return {key: line for key, line in lines.items() if line.points}
 
 
 def read_run(folder: Path, path: Path) -> Run:
-    facts, name = facts_of(path), path.relative_to(folder).as_posix()
-    config = flat(facts.get("config", {}))
-    home = str(Path(config.get("out_dir", "")).parent)
-    settings = {key: value for key, value in config.items() if key not in PER_SEED}
-    series = numeric_series(whole_rows(path / "log.jsonl"))
-    return Run(name, script_of(facts), home, settings, series, link(folder, path))
+    (script, config), name = facts_of(path), path.relative_to(folder).as_posix()
+    settings = {key: value for key, value in page.flat(config).items() if key not in PER_SEED}
+    home = str(Path(config.get("out_dir", "")).parent)  # the run's model may lie there too
+    seedless = json.dumps(settings or name, sort_keys=True)
+    seedless = seedless.replace(home, "") if len(home) > 1 else seedless
+    series = page.numeric_series(whole_rows(path / "log.jsonl"))
+    return Run(name, script, seedless, settings, series, link(folder, path))
 
 
 def link(folder: Path, path: Path) -> dict | str:
-    name, page = path.relative_to(folder).as_posix(), path / "report.html"
-    return {"text": name, "href": quote(f"{name}/report.html")} if page.is_file() else name
+    name, there = path.relative_to(folder).as_posix(), (path / "report.html").is_file()
+    return {"text": name, "href": quote(f"{name}/report.html")} if there else name
 
 
 def grouped(runs: list[Run]) -> list[Group]:
-    """Runs of one script and the same settings are seeds of each other, also where each has its
-    model beside it; one without a run.json stands alone.
-    """
+    """The seeds of each setting together; a run without a run.json stands alone."""
     found: dict[str, list[Run]] = {}
     for run in runs:
-        key = [f"{name}={value}".replace(run.home, "") for name, value in run.settings.items()]
-        found.setdefault(json.dumps(sorted(key) or run.name), []).append(run)
+        found.setdefault(run.seedless, []).append(run)
     names = [pattern([run.name for run in seeds]) for seeds in found.values()]
     return [
         Group(name if names.count(name) == 1 else " + ".join(run.name for run in seeds), seeds)
@@ -200,7 +182,7 @@ def compared(groups: list[Group]) -> list[Panel]:
     """A section for each family of keys with a panel for each group, all on the same axes."""
     rows: dict[str, list[Panel]] = {}
     for group in groups:
-        for panel in panels(group.lines())[0]:
+        for panel in page.panels(group.lines())[0]:
             if panel.section in ("Learning", "Other"):
                 family = panel.title.removesuffix("/" + next(iter(panel.lines)))
                 row = rows.setdefault(family, [])
@@ -215,7 +197,7 @@ def table_of(script: str, groups: list[Group]) -> dict:
     deviation over the seeds.
     """
     keys = sorted({key for group in groups for key in group.lines()})
-    keys = [key for key in sorted(keys, key=place) if section_of(key) == "Learning"][:6]
+    keys = [key for key in sorted(keys, key=page.place) if page.section_of(key) == "Learning"][:6]
     settings = [group.runs[0].settings for group in groups]
     apart = [name for name in settings[0] if len({str(of.get(name)) for of in settings}) > 1]
     rows = []
@@ -223,10 +205,10 @@ def table_of(script: str, groups: list[Group]) -> dict:
         last = [[run.series[key][-1][1] for run in group.runs if key in run.series] for key in keys]
         steps = {points[-1][0] for run in group.runs for points in run.series.values()}
         cells = [
-            ", ".join(f"{name} {own.get(name)}" for name in apart),
-            number(max(steps, default=0)),
+            [run.cell for run in group.runs],
+            ", ".join(f"{key} {own.get(key)}" for key in apart),
         ]
-        rows.append([[run.cell for run in group.runs], *cells, *map(over_seeds, last)])
+        rows.append([*cells, number(max(steps, default=0)), *map(over_seeds, last)])
     head = ["run", "differs in", "steps", *keys]
     return {"title": f"Runs of {script or 'unknown scripts'}", "head": head, "rows": rows}
 
@@ -240,7 +222,7 @@ def evaluations(folder: Path, runs: list[Path]) -> list[dict]:
     """The table of the evaluations among the runs, one row a data set; [] where there are none."""
     rows = []
     for path in runs:
-        for s in json.loads(text_of(path / "summary.json") or "[]"):
+        for s in json.loads(text_of(path / "summary.json", "[]")):
             names = [link(folder, path), s["dataset"], s["subset"], s["judge"]]
             rows.append([*names, str(s["questions"]), str(s["k"]), percent(s["all"])])
     head = ["evaluation", "data set", "subset", "judge", "questions", "k", "pass@1, all rows"]
@@ -260,7 +242,7 @@ def write_index(folder: Path, found: list[Path]) -> None:
     data = {"tiles": [("runs", f"{len(found):,}")], "tables": tables, "unfolded": sections[:3]}
     if any(line.spread for panel in drawn for line in panel.lines.values()):
         data["note"] = "Line: mean over seeds. Band: from the lowest to the highest."
-    write_page(folder / "index.html", f"Runs in {folder}", data, drawn)
+    page.write_page(folder / "index.html", f"Runs in {folder}", data, drawn)
     if drawn:
         row = [panel for panel in drawn if panel.section == sections[0]]
         (folder / "curves.svg").write_text(picture_svg(row), encoding="utf-8")
@@ -284,5 +266,4 @@ def write_folder_page(folder: str) -> None:
             f"{root}: no log.jsonl, results.jsonl or episodes/ there or below: "
             "give the folder of a run, or one that holds runs"
         )
-    page = root / ("report.html" if is_run(root) else "index.html")
-    print(f"wrote {page}")
+    print(f"wrote {root / ('report.html' if is_run(root) else 'index.html')}")

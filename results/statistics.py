@@ -175,6 +175,9 @@ def by_meta(task, grid: list[list[Chain]]) -> dict:
     return found
 
 
+REFINED = ("fixed", "broken", "refined", "not_refined")  # counts of chains
+
+
 def refine_figures(grid: list[list[Chain]]) -> dict:
     """Reagent-C: o1 and o2 over all rows, and what refinement changed; a chain without o2 keeps
     o1.
@@ -240,85 +243,62 @@ def percent(figure: list[float] | None) -> str:
     return "–" if figure is None else "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in figure))
 
 
-WORDS = (
-    "data set",
-    "subset",
-    "judge",
-    "kind",
-    "value",
-)  # columns of words; the others hold figures
+WORDS = ("data set", "subset", "judge", "kind", "value")  # columns of words; others hold figures
 
 
-def table(head: list[str], rows: list[list]) -> list[str]:
-    """A pipe table with an empty line before it."""
-    rule = ["---" if name in WORDS else "--:" for name in head]
-    return [
-        "",
-        *(
-            "| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |"
-            for row in (head, rule, *rows)
-        ),
-    ]
+def table(rows: list[dict]) -> list[str]:
+    """A pipe table of {column: value} rows with an empty line before it."""
+    rule = ["---" if name in WORDS else "--:" for name in rows[0]]
+    cells = [list(rows[0]), rule, *(row.values() for row in rows)]
+    return ["", *("| " + " | ".join(str(c).replace("|", "/") for c in row) + " |" for row in cells)]
 
 
 def markdown(summaries: list[dict], facts: list[str]) -> str:
     """report.md: every number with its subset, its judge and k beside it."""
-
-    def name(s):
-        return [s["dataset"], s["subset"], s["judge"], s["k"]]
-
-    head = ["data set", "subset", "judge", "k"]
-    k = max(s["k"] for s in summaries)
-    text = [
-        "# Evaluation",
-        "",
-        *(f"- {fact}" for fact in facts),
-        "",
+    most = max(s["k"] for s in summaries)
+    text = ["# Evaluation", "", *(f"- {fact}" for fact in facts), ""]
+    text.append(
         "Percent, with 95 % intervals over questions. All rows: whatever failed or is unscored "
-        "counts as wrong.",
+        "counts as wrong."
+    )
+    text += table([name(s) | main_figures(s, most) for s in summaries])
+    between = [
+        n for n in sorted({n for s in summaries for n in s["pass_at"]}) if n not in (1, most)
     ]
-    columns = ["questions", "pass@1, all rows", "pass@1, scored rows", "F1"] + [
-        f"pass@{k}",
-        f"majority@{k}",
-    ] * (k > 1)
-    rows = []
-    for s in summaries:
-        many = [percent(s["pass_at"][k]), percent(s["majority"])] if s["k"] == k else ["–", "–"]
-        figures = [s["questions"], percent(s["all"]), percent(s["scored"]), percent(s.get("f1"))]
-        rows.append(name(s) + figures + many * (k > 1))
-    text += table(head + columns, rows)
-    between = [n for n in sorted({n for s in summaries for n in s["pass_at"]}) if n not in (1, k)]
     if between:
-        rows = [name(s) + [percent(s["pass_at"].get(n)) for n in between] for s in summaries]
-        text += [
-            "",
-            "## pass@n, unbiased, over all rows",
-            *table(head + [f"n = {n}" for n in between], rows),
-        ]
+        text += ["", "## pass@n, unbiased, over all rows"]
+        shares = [{f"n = {n}": percent(s["pass_at"].get(n)) for n in between} for s in summaries]
+        text += table([name(s) | share for s, share in zip(summaries, shares)])
     if refined := [s for s in summaries if "refine" in s]:
-        keys = ("o1", "o2", "gain", "fixed", "broken", "refined", "not_refined")
-        rows = [
-            name(s) + [percent(s["refine"][n]) if n in keys[:3] else s["refine"][n] for n in keys]
-            for s in refined
-        ]
-        text += [
-            "",
-            "## Reagent-C: first answer (o1) and answer after the critique (o2), over all rows",
-            *table(
-                head + ["o1", "o2", "o2 - o1", "fixed", "broken", "refined", "not refined"], rows
-            ),
-        ]
-    keys = list(summaries[0]["counts"])
-    rows = [name(s) + [s["counts"][key] for key in keys] for s in summaries]
-    text += ["", "## Rows", *table(head + [key.replace("_", " ") for key in keys], rows)]
-    for s in (s for s in summaries if s["by"]):
-        groups = [
-            (kind, value, group) for kind, of in s["by"].items() for value, group in of.items()
-        ]
-        rows = [
-            name(s) + [kind, value, group["questions"], percent(group["all"])]
-            for kind, value, group in groups
-        ]
-        columns = head + ["kind", "value", "questions", "pass@1, all rows"]
-        text += ["", f"## {s['dataset']} by kind of question", *table(columns, rows)]
+        title = "## Reagent-C: first answer (o1) and answer after the critique (o2), over all rows"
+        text += ["", title, *table([name(s) | refined_figures(s["refine"]) for s in refined])]
+    counts = [{key.replace("_", " "): n for key, n in s["counts"].items()} for s in summaries]
+    text += ["", "## Rows", *table([name(s) | row for s, row in zip(summaries, counts)])]
+    for s in summaries:
+        if groups := [(kind, *group) for kind, of in s["by"].items() for group in of.items()]:
+            text += ["", f"## {s['dataset']} by kind of question"]
+            text += table([name(s) | kind_figures(*group) for group in groups])
     return "\n".join(text) + "\n"
+
+
+def name(s: dict) -> dict:
+    return {"data set": s["dataset"], "subset": s["subset"], "judge": s["judge"], "k": s["k"]}
+
+
+def main_figures(s: dict, most: int) -> dict:
+    figures = {"questions": s["questions"], "pass@1, all rows": percent(s["all"])}
+    figures |= {"pass@1, scored rows": percent(s["scored"]), "F1": percent(s.get("f1"))}
+    own = s["k"] == most
+    many = {f"pass@{most}": percent(s["pass_at"][most] if own else None)}
+    many[f"majority@{most}"] = percent(s["majority"] if own else None)
+    return figures | (many if most > 1 else {})
+
+
+def refined_figures(of: dict) -> dict:
+    figures = {"o1": percent(of["o1"]), "o2": percent(of["o2"]), "o2 - o1": percent(of["gain"])}
+    return figures | {key.replace("_", " "): of[key] for key in REFINED}
+
+
+def kind_figures(kind: str, value: str, group: dict) -> dict:
+    figures = {"kind": kind, "value": value, "questions": group["questions"]}
+    return figures | {"pass@1, all rows": percent(group["all"])}
