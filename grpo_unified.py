@@ -12,6 +12,7 @@ as in the released script, pools without any spread of rewards are dropped.
 """
 
 import asyncio
+import dataclasses
 import json
 import math
 import sys
@@ -26,12 +27,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import rollout
-from reagent import engines, reward_model, run
+from reagent import engines, reward_model
 from reagent.chat import Chat
-from reagent.config import check_choices, parse_config, read_prompt, run_facts
+from reagent.config import check_choices, parse_config, read_prompt
 from reagent.engines import EngineConfig
 from reagent.policy import (
-    Row,
+    Sequence,
     backward,
     balance,
     clip_gradients,
@@ -44,6 +45,7 @@ from reagent.policy import (
 )
 from reagent.reward_model import RewardModelConfig
 from reagent.rows import JsonlRows, batch_indices, check_rl_row
+from reagent.run import Run
 from reagent.scorers import rule_reward
 from results.runs import write_run_page
 from tools import Toolbox
@@ -125,8 +127,45 @@ MAY_CHANGE |= {
     "wandb",
 }
 
+COLUMNS = ("advantage", "weight", "sampler_logps")  # one number a trained token
+SUMS = ("loss", "clipped", "tokens", "entropy", "gap", "compared")
+SHOWN = ("reward/first", "accuracy/first", "accuracy/refined", "eval/first")
+SHOWN += ("entropy", "grad_norm", "dlogp/mean")
+IMPORTANCE_CAP = 2.0  # of pi_old / pi of the sampler, where old log-probs are recomputed
+
 # --------------------------------------------------------------------------------------------------
-# the 2G pool and the loss
+# rewards
+
+
+def set_rewards(episodes: list, rrm_weight: float, scored: bool) -> None:
+    """R = R_rule + lambda * s (paper equation 6). Without a valid judgment, or in a dropped chain:
+    no reward.
+    """
+    for episode in episodes:
+        for attempt in episode.attempts:
+            attempt.reward = None
+            if episode.dropped or attempt.rule_reward is None:
+                continue
+            if not scored:
+                attempt.reward = attempt.rule_reward
+            elif attempt.score is not None:
+                attempt.reward = attempt.rule_reward + rrm_weight * attempt.score
+
+
+def reward_tensor(episodes: list, group: int, read) -> torch.Tensor:
+    """(N, 2, G) of read(attempt), NaN where an attempt has no reward; episodes come question by
+    question.
+    """
+    table = torch.full((len(episodes) // group, 2, group), math.nan, dtype=torch.float64)
+    for i, episode in enumerate(episodes):
+        for stage, attempt in enumerate(episode.attempts):
+            if attempt.reward is not None:
+                table[i // group, stage, i % group] = read(attempt)
+    return table
+
+
+# --------------------------------------------------------------------------------------------------
+# the 2G pool
 
 
 def pooled_advantages(
@@ -173,83 +212,144 @@ def kept_pools(rewards: torch.Tensor, rules: torch.Tensor, drop: str) -> torch.T
     return kept
 
 
+# --------------------------------------------------------------------------------------------------
+# the loss
+
+
+def token_weight(length: int, attempts: int, tokens: int, loss_agg: str) -> float:
+    """The weight of a token in an attempt of `length` trained tokens: the loss is normalised here
+    and nowhere else, by what the minibatch holds over all ranks.
+
+    seq_mean: the mean over the `attempts` of each one's mean over its tokens (paper equation 9);
+    token_mean: the mean over all `tokens`.
+    """
+    return 1 / (attempts * length) if loss_agg == "seq_mean" else 1 / tokens
+
+
 def grpo_loss(logps, old_logps, advantages, weights, clip_low: float, clip_high: float):
     """Clipped surrogate (paper equation 9): -sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high)
-    A_t), r = pi / pi_old.
+    A_t), r = pi / pi_old. All (M,); the weights are those of `token_weight`.
 
-    All (M,). The weights hold the denominator: 1 / (N |o|) for seq_mean, 1 / (all tokens) for
-    token_mean, counted over the minibatch on all ranks. Returns (loss, number of clipped tokens).
+    Returns (loss, number of clipped tokens).
     """
     ratio = (logps - old_logps).exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     return -(weights * torch.minimum(plain, clipped)).sum(), (clipped < plain).sum().item()
 
 
+def training_sequences(
+    episodes: list, advantages: torch.Tensor, group: int, loss_agg: str
+) -> list[Sequence]:
+    """The sequences of a minibatch: one a chain, both attempts in it with their own advantage.
+
+    advantages (N, 2, G). Attempts with advantage 0 are counted in the denominator, not computed.
+    """
+    spans = []  # of each episode: [(span, advantage, trained tokens)]
+    for i, episode in enumerate(episodes):
+        spans.append([])
+        for stage, attempt in enumerate(episode.attempts):
+            length = sum(episode.mask[slice(*attempt.span)])
+            if attempt.reward is not None and length:
+                advantage = advantages[i // group, stage, i % group].item()
+                spans[i].append((attempt.span, advantage, length))
+    attempts = sum(map(len, spans))
+    tokens = sum(length for each in spans for _, _, length in each)
+    sequences = []
+    for episode, each in zip(episodes, spans):
+        mask, columns = [0] * len(episode.ids), {name: [] for name in COLUMNS}
+        end = 0
+        for (a, b), advantage, length in each:
+            if advantage == 0.0:
+                continue
+            weight, before = token_weight(length, attempts, tokens, loss_agg), sum(episode.mask[:a])
+            mask[a:b], end = episode.mask[a:b], b
+            columns["advantage"] += [advantage] * length
+            columns["weight"] += [weight] * length
+            columns["sampler_logps"] += episode.logps[before : before + length]
+        if end:
+            sequences.append(Sequence(episode.ids[:end], mask[:end], columns))
+    return sequences
+
+
 # --------------------------------------------------------------------------------------------------
-# episodes -> rewards -> rows
+# the update
 
 
-def set_rewards(episodes: list, rrm_weight: float, scored: bool) -> None:
-    """R = R_rule + lambda * s (paper equation 6). Without a valid judgment, or in a dropped chain:
-    no reward.
+def update(policy, optimizer, minibatches: list, cfg: Config, run: Run) -> dict:
+    """One optimizer step for each minibatch, a list of this rank's micro-batches.
+
+    Returns sums over ranks ("loss", "clipped", "tokens", "entropy", "gap", "compared"), "norms" of
+    the gradients, "worst" |dlogp| of this rank and "skipped": why the rest was left out, or "".
     """
-    for episode in episodes:
-        for attempt in episode.attempts:
-            attempt.reward = None
-            if (
-                not episode.dropped
-                and attempt.rule_reward is not None
-                and (attempt.score is not None or not scored)
-            ):
-                attempt.reward = attempt.rule_reward + (
-                    rrm_weight * attempt.score if scored else 0.0
-                )
-
-
-def reward_tensor(episodes: list, group: int, read) -> torch.Tensor:
-    """(N, 2, G) of read(attempt), NaN where an attempt has no reward; episodes come question by
-    question.
-    """
-    table = torch.full((len(episodes) // group, 2, group), math.nan, dtype=torch.float64)
-    for i, episode in enumerate(episodes):
-        for stage, attempt in enumerate(episode.attempts):
-            if attempt.reward is not None:
-                table[i // group, stage, i % group] = read(attempt)
-    return table
-
-
-def training_rows(episodes: list, advantages: torch.Tensor, group: int, loss_agg: str) -> list[Row]:
-    """The rows of a minibatch: one a chain, both attempts in it with their own advantage, weights
-    as in grpo_loss.
-    """
-    chosen = []  # (episode, [(span, advantage, trained tokens)])
-    for i, episode in enumerate(episodes):
-        spans = []
-        for stage, attempt in enumerate(episode.attempts):
-            a = advantages[i // group, stage, i % group].item()
-            trained = sum(episode.mask[slice(*attempt.span)])
-            if attempt.reward is not None and trained:
-                spans.append((attempt.span, a, trained))
-        chosen.append((episode, spans))
-    attempts = sum(len(spans) for _, spans in chosen)
-    tokens = sum(n for _, spans in chosen for _, _, n in spans)
-    rows = []
-    for episode, spans in chosen:
-        spans = [
-            span for span in spans if span[1] != 0.0
-        ]  # no gradient: counted above, not computed
-        if not spans:
+    old = {}  # (minibatch, microbatch) -> (M,) log-probs before the first update
+    if cfg.old_logps == "recomputed":
+        old = recomputed_logps(policy, minibatches, cfg, run.device)
+    totals, norms, worst, skipped = Counter(), [], 0.0, ""
+    for i, microbatches in enumerate(minibatches):
+        if not microbatches:
             continue
-        mask, columns = [0] * len(episode.ids), {"advantage": [], "weight": [], "logp_mu": []}
-        for (a, b), advantage, n in spans:
-            mask[a:b] = episode.mask[a:b]
-            columns["advantage"] += [advantage] * n
-            columns["weight"] += [1 / (attempts * n) if loss_agg == "seq_mean" else 1 / tokens] * n
-            before = sum(episode.mask[:a])
-            columns["logp_mu"] += episode.logps[before : before + n]
-        end = max(b for (_, b), _, _ in spans)
-        rows.append(Row(episode.ids[:end], mask[:end], columns))
-    return rows
+        first = not norms  # before the first update sampler and trainer are the same policy
+        sums = Counter()
+        for k, microbatch in enumerate(microbatches):
+            batch = collate(microbatch, COLUMNS, run.device)
+            logps, entropy = policy(batch, cfg.temperature)
+            sampler_logps, weights = batch.columns["sampler_logps"], batch.columns["weight"]
+            old_logps = sampler_logps
+            if old:
+                old_logps = old[i, k]
+                weights = weights * (old_logps - sampler_logps).exp().clamp(max=IMPORTANCE_CAP)
+            clip = dict(clip_low=cfg.clip_low, clip_high=cfg.clip_high)
+            loss, clipped = grpo_loss(logps, old_logps, batch.columns["advantage"], weights, **clip)
+            backward(loss)
+            sums.update(loss=loss.item(), clipped=clipped, tokens=len(logps))
+            sums.update(entropy=entropy.sum().item())
+            gap = (logps.detach() - sampler_logps).abs()
+            if first and len(gap):
+                sums.update(gap=gap.sum().item(), compared=len(gap))
+                worst = max(worst, gap.max().item())
+        sums = Counter(dict(zip(SUMS, run.sum([sums[name] for name in SUMS]))))
+        norm = clip_gradients(policy, cfg.max_grad_norm)
+        dlogp = sums["gap"] / max(sums["compared"], 1)
+        if not math.isfinite(norm + sums["loss"]):
+            skipped = f"loss {sums['loss']}, gradient norm {norm}"
+        elif dlogp > cfg.max_dlogp:
+            skipped = f"sampler and trainer differ: mean |dlogp| {dlogp:.4f} > max_dlogp = "
+            skipped += f"{cfg.max_dlogp}"
+        else:
+            optimizer.step()
+            norms.append(norm)
+        optimizer.zero_grad()
+        totals.update(sums)
+        if skipped:
+            break
+    return {name: totals[name] for name in SUMS} | dict(norms=norms, worst=worst, skipped=skipped)
+
+
+def recomputed_logps(policy, minibatches: list, cfg: Config, device) -> dict:
+    """(minibatch, microbatch) -> (M,) log-probs under the policy as it stands."""
+    found = {}
+    with torch.no_grad():
+        for i, microbatches in enumerate(minibatches):
+            for k, microbatch in enumerate(microbatches):
+                batch = collate(microbatch, COLUMNS, device)
+                found[i, k] = policy(batch, cfg.temperature)[0]
+    return found
+
+
+def update_metrics(done: dict, worst: float) -> dict:
+    """The log's names for what `update` returns; `worst` is over all ranks."""
+    updates, tokens = max(len(done["norms"]), 1), max(done["tokens"], 1)
+    return {
+        "loss": done["loss"] / updates,
+        "grad_norm": sum(done["norms"]) / updates,
+        "updates": len(done["norms"]),
+        "skipped": done["skipped"],
+        "dlogp/mean": done["gap"] / max(done["compared"], 1),
+        "dlogp/max": worst,
+        "clip_share": done["clipped"] / tokens,
+        "entropy": done["entropy"] / tokens,
+        "trained_tokens": done["tokens"],
+    }
 
 
 def step_metrics(episodes: list, rewards, rules, advantages, kept) -> dict:
@@ -291,9 +391,6 @@ def _mean(values) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def learning_rate(step: int, cfg) -> float:
     """Linear from lr to lr_end * lr."""
     return cfg.lr * (1 - (1 - cfg.lr_end) * step / max(cfg.steps - 1, 1))
@@ -322,357 +419,224 @@ def check_config(cfg: Config) -> None:
         )
 
 
-def update(
-    policy, optimizer, minibatches: list, cfg: Config, device, gloo
-) -> tuple[Counter, list[float], str, float]:
-    """One optimizer step for each minibatch, a list of this rank's micro-batches.
-
-    Returns (sums over ranks, gradient norms, why it was skipped or "", largest |dlogp| of this
-    rank).
-    """
-    columns = ("advantage", "weight", "logp_mu")
-    old = {}  # (minibatch, microbatch) -> (M,) log-probs before the first update
-    if cfg.old_logps == "recomputed":
-        with torch.no_grad():
-            for where, mb in [
-                ((i, k), mb) for i, part in enumerate(minibatches) for k, mb in enumerate(part)
-            ]:
-                old[where] = policy(collate(mb, columns, device), cfg.temperature)[0]
-    totals, norms, worst = Counter(), [], 0.0
-    for i, part in enumerate(minibatches):
-        if not part:
-            continue
-        sums = Counter()
-        for k, mb in enumerate(part):
-            batch = collate(mb, columns, device)
-            logps, entropy = policy(batch, cfg.temperature)
-            weights, mu = batch.columns["weight"], batch.columns["logp_mu"]
-            behind = mu
-            if old:
-                behind = old[i, k]
-                weights = weights * (behind - mu).exp().clamp(max=2.0)
-            loss, clipped = grpo_loss(
-                logps, behind, batch.columns["advantage"], weights, cfg.clip_low, cfg.clip_high
-            )
-            backward(loss + 0.0 * logps.sum())
-            gap = (logps.detach() - mu).abs()
-            sums.update(
-                loss=loss.item(), clipped=clipped, tokens=len(logps), entropy=entropy.sum().item()
-            )
-            if not totals and len(
-                gap
-            ):  # before the first update sampler and trainer are the same policy
-                sums.update(gap=gap.sum().item(), compared=len(gap))
-                worst = max(worst, gap.max().item())
-        names = ("loss", "clipped", "tokens", "entropy", "gap", "compared")
-        sums = Counter(dict(zip(names, run.sum_over_ranks([sums[n] for n in names], gloo))))
-        norm = clip_gradients(policy, cfg.max_grad_norm)
-        dlogp, skipped = sums["gap"] / max(sums["compared"], 1), ""
-        if not math.isfinite(norm + sums["loss"]):
-            skipped = f"loss {sums['loss']}, gradient norm {norm}"
-        elif not totals and dlogp > cfg.max_dlogp:
-            skipped = (
-                f"sampler and trainer differ: mean |dlogp| {dlogp:.4f} > max_dlogp = "
-                f"{cfg.max_dlogp}"
-            )
-        if not skipped:
-            optimizer.step()
-            norms.append(norm)
-        optimizer.zero_grad()
-        totals.update(sums)
-        if skipped:
-            return totals, norms, skipped, worst
-    return totals, norms, "", worst
-
-
 def main(cfg: Config) -> None:
-    # ---------------------------------------------------------------- data, processes
+    # ---------------------------------------------------------------- data
     check_config(cfg)
     rows = JsonlRows(
-        cfg.data, check_rl_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)"
+        cfg.data,
+        check_rl_row,
+        hint="run python data/reagent/prepare.py (or data/toy/prepare.py)",
     )
     eval_rows = JsonlRows(cfg.eval_data, check_rl_row) if cfg.eval_data else []
     tokenizer = load_tokenizer(cfg.model)
-    chat, toolbox = (
-        Chat(tokenizer),
-        Toolbox(cfg.tools.split(","), corpus=cfg.corpus, files_dir=cfg.files_dir),
-    )
+    chat = Chat(tokenizer)
+    toolbox = Toolbox(cfg.tools.split(","), corpus=cfg.corpus, files_dir=cfg.files_dir)
     toolbox.check_rows(rows, cfg.data)
     toolbox.check_rows(eval_rows, cfg.eval_data)
-    rank, world, device = run.init_distributed(cfg.timeout_s)
-    gloo = dist.new_group(backend="gloo")
-    tp = cfg.engine.tensor_parallel
-    if world % tp:
-        raise SystemExit(f"tensor_parallel = {tp} does not divide {world} ranks")
-    patience = timedelta(seconds=cfg.timeout_s)
-    tp_groups = (
-        [dist.new_group(list(range(a, a + tp)), patience, "gloo") for a in range(0, world, tp)]
-        if tp > 1
-        else []
-    )
-    leads, n_engines = rank % tp == 0, world // tp
 
-    def meet(phase, error=None):
-        run.meet(phase, gloo, cfg.timeout_s, error)
-
-    # -------------------- engines first (they reseed), then the policy
-    out = Path(cfg.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    engine = engines.make_engine(
-        cfg.engine,
-        cfg.model,
-        chat.stop_ids,
-        max_context=cfg.max_context,
-        tp_group=tp_groups[rank // tp] if tp > 1 else None,
+    # ---------------------------------------------------------------- processes, policy, optimizer
+    run = Run(cfg, MAY_CHANGE)
+    place, n_engines, tp_group = engine_places(cfg.engine.tensor_parallel, run)
+    engine = engines.make_engine(  # before the policy: it reseeds
+        cfg.engine, cfg.model, chat.stop_ids, max_context=cfg.max_context, tp_group=tp_group
     )
     engines.rest(engine)  # until the first sync: the policy is loaded meanwhile
     judge = None
     if cfg.variant != "rule":
         judge = reward_model.make_judge(cfg.rrm, chat, engine=cfg.engine)
     torch.manual_seed(cfg.seed)
-    policy = shard(load_policy(cfg.model, cfg.checkpoint_activations), device, cfg.shard_ranks)
+    policy = shard(load_policy(cfg.model, cfg.checkpoint_activations), run.device, cfg.shard_ranks)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    weights_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-
-    # ---------------------------------------------------------------- resume
-    facts, start, log, best = run_facts(cfg), 0, [], {"step": None, "accuracy": -1.0}
-    found = run.checkpoints(out)
-    if found:
-        saved = json.loads((found[-1] / "trainer.json").read_text())
-        may_change = MAY_CHANGE | ({"steps"} if cfg.lr_end == 1.0 else set())
-        run.check_resume(saved["config"], facts["config"], may_change, found[-1])
-        run.load_checkpoint(found[-1], policy, optimizer)
-        start, log, best = saved["step"], saved["log"], saved["best"]
-    engine.load_weights(full_weights(policy, weights_dtype))  # one that slept has none
-    if rank == 0:
-        (out / "run.json").write_text(json.dumps(facts, indent=1))
-        (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        (out / "episodes").mkdir(exist_ok=True)
-        per = cfg.group_size * (2 if cfg.variant == "u" else 1)
-        print(
-            f"variant {cfg.variant}: {cfg.prompts_per_step} questions x {per} attempts a step, "
-            f"{n_engines} engine(s), "
-            f"about {memory_of(policy, cfg):.1f} GB a rank to train, -> {out}"
-        )
-    tracker = run.start_wandb(cfg, rank)
-    stop = run.asked_to_stop()
     runner = asyncio.Runner()
-    limits = rollout.Limits(
-        cfg.max_turns,
-        cfg.max_new_tokens_per_turn,
-        cfg.max_tokens_per_attempt,
-        cfg.max_context,
-        final_tokens=min(512, cfg.max_new_tokens_per_turn),
+    setup = rollout.Setup(
+        engine=engine,
+        chat=chat,
+        toolbox=toolbox,
+        limits=rollout.Limits(
+            cfg.max_turns,
+            cfg.max_new_tokens_per_turn,
+            cfg.max_tokens_per_attempt,
+            cfg.max_context,
+            final_tokens=min(512, cfg.max_new_tokens_per_turn),
+        ),
+        rule_reward=rule_reward,
+        judge=judge,
+        refine=cfg.variant == "u",
+        temperature=cfg.temperature,
+        system_prompt=read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT),
+        fixed_critique=cfg.fixed_critique,
     )
-    system_prompt = read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
+
+    def sync():
+        engine.load_weights(full_weights(policy, run.sampler_dtype))
 
     def sample(jobs: list, version: int, what: str) -> list:
-        """Runs this engine's share of the jobs [(row, key)]; returns all episodes, in the order of
-        the jobs.
+        """Runs this engine's share of the jobs [(row, key)], group by group; returns all episodes,
+        in the order of the jobs.
         """
-        setup = rollout.Setup(
-            engine,
-            chat,
-            toolbox,
-            limits,
-            rule_reward,
-            judge,
-            cfg.variant == "u",
-            cfg.temperature,
-            system_prompt=system_prompt,
-            fixed_critique=cfg.fixed_critique,
-            policy_version=version,
-        )
+        now = dataclasses.replace(setup, policy_version=version)
+        share = [job for i, job in enumerate(jobs) if i // cfg.group_size % n_engines == place]
+        bar = tqdm(desc=what, total=len(jobs), leave=False, disable=not run.has_bar)
         mine, error = [], None
-        bar = tqdm(
-            total=len(jobs), desc=what, leave=False, disable=rank > 0 or not sys.stderr.isatty()
-        )
         try:
-            if leads:
-                share = [
-                    job
-                    for i, job in enumerate(jobs)
-                    if i // cfg.group_size % n_engines == rank // tp
-                ]
-                done = rollout.run_chains(
-                    share, setup, cfg.engine.max_live_chains, lambda _: bar.update(n_engines)
-                )
-                try:
-                    mine = runner.run(done)
-                finally:  # also after an error: those that follow would wait for ever
-                    if tp > 1:
-                        engine.finish()
-            else:
+            if place is None:  # another rank of the tensor-parallel group leads
                 engine.follow()
+            else:
+                most = cfg.engine.max_live_chains
+                chains = rollout.run_chains(share, now, most, lambda _: bar.update(n_engines))
+                try:
+                    mine = runner.run(chains)
+                finally:  # also after an error: those that follow would wait for ever
+                    if tp_group:
+                        engine.finish()
         except Exception as problem:  # the others wait for this rank: they must hear of it
             error = problem
         bar.close()
-        meet(f"the rollout of {what}", error)
-        shares = [None] * world
-        dist.all_gather_object(shares, mine, group=gloo)
-        queues = [iter(share) for share in shares[::tp]]
+        run.meet(f"the rollout of {what}", error)
+        shares = run.gather(mine)[:: cfg.engine.tensor_parallel]
+        queues = [iter(share) for share in shares]
         return [next(queues[i // cfg.group_size % n_engines]) for i in range(len(jobs))]
 
     def evaluate_policy(version: int) -> dict:
         jobs = [(eval_rows[i], (cfg.seed, "eval", 0)) for i in range(len(eval_rows))]
         episodes = sample(jobs, version, "evaluation")
-        stages = [[e.attempts[s] for e in episodes if len(e.attempts) > s] for s in (0, 1)]
-        line = {"eval/first": sum(bool(a.correct) for a in stages[0]) / len(episodes)}
-        if stages[1]:  # a chain without a refined attempt keeps its first answer
-            line["eval/refined"] = sum(bool(e.attempts[-1].correct) for e in episodes) / len(
-                episodes
-            )
+        first = [e.attempts[0].correct for e in episodes if e.attempts]
+        line = {"eval/first": sum(map(bool, first)) / len(episodes)}
+        if any(len(e.attempts) > 1 for e in episodes):
+            # a chain without a refined attempt keeps its first answer
+            last = [e.attempts[-1].correct for e in episodes if e.attempts]
+            line["eval/refined"] = sum(map(bool, last)) / len(episodes)
         return line
 
+    # ---------------------------------------------------------------- resume
+    if cfg.lr_end == 1.0:
+        run.may_change = MAY_CHANGE | {"steps"}
+    start = run.resume(policy, optimizer)
+    sync()  # also at the start: an engine that slept has no weights
+    attempts = cfg.group_size * (2 if cfg.variant == "u" else 1)
+    run.begin(
+        f"variant {cfg.variant}: {cfg.prompts_per_step} questions x {attempts} attempts a step, "
+        f"{n_engines} engine(s), about {memory_of(policy, cfg):.1f} GB a rank to train"
+    )
+    if eval_rows and not start:
+        run.write({"step": 0, **evaluate_policy(0)}, quiet=True)
+
     # ---------------------------------------------------------------- loop
-    skips = 0
-    if eval_rows and start == 0:
-        log.append({"step": 0, **evaluate_policy(0)})
-        if rank == 0:
-            (out / "log.jsonl").write_text(json.dumps(log[0]) + "\n")
     for step in range(start, cfg.steps):
         began = time.perf_counter()
         line: dict = {"step": step + 1, "lr": learning_rate(step, cfg)}
         for group in optimizer.param_groups:
             group["lr"] = line["lr"]
 
-        # -------------------- rollout: G chains for each question
+        # ------------------------------------------------------------ batch: G chains a question
         picked = batch_indices(step, cfg.prompts_per_step, len(rows), cfg.seed)
-        jobs = [
-            (rows[i], (cfg.seed, step, place, g))
-            for place, i in enumerate(picked)
-            for g in range(cfg.group_size)
-        ]
+        jobs = []
+        for place_in_step, i in enumerate(picked):
+            row = rows[i]
+            jobs += [(row, (cfg.seed, step, place_in_step, g)) for g in range(cfg.group_size)]
         asked, failed = (judge.asked, judge.failed) if judge else (0, 0)
         began_rollout = time.perf_counter()
         episodes = sample(jobs, step, f"step {step + 1}")
         if judge:
-            asked, failed = run.sum_over_ranks([judge.asked - asked, judge.failed - failed], gloo)
+            asked, failed = run.sum([judge.asked - asked, judge.failed - failed])
             line |= {"judge/asked": int(asked), "judge/failed": int(failed)}
-            if failed > cfg.rrm.max_failures * asked:
-                raise SystemExit(
-                    f"step {step + 1}: {failed:.0f} of {asked:.0f} judgments failed, more than "
-                    f"rrm.max_failures = {cfg.rrm.max_failures}: is the reward model "
-                    f"{cfg.rrm.source} up "
-                    "and sound?"
-                )
+            check_failures(step, asked, failed, cfg.rrm)
         engines.rest(engine)
         began_train = time.perf_counter()
 
         # ------------------------------------------------------------ rewards, pools, advantages
         set_rewards(episodes, cfg.rrm_weight, judge is not None)
-        rewards = reward_tensor(episodes, cfg.group_size, lambda a: a.reward)
-        rules = reward_tensor(episodes, cfg.group_size, lambda a: a.rule_reward)
+        rewards = reward_tensor(episodes, cfg.group_size, lambda attempt: attempt.reward)
+        rules = reward_tensor(episodes, cfg.group_size, lambda attempt: attempt.rule_reward)
         kept = kept_pools(rewards, rules, cfg.drop)
         advantages = pooled_advantages(rewards, pool=cfg.pool) * kept[:, None, None]
         line |= step_metrics(episodes, rewards, rules, advantages, kept)
 
-        # -------------------- update: minibatches of whole questions
+        # ------------------------------------------------------------ update, by whole questions
         minibatches = []
         for a in range(0, cfg.prompts_per_step, cfg.prompts_per_minibatch):
-            part = [q for q in range(a, a + cfg.prompts_per_minibatch) if kept[q]]
-            chosen = [episodes[q * cfg.group_size + g] for q in part for g in range(cfg.group_size)]
-            batch = (
-                training_rows(chosen, advantages[part], cfg.group_size, cfg.loss_agg)
-                if part
-                else []
-            )
-            minibatches.append(
-                balance(batch, world, cfg.tokens_per_microbatch)[rank] if batch else []
-            )
-        with run.phase(f"the update of step {step + 1}", meet):
-            totals, norms, skipped, worst = update(
-                policy, optimizer, minibatches, cfg, device, gloo
-            )
-        skips = skips + 1 if skipped else 0
-        if skipped and (step == 0 or skips > cfg.max_skips):
-            good = run.checkpoints(out)
-            raise SystemExit(
-                f"step {step + 1}: {skipped} ({skips} in a row); last good checkpoint: "
-                f"{good[-1] if good else 'none'}"
-            )
+            pools = [q for q in range(a, a + cfg.prompts_per_minibatch) if kept[q]]
+            chosen = []
+            for q in pools:
+                chosen += episodes[q * cfg.group_size : (q + 1) * cfg.group_size]
+            sequences = training_sequences(chosen, advantages[pools], cfg.group_size, cfg.loss_agg)
+            dealt = balance(sequences, run.world, cfg.tokens_per_microbatch)
+            minibatches.append(dealt[run.rank])
+        with run.phase(f"the update of step {step + 1}"):
+            done = update(policy, optimizer, minibatches, cfg, run)
+        run.count_skip(step, done["skipped"], cfg.max_skips)
 
-        # -------------------- weights to the sampler, also after a skipped step
+        # ------------------------------------------------------------ weights to the sampler
         began_sync = time.perf_counter()
-        with run.phase(f"the weight sync of step {step + 1}", meet):
-            engine.load_weights(full_weights(policy, weights_dtype))
+        with run.phase(f"the weight sync of step {step + 1}"):
+            sync()  # also after a skipped step: an engine that slept has thrown its weights away
         ended = time.perf_counter()
 
         # ------------------------------------------------------------ log, evaluate, save
-        gaps = [None] * world
-        dist.all_gather_object(gaps, worst, group=gloo)
-        tokens = sum(len(e.ids) for e in episodes)
-        line |= {
-            "loss": totals["loss"] / max(len(norms), 1),
-            "grad_norm": sum(norms) / max(len(norms), 1),
-            "updates": len(norms),
-            "skipped": skipped,
-            "dlogp/mean": totals["gap"] / max(totals["compared"], 1),
-            "dlogp/max": max(gaps),
-            "clip_share": totals["clipped"] / max(totals["tokens"], 1),
-            "entropy": totals["entropy"] / max(totals["tokens"], 1),
-            "tokens": tokens,
-            "trained_tokens": totals["tokens"],
-            "seconds/rollout": round(began_train - began_rollout, 3),
-            "seconds/train": round(began_sync - began_train, 3),
-            "seconds/sync": round(ended - began_sync, 3),
-            "tokens_per_second": round(tokens / (ended - began_rollout)),
-        }
-        stopping = run.sum_over_ranks([len(stop)], gloo)[0] > 0
-        last = step + 1 == cfg.steps
+        tokens = sum(len(episode.ids) for episode in episodes)
+        line |= update_metrics(done, max(run.gather(done["worst"]))) | {"tokens": tokens}
+        line["seconds/rollout"] = round(began_train - began_rollout, 3)
+        line["seconds/train"] = round(began_sync - began_train, 3)
+        line["seconds/sync"] = round(ended - began_sync, 3)
+        line["tokens_per_second"] = round(tokens / (ended - began_rollout))
+        stopping, last = run.stopping(), step + 1 == cfg.steps
         if eval_rows and ((step + 1) % cfg.eval_interval == 0 or last):
             line |= evaluate_policy(step + 1)
-        better = line.get("eval/first", -1.0) > best["accuracy"]
-        best = {"step": step + 1, "accuracy": line["eval/first"]} if better else best
+        better = line.get("eval/first", -1.0) > run.best["accuracy"]
+        if better:
+            run.best = {"step": step + 1, "accuracy": line["eval/first"]}
         line["seconds/step"] = round(time.perf_counter() - began, 3)
-        log.append(line)
-        if rank == 0:
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            with open(out / "episodes" / f"step-{step + 1:06d}.jsonl", "w") as file:
-                file.writelines(json.dumps(e.to_json()) + "\n" for e in episodes)
+        if run.rank == 0:
+            write_episodes(run.out / "episodes", step + 1, episodes)
             if (step + 1) % cfg.eval_interval == 0:
-                print(
-                    *(show_episode(chat, episode) for episode in (episodes[0], episodes[-1])),
-                    sep="\n",
-                )
-            if tracker:
-                tracker.log(line)
-            shown = (
-                "reward/first",
-                "accuracy/first",
-                "accuracy/refined",
-                "eval/first",
-                "entropy",
-                "grad_norm",
-                "dlogp/mean",
-            )
-            print(
-                f"step {step + 1:4d} "
-                + "  ".join(f"{k} {line[k]:.4g}" for k in shown if k in line)
-                + f"  {line['seconds/step']:.1f} s"
-                + (f"  SKIPPED: {skipped}" if skipped else ""),
-                flush=True,
-            )
+                print(show_episode(chat, episodes[0]), show_episode(chat, episodes[-1]), sep="\n")
+        run.write(line, SHOWN)
         if (step + 1) % cfg.save_interval == 0 or last or stopping or better:
-            run.save_checkpoint(
-                out,
-                step + 1,
-                policy,
-                optimizer,
-                tokenizer,
-                {**facts, "log": log, "best": best},
-                meet,
-            )
-            if rank == 0:
-                run.prune(out, cfg.keep_last, best["step"])
+            run.save(step + 1, policy, optimizer, tokenizer)
         if stopping:
             break
-    if rank == 0:
-        write_run_page(out)
-    meet("the end")
+
+    # ---------------------------------------------------------------- report
+    if run.rank == 0:
+        write_run_page(run.out)
     toolbox.close()
-    dist.destroy_process_group()
+    run.end()
+
+
+def engine_places(tensor_parallel: int, run: Run) -> tuple[int | None, int, object]:
+    """(the number of the engine that this rank leads or None, how many engines there are, the gloo
+    group of its tensor-parallel ranks or None).
+    """
+    if run.world % tensor_parallel:
+        raise SystemExit(
+            f"engine.tensor_parallel = {tensor_parallel} does not divide {run.world} ranks"
+        )
+    number, member = divmod(run.rank, tensor_parallel)
+    own = None
+    if tensor_parallel > 1:
+        patience = timedelta(seconds=run.cfg.timeout_s)
+        for first in range(0, run.world, tensor_parallel):  # all ranks make all groups
+            group = dist.new_group(
+                list(range(first, first + tensor_parallel)), patience, backend="gloo"
+            )
+            own = group if first // tensor_parallel == number else own
+    return None if member else number, run.world // tensor_parallel, own
+
+
+def check_failures(step: int, asked: float, failed: float, rrm: RewardModelConfig) -> None:
+    """Stops the run where too many judgments of a step failed: a thinned pool is a biased one."""
+    if failed > rrm.max_failures * asked:
+        raise SystemExit(
+            f"step {step + 1}: {failed:.0f} of {asked:.0f} judgments failed, more than "
+            f"rrm.max_failures = {rrm.max_failures}: is the reward model {rrm.source} up and sound?"
+        )
+
+
+def write_episodes(folder: Path, step: int, episodes: list) -> None:
+    """One JSON line an episode."""
+    folder.mkdir(exist_ok=True)
+    with open(folder / f"step-{step:06d}.jsonl", "w") as file:
+        file.writelines(json.dumps(episode.to_json()) + "\n" for episode in episodes)
 
 
 def show_episode(chat: Chat, episode) -> str:

@@ -6,22 +6,17 @@ recipe in section 4).
     python sft.py config/sft_toy_tiny.py --show=3  # rows as the model sees them, trained ones green
 """
 
-import json
 import math
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
-from reagent import run
 from reagent.chat import Chat, check_messages
-from reagent.config import parse_config, run_facts
+from reagent.config import parse_config
 from reagent.policy import (
-    Row,
+    Sequence,
     backward,
     balance,
     clip_gradients,
@@ -32,6 +27,7 @@ from reagent.policy import (
     shard,
 )
 from reagent.rows import JsonlRows, batch_indices
+from reagent.run import Run
 from results.runs import write_run_page
 
 
@@ -52,6 +48,7 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.999
     max_grad_norm: float = 1.0
+    max_skips: int = 5  # steps in a row whose loss is not finite before the run stops
     # memory
     tokens_per_microbatch: int = 32_768  # tokens one rank packs into one forward
     checkpoint_activations: bool = True
@@ -60,7 +57,6 @@ class Config:
     # run
     seed: int = 0
     out_dir: str = "out/sft"
-    resume: bool = True  # go on from the newest checkpoint in out_dir
     log_interval: int = 1  # steps
     save_interval: int = 500  # steps; the last step is always saved
     keep_last: int = 2  # checkpoints; 0: all
@@ -71,7 +67,7 @@ class Config:
 
 MAY_CHANGE = {
     "out_dir",
-    "resume",
+    "max_skips",
     "log_interval",
     "save_interval",
     "keep_last",
@@ -119,9 +115,9 @@ def check_row(row: dict) -> str | None:
     return check_messages(messages)
 
 
-def render(chat: Chat, row: dict) -> Row:
+def render(chat: Chat, row: dict) -> Sequence:
     ids, mask = chat.row(sft_messages(row), row.get("tools"))
-    return Row(ids, mask)
+    return Sequence(ids, mask)
 
 
 def learning_rate(step: int, cfg) -> float:
@@ -132,6 +128,29 @@ def learning_rate(step: int, cfg) -> float:
     return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
+def update(policy, optimizer, rows: list[Sequence], cfg: Config, run: Run) -> tuple[float, float]:
+    """One optimizer step on the rows of all ranks; returns (loss, gradient norm before clipping).
+
+    The loss is the mean over all trained tokens, whatever rank or micro-batch they are in. A step
+    whose loss or gradient is not finite changes nothing.
+    """
+    trained = sum(sum(row.mask) for row in rows)  # every rank sees the whole batch
+    if not trained:
+        return 0.0, 0.0
+    total = 0.0
+    for microbatch in balance(rows, run.world, cfg.tokens_per_microbatch)[run.rank]:
+        logps, _ = policy(collate(microbatch, (), run.device))
+        loss = -logps.sum() / trained
+        backward(loss)
+        total += loss.item()
+    norm = clip_gradients(policy, cfg.max_grad_norm)
+    total = run.sum([total])[0]
+    if math.isfinite(norm + total):
+        optimizer.step()
+    optimizer.zero_grad()
+    return total, norm
+
+
 def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data
     tokenizer = load_tokenizer(cfg.model)
@@ -139,125 +158,68 @@ def main(cfg: Config) -> None:
     rows = JsonlRows(
         cfg.data, check_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)"
     )
-    for i in range(min(cfg.show, len(rows))):
-        row = render(chat, rows[i])
-        print(
-            chat.paint(row.ids, row.mask), f"\n--- {len(row.ids)} tokens, {sum(row.mask)} trained\n"
-        )
     if cfg.show:
-        return
+        return show(chat, rows, cfg.show)
 
-    # ---------------------------------------------------------------- processes, model, optimizer
-    rank, world, device = run.init_distributed(cfg.timeout_s)
-    gloo = dist.new_group(backend="gloo")
-
-    def meet(phase, error=None):
-        run.meet(phase, gloo, cfg.timeout_s, error)
-
+    # ---------------------------------------------------------------- processes, policy, optimizer
+    run = Run(cfg, MAY_CHANGE)
     torch.manual_seed(cfg.seed)
-    policy = shard(
-        load_policy(cfg.model, cfg.checkpoint_activations), device, cfg.shard_ranks, cfg.cpu_offload
-    )
+    policy = load_policy(cfg.model, cfg.checkpoint_activations)
+    policy = shard(policy, run.device, cfg.shard_ranks, cfg.cpu_offload)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
 
-    # ---------------------------------------------------------------- run folder, resume
-    out = Path(cfg.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    facts, start, log = run_facts(cfg), 0, []
-    found = run.checkpoints(out) if cfg.resume else []
-    if found:
-        saved = json.loads((found[-1] / "trainer.json").read_text())
-        run.check_resume(saved["config"], facts["config"], MAY_CHANGE, found[-1])
-        run.load_checkpoint(found[-1], policy, optimizer)
-        start, log = saved["step"], saved["log"]
-    if rank == 0:
-        (out / "run.json").write_text(json.dumps(facts, indent=1))
-        (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        print(
-            f"{len(rows)} rows, {cfg.rows_per_step} a step on {world} ranks, from step {start} of "
-            f"{cfg.steps}, "
-            f"about {memory_of(policy, cfg):.1f} GB a rank -> {out}"
-        )
-    tracker = run.start_wandb(cfg, rank)
-    stop = run.asked_to_stop()
+    # ---------------------------------------------------------------- resume
+    start = run.resume(policy, optimizer)
+    run.begin(
+        f"{len(rows)} rows, {cfg.rows_per_step} a step on {run.world} ranks, from step {start} of "
+        f"{cfg.steps}, about {memory_of(policy, cfg):.1f} GB a rank"
+    )
 
     # ---------------------------------------------------------------- loop
-    bar = tqdm(
-        range(start, cfg.steps),
-        initial=start,
-        total=cfg.steps,
-        disable=rank > 0 or not sys.stderr.isatty(),
-    )
-    for step in bar:
+    for step in run.steps(start):
         began = time.perf_counter()
         lr = learning_rate(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch_rows = [
-            render(chat, rows[i])
-            for i in batch_indices(step, cfg.rows_per_step, len(rows), cfg.seed)
-        ]
-        fitting = [row for row in batch_rows if len(row.ids) <= cfg.max_tokens_per_row]
-        trained = sum(
-            sum(row.mask) for row in fitting
-        )  # the denominator, over all ranks: every rank sees the batch
-        total_loss, norm, skipped = 0.0, 0.0, False
-        with run.phase(f"the update of step {step + 1}", meet):
-            if trained:
-                for microbatch in balance(fitting, world, cfg.tokens_per_microbatch)[rank]:
-                    logps, _ = policy(collate(microbatch, (), device))
-                    loss = -logps.sum() / trained
-                    backward(loss)
-                    total_loss += loss.item()
-                norm = clip_gradients(policy, cfg.max_grad_norm)
-                total_loss = run.sum_over_ranks([total_loss], gloo)[0]
-                skipped = not math.isfinite(norm + total_loss)
-                if not skipped:
-                    optimizer.step()
-                optimizer.zero_grad()
+
+        # ------------------------------------------------------------ batch
+        picked = batch_indices(step, cfg.rows_per_step, len(rows), cfg.seed)
+        rendered = [render(chat, rows[i]) for i in picked]
+        fitting = [row for row in rendered if len(row.ids) <= cfg.max_tokens_per_row]
+
+        # ------------------------------------------------------------ update
+        with run.phase(f"the update of step {step + 1}"):
+            loss, norm = update(policy, optimizer, fitting, cfg, run)
+        skipped = "" if math.isfinite(norm + loss) else f"loss {loss}, gradient norm {norm}"
+        run.count_skip(step, skipped, cfg.max_skips)
 
         # ------------------------------------------------------------ log, save
-        seconds = time.perf_counter() - began
-        line = dict(
-            step=step + 1,
-            loss=total_loss,
-            grad_norm=norm,
-            lr=lr,
-            tokens=sum(len(r.ids) for r in fitting),
-        )
-        line |= {
-            "too_long": len(batch_rows) - len(fitting),
-            "skipped": skipped,
-            "seconds/step": round(seconds, 3),
-        }
-        line["tokens_per_second"] = round(line["tokens"] / seconds)
-        log.append(line)
-        if rank == 0 and (step + 1) % cfg.log_interval == 0:
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            text = (
-                f"step {step + 1:5d}  loss {total_loss:.4f}  norm {norm:.2f}  lr {lr:.1e}  "
-                f"{line['tokens_per_second']} tok/s"
-            )
-            text += "  SKIPPED: the loss or the gradient is not finite" if skipped else ""
-            tqdm.write(text) if bar.disable is False else print(text, flush=True)
-            if tracker:
-                tracker.log(line)
-        stopping = run.sum_over_ranks([len(stop)], gloo)[0] > 0
-        if (step + 1) % cfg.save_interval == 0 or step + 1 == cfg.steps or stopping:
-            run.save_checkpoint(
-                out, step + 1, policy, optimizer, tokenizer, {**facts, "log": log}, meet
-            )
-            if rank == 0:
-                run.prune(out, cfg.keep_last, None)
+        seconds, tokens = time.perf_counter() - began, sum(len(row.ids) for row in fitting)
+        line = dict(step=step + 1, loss=loss, grad_norm=norm, lr=lr, tokens=tokens)
+        line |= {"too_long": len(rendered) - len(fitting), "skipped": skipped}
+        line |= {"seconds/step": round(seconds, 3), "tokens_per_second": round(tokens / seconds)}
+        shown = ("loss", "grad_norm", "lr", "tokens_per_second")
+        run.write(line, shown, quiet=(step + 1) % cfg.log_interval != 0)
+        stopping, last = run.stopping(), step + 1 == cfg.steps
+        if (step + 1) % cfg.save_interval == 0 or last or stopping:
+            run.save(step + 1, policy, optimizer, tokenizer)
         if stopping:
             break
-    if rank == 0:
-        write_run_page(out)
-    meet("the end")
-    dist.destroy_process_group()
+
+    # ---------------------------------------------------------------- report
+    if run.rank == 0:
+        write_run_page(run.out)
+    run.end()
+
+
+def show(chat: Chat, rows: JsonlRows, count: int) -> None:
+    """Prints rows as the policy sees them, trained tokens in green."""
+    for i in range(min(count, len(rows))):
+        row = render(chat, rows[i])
+        print(chat.paint(row.ids, row.mask))
+        print(f"--- {len(row.ids)} tokens, {sum(row.mask)} trained\n")
 
 
 if __name__ == "__main__":

@@ -13,23 +13,19 @@ answer; yes/no, choices and numbers below 1000 are exempt: a critique may well s
 """
 
 import asyncio
-import json
 import math
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
-from reagent import engines, reward_model, run
+from reagent import reward_model
 from reagent.chat import Chat
-from reagent.config import parse_config, read_prompt, run_facts
-from reagent.engines import EngineConfig
+from reagent.config import parse_config, read_prompt
+from reagent.engines import EngineConfig, make_engine, rest, run_together
 from reagent.policy import (
-    Row,
+    Sequence,
     backward,
     balance,
     clip_gradients,
@@ -49,6 +45,7 @@ from reagent.reward_model import (
     target_text,
 )
 from reagent.rows import JsonlRows, batch_indices, seed_of
+from reagent.run import Run
 from results.judging import judgment_report, report_table
 from results.runs import write_run_page
 
@@ -88,6 +85,7 @@ class Config:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     max_dlogp: float = 0.05  # mean |logp(sampler) - logp(trainer)| beyond which a step is skipped
+    max_skips: int = 5  # steps skipped in a row before the run stops
     # engine and memory
     engine: EngineConfig = EngineConfig()
     tokens_per_microbatch: int = 28_000
@@ -114,8 +112,17 @@ MAY_CHANGE = {
     "engine.sleep",
 }
 
-MAY_CHANGE |= {"tokens_per_microbatch", "checkpoint_activations", "shard_ranks", "wandb"}
+MAY_CHANGE |= {
+    "max_skips",
+    "tokens_per_microbatch",
+    "checkpoint_activations",
+    "shard_ranks",
+    "wandb",
+}
 
+
+SHOWN = ("loss", "reward", "valid", "grad_norm", "dlogp/mean")
+SHOWN += ("eval/valid", "eval/mae", "eval/auc/grounded")
 
 # --------------------------------------------------------------------------------------------------
 # the reward of a judgment
@@ -154,17 +161,14 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     return torch.where(spread >= 1e-6, centred / (rewards.std(1, keepdim=True) + eps), 0.0)
 
 
-def clipped_loss(
-    logps, old_logps, advantages, weights, clip_low: float, clip_high: float
-) -> torch.Tensor:
-    """-sum_t w_t min(r_t A_t, clip(r_t) A_t), r = pi / mu; all (M,), the weights hold the
-    denominator.
+def clipped_loss(logps, columns: dict, clip_low: float, clip_high: float) -> torch.Tensor:
+    """-sum_t w_t min(r_t A_t, clip(r_t) A_t), r = pi / pi of the sampler; all (M,), the weights
+    hold the denominator.
     """
-    ratio = (logps - old_logps).exp()
-    return -(
-        weights
-        * torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    ).sum()
+    ratio = (logps - columns["sampler_logps"]).exp()
+    plain = ratio * columns["advantage"]
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * columns["advantage"]
+    return -(columns["weight"] * torch.minimum(plain, clipped)).sum()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -188,7 +192,7 @@ def judge_ids(chat: Chat, row: dict, cfg) -> list[int] | None:
     return reward_model.judge_prompt(chat, row["question"], text, prompt)
 
 
-def sft_row(chat: Chat, row: dict, cfg) -> Row | None:
+def sft_row(chat: Chat, row: dict, cfg) -> Sequence | None:
     """The token row of a judgment; None where it is too long."""
     prompt, text = judge_ids(chat, row, cfg), chat.sampled(target_text(row))
     target = [*chat.text(text), chat.closer_id]
@@ -197,7 +201,68 @@ def sft_row(chat: Chat, row: dict, cfg) -> Row | None:
     cut = text.find(" Found ") if cfg.verdict_weight != 1.0 else -1
     plain = len(chat.text(text[:cut])) if cut > 0 else len(target)
     weights = [1.0] * plain + [cfg.verdict_weight] * (len(target) - plain)
-    return Row(prompt + target, [0] * len(prompt) + [1] * len(target), {"weight": weights})
+    return Sequence(prompt + target, [0] * len(prompt) + [1] * len(target), {"weight": weights})
+
+
+def read_judgment(chat: Chat, sample):
+    """The judgment of a sample by the strict format; None where it is broken or was cut."""
+    text = chat.opened + chat.decode([i for i in sample.ids if i != chat.closer_id])
+    return reward_model.parse_judgment(text) if sample.finish_reason == "stop" else None
+
+
+# --------------------------------------------------------------------------------------------------
+# the batches of the two stages
+
+
+def sft_batch(chat: Chat, rows: list[dict], cfg: Config) -> tuple[list[Sequence], float, dict]:
+    """-> (sequences, sum of the weights of their trained tokens, metrics)."""
+    fitting = [sequence for row in rows if (sequence := sft_row(chat, row, cfg))]
+    total = sum(sum(sequence.columns["weight"]) for sequence in fitting)
+    return fitting, total, {"too_long": len(rows) - len(fitting)}
+
+
+def grpo_batch(
+    chat: Chat, rows: list[dict], sample, step: int, cfg: Config
+) -> tuple[list[Sequence], float, dict]:
+    """G judgments of each row -> (sequences, 1, metrics); `sample(prompts, seeds, temperature)`.
+
+    N rows that fit, groups of G: rewards and advantages (N, G). A judgment weighs 1 / (judgments in
+    groups with a gradient), spread evenly over its tokens.
+    """
+    pairs = [(row, prompt) for row in rows if (prompt := judge_ids(chat, row, cfg))]
+    line: dict = {"too_long": len(rows) - len(pairs)}
+    if not pairs:
+        return [], 1.0, line
+    group = cfg.group_size
+    prompts = [prompt for _, prompt in pairs for _ in range(group)]
+    seeds = [seed_of(cfg.seed, step, i, "judge") for i in range(len(prompts))]
+    samples = sample(prompts, seeds, cfg.temperature)
+    judgments = [read_judgment(chat, each) for each in samples]
+    parts = (cfg.closeness_weight, cfg.agreement_weight, cfg.leak_penalty)
+    rewards = torch.zeros(len(pairs), group)  # (N, G)
+    for i, judgment in enumerate(judgments):
+        rewards[i // group, i % group] = judgment_reward(judgment, pairs[i // group][0], *parts)
+    advantages = group_advantages(rewards)  # (N, G)
+    counted = int((advantages != 0).any(1).sum()) * group
+    sequences = []
+    for i, each in enumerate(samples):
+        advantage, n = advantages[i // group, i % group].item(), len(each.ids)
+        if advantage == 0.0:  # counted above, not computed
+            continue
+        columns = {
+            "advantage": [advantage] * n,
+            "weight": [1 / (counted * n)] * n,
+            "sampler_logps": each.logps,
+        }
+        mask = [0] * len(prompts[i]) + [1] * n
+        sequences.append(Sequence(prompts[i] + each.ids, mask, columns))
+    line["reward"] = rewards.mean().item()
+    line["valid"] = sum(judgment is not None for judgment in judgments) / len(judgments)
+    line["pools/dropped"] = 1 - counted / len(samples)
+    return sequences, 1.0, line
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, cfg) -> float:
@@ -208,21 +273,46 @@ def learning_rate(step: int, cfg) -> float:
     return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
-async def sample_judgments(
-    engine, prompts: list[list[int]], seeds: list[int], cfg, temperature: float
-) -> list:
-    options = dict(max_new_tokens=cfg.max_judgment_tokens, temperature=temperature)
-    chains = (engine.generate(ids, seed=seed, **options) for ids, seed in zip(prompts, seeds))
-    return await engines.run_together(chains)
+def update(
+    policy, optimizer, sequences: list[Sequence], total_weight: float, cfg: Config, run: Run
+) -> dict:
+    """One optimizer step; returns loss, grad_norm, dlogp/mean (grpo) and why it was skipped.
 
-
-def read_judgment(chat: Chat, sample):
-    text = chat.opened + chat.decode([i for i in sample.ids if i != chat.closer_id])
-    return reward_model.parse_judgment(text) if sample.finish_reason == "stop" else None
+    sft: the weighted mean of -log p over the tokens; grpo: the clipped surrogate of `clipped_loss`.
+    """
+    grpo = cfg.stage == "grpo"
+    columns = ("advantage", "weight", "sampler_logps") if grpo else ("weight",)
+    loss_sum, gap, compared, norm, skipped = 0.0, 0.0, 0, 0.0, ""
+    if not sequences:
+        return {"loss": 0.0, "grad_norm": 0.0, "skipped": ""}
+    for microbatch in balance(sequences, run.world, cfg.tokens_per_microbatch)[run.rank]:
+        batch = collate(microbatch, columns, run.device)
+        logps, _ = policy(batch, cfg.temperature if grpo else 1.0)
+        if grpo:
+            loss = clipped_loss(logps, batch.columns, cfg.clip_low, cfg.clip_high)
+            gap += (logps.detach() - batch.columns["sampler_logps"]).abs().sum().item()
+            compared += len(logps)
+        else:
+            loss = -(logps * batch.columns["weight"]).sum() / total_weight
+        backward(loss)
+        loss_sum += loss.item()
+    loss_sum, gap, compared = run.sum([loss_sum, gap, compared])
+    norm = clip_gradients(policy, cfg.max_grad_norm)
+    dlogp = gap / max(compared, 1)
+    if not math.isfinite(norm + loss_sum) or dlogp > cfg.max_dlogp:
+        skipped = (
+            f"loss {loss_sum}, gradient norm {norm}, mean |dlogp| {dlogp:.4g} "
+            f"(max_dlogp = {cfg.max_dlogp})"
+        )
+    else:
+        optimizer.step()
+    optimizer.zero_grad()
+    line = {"loss": loss_sum, "grad_norm": norm, "skipped": skipped}
+    return line | ({"dlogp/mean": dlogp} if grpo else {})
 
 
 def main(cfg: Config) -> None:
-    # ---------------------------------------------------------------- data, processes
+    # ---------------------------------------------------------------- data
     if cfg.stage not in ("sft", "grpo"):
         raise SystemExit(f"stage = {cfg.stage!r}: sft or grpo")
     check = check_judged_row if cfg.stage == "sft" else check_rrm_row
@@ -232,226 +322,95 @@ def main(cfg: Config) -> None:
     eval_rows = list(JsonlRows(cfg.eval_data, check_rrm_row)) if cfg.eval_data else []
     tokenizer = load_tokenizer(cfg.model)
     chat = Chat(tokenizer)
-    rank, world, device = run.init_distributed(cfg.timeout_s)
-    gloo = dist.new_group(backend="gloo")
 
-    def meet(phase, error=None):
-        run.meet(phase, gloo, cfg.timeout_s, error)
-
-    # -------------------- engine first (it reseeds), then the policy
-    engine = None
-    if cfg.stage == "grpo" or eval_rows:
-        engine = engines.make_engine(
-            cfg.engine, cfg.model, chat.stop_ids, max_context=cfg.max_context
-        )
-    engines.rest(engine)  # until the first sync: the policy is loaded meanwhile
+    # ---------------------------------------------------------------- processes, policy, optimizer
+    run, engine = Run(cfg, MAY_CHANGE), None
+    if cfg.stage == "grpo" or eval_rows:  # before the policy: it reseeds
+        engine = make_engine(cfg.engine, cfg.model, chat.stop_ids, max_context=cfg.max_context)
+    rest(engine)  # until the first sync: the policy is loaded meanwhile
     torch.manual_seed(cfg.seed)
-    policy = shard(load_policy(cfg.model, cfg.checkpoint_activations), device, cfg.shard_ranks)
+    policy = shard(load_policy(cfg.model, cfg.checkpoint_activations), run.device, cfg.shard_ranks)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    weights_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-
-    # ---------------------------------------------------------------- run folder, resume
-    out = Path(cfg.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    facts, start, log = run_facts(cfg), 0, []
-    found = run.checkpoints(out)
-    if found:
-        saved = json.loads((found[-1] / "trainer.json").read_text())
-        run.check_resume(saved["config"], facts["config"], MAY_CHANGE, found[-1])
-        run.load_checkpoint(found[-1], policy, optimizer)
-        start, log = saved["step"], saved["log"]
-    if rank == 0:
-        (out / "run.json").write_text(json.dumps(facts, indent=1))
-        (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        print(
-            f"{cfg.stage}: {len(rows)} judged trajectories, {cfg.judgments_per_step} a step, from "
-            f"step {start}, "
-            f"about {memory_of(policy, cfg):.1f} GB a rank -> {out}"
-        )
-    tracker = run.start_wandb(cfg, rank)
-    stop = run.asked_to_stop()
     runner = asyncio.Runner()
 
     def sync():
-        if engine:
-            engine.load_weights(full_weights(policy, weights_dtype))
+        engine.load_weights(full_weights(policy, run.sampler_dtype))
 
     def sample(prompts: list, seeds: list, temperature: float) -> list:
         """Every rank samples its share; all get all, in order."""
-        mine = runner.run(
-            sample_judgments(engine, prompts[rank::world], seeds[rank::world], cfg, temperature)
-        )
-        shares = [None] * world
-        dist.all_gather_object(shares, mine, group=gloo)
-        return [shares[i % world][i // world] for i in range(len(prompts))]
+        options = dict(max_new_tokens=cfg.max_judgment_tokens, temperature=temperature)
+        share = range(run.rank, len(prompts), run.world)
+        asked = [engine.generate(prompts[i], seed=seeds[i], **options) for i in share]
+        shares = run.gather(runner.run(run_together(asked)))
+        return [shares[i % run.world][i // run.world] for i in range(len(prompts))]
 
-    def evaluate_judge() -> dict:
+    def evaluate_policy() -> dict:
         prompts = [judge_ids(chat, row, cfg) for row in eval_rows]
-        there = [i for i, prompt in enumerate(prompts) if prompt]
-        seeds = [seed_of(cfg.seed, "eval", i) for i in there]
-        samples = sample([prompts[i] for i in there], seeds, reward_model.JUDGE_TEMPERATURE)
-        lengths = [len(s.ids) for s in samples]
-        report = judgment_report(
-            [read_judgment(chat, s) for s in samples], [eval_rows[i] for i in there], lengths
-        )
-        return report | {"too_long": len(prompts) - len(there)}
+        fitting = [i for i, prompt in enumerate(prompts) if prompt]
+        seeds = [seed_of(cfg.seed, "eval", i) for i in fitting]
+        samples = sample([prompts[i] for i in fitting], seeds, reward_model.JUDGE_TEMPERATURE)
+        judgments = [read_judgment(chat, each) for each in samples]
+        lengths = [len(each.ids) for each in samples]
+        figures = judgment_report(judgments, [eval_rows[i] for i in fitting], lengths)
+        figures["too_long"] = len(prompts) - len(fitting)
+        return {f"eval/{key}": value for key, value in figures.items()}
 
+    # ---------------------------------------------------------------- resume
+    start = run.resume(policy, optimizer)
     if cfg.stage == "grpo":
-        sync()  # an engine that slept has no weights
+        sync()  # also at the start: an engine that slept has no weights
+    run.begin(
+        f"{cfg.stage}: {len(rows)} judged trajectories, {cfg.judgments_per_step} a step, from step "
+        f"{start} of {cfg.steps}, about {memory_of(policy, cfg):.1f} GB a rank"
+    )
 
     # ---------------------------------------------------------------- loop
-    bar = tqdm(
-        range(start, cfg.steps),
-        initial=start,
-        total=cfg.steps,
-        disable=rank > 0 or not sys.stderr.isatty(),
-    )
-    for step in bar:
+    for step in run.steps(start):
         began = time.perf_counter()
         lr = learning_rate(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        picked = [rows[i] for i in batch_indices(step, cfg.judgments_per_step, len(rows), cfg.seed)]
-        line: dict = {"step": step + 1, "lr": lr}
 
-        # ------------------------------------------------------------ rows to train on
+        # ------------------------------------------------------------ batch
+        picked = batch_indices(step, cfg.judgments_per_step, len(rows), cfg.seed)
+        chosen = [rows[i] for i in picked]
         if cfg.stage == "sft":
-            fitting = [row for row in (sft_row(chat, row, cfg) for row in picked) if row]
-            line["too_long"] = len(picked) - len(fitting)
-            columns, whole = ("weight",), sum(sum(row.columns["weight"]) for row in fitting)
+            sequences, total_weight, line = sft_batch(chat, chosen, cfg)
         else:
-            asked = [(row, judge_ids(chat, row, cfg)) for row in picked]
-            asked = [
-                (row, prompt) for row, prompt in asked if prompt for _ in range(cfg.group_size)
-            ]
-            targets, prompts = [row for row, _ in asked], [prompt for _, prompt in asked]
-            line["too_long"] = len(picked) - len(asked) // cfg.group_size
-            seeds = [seed_of(cfg.seed, step, i, "judge") for i in range(len(prompts))]
-            samples = sample(prompts, seeds, cfg.temperature)
-            engines.rest(engine)
-            judged = [read_judgment(chat, s) for s in samples]
-            weights = (cfg.closeness_weight, cfg.agreement_weight, cfg.leak_penalty)
-            rewards = torch.tensor(
-                [judgment_reward(j, row, *weights) for j, row in zip(judged, targets)]
-            )
-            advantages = group_advantages(rewards.view(-1, cfg.group_size)).flatten().tolist()
-            kept = [i for i in range(len(samples)) if advantages[i] != 0.0]
-            counted = sum(
-                any(a != 0.0 for a in advantages[g : g + cfg.group_size]) * cfg.group_size
-                for g in range(0, len(samples), cfg.group_size)
-            )
-            fitting = []
-            for i in kept:
-                n = len(samples[i].ids)
-                data = {
-                    "advantage": [advantages[i]] * n,
-                    "weight": [1 / (counted * n)] * n,
-                    "logp_mu": samples[i].logps,
-                }
-                fitting.append(
-                    Row(prompts[i] + samples[i].ids, [0] * len(prompts[i]) + [1] * n, data)
-                )
-            columns = ("advantage", "weight", "logp_mu")
-            if samples:
-                line |= {
-                    "reward": rewards.mean().item(),
-                    "valid": sum(j is not None for j in judged) / len(judged),
-                }
-                line["pools/dropped"] = 1 - counted / len(samples)
+            sequences, total_weight, line = grpo_batch(chat, chosen, sample, step, cfg)
+            rest(engine)
 
         # ------------------------------------------------------------ update
-        total, norm, gap, skipped = 0.0, 0.0, [0.0, 0.0], ""
-        with run.phase(f"the update of step {step + 1}", meet):
-            for microbatch in (
-                balance(fitting, world, cfg.tokens_per_microbatch)[rank] if fitting else []
-            ):
-                batch = collate(microbatch, columns, device)
-                logps, _ = policy(batch, 1.0 if cfg.stage == "sft" else cfg.temperature)
-                if cfg.stage == "sft":
-                    loss = -(logps * batch.columns["weight"]).sum() / whole
-                else:
-                    c = batch.columns
-                    loss = clipped_loss(
-                        logps,
-                        c["logp_mu"],
-                        c["advantage"],
-                        c["weight"],
-                        cfg.clip_low,
-                        cfg.clip_high,
-                    )
-                    gap[0] += (logps.detach() - c["logp_mu"]).abs().sum().item()
-                    gap[1] += len(logps)
-                backward(loss)
-                total += loss.item()
-            if fitting:
-                total, *gap = run.sum_over_ranks([total, *gap], gloo)
-                norm = clip_gradients(policy, cfg.max_grad_norm)
-                dlogp = gap[0] / max(gap[1], 1)
-                if not math.isfinite(norm + total) or dlogp > cfg.max_dlogp:
-                    skipped = f"loss {total}, gradient norm {norm}, mean |dlogp| {dlogp}"
-                    if step == start:
-                        raise SystemExit(
-                            f"step {step + 1}: {skipped} (max_dlogp = {cfg.max_dlogp})"
-                        )
-                else:
-                    optimizer.step()
-                optimizer.zero_grad()
-        if cfg.stage == "grpo":
-            line["dlogp/mean"] = gap[0] / max(gap[1], 1)
+        with run.phase(f"the update of step {step + 1}"):
+            line |= update(policy, optimizer, sequences, total_weight, cfg, run)
+        run.count_skip(step, line["skipped"], cfg.max_skips)
+        evaluates = eval_rows and ((step + 1) % cfg.eval_interval == 0 or step + 1 == cfg.steps)
+        if cfg.stage == "grpo" or evaluates:
             sync()
 
-        # ------------------------------------------------------------ log, evaluate, save
-        tokens = sum(len(row.ids) for row in fitting)
-        line |= {"loss": total, "grad_norm": norm, "skipped": skipped, "tokens": tokens}
-        last = step + 1 == cfg.steps
-        if eval_rows and ((step + 1) % cfg.eval_interval == 0 or last):
+        # ------------------------------------------------------------ log, save
+        if evaluates:
+            line |= evaluate_policy()
             if cfg.stage == "sft":
-                sync()
-            line |= {f"eval/{k}": v for k, v in evaluate_judge().items()}
-            if cfg.stage == "sft":
-                engines.rest(engine)
+                rest(engine)
+        line = {"step": step + 1, "lr": lr} | line
+        line["tokens"] = sum(len(sequence.ids) for sequence in sequences)
         line["seconds/step"] = round(time.perf_counter() - began, 3)
-        log.append(line)
-        if rank == 0:
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            if tracker:
-                tracker.log(line)
-            if (step + 1) % cfg.log_interval == 0 or "eval/mae" in line:
-                shown = (
-                    "loss",
-                    "reward",
-                    "valid",
-                    "grad_norm",
-                    "dlogp/mean",
-                    "eval/valid",
-                    "eval/mae",
-                    "eval/auc/grounded",
-                )
-                print(
-                    f"step {step + 1:4d} "
-                    + "  ".join(f"{k} {line[k]:.4g}" for k in shown if k in line)
-                    + f"  {line['seconds/step']:.1f} s"
-                    + (f"  SKIPPED: {skipped}" if skipped else ""),
-                    flush=True,
-                )
-        stopping = run.sum_over_ranks([len(stop)], gloo)[0] > 0
+        run.write(line, SHOWN, quiet=not evaluates and (step + 1) % cfg.log_interval != 0)
+        stopping, last = run.stopping(), step + 1 == cfg.steps
         if (step + 1) % cfg.save_interval == 0 or last or stopping:
-            run.save_checkpoint(
-                out, step + 1, policy, optimizer, tokenizer, {**facts, "log": log}, meet
-            )
-            if rank == 0:
-                run.prune(out, cfg.keep_last, None)
+            run.save(step + 1, policy, optimizer, tokenizer)
         if stopping:
             break
-    if rank == 0:
-        final = {k[5:]: v for k, v in log[-1].items() if k.startswith("eval/")} if log else {}
+
+    # ---------------------------------------------------------------- report
+    if run.rank == 0:
+        final = {k[5:]: v for k, v in run.log[-1].items() if k.startswith("eval/")}
         table = report_table(final) if final else ""
         print(table)
-        (out / "report.md").write_text(table)
-        write_run_page(out)
-    meet("the end")
-    dist.destroy_process_group()
+        (run.out / "report.md").write_text(table)
+        write_run_page(run.out)
+    run.end()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ HEAD_KEPT = 1 << 26  # numbers (M V) up to which a softmax is kept for backward:
 
 
 @dataclass
-class Row:
+class Sequence:
     """One token row. `mask` is 1 at trained tokens (never at the first); `columns` hold one number
     for each of them.
     """
@@ -51,7 +51,9 @@ class Batch:
     columns: dict[str, torch.Tensor]
 
 
-def balance(rows: list[Row], ranks: int, tokens_per_microbatch: int) -> list[list[list[Row]]]:
+def balance(
+    rows: list[Sequence], ranks: int, tokens_per_microbatch: int
+) -> list[list[list[Sequence]]]:
     """Deals rows to ranks for equal work, then into micro-batches: result[rank][microbatch] is a
     list of rows.
 
@@ -60,7 +62,7 @@ def balance(rows: list[Row], ranks: int, tokens_per_microbatch: int) -> list[lis
     same rows give the same deal.
     """
     longest_first = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
-    dealt: list[list[Row]] = [[] for _ in range(ranks)]
+    dealt: list[list[Sequence]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
     for i in longest_first:
         rank = tokens.index(min(tokens))
@@ -71,8 +73,8 @@ def balance(rows: list[Row], ranks: int, tokens_per_microbatch: int) -> list[lis
     return [mine + [[] for _ in range(count - len(mine))] for mine in bins]
 
 
-def _first_fit(rows: list[Row], room: int) -> list[list[Row]]:
-    bins: list[list[Row]] = []
+def _first_fit(rows: list[Sequence], room: int) -> list[list[Sequence]]:
+    bins: list[list[Sequence]] = []
     space: list[int] = []
     for row in rows:
         n = len(row.ids)
@@ -86,12 +88,12 @@ def _first_fit(rows: list[Row], room: int) -> list[list[Row]]:
     return bins
 
 
-def collate(rows: list[Row], columns: tuple[str, ...], device: torch.device) -> Batch:
+def collate(rows: list[Sequence], columns: tuple[str, ...], device: torch.device) -> Batch:
     """Packs rows into one (1, T) sequence. Without rows: two tokens that carry no loss, to keep
     step with the others.
     """
     ids, positions, index = [], [], []
-    for row in rows or [Row([0, 0], [0, 0])]:
+    for row in rows or [Sequence([0, 0], [0, 0])]:
         assert not row.mask[0] and len(row.ids) == len(row.mask), (
             "the first token of a row has nothing before it"
         )

@@ -1,4 +1,6 @@
-"""Checkpoints: a Hugging Face folder (weights, tokenizer) with trainer/ (sharded state) and
+"""Ranks that meet, checkpoints, resume, the log: what the trainers keep beside their loops.
+
+A checkpoint is a Hugging Face folder (weights, tokenizer) with trainer/ (sharded state) and
 trainer.json beside it.
 """
 
@@ -7,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,7 +20,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from tqdm import tqdm
 
+from reagent.config import run_facts
 from reagent.policy import Policy, full_weights
 
 # --------------------------------------------------------------------------------------------------
@@ -224,10 +229,112 @@ def asked_to_stop() -> list[bool]:
     return asked
 
 
-def start_wandb(cfg, rank: int):
-    """A run of Weights & Biases on rank 0, if `cfg.wandb` asks for one."""
-    if not cfg.wandb or rank:
-        return None
-    import wandb
+# --------------------------------------------------------------------------------------------------
+# the bookkeeping of a trainer
 
-    return wandb.init(project="reagent", name=cfg.out_dir, config=dataclasses.asdict(cfg))
+
+class Run:
+    """What a trainer keeps beside its loop: ranks, folder, log, checkpoints, the wish to stop.
+
+    The loop calls it; it never calls the loop. `cfg` is the trainer's config, `may_change` its keys
+    that a resumed run may change.
+    """
+
+    def __init__(self, cfg, may_change: set[str]):
+        self.cfg, self.may_change = cfg, may_change
+        self.rank, self.world, self.device = init_distributed(cfg.timeout_s)
+        self.gloo = dist.new_group(backend="gloo")
+        self.sampler_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.out = Path(cfg.out_dir)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.facts, self.log, self.skips = run_facts(cfg), [], 0
+        self.best: dict = {"step": None, "accuracy": -1.0}
+        self.tracker, self.stop_asked = None, []
+        self.has_bar = self.rank == 0 and sys.stderr.isatty()
+
+    def meet(self, phase: str, error: BaseException | None = None) -> None:
+        meet(phase, self.gloo, self.cfg.timeout_s, error)
+
+    def phase(self, name: str):
+        """A context in which a collective that fails because of a lost peer names that peer."""
+        return phase(name, self.meet)
+
+    def sum(self, numbers: list[float]) -> list[float]:
+        return sum_over_ranks(numbers, self.gloo)
+
+    def gather(self, item) -> list:
+        """One item of each rank, on every rank."""
+        items = [None] * self.world
+        dist.all_gather_object(items, item, group=self.gloo)
+        return items
+
+    def resume(self, policy: Policy, optimizer) -> int:
+        """Restores the newest checkpoint, if there is one; returns how many steps are done."""
+        found = checkpoints(self.out)
+        if not found:
+            return 0
+        saved = json.loads((found[-1] / "trainer.json").read_text())
+        check_resume(saved["config"], self.facts["config"], self.may_change, found[-1])
+        load_checkpoint(found[-1], policy, optimizer)
+        self.log, self.best = saved["log"], saved.get("best", self.best)
+        return saved["step"]
+
+    def begin(self, what: str) -> None:
+        """Writes what the run is and its log so far; from here on signals are remembered."""
+        self.stop_asked = asked_to_stop()
+        if self.rank:
+            return
+        (self.out / "run.json").write_text(json.dumps(self.facts, indent=1))
+        lines = "".join(json.dumps(line) + "\n" for line in self.log)
+        (self.out / "log.jsonl").write_text(lines)
+        print(f"{what} -> {self.out}", flush=True)
+        if self.cfg.wandb:
+            import wandb
+
+            config = dataclasses.asdict(self.cfg)
+            self.tracker = wandb.init(project="reagent", name=self.cfg.out_dir, config=config)
+
+    def steps(self, start: int):
+        """The steps that are left, with a bar on a terminal."""
+        steps, total = range(start, self.cfg.steps), self.cfg.steps
+        return tqdm(steps, initial=start, total=total, disable=not self.has_bar)
+
+    def write(self, line: dict, shown: tuple[str, ...] = (), quiet: bool = False) -> None:
+        """Appends a line to the log and prints the `shown` keys of it."""
+        self.log.append(line)
+        if self.rank:
+            return
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.tracker:
+            self.tracker.log(line)
+        if not quiet:
+            text = "  ".join(f"{key} {line[key]:.4g}" for key in shown if key in line)
+            text += f"  SKIPPED: {line['skipped']}" if line.get("skipped") else ""
+            tqdm.write(f"step {line['step']:5d}  {text}  {line['seconds/step']:.1f} s")
+
+    def count_skip(self, step: int, why: str, most: int) -> None:
+        """Counts skipped steps in a row; SystemExit on the first step and after `most` of them."""
+        self.skips = self.skips + 1 if why else 0
+        if why and (step == 0 or self.skips > most):
+            good = checkpoints(self.out)
+            last = good[-1] if good else "none"
+            raise SystemExit(
+                f"step {step + 1}: {why} ({self.skips} in a row); last good checkpoint: {last}"
+            )
+
+    def stopping(self) -> bool:
+        """Whether any rank was asked to stop."""
+        return self.sum([len(self.stop_asked)])[0] > 0
+
+    def save(self, step: int, policy: Policy, optimizer, tokenizer) -> None:
+        facts = {**self.facts, "log": self.log, "best": self.best}
+        save_checkpoint(
+            self.out, step, policy, optimizer, tokenizer=tokenizer, facts=facts, meet_all=self.meet
+        )
+        if self.rank == 0:
+            prune(self.out, self.cfg.keep_last, self.best["step"])
+
+    def end(self) -> None:
+        self.meet("the end")
+        dist.destroy_process_group()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from reagent.chat import Chat
 from reagent.engines import HFEngine, run_together
-from reagent.policy import Row, collate, full_weights, load_tokenizer
+from reagent.policy import Sequence, collate, full_weights, load_tokenizer
 from tests.helpers.tiny import ROOT, tiny_model
 from tests.loss.test_model import policy_of, torchrun
 
@@ -33,7 +33,7 @@ PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [1, 2], [40] * 30
 
 
 def trainer_logps(policy, prompt, sampled, temperature=0.9):
-    row = Row(prompt + sampled.ids, [0] * len(prompt) + [1] * len(sampled.ids))
+    row = Sequence(prompt + sampled.ids, [0] * len(prompt) + [1] * len(sampled.ids))
     with torch.no_grad():
         return policy(collate([row], (), torch.device("cpu")), temperature)[0]
 
@@ -89,7 +89,8 @@ import asyncio, json, sys
 sys.path[:0] = [{root!r}]
 import torch
 from reagent import run
-from reagent.policy import Row, backward, collate, full_weights, load_policy, load_tokenizer, shard
+from reagent.policy import full_weights, load_policy, load_tokenizer, shard
+from reagent.policy import Sequence, backward, collate
 from reagent.engines import VLLMEngine
 from tests.agent.test_engines import PROMPTS, trainer_logps
 from tests.helpers.tiny import random_rows

@@ -44,7 +44,7 @@ from reagent.chat import Chat
 from reagent.config import parse_config, run_facts
 from reagent.policy import (
     Policy,
-    Row,
+    Sequence,
     balance,
     clip_gradients,
     collate,
@@ -55,9 +55,10 @@ from reagent.policy import (
 )
 from results import plots
 from results.plots import Panel, picture_svg, share_axes
+from tests.helpers.tiny import Alone
 from tools import Observation
 
-COLUMNS = ("advantage", "weight", "logp_mu")
+COLUMNS = ("advantage", "weight", "sampler_logps")
 CPU = torch.device("cpu")
 
 
@@ -247,7 +248,7 @@ def random_lengths(kind: str, rows: int, seed=0) -> list[int]:
     return [rng.randint(16, 512) if kind == "ragged" else 264 for _ in range(rows)]
 
 
-def random_rows(lengths: list[int], vocab: int, prompt=8, seed=0) -> list[Row]:
+def random_rows(lengths: list[int], vocab: int, prompt=8, seed=0) -> list[Sequence]:
     """Rows whose tokens after the prompt are all trained, the weights of seq_mean, advantages of +1
     and -1.
     """
@@ -260,20 +261,20 @@ def random_rows(lengths: list[int], vocab: int, prompt=8, seed=0) -> list[Row]:
         }
         mask = [0] * prompt + [1] * trained
         rows.append(
-            Row(
+            Sequence(
                 [rng.randrange(vocab - 2) for _ in mask],
                 mask,
-                columns | {"logp_mu": [0.0] * trained},
+                columns | {"sampler_logps": [0.0] * trained},
             )
         )
     return rows
 
 
-def set_mu(policy: Policy, rows: list[Row]) -> None:
+def set_mu(policy: Policy, rows: list[Sequence]) -> None:
     """The sampler's log-probs: those of the policy as it is, so that ratios begin at 1."""
     with torch.no_grad():
         for row in rows:
-            row.columns["logp_mu"] = policy(collate([row], (), CPU))[0].tolist()
+            row.columns["sampler_logps"] = policy(collate([row], (), CPU))[0].tolist()
 
 
 class Trainer:
@@ -282,7 +283,7 @@ class Trainer:
     def __init__(
         self,
         folder: str,
-        rows: list[Row],
+        rows: list[Sequence],
         tokens_per_microbatch: int,
         make_optimizer=None,
         clip=1.0,
@@ -298,10 +299,10 @@ class Trainer:
         self.settings = grpo_unified.Config(max_dlogp=math.inf, temperature=1.0, max_grad_norm=clip)
 
     def step(self) -> None:
-        _, _, skipped, _ = grpo_unified.update(
-            self.policy, self.optimizer, [self.microbatches], self.settings, CPU, None
+        done = grpo_unified.update(
+            self.policy, self.optimizer, [self.microbatches], self.settings, Alone()
         )
-        assert not skipped, skipped
+        assert not done["skipped"], done["skipped"]
 
     def line(self, what: str, seconds: list[float], peak=math.nan) -> Line:
         lengths, scored = (
@@ -319,7 +320,9 @@ class Trainer:
         )
 
 
-def gradient(folder: str, rows: list[Row], tokens_per_microbatch: int) -> dict[str, torch.Tensor]:
+def gradient(
+    folder: str, rows: list[Sequence], tokens_per_microbatch: int
+) -> dict[str, torch.Tensor]:
     """Change of every parameter under SGD at rate 1, without clipping: minus the gradient, by
     name.
     """
@@ -410,7 +413,7 @@ def chain_episodes(count: int, vocab: int, seed=0) -> list[rollout.Episode]:
     return episodes
 
 
-def two_rows(row: Row, episode: rollout.Episode) -> list[Row]:
+def two_rows(row: Sequence, episode: rollout.Episode) -> list[Sequence]:
     """The same chain as a row for each attempt: the first ends with it, the second holds all and
     trains the second.
     """
@@ -420,14 +423,14 @@ def two_rows(row: Row, episode: rollout.Episode) -> list[Row]:
         {name: column[part] for name, column in row.columns.items()}
         for part in (slice(first), slice(first, None))
     ]
-    second = Row(row.ids, [0] * start + row.mask[start:], split[1])
-    return [Row(row.ids[:end], row.mask[:end], split[0]), second]
+    second = Sequence(row.ids, [0] * start + row.mask[start:], split[1])
+    return [Sequence(row.ids[:end], row.mask[:end], split[0]), second]
 
 
-def chain_layouts(count: int, vocab: int) -> tuple[list[Row], list[Row]]:
+def chain_layouts(count: int, vocab: int) -> tuple[list[Sequence], list[Sequence]]:
     episodes, rng = chain_episodes(count, vocab), random.Random(1)
     advantages = torch.tensor([[[rng.choice([-1.0, 1.0]) for _ in range(count)] for _ in range(2)]])
-    rows = grpo_unified.training_rows(episodes, advantages, count, "seq_mean")
+    rows = grpo_unified.training_sequences(episodes, advantages, count, "seq_mean")
     return rows, [part for row, episode in zip(rows, episodes) for part in two_rows(row, episode)]
 
 
@@ -628,13 +631,13 @@ def learned_by_heart(folder: Path, most_steps=400) -> str:
     rows = []
     for name in STARTS:
         messages = demonstration(toy, name)
-        rows.append(Row(*chat.row(messages, Tools.schemas)))
+        rows.append(Sequence(*chat.row(messages, Tools.schemas)))
         for part in (messages[2:7], messages[8:]):
             prompt = reward_model.judge_prompt(
                 chat, messages[1]["content"], reward_model.trajectory_text(part)
             )
             reply = [*chat.text(judgment(toy, name)), chat.closer_id]
-            rows.append(Row(prompt + reply, [0] * len(prompt) + [1] * len(reply)))
+            rows.append(Sequence(prompt + reply, [0] * len(prompt) + [1] * len(reply)))
     policy = load(str(start))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
     batch = collate(rows, (), CPU)
@@ -898,9 +901,9 @@ class GRPOStep:
         grpo_unified.set_rewards(self.episodes, 0.3, self.judge is not None)
         rewards = grpo_unified.reward_tensor(self.episodes, group, lambda a: a.reward)
         advantages = grpo_unified.pooled_advantages(rewards)
-        rows = grpo_unified.training_rows(self.episodes, advantages, group, "seq_mean")
+        rows = grpo_unified.training_sequences(self.episodes, advantages, group, "seq_mean")
         microbatches = balance(rows, 1, self.cfg.tokens_per_microbatch)[0]
-        grpo_unified.update(self.policy, self.optimizer, [microbatches], self.settings, CPU, None)
+        grpo_unified.update(self.policy, self.optimizer, [microbatches], self.settings, Alone())
         clock.append(time.perf_counter())
         self.agent.engine.load_weights(full_weights(self.policy, torch.float32))
         clock.append(time.perf_counter())

@@ -88,7 +88,9 @@ def padded(rows: list, pad: int = 0) -> dict:
         "completion_ids": right(completions, pad),
         "completion_mask": right([[1] * len(c) for c in completions], 0),
         "advantages": torch.tensor([row.columns["advantage"][0] for row in rows]),
-        "old_per_token_logps": right([row.columns["logp_mu"] for row in rows], 0.0, torch.float32),
+        "old_per_token_logps": right(
+            [row.columns["sampler_logps"] for row in rows], 0.0, torch.float32
+        ),
     }
 
 

@@ -112,9 +112,9 @@ def test_the_gradient_is_not_clipped_and_that_of_the_plain_loss(folder):
 def test_the_ratios_begin_at_one(folder):
     rows, policy = bench.random_rows([12, 7], VOCAB, prompt=3), bench.load(folder)
     bench.set_mu(policy, rows)
-    logps, _ = policy(bench.collate(rows, ("logp_mu",), bench.CPU))
+    logps, _ = policy(bench.collate(rows, ("sampler_logps",), bench.CPU))
     assert torch.allclose(
-        logps, torch.tensor([x for row in rows for x in row.columns["logp_mu"]]), atol=1e-6
+        logps, torch.tensor([x for row in rows for x in row.columns["sampler_logps"]]), atol=1e-6
     )
 
 

@@ -4,7 +4,9 @@ import importlib.util
 import random
 from pathlib import Path
 
-from reagent.policy import Row
+import torch
+
+from reagent.policy import Sequence
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +41,7 @@ def toy_world(folder, demonstrations=64, questions=16, model="model", **shape):
     return folder
 
 
-def random_rows(lengths, seed=0, vocab=250) -> list[Row]:
+def random_rows(lengths, seed=0, vocab=250) -> list[Sequence]:
     """Rows with random ids and masks; the columns hold advantage, weight and old log-probs."""
     rng = random.Random(seed)
     rows = []
@@ -48,8 +50,17 @@ def random_rows(lengths, seed=0, vocab=250) -> list[Row]:
         mask[-1] = 1
         columns = {
             name: [rng.uniform(-1, 1) for _ in range(sum(mask))]
-            for name in ("advantage", "logp_mu")
+            for name in ("advantage", "sampler_logps")
         }
         columns["weight"] = [1 / (len(lengths) * sum(mask))] * sum(mask)
-        rows.append(Row([rng.randrange(vocab) for _ in range(n)], mask, columns))
+        rows.append(Sequence([rng.randrange(vocab) for _ in range(n)], mask, columns))
     return rows
+
+
+class Alone:
+    """What an update needs of a run, in a job of one rank."""
+
+    rank, world, device = 0, 1, torch.device("cpu")
+
+    def sum(self, numbers: list) -> list:
+        return numbers

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from grpo_unified import grpo_loss, kept_pools, pooled_advantages, training_rows
+from grpo_unified import grpo_loss, kept_pools, pooled_advantages, training_sequences
 from rollout import Attempt, Episode
 
 NAN = math.nan
@@ -99,19 +99,19 @@ def chain(first, second=None, tokens=(3, 4)):
 
 
 def test_each_span_has_its_own_advantage_and_weight():
-    (row,) = training_rows([chain(1.0, 0.0)], torch.tensor([[[0.5], [-0.5]]]), 1, "seq_mean")
+    (row,) = training_sequences([chain(1.0, 0.0)], torch.tensor([[[0.5], [-0.5]]]), 1, "seq_mean")
     assert row.columns["advantage"] == [0.5] * 3 + [-0.5] * 4
     assert row.columns["weight"] == [1 / 6] * 3 + [1 / 8] * 4
-    assert row.columns["logp_mu"] == [-0.1 * i for i in range(7)]
+    assert row.columns["sampler_logps"] == [-0.1 * i for i in range(7)]
 
 
 def test_an_attempt_without_reward_leaves_loss_and_denominator():
-    (row,) = training_rows([chain(1.0, None)], torch.tensor([[[0.5], [0.0]]]), 1, "seq_mean")
+    (row,) = training_sequences([chain(1.0, None)], torch.tensor([[[0.5], [0.0]]]), 1, "seq_mean")
     assert sum(row.mask) == 3 and row.columns["weight"] == [1 / 3] * 3 and len(row.ids) == 5
 
 
 def test_token_mean_counts_all_tokens_of_the_minibatch():
-    rows = training_rows(
+    rows = training_sequences(
         [chain(1.0, 0.0), chain(0.0, 0.0)],
         torch.tensor([[[0.5, 0.0], [-0.5, 0.1]]]),
         2,

@@ -19,7 +19,7 @@ MEASURE = """
 import json, sys, torch
 sys.path[:0] = [{root!r}]
 from reagent import run
-from reagent.policy import Row, backward, collate, load_policy, shard
+from reagent.policy import Sequence, backward, collate, load_policy, shard
 from tests.helpers.tiny import random_rows
 torch.set_num_threads(1)
 
@@ -34,7 +34,7 @@ policy = shard(policy, torch.device("cpu"))
 optimizer = torch.optim.AdamW(policy.parameters())
 for _ in range(2):
     rows = random_rows([512] * ({tokens} // 512))
-    batch = collate([Row(row.ids, [0] + [1] * 511) for row in rows], (), torch.device("cpu"))
+    batch = collate([Sequence(row.ids, [0] + [1] * 511) for row in rows], (), torch.device("cpu"))
     backward(policy(batch)[0].mean())
     optimizer.step()
     optimizer.zero_grad()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from grpo_unified import grpo_loss
 from reagent import run
 from reagent.policy import (
-    Row,
+    Sequence,
     _ChunkedLogprobs,
     backward,
     balance,
@@ -24,7 +24,7 @@ from reagent.policy import (
 )
 from tests.helpers.tiny import ROOT, random_rows, tiny_model
 
-COLUMNS = ("advantage", "weight", "logp_mu")
+COLUMNS = ("advantage", "weight", "sampler_logps")
 CPU = torch.device("cpu")
 
 
@@ -52,7 +52,7 @@ def gradients(policy, microbatches):
         logps, _ = policy(batch, 0.7)
         c = batch.columns
         loss, _ = grpo_loss(
-            logps, logps.detach() + 0.1 * c["logp_mu"], c["advantage"], c["weight"], 0.2, 0.34
+            logps, logps.detach() + 0.1 * c["sampler_logps"], c["advantage"], c["weight"], 0.2, 0.34
         )
         backward(loss)
         total += loss.item()
@@ -109,8 +109,10 @@ def test_activation_checkpointing_does_not_change_the_gradient(folder):
 def test_a_chain_in_one_row_equals_two_separate_rows(folder):
     (chain,) = random_rows([30])
     first = sum(chain.mask[:12])
-    alone = Row(chain.ids[:12], chain.mask[:12], {k: v[:first] for k, v in chain.columns.items()})
-    second = Row(
+    alone = Sequence(
+        chain.ids[:12], chain.mask[:12], {k: v[:first] for k, v in chain.columns.items()}
+    )
+    second = Sequence(
         chain.ids, [0] * 12 + chain.mask[12:], {k: v[first:] for k, v in chain.columns.items()}
     )
     policy = policy_of(folder)
@@ -131,7 +133,7 @@ import json, sys, torch
 sys.path[:0] = [{root!r}]
 from reagent import run
 from reagent.policy import full_weights, load_policy, load_tokenizer, shard
-from reagent.policy import Row, _ChunkedLogprobs, backward, balance, collate
+from reagent.policy import Sequence, _ChunkedLogprobs, backward, balance, collate
 from tests.loss.test_model import gradients
 from tests.helpers.tiny import random_rows
 rank, world, device = run.init_distributed(60)

@@ -7,15 +7,14 @@ import statistics
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import grpo_unified as grpo
 from reagent.policy import balance
 from rollout import Attempt, Episode
-from tests.helpers.tiny import tiny_model
-from tests.loss.test_model import CPU, policy_of
+from tests.helpers.tiny import Alone, tiny_model
+from tests.loss.test_model import policy_of
 
 GROUP, LR, T = 2, 0.5, 0.7
 
@@ -112,16 +111,14 @@ def test_three_minibatches_of_updates_equal_a_loop_over_attempts(folder, old_log
     advantages = grpo.pooled_advantages(grpo.reward_tensor(episodes, GROUP, lambda a: a.reward))
     minibatches = []
     for q in range(3):
-        rows = grpo.training_rows(
+        rows = grpo.training_sequences(
             episodes[q * GROUP :][:GROUP], advantages[q : q + 1], GROUP, loss_agg
         )
         minibatches.append(balance(rows, 1, 40)[0])
     cfg = grpo.Config(temperature=T, old_logps=old_logps, max_grad_norm=1e9, max_dlogp=10.0)
     optimizer = torch.optim.SGD(policy.parameters(), lr=LR)
-    totals, norms, skipped, _ = grpo.update(
-        policy, optimizer, minibatches, cfg, CPU, dist.group.WORLD
-    )
-    assert len(norms) == 3 and not skipped and totals["clipped"] > 0
+    done = grpo.update(policy, optimizer, minibatches, cfg, Alone())
+    assert len(done["norms"]) == 3 and not done["skipped"] and done["clipped"] > 0
     expected = parameters_by_hand(plain, episodes, old_logps, loss_agg)
     for name, p in policy.hf.named_parameters():
         assert torch.allclose(p.full_tensor(), expected[name], atol=1e-5), name
