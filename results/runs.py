@@ -126,7 +126,7 @@ class Run:
     seedless: str  # the same for runs that differ by their seed alone
     settings: dict  # its config, but for PER_SEED
     series: dict[str, list[tuple[float, float]]]
-    cell: dict | str  # of a table: its name, a link where it has a page
+    page: str  # the way to its page, from there; "" where there is none
 
 
 @dataclass
@@ -150,12 +150,8 @@ def read_run(folder: Path, path: Path) -> Run:
     seedless = json.dumps(settings or name, sort_keys=True)
     seedless = seedless.replace(home, "") if len(home) > 1 else seedless
     series = page.numeric_series(whole_rows(path / "log.jsonl"))
-    return Run(name, script, seedless, settings, series, link(folder, path))
-
-
-def link(folder: Path, path: Path) -> dict | str:
-    name, there = path.relative_to(folder).as_posix(), (path / "report.html").is_file()
-    return {"text": name, "href": quote(f"{name}/report.html")} if there else name
+    link = quote(f"{name}/report.html") if (path / "report.html").is_file() else ""
+    return Run(name, script, seedless, settings, series, link)
 
 
 def grouped(runs: list[Run]) -> list[Group]:
@@ -198,19 +194,37 @@ def table_of(script: str, groups: list[Group]) -> dict:
     """
     keys = sorted({key for group in groups for key in group.lines()})
     keys = [key for key in sorted(keys, key=page.place) if page.section_of(key) == "Learning"][:6]
-    settings = [group.runs[0].settings for group in groups]
-    apart = [name for name in settings[0] if len({str(of.get(name)) for of in settings}) > 1]
     rows = []
-    for group, own in zip(groups, settings):
+    for group, apart in zip(groups, differences([group.runs[0].settings for group in groups])):
         last = [[run.series[key][-1][1] for run in group.runs if key in run.series] for key in keys]
         steps = {points[-1][0] for run in group.runs for points in run.series.values()}
-        cells = [
-            [run.cell for run in group.runs],
-            ", ".join(f"{key} {own.get(key)}" for key in apart),
-        ]
+        links = [{"text": seed_of(group, run), "href": run.page} for run in group.runs]
+        cells = [[group.name, *links] if len(links) > 1 else links, apart]
         rows.append([*cells, number(max(steps, default=0)), *map(over_seeds, last)])
     head = ["run", "differs in", "steps", *keys]
     return {"title": f"Runs of {script or 'unknown scripts'}", "head": head, "rows": rows}
+
+
+def seed_of(group: Group, run: Run) -> str:
+    """What its name has in place of the stars of the group's."""
+    pairs = zip(group.name.split("/"), run.name.split("/"))
+    return "/".join(own for shared, own in pairs if shared == "*") or run.name
+
+
+def differences(settings: list[dict]) -> list[str]:
+    """What sets each setting apart: its values of the keys that differ, but for a value that most
+    have.
+    """
+    every = dict.fromkeys(name for of in settings for name in of)
+    names = [name for name in every if len({str(of.get(name)) for of in settings}) > 1]
+    usual = {
+        name: Counter(str(of.get(name)) for of in settings).most_common(1)[0] for name in names
+    }
+    most = {name: value for name, (value, times) in usual.items() if 2 * times > len(settings)}
+    return [
+        ", ".join(f"{name} {of.get(name)}" for name in names if str(of.get(name)) != most.get(name))
+        for of in settings
+    ]
 
 
 def over_seeds(values: list[float]) -> str:
@@ -223,8 +237,19 @@ def evaluations(folder: Path, runs: list[Path]) -> list[dict]:
     rows = []
     for path in runs:
         for s in json.loads(text_of(path / "summary.json", "[]")):
-            names = [link(folder, path), s["dataset"], s["subset"], s["judge"]]
-            rows.append([*names, str(s["questions"]), str(s["k"]), percent(s["all"])])
+            name = path.relative_to(folder).as_posix()
+            link = {"text": name, "href": quote(f"{name}/report.html")}
+            rows.append(
+                [
+                    link,
+                    s["dataset"],
+                    s["subset"],
+                    s["judge"],
+                    str(s["questions"]),
+                    str(s["k"]),
+                    percent(s["all"]),
+                ]
+            )
     head = ["evaluation", "data set", "subset", "judge", "questions", "k", "pass@1, all rows"]
     return [{"title": "Evaluations", "head": head, "rows": rows}] if rows else []
 

@@ -30,7 +30,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
 --disable-background-networking --disable-component-update --disable-sync
 --enable-logging=stderr --virtual-time-budget=5000""".split()
-EVIL = "<script>window.hacked=1</script><!--<img src=x onerror=window.hacked=1>"
+EVIL = "<script>window.hacked=1</script><img src=x onerror=window.hacked=1><!--"
 EVIL += "\x1b[31m\x00\ud800\u202e" + "e" + "\u0301" * 999
 
 
@@ -355,9 +355,10 @@ def test_the_index_puts_seeds_together_and_links_to_the_pages_of_runs(tmp_path):
     write_folder_page(str(tmp_path / "u/0"))
     (table,) = index_of(tmp_path)["tables"]
     assert table["head"] == ["run", "differs in", "steps", "accuracy/first"]
+    seeds = [{"text": "0", "href": "u/0/report.html"}, {"text": "2", "href": ""}]
     assert table["rows"] == [
-        [["rule"], "variant rule", "2", "0.200"],
-        [[{"text": "u/0", "href": "u/0/report.html"}, "u/2"], "variant u", "2", "0.210 ± 0.014"],
+        [[{"text": "rule", "href": ""}], "variant rule", "2", "0.200"],
+        [["u/*", *seeds], "variant u", "2", "0.210 ± 0.014"],
     ]
     data = embedded((tmp_path / "index.html").read_text(), "data")
     assert [panel["section"] for panel in data["panels"]] == ["accuracy", "accuracy"]
@@ -370,14 +371,18 @@ def test_seeds_whose_models_lie_beside_them_are_seeds_of_each_other(tmp_path):
     for seed in (0, 1):
         run_folder(tmp_path / f"s{seed}/u", seed=seed, model=f"{tmp_path}/s{seed}/sft/step-1")
     (table,) = index_of(tmp_path)["tables"]
-    assert [row[0] for row in table["rows"]] == [["s0/u", "s1/u"]]
+    seeds = [{"text": "s0", "href": ""}, {"text": "s1", "href": ""}]
+    assert [row[0] for row in table["rows"]] == [["*/u", *seeds]]
 
 
-def test_runs_of_other_settings_are_no_seeds(tmp_path):
-    for lr in (1, 2):
-        run_folder(tmp_path / f"lr{lr}", lr=lr)
+def test_runs_of_other_settings_are_no_seeds_and_only_what_is_unusual_is_named(tmp_path):
+    run_folder(tmp_path / "a", lr=1)
+    run_folder(tmp_path / "b", lr=2)
     (table,) = index_of(tmp_path)["tables"]
-    assert [row[:2] for row in table["rows"]] == [[["lr1"], "lr 1"], [["lr2"], "lr 2"]]
+    assert [row[1] for row in table["rows"]] == ["lr 1", "lr 2"]
+    run_folder(tmp_path / "c", lr=1, rrm={"weight": 0})
+    (table,) = index_of(tmp_path)["tables"]
+    assert [row[1] for row in table["rows"]] == ["", "lr 2", "rrm.weight 0"]
 
 
 def test_evaluations_stand_in_the_index_with_their_figures(tmp_path):
@@ -385,7 +390,8 @@ def test_evaluations_stand_in_the_index_with_their_figures(tmp_path):
     (tmp_path / "e/results.jsonl").write_text("")
     (tmp_path / "e/summary.json").write_text(json.dumps([SUMMARY | {"all": [0.5, 0.4, 0.6]}]))
     (table,) = index_of(tmp_path)["tables"]
-    row = ["e", "hotpotqa", "all", "rule", "500", "1", "50.0 [40.0, 60.0]"]
+    link = {"text": "e", "href": "e/report.html"}
+    row = [link, "hotpotqa", "all", "rule", "500", "1", "50.0 [40.0, 60.0]"]
     assert table["title"] == "Evaluations" and table["rows"] == [row]
 
 
@@ -468,7 +474,7 @@ found.needle = [shown(), text("reader").includes("a needle here")];
 const move = new PointerEvent("pointermove", { clientX: 9999 });
 document.querySelector("figure svg").dispatchEvent(move);
 found.caption = document.querySelector("figcaption").textContent;
-found.hacked = window.hacked || 0;
+found.hacked = (window.hacked || 0) + document.querySelectorAll("main img").length;
 return found;"""
     )
     found = in_browser(path, probe)
