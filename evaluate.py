@@ -31,7 +31,7 @@ from tqdm import tqdm
 import rollout
 from reagent import engines, reward_model
 from reagent.chat import Chat
-from reagent.config import check_choices, parse_config, read_prompt, run_facts
+from reagent.config import check_choices, parse_config, prompt_facts, read_prompt, run_facts
 from reagent.engines import EngineConfig
 from reagent.reward_model import RewardModelConfig, check_rrm_row
 from reagent.rows import JsonlRows, check_rl_row
@@ -133,6 +133,7 @@ MAY_CHANGE |= {"patience_s", "timeout_s", "cache"}
 
 def check_config(cfg: Config) -> None:
     engines.engine_class(cfg.engine.kind)
+    prompt_facts(cfg)  # a missing file is told before any work
     check_choices(cfg, endpoint="auto completions chat", judged="table all none")
     for key in ("limit", "rollouts", "retries", "max_context", "max_turns", "temperature"):
         if getattr(cfg, key) < 0:
@@ -484,7 +485,8 @@ def write_reports(cfg: Config, tasks: list[Task], journal: Journal, judge: str, 
         for t in tasks
         if t.limits
     ]
-    facts += [f"system prompt {cfg.prompt_file}"] * bool(cfg.prompt_file)
+    prompts = prompt_facts(cfg).items()
+    facts += [f"{key} {told}" for key, told in prompts if cfg.refine or key == "prompt_file"]
     facts += [f"local pages {cfg.corpus}"] * bool(cfg.corpus)
     facts += [f"refined after critiques of {cfg.rrm.source}"] * cfg.refine
     text = markdown(summaries, facts)

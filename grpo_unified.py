@@ -29,7 +29,7 @@ from tqdm import tqdm
 import rollout
 from reagent import engines, reward_model
 from reagent.chat import Chat
-from reagent.config import check_choices, parse_config, read_prompt
+from reagent.config import check_choices, parse_config, prompt_facts, read_prompt
 from reagent.engines import EngineConfig
 from reagent.policy import (
     Sequence,
@@ -398,6 +398,7 @@ def learning_rate(step: int, cfg) -> float:
 
 def check_config(cfg: Config) -> None:
     engines.engine_class(cfg.engine.kind)
+    prompt_facts(cfg)  # a missing file is told before any work
     check_choices(
         cfg,
         variant="u r rule",

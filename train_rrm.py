@@ -22,7 +22,7 @@ import torch
 
 from reagent import reward_model
 from reagent.chat import Chat
-from reagent.config import parse_config, read_prompt
+from reagent.config import parse_config
 from reagent.engines import EngineConfig, make_engine, rest, run_together
 from reagent.policy import (
     Sequence,
@@ -58,7 +58,8 @@ class Config:
     # RRM rows {"question", "trajectory", "think", "critique", "score", "correct"?}
     data: str = "data/reagent/rrm_rl.jsonl"
     eval_data: str = ""  # RRM rows for the report during and after training
-    rrm_prompt_file: str = ""  # another prompt for the reward model
+    prompt_file: str = ""  # another system prompt; an empty file: no system turn
+    request_file: str = ""  # another form of the request, with {question} and {trajectory} in it
     max_tokens_per_row: int = (
         32_768  # sft: longer rows are skipped and counted, as are prompts beyond max_context
     )
@@ -178,7 +179,7 @@ def judge_ids(chat: Chat, row: dict, cfg) -> list[int] | None:
     """Prompt ids of a row, its tool results shortened where it does not fit; None where that is not
     enough.
     """
-    prompt = read_prompt(cfg.rrm_prompt_file, reward_model.RRM_PROMPT)
+    prompt = reward_model.read_rrm_prompt(cfg.prompt_file, cfg.request_file)
     room = (
         cfg.max_context
         - cfg.max_judgment_tokens
@@ -315,6 +316,7 @@ def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data
     if cfg.stage not in ("sft", "grpo"):
         raise SystemExit(f"stage = {cfg.stage!r}: sft or grpo")
+    reward_model.read_rrm_prompt(cfg.prompt_file, cfg.request_file)  # before any work
     check = check_judged_row if cfg.stage == "sft" else check_rrm_row
     rows = JsonlRows(
         cfg.data, check, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)"

@@ -6,3 +6,9 @@ lr = 5e-6
 prompts_per_step = 32
 drop = "release"
 out_dir = "out/u_release"
+# the prompts that stand in the rows of the released sets (data/reagent/prepare.py)
+prompt_file = "data/reagent/prompts/sft.system.txt"
+rrm = dict(
+    prompt_file="data/reagent/prompts/rrm_sft.system.txt",
+    request_file="data/reagent/prompts/rrm_sft.request.txt",
+)

@@ -7,4 +7,6 @@ steps = 1750
 lr = 1e-5
 warmup_steps = 50
 lr_end = 0.1
+prompt_file = "data/reagent/prompts/rrm_sft.system.txt"  # as it stands in the rows
+request_file = "data/reagent/prompts/rrm_sft.request.txt"
 out_dir = "out/rrm_sft"

@@ -3,6 +3,7 @@ import.
 """
 
 import dataclasses
+import hashlib
 import importlib.util
 import inspect
 import os
@@ -141,6 +142,7 @@ def run_facts(cfg) -> dict:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "config": dataclasses.asdict(cfg),
+        "prompts": prompt_facts(cfg),
         "git": commit or None,
         "versions": {
             "python": platform.python_version(),
@@ -149,6 +151,21 @@ def run_facts(cfg) -> dict:
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "gpus": gpus},
         "command": sys.argv,
     }
+
+
+def prompt_facts(cfg, prefix: str = "") -> dict[str, str]:
+    """{"prompt_file": "our own" or "FILE, sha256 …"}: each prompt of a run, those of its reward
+    model too.
+    """
+    facts = {}
+    for field in dataclasses.fields(cfg):
+        key, value = prefix + field.name, getattr(cfg, field.name)
+        if dataclasses.is_dataclass(value):
+            facts |= prompt_facts(value, key + ".")
+        elif field.name in ("prompt_file", "request_file"):
+            digest = hashlib.sha256(read_prompt(value, "").encode()).hexdigest()
+            facts[key] = f"{value}, sha256 {digest[:12]}" if value else "our own"
+    return facts
 
 
 @cache

@@ -42,13 +42,36 @@ class RewardModelConfig:
 
     source: str = ""  # URL[,URL] of servers | a folder (in this process) | toy
     model: str = ""  # its name on the servers; "": the first that each lists
-    prompt_file: str = ""  # another system prompt
+    prompt_file: str = ""  # another system prompt; an empty file: no system turn
+    request_file: str = ""  # another form of the request, with {question} and {trajectory} in it
     max_context: int = 32_768  # tokens; longer trajectories are shortened inside tool results
     max_tokens: int = 1400  # of a judgment, its thoughts included
     temperature: float = 0.3
     seconds: float = 60.0  # for one request to a server
     patience: float = 120.0  # seconds a judgment waits for servers that are down
     max_failures: float = 0.2  # share of the judgments of a step that may fail before a run stops
+
+
+@dataclass(frozen=True)
+class RRMPrompt:
+    """What a reward model reads around an attempt."""
+
+    system: str = RRM_PROMPT  # "": no system turn
+    request: str = JUDGE_REQUEST
+
+    def messages(self, question: str, trajectory: str) -> list[dict]:
+        parts = {"{question}": question, "{trajectory}": trajectory}
+        user = re.sub(r"\{question\}|\{trajectory\}", lambda mark: parts[mark[0]], self.request)
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": user}]
+
+
+def read_rrm_prompt(prompt_file: str, request_file: str) -> RRMPrompt:
+    """The prompt in these files, ours where none is given. A form without its places is refused."""
+    request = read_prompt(request_file, JUDGE_REQUEST)
+    if any(request.count(mark) != 1 for mark in ("{question}", "{trajectory}")):
+        raise SystemExit(f"{request_file}: {{question}} and {{trajectory}} stand in it once each")
+    return RRMPrompt(read_prompt(prompt_file, RRM_PROMPT), request)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,7 +274,7 @@ def engine_judge(
     engine,
     chat,
     *,
-    prompt=RRM_PROMPT,
+    prompt=RRMPrompt(),
     temperature=JUDGE_TEMPERATURE,
     max_context=32_768,
     max_new_tokens=1400,
@@ -269,18 +292,15 @@ def engine_judge(
     return Judge(ask, size=lambda text: len(chat.outside(text)), room=max_context - overhead)
 
 
-def judge_prompt(chat, question: str, trajectory: str, prompt: str = RRM_PROMPT) -> list[int]:
-    request = JUDGE_REQUEST.format(question=question, trajectory=trajectory)
-    return chat.prompt(
-        [{"role": "system", "content": prompt}, {"role": "user", "content": request}], None
-    )
+def judge_prompt(chat, question: str, trajectory: str, prompt=RRMPrompt()) -> list[int]:
+    return chat.prompt(prompt.messages(question, trajectory), None)
 
 
 def served_judge(
     urls: list[str],
     *,
     model="",
-    prompt=RRM_PROMPT,
+    prompt=RRMPrompt(),
     temperature=JUDGE_TEMPERATURE,
     max_context=32_768,
     max_new_tokens=1400,
@@ -318,11 +338,8 @@ def served_judge(
         return (f"<think>{analysis}</think>" if analysis else "") + (message.content or "")
 
     async def ask(question, messages, trajectory, seed):
-        user = JUDGE_REQUEST.format(question=question, trajectory=trajectory)
-        request = [
-            {"role": "system", "content": prompt},
-            {"role": "user", "content": break_tags(user)},
-        ]
+        request = prompt.messages(question, trajectory)
+        request[-1]["content"] = break_tags(request[-1]["content"])
         deadline, problem = time.monotonic() + patience_s, None
         while time.monotonic() < deadline:
             awake = [i for i in range(len(urls)) if rests_until[i] <= time.monotonic()]
@@ -339,9 +356,8 @@ def served_judge(
                 busy[i] -= 1
         raise JudgeDown(f"no answer from {', '.join(urls)} for {patience_s:.0f} s: {problem}")
 
-    return Judge(
-        ask, size=lambda text: len(text) // 3, room=max_context - max_new_tokens - len(prompt) // 3
-    )
+    overhead = (len(prompt.system) + len(prompt.request)) // 3 + max_new_tokens
+    return Judge(ask, size=lambda text: len(text) // 3, room=max_context - overhead)
 
 
 def check_served(urls: list[str]) -> None:
@@ -375,7 +391,7 @@ def make_judge(config: RewardModelConfig, chat, *, engine: EngineConfig) -> Judg
     """The client of the reward model that `config` names; `chat` breaks control strings for
     servers, `engine` runs a folder.
     """
-    source, prompt = config.source, read_prompt(config.prompt_file, RRM_PROMPT)
+    source, prompt = config.source, read_rrm_prompt(config.prompt_file, config.request_file)
     if source == "toy":
         return toy_judge(toy_script().annotate)
     if source.startswith("http"):

@@ -141,16 +141,39 @@ def test_a_row_that_is_too_long_is_left_out_and_long_tool_results_are_shortened_
     assert len(fitted.ids) <= 3000 and "the answer" in CHAT.decode(fitted.ids)
 
 
-def test_another_prompt_file_is_what_the_judge_trains_on_and_is_asked_with(tmp_path):
-    path = tmp_path / "prompt.txt"
-    path.write_text("You are Agent-RRM.")
-    row = {"question": "q", "trajectory": [{"role": "assistant", "content": "x"}]}
-    ids = train_rrm.judge_ids(CHAT, row, train_rrm.Config(rrm_prompt_file=str(path)))
+@pytest.mark.parametrize("system", ["You are Agent-RRM.", ""])
+def test_the_prompts_of_released_rows_are_what_the_judge_trains_on_and_is_asked_with(
+    tmp_path, system
+):
+    """As data/reagent/prepare.py writes them; a question that names a place of the form is only a
+    question."""
+    prompt, form = tmp_path / "system.txt", tmp_path / "request.txt"
+    prompt.write_text(system)
+    form.write_text("Question: {question}\n\nAgent Trajectory: {trajectory}")
+    files = dict(prompt_file=str(prompt), request_file=str(form))
+    row = {
+        "question": "is {trajectory} one?",
+        "trajectory": [{"role": "assistant", "content": "x"}],
+    }
+    text = reward_model.trajectory_text(row["trajectory"])
+    user = f"Question: is {{trajectory}} one?\n\nAgent Trajectory: {text}"
+    messages = [{"role": "system", "content": system}] * bool(system)
+    messages.append({"role": "user", "content": user})
+    ids = train_rrm.judge_ids(CHAT, row, train_rrm.Config(**files))
+    assert ids == CHAT.prompt(messages, None)
     with judge_server(whole=True) as (url, requests):
-        config = RewardModelConfig(url, prompt_file=str(path), max_context=4000)
+        config = RewardModelConfig(url, max_context=4000, **files)
         judge = reward_model.make_judge(config, CHAT, engine=EngineConfig("hf"))
         assert asyncio.run(judge(row["question"], row["trajectory"], (0,)))
-    assert requests[0]["messages"][0] == {"role": "system", "content": "You are Agent-RRM."}
-    assert "You are Agent-RRM." in CHAT.decode(ids) and reward_model.RRM_PROMPT[
-        :40
-    ] not in CHAT.decode(ids)
+    assert requests[0]["messages"] == messages
+
+
+def test_a_form_of_the_request_that_lacks_a_place_is_named(tmp_path):
+    form = tmp_path / "request.txt"
+    form.write_text("Question: {question}")
+    with pytest.raises(
+        SystemExit, match="request.txt: {question} and {trajectory} stand in it once"
+    ):
+        reward_model.read_rrm_prompt("", str(form))
+    with pytest.raises(SystemExit, match="no prompt file nowhere.txt: data/reagent/prepare.py"):
+        reward_model.read_rrm_prompt("nowhere.txt", "")

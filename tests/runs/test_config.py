@@ -1,5 +1,6 @@
 """The command line: presets and --key=value over a dataclass."""
 
+import hashlib
 import importlib
 import json
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
+import grpo_unified
 from reagent.config import parse_config, run_facts
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +155,27 @@ def test_help_prints_the_commented_dataclass(capsys, flag):
     assert end.value.code == 0 and 'model: str = "tiny"  # a folder' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", ["sft", "train_rrm", "grpo_unified"])
+def test_the_papers_protocol_is_a_preset_of_evaluation():
+    cfg = parse_config(evaluate.Config, [str(ROOT / "config/evaluate_paper.py")])
+    assert (cfg.max_turns, cfg.max_tokens_per_attempt, cfg.judged) == (30, 32_768, "all")
+    assert (cfg.temperature, cfg.top_p) == (0.6, 0.95)
+    released = ROOT / "config/grpo_unified_reagent_release_8b.py"
+    assert parse_config(grpo_unified.Config, [str(released)]).prompt_file == cfg.prompt_file
+
+
+def test_the_prompts_of_a_run_are_told_by_file_and_digest(tmp_path):
+    (tmp_path / "p.txt").write_text("Judge.")
+    flags = [f"--prompt_file={tmp_path}/p.txt", f"--rrm.request_file={tmp_path}/p.txt"]
+    facts = run_facts(parse_config(evaluate.Config, flags))["prompts"]
+    told = f"{tmp_path}/p.txt, sha256 {hashlib.sha256(b'Judge.').hexdigest()[:12]}"
+    assert facts == {
+        "prompt_file": told,
+        "rrm.prompt_file": "our own",
+        "rrm.request_file": told,
+    }
+
+
+@pytest.mark.parametrize("script", ["sft", "train_rrm", "grpo_unified", "evaluate"])
 def test_every_preset_parses_for_its_script(script):
     module = __import__(script)
     presets = sorted((ROOT / "config").glob(f"{script}_*.py"))
@@ -178,13 +201,10 @@ def test_a_machine_without_git_has_a_run_without_a_commit(monkeypatch):
     "preset", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem
 )
 def test_every_preset_fits_the_script_that_it_is_named_after(preset):
-    script = next(
-        name for name in ("grpo_unified", "train_rrm", "sft") if preset.stem.startswith(name)
-    )
+    scripts = ("grpo_unified", "train_rrm", "sft", "evaluate")
+    script = next(name for name in scripts if preset.stem.startswith(name))
     config = parse_config(importlib.import_module(script).Config, [str(preset)])
-    assert config.steps > 0 and (
-        preset.stem.endswith("8b") or config.out_dir != type(config)().out_dir
-    )
+    assert preset.stem.endswith("8b") or config.out_dir != type(config)().out_dir
 
 
 @dataclass(frozen=True)
