@@ -198,17 +198,10 @@ def table_of(script: str, groups: list[Group]) -> dict:
     for group, apart in zip(groups, differences([group.runs[0].settings for group in groups])):
         last = [[run.series[key][-1][1] for run in group.runs if key in run.series] for key in keys]
         steps = {points[-1][0] for run in group.runs for points in run.series.values()}
-        links = [{"text": seed_of(group, run), "href": run.page} for run in group.runs]
-        cells = [[group.name, *links] if len(links) > 1 else links, apart]
-        rows.append([*cells, number(max(steps, default=0)), *map(over_seeds, last)])
+        links = [{"text": run.name, "href": run.page} for run in group.runs]
+        rows.append([links, apart, number(max(steps, default=0)), *map(over_seeds, last)])
     head = ["run", "differs in", "steps", *keys]
     return {"title": f"Runs of {script or 'unknown scripts'}", "head": head, "rows": rows}
-
-
-def seed_of(group: Group, run: Run) -> str:
-    """What its name has in place of the stars of the group's."""
-    pairs = zip(group.name.split("/"), run.name.split("/"))
-    return "/".join(own for shared, own in pairs if shared == "*") or run.name
 
 
 def differences(settings: list[dict]) -> list[str]:

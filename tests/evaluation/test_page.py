@@ -355,10 +355,10 @@ def test_the_index_puts_seeds_together_and_links_to_the_pages_of_runs(tmp_path):
     write_folder_page(str(tmp_path / "u/0"))
     (table,) = index_of(tmp_path)["tables"]
     assert table["head"] == ["run", "differs in", "steps", "accuracy/first"]
-    seeds = [{"text": "0", "href": "u/0/report.html"}, {"text": "2", "href": ""}]
+    seeds = [{"text": "u/0", "href": "u/0/report.html"}, {"text": "u/2", "href": ""}]
     assert table["rows"] == [
         [[{"text": "rule", "href": ""}], "variant rule", "2", "0.200"],
-        [["u/*", *seeds], "variant u", "2", "0.210 ± 0.014"],
+        [seeds, "variant u", "2", "0.210 ± 0.014"],
     ]
     data = embedded((tmp_path / "index.html").read_text(), "data")
     assert [panel["section"] for panel in data["panels"]] == ["accuracy", "accuracy"]
@@ -371,8 +371,8 @@ def test_seeds_whose_models_lie_beside_them_are_seeds_of_each_other(tmp_path):
     for seed in (0, 1):
         run_folder(tmp_path / f"s{seed}/u", seed=seed, model=f"{tmp_path}/s{seed}/sft/step-1")
     (table,) = index_of(tmp_path)["tables"]
-    seeds = [{"text": "s0", "href": ""}, {"text": "s1", "href": ""}]
-    assert [row[0] for row in table["rows"]] == [["*/u", *seeds]]
+    seeds = [{"text": "s0/u", "href": ""}, {"text": "s1/u", "href": ""}]
+    assert [row[0] for row in table["rows"]] == [seeds]
 
 
 def test_runs_of_other_settings_are_no_seeds_and_only_what_is_unusual_is_named(tmp_path):
