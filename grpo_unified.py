@@ -8,7 +8,8 @@ For each question, i = 1..G:  o1_i ~ pi(.|q);  (c_i, s1_i) from the reward model
 o1_i, c_i);  s2_i. R = R_rule + lambda * s. Reagent-U normalises over the pool of 2G, Reagent-R over
 the G first attempts; `rule` has lambda = 0 and no reward model. Differences from the paper:
 sampling with top_p 1 (a truncated sampler is not the policy that is trained), asymmetric clipping
-as in the released script, pools without any spread of rewards are dropped.
+as in the released script with its dual clip, no KL term by default (kl_coef), pools without any
+spread of rewards are dropped.
 """
 
 import asyncio
@@ -80,6 +81,7 @@ class Config:
     drop: str = "equal"  # pools without gradient: equal | rule_equal | release
     loss_agg: str = "seq_mean"  # seq_mean: the paper's | token_mean
     old_logps: str = "sampler"  # sampler | recomputed
+    kl_coef: float = 0.0  # beta of equation 9; 0 loads no reference model, as the release runs it
     clip_low: float = 0.2
     clip_high: float = 0.34
     prompts_per_minibatch: int = 16  # one optimizer step each
@@ -128,9 +130,11 @@ MAY_CHANGE |= {
 }
 
 COLUMNS = ("advantage", "weight", "sampler_logps")  # one number a trained token
-SUMS = ("loss", "clipped", "tokens", "entropy", "gap", "compared")
+SUMS = ("loss", "clipped", "bounded", "kl", "tokens", "entropy", "gap", "compared")
 SHOWN = ("reward/first", "accuracy/first", "accuracy/refined", "eval/first")
 SHOWN += ("entropy", "grad_norm", "dlogp/mean")
+DUAL_CLIP = 3.0  # bound of r A where A < 0, in |A|
+LOG_RATIO_CAP = 20.0  # nats of log pi - log pi_old: beyond it exp overflows, its gradient with it
 IMPORTANCE_CAP = 2.0  # of pi_old / pi of the sampler, where old log-probs are recomputed
 
 # --------------------------------------------------------------------------------------------------
@@ -230,11 +234,23 @@ def grpo_loss(logps, old_logps, advantages, weights, clip_low: float, clip_high:
     """Clipped surrogate (paper equation 9): -sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high)
     A_t), r = pi / pi_old. All (M,); the weights are those of `token_weight`.
 
-    Returns (loss, number of clipped tokens).
+    Where A < 0 that has no lower bound: one token far above the sampler would take the whole
+    gradient. Dual clip (veRL's, and so the release's) stops it at DUAL_CLIP * A.
+    Returns (loss, number of clipped tokens, number of tokens that the dual clip bounds).
     """
-    ratio = (logps - old_logps).exp()
+    ratio = (logps - old_logps).clamp(max=LOG_RATIO_CAP).exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    return -(weights * torch.minimum(plain, clipped)).sum(), (clipped < plain).sum().item()
+    surrogate, floor = torch.minimum(plain, clipped), DUAL_CLIP * advantages
+    bounded = (advantages < 0) & (surrogate < floor)
+    loss = -(weights * torch.where(bounded, floor, surrogate)).sum()
+    return loss, (clipped < plain).sum().item(), bounded.sum().item()
+
+
+def kl_loss(logps, reference_logps, weights) -> torch.Tensor:
+    """sum_t w_t (log pi - log pi_ref)^2 / 2, the k2 estimator: on the policy's own samples its
+    gradient is that of KL(pi || pi_ref) (equation 9; k3 as a loss has another). All (M,).
+    """
+    return (weights * (logps - reference_logps).square()).sum() / 2
 
 
 def training_sequences(
@@ -275,11 +291,11 @@ def training_sequences(
 # the update
 
 
-def update(policy, optimizer, minibatches: list, cfg: Config, run: Run) -> dict:
+def update(policy, optimizer, minibatches: list, cfg: Config, run: Run, reference=None) -> dict:
     """One optimizer step for each minibatch, a list of this rank's micro-batches.
 
-    Returns sums over ranks ("loss", "clipped", "tokens", "entropy", "gap", "compared"), "norms" of
-    the gradients, "worst" |dlogp| of this rank and "skipped": why the rest was left out, or "".
+    reference: a policy that is not trained, for the KL term. Returns the SUMS over ranks, "norms"
+    of the gradients, "worst" |dlogp| of this rank and "skipped": why the rest was left out, or "".
     """
     old = {}  # (minibatch, microbatch) -> (M,) log-probs before the first update
     if cfg.old_logps == "recomputed":
@@ -299,9 +315,15 @@ def update(policy, optimizer, minibatches: list, cfg: Config, run: Run) -> dict:
                 old_logps = old[i, k]
                 weights = weights * (old_logps - sampler_logps).exp().clamp(max=IMPORTANCE_CAP)
             clip = dict(clip_low=cfg.clip_low, clip_high=cfg.clip_high)
-            loss, clipped = grpo_loss(logps, old_logps, batch.columns["advantage"], weights, **clip)
+            advantages = batch.columns["advantage"]
+            loss, clipped, bounded = grpo_loss(logps, old_logps, advantages, weights, **clip)
+            if reference:
+                with torch.no_grad():
+                    reference_logps = reference(batch, cfg.temperature)[0]
+                loss = loss + cfg.kl_coef * kl_loss(logps, reference_logps, weights)
+                sums.update(kl=(logps.detach() - reference_logps).sum().item())
             backward(loss)
-            sums.update(loss=loss.item(), clipped=clipped, tokens=len(logps))
+            sums.update(loss=loss.item(), clipped=clipped, bounded=bounded, tokens=len(logps))
             sums.update(entropy=entropy.sum().item())
             gap = (logps.detach() - sampler_logps).abs()
             if first and len(gap):
@@ -347,6 +369,8 @@ def update_metrics(done: dict, worst: float) -> dict:
         "dlogp/mean": done["gap"] / max(done["compared"], 1),
         "dlogp/max": worst,
         "clip_share": done["clipped"] / tokens,
+        "bounded_share": done["bounded"] / tokens,
+        "kl": done["kl"] / tokens,
         "entropy": done["entropy"] / tokens,
         "trained_tokens": done["tokens"],
     }
@@ -448,6 +472,10 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     policy = shard(load_policy(cfg.model, cfg.checkpoint_activations), run.device, cfg.shard_ranks)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    reference = None
+    if cfg.kl_coef:  # the policy at the start, for forwards only
+        reference = load_policy(cfg.model, False).to(run.sampler_dtype).requires_grad_(False)
+        reference = shard(reference, run.device, cfg.shard_ranks)
     runner = asyncio.Runner()
     setup = rollout.Setup(
         engine=engine,
@@ -564,7 +592,7 @@ def main(cfg: Config) -> None:
             dealt = balance(sequences, run.world, cfg.tokens_per_microbatch)
             minibatches.append(dealt[run.rank])
         with run.phase(f"the update of step {step + 1}"):
-            done = update(policy, optimizer, minibatches, cfg, run)
+            done = update(policy, optimizer, minibatches, cfg, run, reference)
         run.count_skip(step, done["skipped"], cfg.max_skips)
 
         # ------------------------------------------------------------ weights to the sampler

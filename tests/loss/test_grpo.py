@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from grpo_unified import grpo_loss, kept_pools, pooled_advantages, training_sequences
+from grpo_unified import (
+    DUAL_CLIP,
+    grpo_loss,
+    kept_pools,
+    kl_loss,
+    pooled_advantages,
+    training_sequences,
+)
 from rollout import Attempt, Episode
 
 NAN = math.nan
@@ -69,7 +76,7 @@ def test_loss_and_gradient_equal_a_loop_over_attempts():
     old = logps.detach() + 0.4 * torch.randn(10, dtype=torch.float64)
     a = torch.cat([torch.full((n,), x, dtype=torch.float64) for n, x in zip(lengths, advantages)])
     w = torch.cat([torch.full((n,), 1 / (3 * n), dtype=torch.float64) for n in lengths])
-    loss, _ = grpo_loss(logps, old, a, w, 0.2, 0.34)
+    loss, *_ = grpo_loss(logps, old, a, w, 0.2, 0.34)
     (gradient,) = torch.autograd.grad(loss, logps)
 
     other = logps.detach().clone().requires_grad_()
@@ -118,3 +125,33 @@ def test_token_mean_counts_all_tokens_of_the_minibatch():
         "token_mean",
     )
     assert {w for row in rows for w in row.columns["weight"]} == {1 / 14}
+
+
+@pytest.mark.parametrize("nats", [3.0, 12.0, 100.0])
+def test_a_token_far_above_the_sampler_is_bounded_where_it_was_wrong(nats):
+    logps = torch.tensor([nats, 0.1], requires_grad=True)
+    old, advantages, weights = torch.zeros(2), torch.tensor([-2.0, -2.0]), torch.full((2,), 0.5)
+    loss, _, bounded = grpo_loss(logps, old, advantages, weights, clip_low=0.2, clip_high=0.34)
+    loss.backward()
+    assert bounded == 1
+    assert loss.item() == pytest.approx(0.5 * 2 * (DUAL_CLIP + math.exp(0.1)))
+    assert logps.grad.tolist() == pytest.approx([0.0, 0.5 * 2 * math.exp(0.1)])
+
+
+def test_the_dual_clip_leaves_right_answers_and_small_ratios_alone():
+    logps = torch.tensor([5.0, 1.0], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0])
+    *_, bounded = grpo_loss(logps, torch.zeros(2), advantages, torch.ones(2), 0.2, 0.34)
+    assert bounded == 0
+
+
+def test_the_gradient_of_the_kl_loss_is_that_of_the_exact_kl():
+    torch.manual_seed(0)
+    logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(7, dtype=torch.float64).log_softmax(0)
+    logps = logits.log_softmax(0)
+    exact = (logps.exp() * (logps - reference)).sum()
+    (expected,) = torch.autograd.grad(exact, logits, retain_graph=True)
+    # every token once, weighed by its probability: the mean over the policy's own samples
+    (got,) = torch.autograd.grad(kl_loss(logps, reference, logps.detach().exp()), logits)
+    assert torch.allclose(got, expected)

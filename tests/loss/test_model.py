@@ -51,7 +51,7 @@ def gradients(policy, microbatches):
         batch = collate(rows, COLUMNS, CPU)
         logps, _ = policy(batch, 0.7)
         c = batch.columns
-        loss, _ = grpo_loss(
+        loss, *_ = grpo_loss(
             logps, logps.detach() + 0.1 * c["sampler_logps"], c["advantage"], c["weight"], 0.2, 0.34
         )
         backward(loss)

@@ -317,10 +317,10 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_the_next_one_is_taken(
 ):
     calls, plain = [], grpo_unified.grpo_loss
 
-    def broken(*args):
+    def broken(*args, **clip):
         calls.append(1)
-        loss, clipped = plain(*args)
-        return (loss * float("nan") if len(calls) == 3 else loss), clipped
+        loss, *counts = plain(*args, **clip)
+        return (loss * float("nan") if len(calls) == 3 else loss), *counts
 
     monkeypatch.setattr(grpo_unified, "grpo_loss", broken)
     with judge_server() as (url, _):
@@ -363,3 +363,14 @@ def test_a_step_whose_judgments_fail_beyond_the_limit_stops_with_one_line(world,
     ):
         in_this_process(world, tmp_path, url, "--steps=2")
     assert "4 of 4 judgments failed, more than rrm.max_failures = 0.2" in str(stopped.value)
+
+
+def test_the_kl_term_is_zero_at_the_start_and_holds_the_policy_back(world, tmp_path):
+    logs = {}
+    with judge_server() as (url, _):
+        for beta in (0.1, 10.0):
+            fast = ("--steps=3", "--lr=1e-3", f"--kl_coef={beta}", "--max_dlogp=10")
+            one = ("--prompts_per_step=4", "--prompts_per_minibatch=4")  # one update a step
+            logs[beta] = in_this_process(world, tmp_path / str(beta), url, *fast, *one)
+    assert all(abs(log[0]["kl"]) < 1e-6 for log in logs.values())  # the policy is its reference
+    assert 0 < abs(logs[10.0][2]["kl"]) < abs(logs[0.1][2]["kl"])
