@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 import rollout
 from reagent import engines, reward_model
-from reagent.chat import Chat
 from reagent.config import check_choices, parse_config, prompt_facts, read_prompt, run_facts
 from reagent.engines import EngineConfig
 from reagent.reward_model import RewardModelConfig, check_rrm_row
@@ -66,6 +65,7 @@ class Config:
     temperature: float = 0.6  # 0: greedy
     top_p: float = 0.95
     prompt_file: str = ""  # another system prompt, for a checkpoint that was trained on it
+    chat_template: str = ""  # a Jinja file for a model whose own template has no tools
     tools: str = ""  # names, or none; "": as the table says
     max_turns: int = 0  # with tool calls; 0: as the table says
     max_tokens_per_attempt: int = (
@@ -227,12 +227,12 @@ def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
         )
         chat = TextChat()
         return Agent(ChatEngine(line, found, chat), chat, positions, how)
-    from reagent.policy import load_tokenizer
+    from reagent.policy import load_chat
 
     folder = cfg.tokenizer or found.root
     try:
-        chat = Chat(load_tokenizer(folder))
-    except (SystemExit, ValueError) as error:
+        chat = load_chat(folder, cfg.chat_template, tools=cfg.tools != "none")
+    except SystemExit as error:
         hint = (
             "--tokenizer=FOLDER names the tokenizer of the served model, --endpoint=chat does "
             "without"
@@ -246,9 +246,10 @@ def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
 
 
 def local_agent(cfg: Config, tp_group) -> Agent:
-    from reagent.policy import load_tokenizer
+    from reagent.policy import load_chat
 
-    chat, positions = Chat(load_tokenizer(cfg.model)), positions_of(cfg.model)
+    chat = load_chat(cfg.model, cfg.chat_template, tools=cfg.tools != "none")
+    positions = positions_of(cfg.model)
     context = min(cfg.max_context or positions, positions)
     engine = engines.make_engine(
         cfg.engine, cfg.model, chat.stop_ids, max_context=context, tp_group=tp_group
@@ -676,12 +677,12 @@ def agent_at_work(cfg, folder: str):
     """-> (Setup without a judge, rows, run): an agent's engine and tools; `run(coroutine)`
     runs chains.
     """
-    from reagent.policy import load_tokenizer
+    from reagent.policy import load_chat
 
     rows = JsonlRows(
         cfg.data, check_rl_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)"
     )
-    chat = Chat(load_tokenizer(folder))
+    chat = load_chat(folder)
     toolbox = Toolbox(cfg.tools.split(","), corpus=cfg.corpus, files_dir=cfg.files_dir)
     toolbox.check_rows(rows, cfg.data)
     engine = engines.make_engine(cfg.engine, folder, chat.stop_ids, max_context=cfg.max_context)
@@ -740,7 +741,7 @@ def report_rrm(cfg: ReportConfig) -> None:
     """A judge on held-out judgments, beside another one, and what its critiques do for an agent;
     table and log.jsonl.
     """
-    from reagent.policy import load_tokenizer
+    from reagent.policy import load_chat
 
     if not cfg.rrm.source:
         raise SystemExit("rrm needs --rrm")
@@ -752,7 +753,7 @@ def report_rrm(cfg: ReportConfig) -> None:
             raise SystemExit(
                 f"{source} is no folder, so lengths need a tokenizer: give --agent=FOLDER"
             )
-        chat = Chat(load_tokenizer(folder))
+        chat = load_chat(folder, tools=False)
         config = dataclasses.replace(cfg.rrm, source=source)
         judge = reward_model.make_judge(config, chat, engine=cfg.engine)
         asked = (

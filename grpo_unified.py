@@ -39,8 +39,8 @@ from reagent.policy import (
     clip_gradients,
     collate,
     full_weights,
+    load_chat,
     load_policy,
-    load_tokenizer,
     memory_of,
     shard,
 )
@@ -56,6 +56,7 @@ from tools import Toolbox
 class Config:
     # data and reward
     model: str = "out/sft/step-003476"  # a Hugging Face folder or name: the agent after SFT
+    chat_template: str = ""  # a Jinja file for a model whose own template has no tools
     data: str = "data/reagent/rl_train.jsonl"  # RL rows
     eval_data: str = ""  # RL rows for the evaluation during training; "": none
     variant: str = "u"  # u | r | rule
@@ -390,6 +391,7 @@ def step_metrics(episodes: list, rewards, rules, advantages, kept) -> dict:
                 f"score/{name}": _mean(a.score for a in attempts),
                 f"accuracy/{name}": _mean(float(a.correct) for a in attempts),
                 f"tool_calls/{name}": _mean(len(a.calls) for a in attempts),
+                f"repaired/{name}": _mean(sum(c["repaired"] for c in a.calls) for a in attempts),
                 f"tokens/{name}": _mean(a.span[1] - a.span[0] for a in attempts),
             }
     attempts = [a for e in episodes for a in e.attempts]
@@ -453,8 +455,7 @@ def main(cfg: Config) -> None:
         hint="run python data/reagent/prepare.py (or data/toy/prepare.py)",
     )
     eval_rows = JsonlRows(cfg.eval_data, check_rl_row) if cfg.eval_data else []
-    tokenizer = load_tokenizer(cfg.model)
-    chat = Chat(tokenizer)
+    chat = load_chat(cfg.model, cfg.chat_template)
     toolbox = Toolbox(cfg.tools.split(","), corpus=cfg.corpus, files_dir=cfg.files_dir)
     toolbox.check_rows(rows, cfg.data)
     toolbox.check_rows(eval_rows, cfg.eval_data)
@@ -621,7 +622,7 @@ def main(cfg: Config) -> None:
                 print(show_episode(chat, episodes[0]), show_episode(chat, episodes[-1]), sep="\n")
         run.write(line, SHOWN)
         if (step + 1) % cfg.save_interval == 0 or last or stopping or better:
-            run.save(step + 1, policy, optimizer, tokenizer)
+            run.save(step + 1, policy, optimizer, chat.tokenizer)
         if stopping:
             break
 

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from reagent.chat import extract_answer, parse_calls
+from reagent.calls import Call, Turn, made_up_result, read_turn
 from reagent.engines import Sample, run_together
 from reagent.reward_model import Judge
 from reagent.rows import seed_of, shown_question
@@ -52,7 +52,8 @@ class Attempt:
         str  # answered|no_answer|turn_limit|turn_tokens|token_limit|context_limit|fault|aborted
     )
     seed: int
-    calls: list[dict] = field(default_factory=list)  # name, arguments, status, seconds, turn
+    # name, arguments, repaired, status, seconds, turn
+    calls: list[dict] = field(default_factory=list)
     rule_reward: float | None = None
     correct: bool | None = None
     score: float | None = None
@@ -205,18 +206,20 @@ async def run_attempt(episode: Episode, row: dict, setup: Setup, key: tuple) -> 
             attempt.termination = episode.dropped = "aborted"
             break
         text, whole = append_sample(episode, setup.chat, sample)
+        said = Turn([], None, [])  # of a turn that was cut short nothing is read
+        if whole:
+            said = read_turn(text, setup.chat.calls, setup.toolbox.schemas)
         if limit:  # this was the forced final turn
-            attempt.answer, attempt.termination = extract_answer(text) if whole else None, limit
+            attempt.answer, attempt.termination = said.answer, limit
             break
-        calls = parse_calls(text) if whole else []
-        if whole and not calls:
-            attempt.answer = extract_answer(text)
+        if whole and not said.calls:
+            attempt.answer = said.answer
             attempt.termination = "answered" if attempt.answer is not None else "no_answer"
             break
         if not whole:
             limit = "turn_tokens" if room == limits.max_new_tokens_per_turn else _full(end, limits)
         turn += 1
-        results = await observe(calls, row, setup, attempt, turn)
+        results = await observe(said.calls, row, setup, attempt, turn)
         if any(call["status"] == "fault" for call in attempt.calls):
             attempt.termination = episode.dropped = "fault"
             break
@@ -254,31 +257,31 @@ def _append_results(episode, setup, results, limit, end) -> tuple[str, bool]:
     return limit, False
 
 
-async def observe(calls, row: dict, setup: Setup, attempt: Attempt, turn: int) -> list[dict]:
+async def observe(
+    calls: list[Call], row: dict, setup: Setup, attempt: Attempt, turn: int
+) -> list[dict]:
     """Runs the calls of a turn side by side; the results come back in call order, whoever finished
     first.
     """
 
-    async def one(name, arguments, problem):
-        if problem:
-            return problem, "error", 0.0
+    async def one(call):
+        if call.problem:
+            return call.problem, "error", 0.0
         seen = await setup.toolbox.call(
-            name, arguments, docs=row.get("docs"), files=row.get("files")
+            call.name, call.arguments, docs=row.get("docs"), files=row.get("files")
         )
         return seen.text, seen.status, seen.seconds
 
-    results = await asyncio.gather(*(one(*call) for call in calls))
-    for (name, arguments, _), (_, status, seconds) in zip(calls, results):
-        attempt.calls.append(
-            dict(
-                name=name, arguments=arguments, status=status, seconds=round(seconds, 4), turn=turn
-            )
-        )
+    results = await asyncio.gather(*(one(call) for call in calls))
+    for call, (_, status, seconds) in zip(calls, results):
+        record = dict(name=call.name, arguments=call.arguments, repaired=call.repaired)
+        attempt.calls.append(record | dict(status=status, seconds=round(seconds, 4), turn=turn))
     return [{"role": "tool", "content": text} for text, _, _ in results]
 
 
 def append_sample(episode: Episode, chat, sample: Sample) -> tuple[str, bool]:
-    """Appends a sampled turn with mask 1; returns (its text, whether it came to its end).
+    """Appends a sampled turn with mask 1; returns (its text, with the thoughts that the template
+    opened, and whether it came to its end).
 
     A result that the model made up, from <tool_response> on, is cut off: nothing that was not
     executed is graded.
@@ -286,8 +289,9 @@ def append_sample(episode: Episode, chat, sample: Sample) -> tuple[str, bool]:
     ids, whole = list(sample.ids), sample.finish_reason == "stop"
     closed = bool(ids) and ids[-1] == chat.closer_id
     text = chat.decode(ids[:-1] if whole else ids)
-    if "<tool_response>" in chat.decode(ids):
-        text, ids = _cut_fake_result(chat, ids)
+    made_up = made_up_result(chat.opened + chat.decode(ids), chat.calls)
+    if made_up is not None:
+        text, ids = _cut_at(chat, ids, made_up - len(chat.opened))
         whole, closed = True, False
     elif whole and not closed:
         ids = ids[:-1]  # another stop token: not part of a turn
@@ -295,14 +299,11 @@ def append_sample(episode: Episode, chat, sample: Sample) -> tuple[str, bool]:
     episode.mask += [1] * len(ids)
     episode.logps += sample.logps[: len(ids)]
     episode.messages.append({"role": "assistant", "content": chat.opened + text})
-    return text, whole
+    return chat.opened + text, whole
 
 
-def _cut_fake_result(chat, ids: list[int]) -> tuple[str, list[int]]:
-    """The text and the ids that end where the first <tool_response> begins, also where it is
-    several tokens.
-    """
-    start = chat.decode(ids).index("<tool_response>")
+def _cut_at(chat, ids: list[int], start: int) -> tuple[str, list[int]]:
+    """The text and the ids that end before character `start`, also where tokens straddle it."""
     keep = bisect_right(range(len(ids) + 1), start, key=lambda n: len(chat.decode(ids[:n]))) - 1
     return chat.decode(ids[:keep]), ids[:keep]
 

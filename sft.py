@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -21,12 +22,12 @@ from reagent.policy import (
     balance,
     clip_gradients,
     collate,
+    load_chat,
     load_policy,
-    load_tokenizer,
     memory_of,
     shard,
 )
-from reagent.rows import JsonlRows, batch_indices
+from reagent.rows import JsonlRows, batch_indices, sft_messages, sft_tools
 from reagent.run import Run
 from results.runs import write_run_page
 
@@ -35,6 +36,7 @@ from results.runs import write_run_page
 class Config:
     # data
     model: str = "Qwen/Qwen3-8B"  # a Hugging Face folder or name
+    chat_template: str = ""  # a Jinja file for a model whose own template has no tools
     # rows {"messages", "tools"?}; sharegpt and alpaca rows are understood
     data: str = "data/reagent/sft.jsonl"
     max_tokens_per_row: int = 32_768  # longer rows are skipped and counted
@@ -78,45 +80,16 @@ MAY_CHANGE = {
 MAY_CHANGE |= {"tokens_per_microbatch", "checkpoint_activations", "cpu_offload", "shard_ranks"}
 
 
-def sft_messages(row: dict) -> list[dict]:
-    """messages as they are; sharegpt `conversations` and alpaca rows turned into messages."""
-    if "messages" in row:
-        return row["messages"]
-    if "conversations" in row:
-        roles = {
-            "human": "user",
-            "gpt": "assistant",
-            "observation": "tool",
-            "function_call": "assistant",
-        }
-        turns = [
-            (turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
-            for turn in row["conversations"]
-        ]
-        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        return system + [{"role": roles.get(role, role), "content": text} for role, text in turns]
-    if "instruction" in row and "output" in row:
-        question = row["instruction"] + ("\n" + row["input"] if row.get("input") else "")
-        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        return system + [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": row["output"]},
-        ]
-    raise ValueError(
-        f"neither messages, conversations nor instruction/output; found the keys {sorted(row)}"
-    )
-
-
-def check_row(row: dict) -> str | None:
+def check_row(row: dict, chat: Chat | None = None) -> str | None:
     try:
-        messages = sft_messages(row)
-    except (ValueError, AttributeError, TypeError) as error:
+        messages, tools = sft_messages(row), sft_tools(row)
+        return chat.check(messages, tools) if chat else check_messages(messages)
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
         return str(error)
-    return check_messages(messages)
 
 
 def render(chat: Chat, row: dict) -> Sequence:
-    ids, mask = chat.row(sft_messages(row), row.get("tools"))
+    ids, mask = chat.row(sft_messages(row), sft_tools(row))
     return Sequence(ids, mask)
 
 
@@ -153,10 +126,11 @@ def update(policy, optimizer, rows: list[Sequence], cfg: Config, run: Run) -> tu
 
 def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data
-    tokenizer = load_tokenizer(cfg.model)
-    chat = Chat(tokenizer)
+    chat = load_chat(cfg.model, cfg.chat_template)
     rows = JsonlRows(
-        cfg.data, check_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)"
+        cfg.data,
+        partial(check_row, chat=chat),
+        hint="run python data/reagent/prepare.py (or data/toy/prepare.py)",
     )
     if cfg.show:
         return show(chat, rows, cfg.show)
@@ -204,7 +178,7 @@ def main(cfg: Config) -> None:
         run.write(line, shown, quiet=(step + 1) % cfg.log_interval != 0)
         stopping, last = run.stopping(), step + 1 == cfg.steps
         if (step + 1) % cfg.save_interval == 0 or last or stopping:
-            run.save(step + 1, policy, optimizer, tokenizer)
+            run.save(step + 1, policy, optimizer, chat.tokenizer)
         if stopping:
             break
 

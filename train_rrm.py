@@ -31,8 +31,8 @@ from reagent.policy import (
     clip_gradients,
     collate,
     full_weights,
+    load_chat,
     load_policy,
-    load_tokenizer,
     memory_of,
     shard,
 )
@@ -322,8 +322,7 @@ def main(cfg: Config) -> None:
         cfg.data, check, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)"
     )
     eval_rows = list(JsonlRows(cfg.eval_data, check_rrm_row)) if cfg.eval_data else []
-    tokenizer = load_tokenizer(cfg.model)
-    chat = Chat(tokenizer)
+    chat = load_chat(cfg.model, tools=False)
 
     # ---------------------------------------------------------------- processes, policy, optimizer
     run, engine = Run(cfg, MAY_CHANGE), None
@@ -401,7 +400,7 @@ def main(cfg: Config) -> None:
         run.write(line, SHOWN, quiet=not evaluates and (step + 1) % cfg.log_interval != 0)
         stopping, last = run.stopping(), step + 1 == cfg.steps
         if (step + 1) % cfg.save_interval == 0 or last or stopping:
-            run.save(step + 1, policy, optimizer, tokenizer)
+            run.save(step + 1, policy, optimizer, chat.tokenizer)
         if stopping:
             break
 

@@ -17,9 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import rollout
 from evaluate import Common, agent_at_work
 from reagent import engines, reward_model
-from reagent.chat import Chat
 from reagent.config import parse_config
-from reagent.policy import load_tokenizer
+from reagent.policy import load_chat
 from reagent.reward_model import RewardModelConfig, leaks, row_trajectory
 from reagent.rows import read_appended, seed_of
 
@@ -102,7 +101,7 @@ def annotate(cfg: AnnotateConfig) -> None:
             raise SystemExit(f"annotate needs --{key}")
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    chat = Chat(load_tokenizer(cfg.agents.split(",")[0]))
+    chat = load_chat(cfg.agents.split(",")[0])
     # is the teacher up? Asked before any work
     teacher = reward_model.make_judge(cfg.teacher, chat, engine=cfg.engine)
     sampled = sample_trajectories(cfg, out.with_suffix(".trajectories.jsonl"))

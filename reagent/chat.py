@@ -1,78 +1,48 @@
-"""Conversations in, tokens out: the append-only renderer, and what is read in a turn of the
-policy.
-"""
+"""Conversations in, tokens out: the append-only renderer, by the model's own chat template."""
 
 import json
 import re
-import sys
+from dataclasses import replace
 from functools import lru_cache
 
-from toolkit.text import after_thoughts, last_boxed
-
-# --------------------------------------------------------------------------------------------------
-# reading what models write
-
-
-def extract_answer(text: str) -> str | None:
-    """What the last valid box after the thoughts holds, or None where there is none."""
-    return last_boxed(after_thoughts(text))
-
-
-_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.S)
-
-
-def parse_calls(text: str) -> list[tuple[str, object, str]]:
-    """The tool calls of a turn, after its thoughts, as (name, arguments, error text or "")."""
-    calls = []
-    for match in _CALL.finditer(after_thoughts(text)):
-        if not match[0].endswith("</tool_call>"):
-            calls.append(("", {}, "The tool call has no closing </tool_call>."))
-            continue
-        try:
-            call = json.loads(
-                match[1], object_pairs_hook=_no_duplicates, parse_constant=_no_constant
-            )
-        except (ValueError, RecursionError) as error:
-            calls.append(("", {}, f"The tool call is not valid JSON: {str(error)[:200]}"))
-            continue
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            calls.append(("", {}, 'A tool call is {"name": ..., "arguments": {...}}.'))
-        else:
-            calls.append((call["name"], call.get("arguments", {}), ""))
-    return calls
-
-
-def _no_duplicates(pairs):
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key appears twice")
-    return found
-
-
-def _no_constant(name):
-    raise ValueError(f"{name} is not JSON")
-
-
-# --------------------------------------------------------------------------------------------------
-# conversations
+from reagent.calls import FORMATS, HERMES, CallFormat, read_turn
 
 
 def tool_call_text(name: str, arguments: dict) -> str:
-    call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
-    return f"<tool_call>\n{call}\n</tool_call>"
+    return HERMES.write(name, arguments)
 
 
-def assistant_text(message: dict) -> str:
+def assistant_text(message: dict, form: CallFormat = HERMES) -> str:
     """The raw text of an assistant turn: reasoning, content, then its tool calls."""
     text = message.get("content") or ""
+    calls = [form.write(*_name_and_arguments(call)) for call in message.get("tool_calls") or []]
+    if calls:
+        text += (form.lead if text.strip() else "") + form.between.join(calls) + form.trail
     if message.get("reasoning_content"):
         thoughts = message["reasoning_content"].strip("\n")
         text = f"<think>\n{thoughts}\n</think>\n\n" + text.lstrip("\n")
-    for call in message.get("tool_calls") or []:
-        function = call.get("function", call)
-        arguments = function["arguments"]
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        text += ("\n" if text else "") + tool_call_text(function["name"], arguments)
+    return text
+
+
+def _name_and_arguments(call: dict) -> tuple[str, dict]:
+    function = call.get("function", call)
+    name, arguments = function["name"], function["arguments"]
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise TypeError("a call has a name and an object of arguments")
+    return name, arguments
+
+
+def translated(text: str, form: CallFormat) -> str:
+    """Calls that a row writes in another known format, in this one."""
+    if all(not call.problem for call in read_turn(text, form).calls):
+        return text
+    for other in FORMATS:
+        turn = read_turn(text, other)
+        if turn.spans and not any(call.problem for call in turn.calls):
+            for (a, b), call in zip(reversed(turn.spans), reversed(turn.calls)):
+                text = text[:a] + form.write(call.name, call.arguments) + text[b:]
+            break
     return text
 
 
@@ -84,6 +54,27 @@ def _utf8(text: str) -> str:
 _TAGS = tuple(
     f"<{slash}{name}>" for name in ("tool_call", "tool_response", "think") for slash in ("", "/")
 )
+
+# what a template is tried with before a run
+_PROBE = {
+    "name": "probe_tool",
+    "description": "Tries the template.",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "texts": {"type": "array", "items": {"type": "string"}, "description": "texts"},
+            "note": {"type": "string", "description": "a note"},
+        },
+        "required": ["texts"],
+    },
+}
+_PROBE_TOOLS = [{"type": "function", "function": _PROBE}]
+_PROBE_CALLS = [
+    {"name": "probe_tool", "arguments": {"texts": ['a "b"', "ü <c>"], "note": "d\ne"}},
+    {"name": "probe_tool", "arguments": {"texts": ["f"], "note": "7"}},
+]
+_PROBE_RESULT = {"role": "tool", "content": "x", "tool_call_id": "probe0000"}
+_CURE = "give one that does with --chat_template=FILE"
 
 # private use: stands for the content of message {} while the template is rendered
 _MARK = "\ue000{}\ue001"
@@ -97,43 +88,130 @@ class Chat:
     token.
     """
 
-    def __init__(self, tokenizer):
-        name = tokenizer.name_or_path or "the tokenizer"
+    def __init__(self, tokenizer, tools: bool = True):
+        """Tries the template and the tokenizer; a ValueError says what of them cannot be used.
+        Without `tools` (a reward model) calls need no known format."""
+        self.name = tokenizer.name_or_path or "the tokenizer"
         if not tokenizer.chat_template:
-            raise ValueError(f"{name}: it has no chat template")
+            raise ValueError(f"{self.name}: it has no chat template: {_CURE}")
         self.tokenizer = tokenizer
+        self.template = tokenizer.get_chat_template(tools=_PROBE_TOOLS if tools else None)
         self._frame = lru_cache(maxsize=256)(self._render)
         self._inside = lru_cache(maxsize=1024)(lambda text: tuple(self._encode(text, split=False)))
-        added = (
-            tokenizer.added_tokens_decoder
-        )  # all_special_tokens lacks those without a name, such as <|im_start|>
-        controls = [
-            str(t) for t in added.values() if t.special or (str(t)[0] == "<" and str(t)[-1] == ">")
-        ]
-        self._controls = tuple(dict.fromkeys([*_TAGS, *controls]))
-        self.closer_id = self.fragment([])[0]
-        begun = self._frame(("user",), "[]", True)[-1].rstrip()
-        self.opened = (
-            "<think>\n" if begun.endswith("<think>") else ""
-        )  # how the template itself begins every turn
-        if self.closer_id not in added:
-            closer = self.decode([self.closer_id])
-            raise ValueError(
-                f"{name}: its chat template ends an assistant turn with {closer!r}, not a control "
-                "token"
-            )
+        self._anchor, self._head = self._find_anchor()
+        # all_special_tokens lacks those without a name, such as <|im_start|>
+        added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+        self._control_ids = {
+            i
+            for i, token in tokenizer.added_tokens_decoder.items()
+            if token.special or added[i] in _TAGS or (added[i][0], added[i][-1]) == ("<", ">")
+        }
+        self._controls = tuple(dict.fromkeys([*_TAGS, *(added[i] for i in self._control_ids)]))
+        self.closer_id = self._find_closer()
+        self.takes_system = self._takes_system()
+        self.calls = self._find_calls() if tools else HERMES
+        begun = self._frame(("user",), "[]", True)[-1]
+        # how the template itself begins every turn
+        self.opened = begun[begun.rindex("<think>") :] if begun.rstrip()[-7:] == "<think>" else ""
         eos = tokenizer.eos_token_id
         response = self._inside("<tool_response>")
         self.stop_ids = tuple(dict.fromkeys([self.closer_id, *([eos] if eos is not None else [])]))
         self.stop_ids += response if len(response) == 1 else ()
+        wide = str.maketrans("<>|/_", "\uff1c\uff1e\uff5c\uff0f\uff3f")
+        self.outside("".join(c + self.broken(c) + c.translate(wide) for c in self._controls))
+
+    # ---------------------------------------------------------------- the template is tried
+
+    def _refuse(self, why: str):
+        raise ValueError(f"{self.name}: its chat template {why}")
+
+    def _find_anchor(self) -> tuple[str, list[int]]:
+        """What each text is encoded behind, and its ids, which are cut off: SentencePiece puts a
+        piece before whatever begins a text."""
+        parts = ("a", " b", "\n", "c")
+        for anchor in ("", _MARK[0]):
+            self._anchor, self._head = "", []
+            self._anchor, self._head = anchor, self._encode(anchor, split=True)
+            ids = [i for part in parts for i in self._encode(part, split=True)]
+            if self.decode(ids) == "".join(parts):
+                return self._anchor, self._head
+        raise ValueError(f"{self.name}: its tokenizer changes texts that are encoded one by one")
+
+    def _find_closer(self) -> int:
+        """The control token that ends an assistant turn, whatever follows it. The turn begins as
+        the template lets one begin, thoughts and white space apart."""
+        user = [{"role": "user", "content": "x"}]
+        closers = dict.fromkeys(tuple(self.fragment(turns)[:1]) for turns in ([], user))
+        shown = " or ".join(repr(self.decode(ids)) for ids in closers)
+        if len(closers) > 1 or () in closers:
+            self._refuse(f"has no token that ends an assistant turn: {shown} follows it")
+        ((closer,),) = closers
+        if closer not in self.tokenizer.added_tokens_decoder:
+            self._refuse(f"ends an assistant turn with {shown}, not a control token")
+        asked = self._frame(("user",), "[]", True)[-1]
+        kept = self._frame(("user", "assistant"), "[]", False)[1]
+        if len({re.sub(r"</?think>|\s", "", text) for text in (asked, kept)}) > 1:
+            self._refuse(f"lets a turn begin with {asked!r} and shows it with {kept!r}")
+        return closer
+
+    def _find_calls(self) -> CallFormat:
+        """The format of the template's calls: a call and its result are rendered and read back."""
+        roles = ("system", "user") if self.takes_system else ("user",)
+        if _PROBE["name"] not in "".join(self._frame(roles, json.dumps(_PROBE_TOOLS), True)):
+            self._refuse(f"shows no tools: {_CURE}")
+        text, result = self._turn_with(_PROBE_CALLS[:1])
+        if _PROBE["name"] not in text + result:
+            self._refuse(f"shows no tool calls: {_CURE}")
+        for form in FORMATS:
+            calls, spans = self._read_probe(text, form)
+            if calls != _PROBE_CALLS[:1]:
+                continue
+            ((start, end),) = spans
+            _, spans = self._read_probe(two := self._turn_with(_PROBE_CALLS)[0], form)
+            form = replace(form, lead=text[:start], trail=text[end:])
+            form = replace(form, between=two[spans[0][1] : spans[-1][0]])
+            if (form.lead + form.between + form.trail).strip():
+                break
+            if self.decode(self.fragment([_PROBE_RESULT])) != result:
+                self._refuse(f"frames a tool result that follows a call otherwise: {result!r}")
+            return form
+        known = "JSON or <function=...> in <tool_call>"
+        self._refuse(f"writes a call as {(text + result)[:200]!r}, no format known here ({known})")
+
+    def _read_probe(self, text: str, form: CallFormat):
+        turn = read_turn(text, form, _PROBE_TOOLS)
+        whole = [call for call in turn.calls if not call.problem and not call.repaired]
+        return [dict(name=call.name, arguments=call.arguments) for call in whole], turn.spans
+
+    def _turn_with(self, calls: list[dict]) -> tuple[str, str]:
+        """What the template makes of an assistant turn with these calls, after its content; and of
+        the result that follows."""
+        listed = [
+            dict(type="function", id=f"probe{i:04d}", function=call) for i, call in enumerate(calls)
+        ]
+        user, said = ({"role": role, "content": _MARK.format(role)} for role in ("user", "said"))
+        messages = [user, said | {"role": "assistant", "tool_calls": listed}, _PROBE_RESULT]
+        text = self._apply(messages, _PROBE_TOOLS, True).partition(user["content"])[2]
+        before, mark, after = text.partition(said["content"])
+        if _PROBE["name"] not in after:  # some drop what is said, or put it behind
+            after = text.removeprefix(self._frame(("user", "assistant"), "[]", True)[1])
+        turn, closer, result = after.partition(self.decode([self.closer_id]))
+        return turn, closer + result
+
+    def _takes_system(self) -> bool:
+        try:
+            return bool(self._frame(("system", "user"), "[]", True))
+        except ValueError:
+            return False
+
+    # ---------------------------------------------------------------- text and ids
 
     def _encode(self, text: str, split: bool) -> list[int]:
-        text = _utf8(text)
-        return (
-            self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split)
-            if text
-            else []
-        )
+        if not text:
+            return []
+        text = self._anchor + _utf8(text)
+        options = dict(add_special_tokens=False, split_special_tokens=split)
+        return self.tokenizer.encode(text, **options)[len(self._head) :]
 
     def text(self, text: str) -> list[int]:
         """Assistant (or our own) text: <think> and <tool_call> keep their tokens, <|im_end|> does
@@ -142,8 +220,21 @@ class Chat:
         return self._encode(text, split=True)
 
     def outside(self, text: str) -> list[int]:
-        """Text of tools, pages, files, users: control strings are broken by a zero-width space."""
-        return self._encode(self.broken(text), split=True)
+        """Text of tools, pages, files, users: control strings are broken by a zero-width space.
+
+        Some tokenizers fold look-alikes or drop characters: the ids are looked at, and what became
+        a control string is broken for good.
+        """
+        text = self.broken(text)
+        for _ in range(8):
+            ids = self.text(text)
+            seen = self.decode(ids)
+            if self._control_ids.isdisjoint(ids) and not any(tag in seen for tag in _TAGS):
+                return ids
+            text = seen
+            for control in self._controls:
+                text = text.replace(control, "?" + control[1:])
+        raise ValueError(f"{self.name}: its tokenizer makes control tokens of {text[:80]!r}")
 
     def broken(self, text: str) -> str:
         """The text with a zero-width space inside each control string, also for a judge behind a
@@ -156,79 +247,73 @@ class Chat:
         return text
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        options = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        head = len(self.tokenizer.decode(self._head, **options)) if self._head else 0
+        return self.tokenizer.decode([*self._head, *ids], **options)[head:]
+
+    def _apply(self, messages: list[dict], tools: list[dict], generate: bool) -> str:
+        options = dict(tokenize=False, add_generation_prompt=generate, chat_template=self.template)
+        for given in (tools or None, tools):  # some want a list of tools, be it empty
+            try:
+                return self.tokenizer.apply_chat_template(messages, tools=given, **options)
+            except Exception as error:  # a template is a program: it raises what it likes
+                why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        roles = ", ".join(message["role"] for message in messages)
+        self._refuse(f"does not render turns of {roles} ({why})")
 
     def _render(self, roles: tuple[str, ...], tools: str, generate: bool) -> tuple[str, ...]:
         """The template's text around the contents: one piece more than there are contents."""
         messages = [{"role": role, "content": _MARK.format(i)} for i, role in enumerate(roles)]
-        options = dict(tokenize=False, add_generation_prompt=generate)
-        text = self.tokenizer.apply_chat_template(
-            messages, tools=json.loads(tools) or None, **options
-        )
-        pieces = []
+        text, pieces = self._apply(messages, json.loads(tools), generate), []
         for i in range(len(roles)):
             before, mark, text = text.partition(_MARK.format(i))
             if not mark:
-                raise ValueError(f"the chat template drops the content of a {roles[i]} turn")
+                self._refuse(f"drops the content of a {roles[i]} turn, or changes it")
             pieces.append(before)
-        frame = "".join(pieces) + text
-        unseen = [
-            tool["function"]["name"]
-            for tool in json.loads(tools)
-            if tool["function"]["name"] not in frame
-        ]
-        if unseen:
-            print(
-                f"the chat template does not show the tools {', '.join(unseen)}: describe them in "
-                "the prompt",
-                file=sys.stderr,
-            )
-        if _MARK[0] in frame:
-            raise ValueError(
-                "the chat template repeats the content of a turn or changes the order of turns"
-            )
+        if _MARK[0] in "".join(pieces) + text:
+            self._refuse("repeats the content of a turn or changes the order of turns")
         return (*pieces, text)
 
     def prompt(self, messages: list[dict], tools: list[dict] | None) -> list[int]:
-        """Leading system and user turns with the tool schemas, up to where the assistant begins."""
+        """Leading system and user turns with the tool schemas, up to where the assistant begins.
+
+        Where the template has no system turn, its text begins the first user turn.
+        """
         roles = _roles(messages, ("system", "user"))
-        pieces = self._frame(roles, json.dumps(tools or []), True)
-        ids = list(self._inside(pieces[0]))
-        for message, piece in zip(messages, pieces[1:]):
-            ids += (
-                self.text(message["content"])
-                if message["role"] == "system"
-                else self.outside(message["content"])
-            )
-            ids += self._inside(piece)
+        contents = [
+            (self.text if role == "system" else self.outside)(message["content"])
+            for role, message in zip(roles, messages)
+        ]
+        if roles[:2] == ("system", "user") and not self.takes_system:
+            contents[:2] = [contents[0] + self.text("\n\n") + contents[1]]
+            roles = roles[1:]
+        first, *pieces = self._frame(roles, json.dumps(tools or []), True)
+        ids = list(self._inside(first))
+        for content, piece in zip(contents, pieces):
+            ids += [*content, *self._inside(piece)]
         return ids
 
     def fragment(self, messages: list[dict]) -> list[int]:
         """What follows an assistant turn: its closer, these turns, and the start of the next
         assistant turn.
-
-        Tool results in a row become one user turn of <tool_response> blocks, whatever the template
-        does with them.
         """
-        _roles(messages, ("user", "tool"))
-        turns: list[list[dict]] = []
-        for message in messages:
-            if message["role"] == "tool" and turns and turns[-1][0]["role"] == "tool":
-                turns[-1].append(message)
-            else:
-                turns.append([message])
-        pieces = self._frame(("user", "assistant", *("user" for _ in turns)), "[]", True)[2:]
-        ids = list(self._inside(pieces[0]))
-        for turn, piece in zip(turns, pieces[1:]):
-            for i, message in enumerate(turn):
-                tool = message["role"] == "tool"
-                ids += self._inside(("\n" if i else "") + "<tool_response>\n") if tool else ()
-                ids += self.outside(message["content"])
-                ids += self._inside("\n</tool_response>") if tool else ()
-            ids += self._inside(piece)
+        roles = _roles(messages, ("user", "tool"))
+        first, *pieces = self._frame(("user", "assistant", *roles), "[]", True)[2:]
+        ids = list(self._inside(first))
+        for message, piece in zip(messages, pieces):
+            ids += [*self.outside(message["content"]), *self._inside(piece)]
         return ids
+
+    def check(self, messages: list[dict], tools: list[dict] | None = None) -> str | None:
+        """check_messages, and whether the template renders turns in this order."""
+        problem = check_messages(messages)
+        if not problem:
+            blank = [dict(role=message["role"], content="") for message in messages]
+            try:
+                self.row(blank, tools)
+            except ValueError as error:
+                problem = str(error)
+        return problem
 
     def row(
         self, messages: list[dict], tools: list[dict] | None = None
@@ -245,14 +330,16 @@ class Chat:
         ids = self.prompt(messages[:first], tools)
         mask = [0] * len(ids)
         while first < len(messages):
-            turn = [*self.text(self.sampled(assistant_text(messages[first]))), self.closer_id]
+            text = translated(assistant_text(messages[first], self.calls), self.calls)
+            turn = [*self.text(self.sampled(text)), self.closer_id]
             then = next(
                 (i for i in range(first + 1, len(messages)) if messages[i]["role"] == "assistant"),
                 None,
             )
             between = self.fragment(messages[first + 1 : then])[1:] if then else []
             ids += turn + between
-            mask += [1] * len(turn) + [0] * len(between)
+            trained = int(messages[first].get("trained", True))
+            mask += [trained] * len(turn) + [0] * len(between)
             first = then or len(messages)
         return ids, mask
 
@@ -262,11 +349,9 @@ class Chat:
         """
         if not self.opened:
             return text
-        return (
-            text.removeprefix("<think>").removeprefix("\n")
-            if text.startswith("<think>")
-            else "</think>\n\n" + text
-        )
+        if not text.startswith("<think>"):
+            return "</think>\n\n" + text
+        return text.removeprefix("<think>").removeprefix(self.opened.removeprefix("<think>"))
 
     def paint(self, ids: list[int], mask: list[int]) -> str:
         """The row as text for a terminal, trained tokens in green."""
@@ -294,12 +379,8 @@ def check_messages(messages) -> str | None:
     if not isinstance(messages, list) or not messages:
         return "'messages' is a list of turns"
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in (
-            "system",
-            "user",
-            "assistant",
-            "tool",
-        ):
+        known = ("system", "user", "assistant", "tool")
+        if not isinstance(message, dict) or message.get("role") not in known:
             return f"message {i}: the role is system, user, assistant or tool"
         content = message.get("content")
         if not isinstance(content, str) and not (
@@ -308,13 +389,13 @@ def check_messages(messages) -> str | None:
             return f"message {i}: 'content' is a text, not {type(content).__name__}"
         try:
             assistant_text(message)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             return (
                 f"message {i}: tool_calls or reasoning_content cannot be read "
                 f"({type(error).__name__}: {error})"
             )
     roles = [m["role"] for m in messages]
-    if "assistant" not in roles:
+    if not any(m["role"] == "assistant" and m.get("trained", True) for m in messages):
         return "no assistant turn to train on"
     first = roles.index("assistant")
     if not first or "tool" in roles[:first]:

@@ -20,6 +20,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
+from reagent.chat import Chat
+
 HEAD_CHUNK = 256  # tokens that pass the head at once: V = 152k in fp32 is 0.6 MB a token
 HEAD_KEPT = 1 << 26  # numbers (M V) up to which a softmax is kept for backward: 256 MB
 
@@ -283,6 +285,21 @@ def _read(loader, folder: str, what: str, **options):
 
 def load_tokenizer(folder: str):
     return _read(AutoTokenizer, folder, "tokenizer")
+
+
+def load_chat(folder: str, chat_template: str = "", tools: bool = True) -> Chat:
+    """The renderer of a model, tried before work starts. chat_template: a file in place of the
+    model's own; without `tools` (a reward model) calls need no known format."""
+    tokenizer = load_tokenizer(folder)
+    if chat_template:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"chat_template = {chat_template}: {error}") from error
+    try:
+        return Chat(tokenizer, tools)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
 def load_policy(folder: str, checkpoint_activations: bool) -> Policy:

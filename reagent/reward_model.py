@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from reagent.chat import Chat
 from reagent.config import read_prompt
 from reagent.engines import EngineConfig, make_engine
 from reagent.rows import seed_of
@@ -413,9 +412,9 @@ def make_judge(config: RewardModelConfig, chat, *, engine: EngineConfig) -> Judg
             f"no reward model in {source}: train one with train_rrm.py, or give a URL "
             "(--rrm=http://…/v1)"
         )
-    from reagent.policy import load_tokenizer
+    from reagent.policy import load_chat
 
-    judge_chat = Chat(load_tokenizer(source))
+    judge_chat = load_chat(source, tools=False)
     alone = replace(engine, sleep=False, tensor_parallel=1)
     own = make_engine(alone, source, judge_chat.stop_ids, max_context=config.max_context)
     new = min(config.max_tokens, config.max_context // 4)

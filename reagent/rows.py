@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from array import array
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -15,6 +16,8 @@ from pathlib import Path
 # JSONL
 
 
+MAX_DEPTH = 64  # of nested JSON that is copied and written again
+_SURROGATE = re.compile("[\ud800-\udfff\0]")  # no file name or seed takes halves of characters
 _decode = json.JSONDecoder().decode  # json.loads guesses the encoding first, which takes as long
 
 
@@ -145,29 +148,141 @@ def _permutation(n: int, seed: int, epoch: int) -> array:
 
 
 def check_rl_row(row: dict) -> str | None:
-    """RL row: {"id", "question", "answer", "kind", "docs"?, "files"?} (README, records)."""
+    """RL row: {"id", "question", "answer", "kind", "docs"?, "files"?, "meta"?} (README, records).
+    Null docs or files are absent."""
     for key in ("id", "question", "answer"):
         value = row.get(key)
         if value is None or value == "" or value == []:
             return f"an RL row needs {key!r}; found the keys {sorted(row)}"
+    if type(row["id"]) not in (str, int) or _SURROGATE.search(str(row["id"])):
+        return f"'id' is a text or a whole number, not {row['id']!r:.80}"
     answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
     if not _texts(row["question"], *answers) or not all(map(str.strip, answers)):
         return "'question' is a text, 'answer' a text or a list of texts"
     if row.get("kind") not in ("math", "qa", "gaia", "choice"):
         return f"'kind' is {row.get('kind')!r}: math, qa, gaia or choice"
-    docs = row.get("docs", [])
+    docs = [] if row.get("docs") is None else row["docs"]
     if not isinstance(docs, list) or not all(
         isinstance(d, dict) and _texts(d.get("title"), d.get("text")) for d in docs
     ):
         return "'docs' is a list of {'title', 'text'}"
-    files = row.get("files", [])
-    if not isinstance(files, list) or not _texts(*files):
+    files = [] if row.get("files") is None else row["files"]
+    if not isinstance(files, list) or not _texts(*files) or _SURROGATE.search("".join(files)):
         return "'files' is a list of paths"
+    if not isinstance(row.get("meta") or {}, dict) or _deeper(row.get("meta"), MAX_DEPTH):
+        return f"'meta' is an object, nested at most {MAX_DEPTH} deep"
     return None
 
 
 def _texts(*values) -> bool:
     return set(map(type, values)) <= {str}
+
+
+def _deeper(value, depth: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, (dict, list)):
+        return False
+    return depth == 0 or any(_deeper(item, depth - 1) for item in inner)
+
+
+# --------------------------------------------------------------------------------------------------
+# SFT rows, in the layouts that are in use
+
+
+_ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
+_ROLES |= dict.fromkeys(("observation", "function", "function_response"), "tool")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_MARKS = ("loss", "loss_mask", "weight", "train", "trainable")  # false: a turn is not trained
+_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *_THOUGHTS, *_MARKS}
+_KEYS |= {"name", "id", "index", "tool_call_id", "timestamp"}  # these may stand in a turn unread
+
+
+def sft_messages(row: dict) -> list[dict]:
+    """The turns of a row with messages, sharegpt `conversations` or alpaca's keys, as [{"role",
+    "content", "reasoning_content"?, "tool_calls"?, "trained"?}]. What is not understood is a
+    ValueError. Nulls are absent: a parquet file gives every turn the keys of all others."""
+    row = without_nulls(row)
+    for key in ("images", "videos", "audios"):
+        if row.get(key):
+            raise ValueError(f"{key!r}: only texts are trained on")
+    turns = row.get("messages", row.get("conversations"))
+    if turns is None and "instruction" in row and "output" in row:
+        question = row["instruction"] + ("\n" + row["input"] if row.get("input") else "")
+        turns = []
+        for asked, said in [*row.get("history", []), (question, row["output"])]:
+            turns += [dict(role="user", content=asked), dict(role="assistant", content=said)]
+    if not isinstance(turns, list):
+        known = "neither messages, conversations nor instruction/output"
+        raise ValueError(f"{known}; found the keys {sorted(row)}")
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    messages: list[dict] = []
+    for i, turn in enumerate(turns):
+        try:
+            message = _message(turn)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"message {i}: cannot be read ({error})") from error
+        if system and message["role"] == "system":
+            raise ValueError(f"message {i}: a system turn beside 'system'")
+        called = turn.get("from", turn.get("role")) == "function_call"
+        last = messages[-1] if messages else {"role": ""}
+        if called and last["role"] == "assistant":  # what was said before the call
+            last["content"] = "\n".join(filter(None, (last["content"], message["content"])))
+            last["tool_calls"] += message["tool_calls"]
+        else:
+            messages.append(message)
+    return system + messages
+
+
+def _message(turn: dict) -> dict:
+    """One turn of any layout."""
+    if unread := [key for key in turn if key not in _KEYS and turn[key]]:
+        raise ValueError(f"the key {unread[0]!r} is not understood")
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if isinstance(content, list):
+        if any(part.get("type", "text") != "text" for part in content):
+            raise ValueError("a part of its content is no text")
+        content = "".join(part["text"] for part in content)
+    calls = turn.get("tool_calls") or [turn[key] for key in ("function_call",) if turn.get(key)]
+    if role == "function_call":  # the turn is its calls, as JSON or raw, behind any thoughts
+        role, raw = "assistant", "<tool_call>" in content
+        head, closer, text = (content, "", "[]") if raw else content.rpartition("</think>")
+        content, calls = head + closer, without_nulls(json.loads(text))
+        calls = calls if isinstance(calls, list) else [calls]
+    message = {"role": _ROLES.get(role, role), "content": content}
+    if message["role"] != "assistant":
+        return message
+    thoughts = {turn[key] for key in _THOUGHTS if turn.get(key)}
+    if len(thoughts) > 1 or content is None and not calls and not thoughts:
+        raise ValueError("its reasoning stands there twice" if thoughts else "it holds nothing")
+    marks = [turn[key] for key in _MARKS if key in turn]
+    if any(mark not in (0, 1) for mark in marks):
+        raise ValueError(f"whether it is trained is told by true or false, 1 or 0, not {marks}")
+    message["tool_calls"] = [{"arguments": {}, **call.get("function", call)} for call in calls]
+    return message | dict(reasoning_content="".join(thoughts), trained=all(marks))
+
+
+def sft_tools(row: dict) -> list[dict]:
+    """The schemas of a row: a list or its JSON text, each wrapped as a function or bare."""
+    tools = row.get("tools") or []
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools or []]
+        tools = [tool.get("function", tool) for tool in without_nulls(tools)]
+        if not _texts(*(tool["name"] for tool in tools)):
+            raise TypeError("a name is a text")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"'tools' is a list of schemas, or its JSON text ({error})") from error
+    bare = ({key: tool[key] for key in tool if key != "type"} for tool in tools)
+    return [{"type": "function", "function": tool} for tool in bare]
+
+
+def without_nulls(value):
+    """`value` without the null keys of its objects."""
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return value
 
 
 def seed_of(*parts) -> int:
@@ -180,4 +295,4 @@ def seed_of(*parts) -> int:
 
 def shown_question(row: dict) -> str:
     """The question as the agent reads it, with the names of its files."""
-    return row["question"] + "".join(f"\nFile: {name}" for name in row.get("files", []))
+    return row["question"] + "".join(f"\nFile: {name}" for name in row.get("files") or [])

@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 
+from reagent.calls import HERMES
 from reagent.chat import assistant_text
 from reagent.engines import Sample
 
@@ -245,7 +246,7 @@ class TextChat:
     the format that the loop reads.
     """
 
-    closer_id, opened = len(_ROLES), ""
+    closer_id, opened, calls = len(_ROLES), "", HERMES
     stop_ids = (closer_id,)
     _first = closer_id + 1
 

@@ -26,7 +26,7 @@ INLINE = 1_000_000  # characters of episodes in the page itself, and at most in 
 SECTIONS = {
     "Learning": "eval accuracy grounded reward rule_reward score lift valid mae auc spearman loss",
     "Optimization": "entropy clip_share dlogp grad_norm advantage pools kl lr updates",
-    "Rollouts": "tokens trained_tokens tool_calls ended attempts left_out judge too_long",
+    "Rollouts": "tokens trained_tokens tool_calls repaired ended attempts left_out judge too_long",
     "Speed": "seconds tokens_per_second memory",
 }
 

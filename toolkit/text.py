@@ -54,8 +54,12 @@ def _escaped(found: re.Match) -> str:
 
 
 def after_thoughts(text: str) -> str:
-    """What a turn says after its last </think>, up to thoughts that are opened and never closed."""
-    return text.rpartition("</think>")[2].partition("<think>")[0]
+    """What a turn says last outside of its thoughts: those between <think> and </think>, those that
+    are never closed, and those before a first </think>, since a template or a server may have
+    opened them. A closer with nothing behind it is a stray one.
+    """
+    outside = re.sub(r"<think>.*?(?:</think>|\Z)", "</think>", text, flags=re.S)
+    return next((said for said in reversed(outside.split("</think>")) if said.strip()), "")
 
 
 _BOX = re.compile(r"\\f?box(?:ed)?(?![a-z])\s*")

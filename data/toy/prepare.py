@@ -23,7 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import rollout
-from reagent import chat, reward_model
+from reagent import reward_model
+from reagent.calls import read_turn
 
 NAMES = """Ada Bern Cleo Dune Elba Finn Gaza Hugo Iris Juno Kiel Lena Mars Nile Oslo Paul Quin Rome
 Siena Troy Uma Vera Wien Xena York Zoe Aral Bath Cork Dale""".split()
@@ -63,11 +64,19 @@ STOPPED, WRONG, DONE, NOT_ADDED = (
     "The trail was followed to its end. Look again at ",
     "Toll and code were not added. Look again at ",
 )
+# calls and results as Qwen's template has them
 TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for m in messages %}{% set result = m.role == 'tool' %}"
+    "{% if result and loop.previtem.role == 'tool' %}{{ '\\n' }}"
+    "{% else %}<|im_start|>{{ 'user' if result else m.role }}\n{% endif %}"
+    "{% if result %}<tool_response>\n{{ m.content }}\n</tool_response>"
+    "{% else %}{{ m.content }}{% endif %}"
     "{% if m.role == 'system' and tools %}{{ '\\ntools:' }}{% for t in tools %} {{ t.function.name "
     "}}{% endfor %}{% endif %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for call in m.tool_calls or [] %}{{ '\\n<tool_call>\\n' }}"
+    "{{ call.function | tojson }}{{ '\\n</tool_call>' }}{% endfor %}"
+    "{% if not result or loop.last or loop.nextitem.role != 'tool' %}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -340,7 +349,7 @@ def stumble(rng: random.Random) -> list[dict]:
         rng.choice(CODES),
     )
     text = "".join(["<tool_call>", *rng.choices(pieces, k=rng.randint(1, 4))])
-    answers = [problem or 'No results for "".' for _, _, problem in chat.parse_calls(text)]
+    answers = [call.problem or 'No results for "".' for call in read_turn(text).calls]
     return [{"role": "assistant", "content": text}] + [
         {"role": "tool", "content": answer} for answer in answers
     ]

@@ -20,8 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import rollout
 from reagent import engines, reward_model
-from reagent.chat import Chat
-from reagent.policy import load_tokenizer
+from reagent.policy import load_chat
 from reagent.rows import JsonlRows
 from reagent.scorers import rule_reward
 from tools import Toolbox
@@ -45,7 +44,7 @@ def trial(
 ):
     """-> (figures, episodes with the judge's own critiques) of one agent on the rows of `data`."""
     rows = list(JsonlRows(data))
-    chat = Chat(load_tokenizer(folder))
+    chat = load_chat(folder)
     engine = engines.HFEngine(folder, chat.stop_ids)
     judge = reward_model.make_judge(
         reward_model.RewardModelConfig(rrm, max_context=1024),

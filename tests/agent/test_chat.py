@@ -8,22 +8,15 @@ import pytest
 from reagent.chat import Chat, assistant_text, check_messages
 from reagent.engines import Sample
 from rollout import Episode, append_sample
-from tests.helpers.templates import (
-    CONTROL,
-    DEFAULT_SYSTEM,
-    OPENED,
-    PLAIN,
-    TAGS,
-    THINKING,
-    make_tokenizer,
-)
+from tests.helpers import templates
+from tests.helpers.templates import CONTROL, OPENED, PLAIN, TAGS, THINKING, make_tokenizer
 
 CHATS = {
     name: Chat(make_tokenizer(template))
     for name, template in (
-        ("plain", PLAIN),
+        ("tool_turns", templates.TOOL_TURNS),
         ("thinking", THINKING),
-        ("default_system", DEFAULT_SYSTEM),
+        ("default_system", templates.DEFAULT_SYSTEM),
     )
 }
 TOOLS = [{"type": "function", "function": {"name": "search", "parameters": {}}}]
@@ -81,13 +74,16 @@ def test_a_fragment_has_no_system_text_and_no_tools(chat):
     assert chat.decode(chat.fragment([CRITIQUE])) == text
 
 
-def test_results_in_a_row_are_one_user_turn(chat):
+@pytest.mark.parametrize("name", ["thinking", "default_system"])
+def test_results_in_a_row_are_one_user_turn(name):
+    chat = CHATS[name]
     block = "<tool_response>\none\n\n</tool_response>\n<tool_response>\n\ntwo\n</tool_response>"
     text = f"<|im_end|>\n<|im_start|>user\n{block}<|im_end|>\n<|im_start|>assistant\n"
     assert chat.decode(chat.fragment(RESULTS)) == text
 
 
-def test_results_then_a_user_turn_are_two_turns(chat):
+def test_results_then_a_user_turn_are_two_turns():
+    chat = CHATS["thinking"]
     assert controls(chat, chat.fragment([*RESULTS, CRITIQUE])) == [
         "<|im_end|>",
         "<|im_start|>",
@@ -99,22 +95,21 @@ def test_results_then_a_user_turn_are_two_turns(chat):
     ]
 
 
-def test_results_are_rendered_as_a_template_that_knows_tools_does():
-    chat = CHATS["thinking"]
+def test_results_are_rendered_as_the_template_does(chat):
     messages = [QUESTION, {"role": "assistant", "content": "CALL"}, *RESULTS]
     whole = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert chat.decode(chat.fragment(RESULTS)) == whole.partition("CALL")[2]
 
 
 def test_a_template_is_rendered_once_for_turns_of_one_structure(monkeypatch):
-    chat, calls = Chat(make_tokenizer(PLAIN)), []
+    chat, calls = Chat(make_tokenizer(THINKING)), []
     render = chat.tokenizer.apply_chat_template
     monkeypatch.setattr(
         chat.tokenizer, "apply_chat_template", lambda *a, **k: calls.append(1) or render(*a, **k)
     )
     for i in range(20):
-        chat.fragment([{"role": "tool", "content": str(i)}] * (1 + i % 3))
-    assert len(calls) == 1
+        chat.fragment([{"role": "tool", "content": str(i)}] * (3 + i % 2))
+    assert len(calls) == 2
 
 
 # ---------------------------------------------------------------- rows
@@ -156,7 +151,7 @@ def test_thoughts_stay_and_no_empty_ones_appear(chat):
 
 def test_a_system_text_and_tools_stand_once(chat):
     text = chat.decode(chat.row([QUESTION, *EPISODE[2:]], TOOLS)[0])
-    assert text.count("<|im_start|>system") == text.count("<tools>") == (chat is not CHATS["plain"])
+    assert text.count("<|im_start|>system") == text.count("<tools>") == 1
 
 
 def test_turns_after_the_last_assistant_turn_are_left_out(chat):
@@ -239,7 +234,7 @@ def test_lone_surrogates_become_question_marks(chat):
 def test_a_policy_stops_at_its_closer_at_eos_and_at_a_made_up_result(chat):
     stops = [chat.tokenizer.convert_ids_to_tokens(i) for i in chat.stop_ids]
     assert stops == ["<|im_end|>", "<tool_response>"] and chat.closer_id == chat.stop_ids[0]
-    other = Chat(make_tokenizer(PLAIN, eos="<|endoftext|>"))
+    other = Chat(make_tokenizer(PLAIN, eos="<|endoftext|>"), tools=False)
     assert [other.decode([i]) for i in other.stop_ids] == [
         "<|im_end|>",
         "<|endoftext|>",
@@ -313,7 +308,7 @@ BAD_JSON = {"role": "assistant", "tool_calls": [{"name": "x", "arguments": "{"}]
 def test_a_row_that_cannot_be_rendered_is_an_error_that_names_the_message(messages, problem):
     assert check_messages(messages)
     with pytest.raises(ValueError, match=problem):
-        CHATS["plain"].row(messages)
+        CHATS["thinking"].row(messages)
 
 
 # -------------------- a template that opens the thoughts itself
@@ -337,10 +332,3 @@ def test_an_episode_under_such_a_template_has_the_ids_of_its_messages():
     assert append_sample(episode, chat, Sample(sampled, [0.0] * len(sampled), "stop"))[1]
     assert episode.messages[-1]["content"] == "<think>\nso\n</think>\n\n\\boxed{1}"
     assert chat.row(episode.messages) == (episode.ids, episode.mask)
-
-
-def test_a_template_that_does_not_show_the_tools_is_told(capsys):
-    Chat(make_tokenizer(PLAIN)).prompt(START, TOOLS)
-    assert "does not show the tools search" in capsys.readouterr().err
-    Chat(make_tokenizer(THINKING)).prompt(START, TOOLS)
-    assert not capsys.readouterr().err

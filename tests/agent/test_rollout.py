@@ -9,7 +9,7 @@ import time
 import pytest
 
 import rollout
-from reagent import chat, engines, reward_model
+from reagent import engines, reward_model
 from reagent.chat import Chat
 from reagent.engines import Sample
 from reagent.reward_model import Judge
@@ -187,7 +187,10 @@ def test_other_chains_go_on_while_one_waits_for_a_slow_tool(monkeypatch):
     "turn, told",
     [
         ('<tool_call>{"name": "search"', "no closing"),
-        ('<tool_call>{"name": "search",}</tool_call>', "not valid JSON"),
+        ('<tool_call>{"name": "search",,}</tool_call>', "not valid JSON"),
+        ('<tool_call>{"name": "search"}', "no closing"),
+        ('{"name": "search", "arguments": {}}', "no opening"),
+        ('<think><tool_call>{"name": "search", "arguments": {}}</tool_call>', "thoughts"),
         ("<tool_call>{'name': 'search'}</tool_call>", "not valid JSON"),
         ('<tool_call>{"name": "search", "name": "x"}</tool_call>', "twice"),
         ('<tool_call>{"name": "search", "arguments": NaN}</tool_call>', "not valid JSON"),
@@ -397,31 +400,19 @@ def test_invalid_judgments(text):
     assert reward_model.parse_judgment(text) is None
 
 
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        ("\\boxed{a}", "a"),
-        ("\\boxed{a} then \\boxed{b}", "b"),
-        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
-        ("<think>\\boxed{a}</think>none", None),
-        ("<think>\\boxed{a}", None),
-        ("</think>\\boxed{a}<think>\\boxed{b}", "a"),
-        ("\\boxed{", None),
-        ("\\boxed{ }", None),
-        ("\\boxed {5}", "5"),
-        ("\\boxed 5.", "5"),
-        ("\\boxed\\frac{1}{2}$", "\\frac{1}{2}"),
-        ("\\boxed{5}} and done.", "5"),
-        ("\\fbox{5}", "5"),
-        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
-        ("\\boxed{\\left\\{x\\right.}", "\\left\\{x\\right."),
-        ("\\boxed{7} (in \\boxed{...})", "7"),
-        ("\\boxed{7}, as asked in \\boxed{}", "7"),
-        ("\\boxed{7} in \\boxed{your answer} and \\boxed{", "7"),
-        ("I use \\boxed now", None),
-        ("\\boxedfoo{5}", None),
-        ("", None),
-    ],
-)
-def test_the_answer_is_the_last_box_after_the_thoughts(text, answer):
-    assert chat.extract_answer(text) == answer
+def test_a_mended_call_runs_and_is_counted():
+    attempt = episode_of(CALL.replace("}}", ",}}"), CALL, "\\boxed{here}").attempts[0]
+    assert [(c["status"], c["repaired"]) for c in attempt.calls] == [("ok", True), ("ok", False)]
+
+
+def test_a_made_up_result_is_none_inside_the_string_of_a_call():
+    call = CALL.replace("Ada", "what is <tool_response>")
+    episode = episode_of(call, "\\boxed{here}")
+    assert episode.attempts[0].calls[0]["arguments"]["queries"] == ["what is <tool_response>"]
+
+
+def test_where_the_template_opens_the_thoughts_a_call_in_them_is_none(monkeypatch):
+    monkeypatch.setattr(CHAT, "opened", "<think>\n")
+    episode = episode_of(f"so {CALL}", f"so {CALL}</think>\\boxed{{here}}")
+    told = [m["content"] for m in episode.messages if m["role"] == "tool"]
+    assert len(told) == 1 and "thoughts" in told[0] and episode.attempts[0].answer == "here"

@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from reagent.chat import Chat, check_messages, parse_calls
+from reagent.calls import read_turn
+from reagent.chat import Chat, check_messages
 from reagent.reward_model import JUDGE_REQUEST, RRM_PROMPT, parse_judgment, trajectory_text
 from reagent.rows import check_rl_row
 from tests.helpers.tiny import toy
@@ -42,9 +43,9 @@ def test_observations_are_those_of_the_search_tool():
     row, toolbox = toy.rl_row(random.Random(0), 0, "test"), Toolbox(["search"])
     world = {"docs": {d["title"]: d["text"] for d in row["docs"]}}
     for name in toy.NAMES:
-        ((tool, arguments, problem),) = parse_calls(toy.CALL.format(name=name))
-        seen = asyncio.run(toolbox.call(tool, arguments, docs=row["docs"]))
-        assert (problem, seen.status, seen.text) == ("", "ok", toy.found(world, name))
+        (call,) = read_turn(toy.CALL.format(name=name)).calls
+        seen = asyncio.run(toolbox.call(call.name, call.arguments, docs=row["docs"]))
+        assert (call.problem, seen.status, seen.text) == ("", "ok", toy.found(world, name))
     toolbox.close()
 
 
@@ -148,10 +149,10 @@ def test_the_hard_toys_scores_count_the_addition_as_a_step_worked_out_by_hand(
 def test_a_sum_is_what_the_python_tool_prints():
     toolbox = Toolbox(["python"])
     call, result = toy.added("5 + 42")
-    ((tool, arguments, problem),) = parse_calls(call["content"])
-    seen = asyncio.run(toolbox.call(tool, arguments))
+    (read,) = read_turn(call["content"]).calls
+    seen = asyncio.run(toolbox.call(read.name, read.arguments))
     toolbox.close()
-    assert (problem, seen.status, seen.text) == ("", "ok", result["content"])
+    assert (read.problem, seen.status, seen.text) == ("", "ok", result["content"])
 
 
 def test_hard_demonstrations_add_with_the_tool_in_refined_attempts_only_and_are_made_of_phrases():

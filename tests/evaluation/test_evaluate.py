@@ -13,7 +13,8 @@ import pytest
 
 import evaluate
 from evaluate import Config
-from reagent import chat, served
+from reagent import served
+from reagent.calls import read_turn
 from reagent.config import parse_config
 from results import benchmarks, journal, statistics, verdicts
 from results.benchmarks import DataSet, Task
@@ -569,7 +570,7 @@ def test_a_wrong_key_is_asked_with_once(tmp_path):
 
 
 def test_086_an_answer_that_is_none_or_blank_is_wrong_without_a_judge():
-    for answer in (None, "", " \n", chat.extract_answer("<think>\\boxed{a}")):
+    for answer in (None, "", " \n", read_turn("<think>\\boxed{a}").answer):
         assert evaluate.scored(benchmarks.DATASETS["hle"], row_of("1"), answer)["correct"] is False
     assert (
         evaluate.scored(benchmarks.DATASETS["math500"], row_of("1", answer="3"), "x" * 1_000_000)[
@@ -699,7 +700,7 @@ def test_thoughts_and_parsed_calls_of_a_chat_reply_are_joined_back():
     call = N(function=N(name="search", arguments='{"queries": ["x"]}'))
     text = served.turn_text(N(content=None, reasoning_content="hm", tool_calls=[call]))
     assert (
-        text == "<think>\nhm\n</think>\n\n\n<tool_call>\n"
+        text == "<think>\nhm\n</think>\n\n<tool_call>\n"
         '{"name": "search", "arguments": {"queries": ["x"]}}\n</tool_call>'
     )
     broken = N(function=N(name="search", arguments='{"queries": ["x"'))

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from reagent.rows import JsonlRows, batch_indices, check_rl_row
+from reagent.rows import (
+    JsonlRows,
+    batch_indices,
+    check_rl_row,
+    sft_messages,
+    sft_tools,
+    shown_question,
+)
+from sft import check_row
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -134,6 +142,8 @@ def test_rows_need_no_torch_to_be_read():
         {"files": ["a.png"]},
         {"id": 0},
         {"meta": {"level": 1}},
+        {"docs": None, "files": None, "meta": None},
+        {"meta": {"a": [[{}]]}},
     ],
 )
 def test_good_rl_rows_pass(more):
@@ -156,10 +166,224 @@ def test_good_rl_rows_pass(more):
         ({"docs": [{"title": "t", "text": None}]}, "'docs' is a list"),
         ({"files": "a.png"}, "'files' is a list"),
         ({"files": [1]}, "'files' is a list"),
+        ({"files": ["a\0"]}, "'files' is a list"),
+        ({"docs": 0}, "'docs' is a list"),
+        ({"id": [1]}, "'id' is a text"),
+        ({"id": True}, "'id' is a text"),
+        ({"id": 1.5}, "'id' is a text"),
+        ({"id": "\ud800"}, "'id' is a text"),
+        ({"files": ["\ud800"]}, "'files' is a list"),
+        ({"meta": [1]}, "'meta' is an object"),
+        ({"meta": "x"}, "'meta' is an object"),
+        ({"meta": json.loads('{"a": ' + "[" * 400 + "]" * 400 + "}")}, "'meta' is an object"),
     ],
 )
 def test_a_bad_rl_row_gets_a_text_that_names_the_key(more, problem):
     assert problem in check_rl_row({**RL_ROW, **more})
+
+
+def test_a_question_without_files_is_shown_as_it_is():
+    assert shown_question({"question": "q", "files": None}) == "q"
+
+
+# ---------------------------------------------------------------- SFT rows
+
+
+ASKED = {"role": "user", "content": "q"}
+SEARCH = {"name": "search", "arguments": {"queries": ["a"]}}
+SCHEMA = {"name": "search", "parameters": {"type": "object", "properties": {"queries": {}}}}
+
+
+def said(row: dict) -> list[tuple]:
+    assert check_row(row) is None
+    return [
+        (m["role"], m["content"], m.get("reasoning_content", ""), m.get("tool_calls", []))
+        for m in sft_messages(row)
+    ]
+
+
+LAYOUTS = {
+    "messages": {
+        "messages": [
+            ASKED,
+            {"role": "assistant", "content": None, "tool_calls": [{"function": SEARCH}]},
+            {"role": "tool", "tool_call_id": "x", "name": "search", "content": "r"},
+            {"role": "assistant", "content": "done"},
+        ]
+    },
+    "arguments as text": {
+        "messages": [
+            ASKED,
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": "1", "type": "function", "function": SEARCH}],
+            },
+            {"role": "tool", "content": [{"type": "text", "text": "r"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "do"}, {"text": "ne"}]},
+        ]
+    },
+    "sharegpt": {
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "function_call", "value": json.dumps(SEARCH)},
+            {"from": "observation", "value": "r"},
+            {"from": "gpt", "value": "done"},
+        ]
+    },
+    "the call of before": {
+        "messages": [
+            ASKED,
+            {"role": "assistant", "content": None, "function_call": SEARCH},
+            {"role": "function", "name": "search", "content": "r"},
+            {"role": "assistant", "content": "done"},
+        ]
+    },
+    "parquet": {
+        "instruction": None,
+        "messages": [
+            {"role": "user", "content": "q", "tool_calls": None, "name": None},
+            {
+                "role": "assistant",
+                "content": None,
+                "name": None,
+                "tool_calls": [
+                    {"function": {"name": "search", "arguments": {"queries": ["a"], "code": None}}}
+                ],
+            },
+            {"role": "tool", "content": "r", "tool_calls": None, "name": "search"},
+            {"role": "assistant", "content": "done", "tool_calls": None, "name": None},
+        ],
+        "tools": None,
+        "images": [],
+    },
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_call_and_its_result_in_every_layout(name):
+    user, call, result, answer = said(LAYOUTS[name])
+    assert user[:2] == ("user", "q") and result[:2] == ("tool", "r")
+    assert call[0] == "assistant" and not call[1] and answer[:2] == ("assistant", "done")
+    (made,) = call[3]
+    assert (made["name"], made["arguments"]) == ("search", {"queries": ["a"]})
+
+
+def test_what_is_said_before_a_sharegpt_call_stands_in_its_turn():
+    calls = [SEARCH, {"name": "other", "arguments": None}]
+    for before in ("", "<think>\nhm\n</think>"):
+        turns = [
+            {"from": "human", "value": "q"},
+            {"from": "gpt", "value": "let me"},
+            {"from": "function_call", "value": before + json.dumps(calls)},
+        ]
+        (_, (_, text, _, made)) = said({"conversations": turns})
+        assert text == "\n".join(filter(None, ("let me", before)))
+        assert [call["name"] for call in made] == ["search", "other"]
+    (_, (_, text, _, made)) = said({"conversations": [turns[0], turns[2]]})
+    assert text == "<think>\nhm\n</think>" and len(made) == 2
+    raw = {"from": "function_call", "value": "<tool_call>{}</tool_call>"}
+    assert said({"conversations": [turns[0], raw]})[1][1] == "<tool_call>{}</tool_call>"
+
+
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content", "thinking"])
+def test_reasoning_has_three_names(key):
+    row = {"messages": [ASKED, {"role": "assistant", "content": "a", key: "hm"}]}
+    assert said(row)[1] == ("assistant", "a", "hm", [])
+
+
+def test_alpaca_rows_with_history_system_and_input():
+    row = {"instruction": "do", "input": "this", "output": "done", "system": "s"}
+    assert [turn[:2] for turn in said(row | {"history": [["a", "b"]]})] == [
+        ("system", "s"),
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "do\nthis"),
+        ("assistant", "done"),
+    ]
+    assert len(said(row | {"history": None, "input": None})) == 3
+
+
+def test_a_developer_is_a_system_and_a_system_key_is_its_first_turn():
+    turns = [{"role": "developer", "content": "s"}, ASKED, {"role": "assistant", "content": "a"}]
+    assert said({"messages": turns})[0][:2] == ("system", "s")
+    assert said({"messages": turns[1:], "system": "s"})[0][:2] == ("system", "s")
+
+
+@pytest.mark.parametrize("key", ["loss", "weight", "loss_mask", "trainable", "train"])
+def test_a_turn_may_be_marked_as_not_trained(key):
+    for mark in (0, False, 1, True):
+        turns = [ASKED, {"role": "assistant", "content": "a", key: mark}]
+        turns += [ASKED | {key: 0}, {"role": "assistant", "content": "b"}]
+        trained = [m.get("trained") for m in sft_messages({"messages": turns})]
+        assert trained == [None, bool(mark), None, True]
+    assert "no assistant turn to train on" in check_row({"messages": [ASKED, turns[1] | {key: 0}]})
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [{"type": "function", "function": SCHEMA}],
+        [SCHEMA],
+        [{"type": "function", **SCHEMA}],
+        json.dumps([SCHEMA]),
+        [json.dumps(SCHEMA)],
+        [{"type": "function", "function": SCHEMA | {"strict": None}, "name": None}],
+    ],
+)
+def test_tools_as_schemas_bare_or_wrapped_or_json(tools):
+    assert sft_tools({"tools": tools}) == [{"type": "function", "function": SCHEMA}]
+
+
+@pytest.mark.parametrize("tools", [None, "", "[]", []])
+def test_no_tools(tools):
+    assert sft_tools({"tools": tools}) == []
+
+
+@pytest.mark.parametrize(
+    ("turn", "problem"),
+    [
+        ("hello", "message 1"),
+        ({"role": "bot", "content": "a"}, "message 1: the role"),
+        ({"role": "assistant", "content": 7}, "message 1: 'content' is a text, not int"),
+        ({"role": "assistant", "content": None}, "message 1: .*holds nothing"),
+        ({"role": "assistant", "content": "a", "audio": {"id": 1}}, "message 1: .*'audio'"),
+        ({"role": "assistant", "content": [{"type": "image_url"}]}, "message 1: .*no text"),
+        ({"role": "assistant", "content": "a", "weight": 0.5}, "message 1: .*0.5"),
+        ({"role": "assistant", "content": "a", "loss": "no"}, "message 1: .*'no'"),
+        ({"role": "assistant", "tool_calls": [{"function": {}}]}, "message 1: .*'name'"),
+        ({"role": "assistant", "tool_calls": ["search"]}, "message 1"),
+        ({"role": "assistant", "tool_calls": [SEARCH | {"arguments": "{"}]}, "message 1: .*JSON"),
+        ({"role": "assistant", "tool_calls": [SEARCH | {"arguments": "[]"}]}, "message 1: .*obj"),
+        ({"role": "assistant", "content": "a", "reasoning": "b", "thinking": "c"}, "twice"),
+        ({"role": "assistant", "content": "a", "reasoning": ["b"]}, "message 1"),
+        ({"role": "function_call", "content": "search a"}, "message 1: .*Expecting value"),
+        ({"role": "function_call", "content": None}, "message 1"),
+    ],
+)
+def test_a_turn_that_is_not_understood_is_refused_at_opening(write, turn, problem):
+    row = {"messages": [ASKED, turn]}
+    with pytest.raises(ValueError, match=f"rows.jsonl:1: .*{problem}"):
+        JsonlRows(write(json.dumps(row)), check_row)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"images": ["a.png"]},
+        {"tools": "search"},
+        {"tools": [{"description": "x"}]},
+        {"tools": 7},
+        {"messages": "[]"},
+        {"messages": None},
+        {"system": "s", "messages": [{"role": "system", "content": "t"}, ASKED, ASKED]},
+        {"messages": None, "instruction": "a", "output": "b", "history": ["x"]},
+        {"messages": None, "instruction": 1, "output": "b"},
+    ],
+)
+def test_a_row_that_is_not_understood_is_refused_at_opening(write, more):
+    row = {"messages": [ASKED, {"role": "assistant", "content": "a"}]}
+    with pytest.raises(ValueError, match="rows.jsonl:1: "):
+        JsonlRows(write(json.dumps(row | more)), check_row)
 
 
 # ---------------------------------------------------------------- the cursor

@@ -1,0 +1,309 @@
+"""What a turn of the policy holds: tool calls in the format of its template, and the answer.
+
+Structure (thoughts, calls, boxes) is never searched inside the strings of a call. A slip that
+leaves the meaning unambiguous is read and counted; anything else is told to the agent.
+"""
+
+import contextlib
+import json
+import re
+from dataclasses import dataclass, field
+
+from reagent.rows import MAX_DEPTH
+from toolkit.text import last_boxed
+
+MAX_CALLS = 64  # of one turn
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tool call of a turn. `problem` is what the agent is told in place of a result, "" if
+    none."""
+
+    name: str = ""
+    arguments: object = field(default_factory=dict)
+    problem: str = ""
+    repaired: bool = False  # a slip was mended to read it
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a turn says outside of its thoughts. A turn with calls goes on, whatever its answer."""
+
+    calls: list[Call]
+    answer: str | None
+    spans: list[tuple[int, int]]  # [a, b) of each call in the text
+
+
+# --------------------------------------------------------------------------------------------------
+# JSON as models write it
+
+
+_STRING = r'"(?:[^"\\]|\\.)*+(?:"|\Z)'
+_JSON = re.compile(_STRING + r"|[\[{]|[\]}]|</?tool_call>", re.S)
+_SLIP = re.compile(_STRING + r"|,(?=\s*[\]}])", re.S)
+_ESCAPE = re.compile(r'\\(u[0-9a-fA-F]{4}|["\\/bfnrt]|)')
+_FENCE = re.compile(r"\s*```\w*(.*?)```\s*", re.S)
+
+
+def read_json(text: str) -> tuple[object, bool]:
+    """(the value, whether a slip was mended): raw line ends and tabs in strings, bad escapes, a
+    trailing comma, a fence. Else a ValueError that says what strict JSON lacks."""
+    if _depth(text) > MAX_DEPTH:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    try:
+        return _load(text), False
+    except ValueError as error:
+        fenced = _FENCE.fullmatch(text)
+        mended = _SLIP.sub(_mended, fenced[1] if fenced else text)
+        try:
+            return _load(mended, strict=False), True
+        except ValueError:
+            raise error from None
+
+
+def _load(text: str, **options):
+    return json.loads(
+        text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, **options
+    )
+
+
+def _mended(match: re.Match) -> str:
+    if match[0] == ",":
+        return ""
+    return _ESCAPE.sub(lambda escape: escape[0] if escape[1] else r"\\", match[0])
+
+
+def _depth(text: str) -> int:
+    depth = most = 0
+    for token in _JSON.finditer(text):
+        depth += (token[0] in "[{") - (token[0] in "]}")
+        most = max(most, depth)
+    return most
+
+
+def _json_end(text: str, at: int) -> int:
+    """Where the first object or list after `at` ends, its strings skipped; `at` if none does."""
+    depth = 0
+    for token in _JSON.finditer(text, at):
+        depth += (token[0] in "[{") - (token[0] in "]}")
+        if token[0] in ("<tool_call>", "</tool_call>"):
+            break
+        if depth <= 0 and token[0] in "]}":
+            return token.end()
+    return at
+
+
+def _no_duplicates(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key appears twice")
+    return found
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+# --------------------------------------------------------------------------------------------------
+# the two formats
+
+
+_CLOSER = re.compile(r"\s*(?:```\s*)?(</tool_call>)")
+_STOP = re.compile(r"</tool_call>|(?=<tool_call>)|\Z")
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """How a template writes calls. `write` gives a call's text; `read` reads what follows a
+    <tool_call>, gives the call and where it ends."""
+
+    lead: str = "\n"  # between what a turn says and its first call
+    between: str = "\n"  # between two calls
+    trail: str = ""  # between the last call and the end of the turn
+    form = ""  # what the agent is told to write
+
+
+class HermesCalls(CallFormat):
+    """JSON: Hermes, Qwen2.5, Qwen3 and many others."""
+
+    form = '<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>'
+
+    def write(self, name: str, arguments: dict) -> str:
+        call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+        return f"<tool_call>\n{call}\n</tool_call>"
+
+    def read(self, text: str, at: int, kinds: dict) -> tuple[Call, int]:
+        end = _json_end(text, at)
+        closer = _CLOSER.match(text, end) if end > at else None
+        if closer:
+            with contextlib.suppress(ValueError):
+                return _call_of(*read_json(text[at : closer.start(1)])), closer.end()
+        stop = _STOP.search(text, at)  # no whole object: up to the next tag, wherever it stands
+        if not stop[0]:
+            return Call(problem="The tool call has no closing </tool_call>."), stop.end()
+        try:
+            return _call_of(*read_json(text[at : stop.start()])), stop.end()
+        except ValueError as error:
+            problem = f"The tool call is not valid JSON: {str(error)[:200]}"
+            return Call(problem=problem), stop.end()
+
+
+def _call_of(value, repaired: bool) -> Call:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return Call(problem='A tool call is {"name": ..., "arguments": {...}}.')
+    name = value["name"]
+    given = [key for key in ("arguments", "parameters") if value.get(key) is not None]
+    if len(given) > 1:
+        return Call(name, problem=f"The call of {name} has both arguments and parameters.")
+    arguments = value[given[0]] if given else {}
+    if isinstance(arguments, str):  # quoted once too often
+        try:
+            arguments, repaired = read_json(arguments)[0], True
+        except ValueError:
+            return Call(name, problem=f"The arguments of {name} are not a JSON object.")
+    if not isinstance(arguments, dict):
+        kind = type(arguments).__name__
+        problem = f"The arguments of {name} are a JSON object, not {kind}."
+        return Call(name, arguments, problem)
+    return Call(name, arguments, repaired=repaired or given == ["parameters"])
+
+
+_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>")
+_PARAMETER = re.compile(
+    r"\s*<parameter=([^>\n]+)>(.*?)</parameter>(?=\s*(?:<parameter=|</function>))", re.S
+)
+_XML_END = re.compile(r"\s*</function>\s*</tool_call>")
+_LITERALS = {"True": "true", "False": "false", "None": "null"}  # some templates write Python's
+
+
+class XmlCalls(CallFormat):
+    """<function=…><parameter=…>: Qwen3-Coder, Qwen3.5, Nemotron 3. Texts stand as they are, all
+    else is JSON; the schema says which."""
+
+    form = (
+        "<tool_call>\n<function=name>\n<parameter=name>\nvalue\n</parameter>\n</function>\n"
+        "</tool_call>"
+    )
+
+    def write(self, name: str, arguments: dict) -> str:
+        lines = ["<tool_call>", f"<function={name}>"]
+        for key, value in arguments.items():
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            lines += [f"<parameter={key}>", text, "</parameter>"]
+        return "\n".join([*lines, "</function>", "</tool_call>"])
+
+    def read(self, text: str, at: int, kinds: dict) -> tuple[Call, int]:
+        function, pairs = _FUNCTION.match(text, at), []
+        end = function.end() if function else at
+        name = function[1].strip() if function else ""
+        while function and (parameter := _PARAMETER.match(text, end)):
+            key, value = parameter[1].strip(), parameter[2].removeprefix("\n").removesuffix("\n")
+            pairs.append((key, _typed(value, kinds.get(name), key)))
+            end = parameter.end()
+        closer = _XML_END.match(text, end) if function else None
+        if closer and len(dict(pairs)) == len(pairs):
+            return Call(name, dict(pairs)), closer.end()
+        stop = closer or _STOP.search(text, at)
+        problem = f"A tool call is {self.form}"
+        if closer:
+            problem = f"The call of {name} has a parameter twice."
+        elif not stop[0]:
+            problem = "The tool call has no closing </tool_call>."
+        return Call(name, problem=problem), stop.end()
+
+
+def _typed(value: str, kinds: dict | None, key: str):
+    """The value of a parameter as its schema has it; without a schema a list or an object is
+    read, all else is a text."""
+    kind = (kinds or {}).get(key)
+    if kind == "string" or isinstance(kind, list) and "string" in kind:
+        return value
+    try:
+        decoded, _ = read_json(_LITERALS.get(value.strip(), value))
+    except ValueError:
+        return value
+    return decoded if kind or isinstance(decoded, (dict, list)) else value
+
+
+HERMES = HermesCalls()
+FORMATS = (HERMES, XmlCalls())
+
+
+def parameter_kinds(tools: list[dict]) -> dict[str, dict]:
+    """{tool: {parameter: JSON type or None}} of the tools' schemas."""
+    kinds = {}
+    for tool in tools:
+        properties = (tool["function"].get("parameters") or {}).get("properties") or {}
+        kinds[tool["function"]["name"]] = {k: v.get("type") for k, v in properties.items()}
+    return kinds
+
+
+# --------------------------------------------------------------------------------------------------
+# a turn
+
+
+_MARK = re.compile(r"</?think>|<tool_call>")
+_BARE = re.compile(r"""\{\s*["']name["']\s*:|["'](?:arguments|parameters)["']\s*:|<function=""")
+
+
+def read_turn(text: str, form: CallFormat = HERMES, tools: list[dict] = ()) -> Turn:
+    """The calls and the answer of a turn, its thoughts left out. A call that is only rehearsed in
+    the thoughts is nothing where a call or an answer follows; else the agent is told."""
+    calls, spans, said, rehearsed = _scan(text, form, parameter_kinds(tools))
+    answer = last_boxed(said)
+    if not calls and answer is None:
+        if "</tool_call>" in said or _BARE.search(said):
+            calls = [Call(problem="The tool call has no opening <tool_call>.")]
+        elif rehearsed or _BARE.search(text):
+            problem = "A tool call in the thoughts is not made: write it after </think>."
+            calls = [Call(problem=problem)]
+    return Turn(calls, answer, spans)
+
+
+def made_up_result(text: str, form: CallFormat) -> int | None:
+    """Where the model begins to write a tool result itself; inside a call it is only a text."""
+    if "<tool_response>" not in text:
+        return None
+    turn = read_turn(text, form)
+    quoted = [span for span, call in zip(turn.spans, turn.calls) if not call.problem]
+    starts = (match.start() for match in re.finditer("<tool_response>", text))
+    return next((at for at in starts if not any(a < at < b for a, b in quoted)), None)
+
+
+def _scan(text: str, form: CallFormat, kinds: dict):
+    """-> (calls, their spans, the text outside of thoughts and calls, whether one stands in
+    thoughts)."""
+    calls, spans, said, at, begin = [], [], [], 0, 0
+    thinking = tagged = rehearsed = False
+    tries = 0  # reading one may take time in proportion to the turn
+    while mark := _MARK.search(text, at):
+        at = mark.end()
+        tries += mark[0] == "<tool_call>"
+        if mark[0] == "<tool_call>" and thinking:
+            rehearsed = True
+            call, end = form.read(text, at, kinds) if tries <= MAX_CALLS else (None, at)
+            at = end if call and not call.problem else at
+        elif mark[0] == "<tool_call>":
+            said.append(text[begin : mark.start()])
+            call, at = form.read(text, at, kinds)
+            if tries > MAX_CALLS:
+                call, at = Call(problem=f"A turn has at most {MAX_CALLS} calls."), len(text)
+            calls.append(call)
+            spans.append((mark.start(), at))
+            begin = at
+        elif mark[0] == "<think>":
+            if not thinking:
+                said.append(text[begin : mark.start()])
+            thinking = tagged = True
+        elif thinking:
+            thinking, begin = False, at
+        elif not tagged and text[at:].strip():  # thoughts that the template or the server opened
+            rehearsed, tagged, begin = rehearsed or bool(calls), True, at
+            calls, spans, said = [], [], []
+        else:  # a stray closer
+            said.append(text[begin : mark.start()])
+            begin = at
+    if not thinking:
+        said.append(text[begin:])
+    return calls, spans, "\n".join(said), rehearsed
