@@ -101,6 +101,7 @@ def test_a_served_model_is_asked_with_token_ids_that_only_grow(world, tmp_path):
     assert (
         "token ids in and out" in report
         and "75.0 [25.0, 100.0]" in report
+        and "prompt_file our own" in report
         and "| level | 3 | 1 | 0.0 [0.0, 0.0] |" in report
     )
     assert (tmp_path / "report.html").stat().st_size > 10_000

@@ -117,6 +117,9 @@ def test_a_set_is_made_of_what_its_publisher_hands_out(tmp_path, name):
     rows = read(tmp_path / f"out/{name}.jsonl")
     assert rows == with_name(name, ROWS[name])
     assert all(check_rl_row(row) is None for row in rows)
+    assert [row["id"] for row in read_rows(str(tmp_path / f"out/{name}.jsonl"))[0]] == [
+        row["id"] for row in rows
+    ]
 
 
 def test_what_evaluation_reads_of_xbench_is_decrypted_and_the_file_is_not(tmp_path):
