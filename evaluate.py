@@ -32,6 +32,7 @@ import rollout
 from reagent import engines, reward_model
 from reagent.config import check_choices, parse_config, prompt_facts, read_prompt, run_facts
 from reagent.engines import EngineConfig
+from reagent.folder import claim, read_json, write_whole
 from reagent.reward_model import RewardModelConfig, check_rrm_row
 from reagent.rows import JsonlRows, check_rl_row
 from reagent.scorers import SCORER_OF_KIND, rule_reward, score, unknown
@@ -506,7 +507,7 @@ def check_resume(out: Path, cfg: Config) -> None:
     """
     path, now = out / "run.json", json.loads(json.dumps(dataclasses.asdict(cfg)))
     if path.is_file():
-        before = json.loads(path.read_text())["config"]
+        before = read_json(path, "config")["config"]
         served = all(str(c["model"]).startswith("http") for c in (before, now))  # a server may move
         free = MAY_CHANGE | ({"model"} if served else set())
         changed = [key for key in now if key not in free and before.get(key) != now[key]]
@@ -549,7 +550,7 @@ def run_missing(
             "agent": agent.how,
             "subsets": {task.name: task.subset for task in tasks},
         }
-        (Path(cfg.out_dir) / "run.json").write_text(json.dumps(facts, indent=1))
+        write_whole(Path(cfg.out_dir) / "run.json", json.dumps(facts, indent=1))
     if rank % tp:  # a tensor-parallel rank that does not lead
         agent.engine.follow()
         return agent.how
@@ -746,7 +747,7 @@ def report_rrm(cfg: ReportConfig) -> None:
     if not cfg.rrm.source:
         raise SystemExit("rrm needs --rrm")
     rows = list(JsonlRows(cfg.eval_data, check_rrm_row))
-    found, judged = {}, []
+    found, judged, lock = {}, [], claim(cfg.out_dir)
     for source in filter(None, (cfg.rrm.source, cfg.against)):
         folder = next((name for name in (cfg.agent, source) if name and Path(name).is_dir()), None)
         if folder is None:
@@ -775,12 +776,11 @@ def report_rrm(cfg: ReportConfig) -> None:
     for name, value in own.items():
         if name.startswith(("difference", "lift")):
             print(f"{name:24} {value}")
-    out = Path(cfg.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "log.jsonl", "a") as file:
+    with open(Path(cfg.out_dir) / "log.jsonl", "a") as file:
         file.writelines(
             json.dumps({"rrm": spec, **numbers}) + "\n" for spec, numbers in found.items()
         )
+    lock.close()
 
 
 def score_file(path: str) -> None:

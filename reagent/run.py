@@ -7,9 +7,12 @@ trainer.json beside it.
 import dataclasses
 import json
 import os
+import pickle
+import re
 import shutil
 import signal
 import sys
+import traceback
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,11 +21,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
 from reagent.config import run_facts
+from reagent.folder import check_digest, claim, read_json, write_digest, write_whole
 from reagent.policy import Policy, full_weights
 
 # --------------------------------------------------------------------------------------------------
@@ -55,9 +62,11 @@ def meet(phase: str, group, timeout_s: float, error: BaseException | None = None
     """All ranks meet on the gloo `group` after `phase`; whoever is missing after `timeout_s` is
     named, by rank.
 
-    A rank that failed passes its `error`: then all stop together with that text instead of waiting
-    for a dead peer.
+    A rank that failed passes its `error`: it prints where that happened, and all stop together with
+    its text instead of waiting for a dead peer.
     """
+    if error is not None and not isinstance(error, SystemExit):
+        traceback.print_exception(error)
     try:
         dist.monitored_barrier(group, timedelta(seconds=timeout_s), wait_all_ranks=True)
     except RuntimeError as lost:
@@ -65,9 +74,8 @@ def meet(phase: str, group, timeout_s: float, error: BaseException | None = None
             f"rank {dist.get_rank()} stops: a rank is missing after {phase}: {lost}"
         ) from error or lost
     texts: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(
-        texts, None if error is None else f"{type(error).__name__}: {error}", group=group
-    )
+    text = "" if error is None else "".join(traceback.format_exception_only(error)).strip()
+    dist.all_gather_object(texts, text.removeprefix("SystemExit: "), group=group)
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
     if failed:
         raise SystemExit(f"{phase} failed on " + "; ".join(failed)) from error
@@ -97,7 +105,11 @@ def sum_over_ranks(numbers: list[float], group=None) -> list[float]:
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """Finished checkpoints, oldest first: a folder takes its name only when it is whole."""
-    return sorted(p for p in Path(folder).glob("step-*") if p.is_dir() and p.suffix == "")
+    found = {}
+    for path in Path(folder).glob("step-*"):
+        if (path / "trainer.json").is_file() and re.fullmatch(r"step-\d{6,}", path.name):
+            found[int(path.name.removeprefix("step-"))] = path
+    return [found[step] for step in sorted(found)]
 
 
 def save_checkpoint(
@@ -133,25 +145,31 @@ def save_checkpoint(
             policy.hf.save_pretrained(part, state_dict=weights)
             tokenizer.save_pretrained(part)
             (part / "trainer.json").write_text(json.dumps({"step": step, **facts}, indent=1))
-            _flush(part)
-    except (
-        Exception,
-        CheckpointException,
-    ) as problem:  # a full disk shows up as many types; DCP's, which
-        # is no Exception, wraps what each rank met. All ranks must hear of it
-        error = (
-            next(iter(problem.failures.values()))[0]
-            if isinstance(problem, CheckpointException)
-            else problem
-        )
+        mine = [*(part / "trainer").glob(f"__{rank}_*")]
+        mine += [*part.glob("*.safetensors"), part / "trainer" / ".metadata"] if rank == 0 else []
+        for path in mine:
+            write_digest(path)
+    # a full disk shows up as many types; all ranks must hear of it
+    except (Exception, CheckpointException) as problem:
+        error = _first(problem)
         shutil.rmtree(part, ignore_errors=True)
     meet_all(f"saving {final}", error)
     if rank == 0:
-        if final.exists():
-            shutil.rmtree(final)
-        part.rename(final)
-    meet_all("renaming the checkpoint", None)
+        try:
+            _flush(part)
+            if final.exists():
+                shutil.rmtree(final)
+            part.rename(final)
+        except OSError as problem:
+            error = problem
+    meet_all(f"renaming {part}", error)
     return final
+
+
+def _first(problem: BaseException) -> BaseException:
+    """What failed on the first rank that did: DCP's own exception wraps it, and is no Exception."""
+    wrapped = isinstance(problem, CheckpointException)
+    return next(iter(problem.failures.values()))[0] if wrapped else problem
 
 
 def _flush(folder: Path) -> None:
@@ -161,15 +179,81 @@ def _flush(folder: Path) -> None:
         os.close(handle)
 
 
-def load_checkpoint(folder: Path, policy: Policy, optimizer) -> dict:
-    """Restores sharded parameters and optimizer in place; returns trainer.json."""
+def load_checkpoint(folder: Path, policy: Policy, optimizer, meet_all) -> dict:
+    """Restores sharded parameters and optimizer in place; returns trainer.json. All ranks stop
+    together where a file is damaged or not ours; no code of the checkpoint runs.
+    """
+    trainer, reader, error = Path(folder) / "trainer", None, None
+    try:
+        check_digest(trainer / ".metadata")
+        reader = PlainReader(trainer)
+        for path in sorted(trainer.glob("*.distcp"))[dist.get_rank() :: dist.get_world_size()]:
+            check_digest(path)
+    except SystemExit as problem:
+        error = problem
+    meet_all(f"reading {folder}", error)
     model_state, optimizer_state = get_state_dict(policy, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=Path(folder) / "trainer")
+    try:
+        dcp.load(state, storage_reader=reader, planner=PlainPlanner())
+    except CheckpointException as problem:  # on all ranks
+        raise SystemExit(f"{folder} cannot be read: {_first(problem)}") from problem
     set_state_dict(
         policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
-    return json.loads((Path(folder) / "trainer.json").read_text())
+    return read_json(Path(folder) / "trainer.json", "step")
+
+
+class PlainIndex(pickle.Unpickler):
+    """torch keeps the index of a checkpoint as a pickle. Of all that a pickle can name, only the
+    records of such an index are taken: to call them makes a record, whatever it holds.
+    """
+
+    TAKEN = {
+        "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta "
+        "TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties "
+        "_MEM_FORMAT_ENCODING",
+        "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+        "torch.serialization": "_get_layout",
+        "torch": "Size float32 bfloat16 float16 float64 int64 int32 uint8 bool",
+        "pathlib": "PosixPath",
+        "pathlib._local": "PosixPath",
+    }
+
+    def find_class(self, module: str, name: str):
+        if name not in self.TAKEN.get(module, "").split():
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+class PlainReader(FileSystemReader):
+    """Reads the index at once: SystemExit where it is not one of ours."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        try:
+            with open(folder / ".metadata", "rb") as file:
+                self.index = PlainIndex(file).load()
+            if not isinstance(self.index, Metadata):
+                raise ValueError(f"it holds a {type(self.index).__name__}")
+            for shard in self.index.storage_data.values():
+                if not re.fullmatch(r"__\d+_\d+\.distcp", shard.relative_path):
+                    raise ValueError(f"it names the file {shard.relative_path!r}")
+        except Exception as error:  # a pickle that is not one fails in any way
+            why = f"{type(error).__name__}: {error}"
+            raise SystemExit(f"{folder} is not a checkpoint of this trainer ({why})") from error
+
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        self.index.storage_meta.load_id = self.load_id
+        return self.index
+
+
+class PlainPlanner(DefaultLoadPlanner):
+    """torch reads what is no tensor (numbers of the optimizer) with a pickle that may run code."""
+
+    def load_bytes(self, read_item, value) -> None:
+        plain = torch.load(value, weights_only=True)
+        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], plain)
 
 
 def check_resume(saved: dict, config: dict, may_change: set[str], folder) -> None:
@@ -245,12 +329,21 @@ class Run:
         self.rank, self.world, self.device = init_distributed(cfg.timeout_s)
         self.gloo = dist.new_group(backend="gloo")
         self.sampler_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.out = Path(cfg.out_dir)
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.out, self.lock = Path(cfg.out_dir), None
+        self.claim()
         self.facts, self.log, self.skips = run_facts(cfg), [], 0
         self.best: dict = {"step": None, "accuracy": -1.0}
         self.tracker, self.stop_asked = None, []
         self.has_bar = self.rank == 0 and sys.stderr.isatty()
+
+    def claim(self) -> None:
+        """One run a folder: rank 0 holds its lock, all stop together where another run has it."""
+        error = None
+        try:
+            self.lock = None if self.rank else claim(self.out)
+        except SystemExit as problem:
+            error = problem
+        self.meet("opening out_dir", error)
 
     def meet(self, phase: str, error: BaseException | None = None) -> None:
         meet(phase, self.gloo, self.cfg.timeout_s, error)
@@ -273,9 +366,9 @@ class Run:
         found = checkpoints(self.out)
         if not found:
             return 0
-        saved = json.loads((found[-1] / "trainer.json").read_text())
+        saved = read_json(found[-1] / "trainer.json", "step", "config", "log")
         check_resume(saved["config"], self.facts["config"], self.may_change, found[-1])
-        load_checkpoint(found[-1], policy, optimizer)
+        load_checkpoint(found[-1], policy, optimizer, self.meet)
         self.log, self.best = saved["log"], saved.get("best", self.best)
         return saved["step"]
 
@@ -284,9 +377,9 @@ class Run:
         self.stop_asked = asked_to_stop()
         if self.rank:
             return
-        (self.out / "run.json").write_text(json.dumps(self.facts, indent=1))
+        write_whole(self.out / "run.json", json.dumps(self.facts, indent=1))
         lines = "".join(json.dumps(line) + "\n" for line in self.log)
-        (self.out / "log.jsonl").write_text(lines)
+        write_whole(self.out / "log.jsonl", lines)
         print(f"{what} -> {self.out}", flush=True)
         if self.cfg.wandb:
             import wandb
@@ -338,3 +431,5 @@ class Run:
     def end(self) -> None:
         self.meet("the end")
         dist.destroy_process_group()
+        if self.lock:
+            self.lock.close()

@@ -4,16 +4,14 @@ A `task` is evaluate.Task: one data set of a run with its rows. No torch at impo
 """
 
 import base64
-import fcntl
 import hashlib
 import json
 import os
-import socket
-import time
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
+from reagent.folder import claim
 from reagent.rows import drop_cut_line
 
 # --------------------------------------------------------------------------------------------------
@@ -90,8 +88,7 @@ class Journal:
 
     def __init__(self, folder: str, rank: int = 0):
         self.folder, self.path = Path(folder), Path(folder) / f"journal-{rank}.jsonl"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = _locked(self.folder / f"lock-{rank}")
+        self.lock = claim(folder, rank)
         drop_cut_line(self.path)
         self.entries: dict[tuple, Entry] = {}
         self.faults: dict[tuple, str] = {}
@@ -168,22 +165,6 @@ def about(entry: Entry, attempt: int) -> str:
     return hashlib.sha256(json.dumps([entry.digest, entry.answers[attempt]]).encode()).hexdigest()[
         :12
     ]
-
-
-def _locked(path: Path):
-    """The lock file, held; who holds it is written inside."""
-    file = open(path, "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        raise SystemExit(
-            f"{path.parent} is being written by {file.read().strip() or 'another run'}"
-        ) from error
-    file.truncate(0)
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    print(f"process {os.getpid()} on {socket.gethostname()}, since {since}", file=file, flush=True)
-    return file
 
 
 # --------------------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def test_a_checkpoint_restores_parameters_optimizer_and_facts_to_the_bit(folder,
     )
     straight = step()
     step()
-    facts = run.load_checkpoint(saved, policy, optimizer)
+    facts = run.load_checkpoint(saved, policy, optimizer, lambda *_: None)
     assert facts == {"step": 1, "log": [1]}
     assert all(torch.equal(a, b) for a, b in zip(step(), straight))
     again = AutoModelForCausalLM.from_pretrained(
@@ -205,21 +205,25 @@ def test_a_checkpoint_restores_parameters_optimizer_and_facts_to_the_bit(folder,
     assert again.config.model_type == "qwen3"
 
 
-def test_a_half_written_checkpoint_is_not_one(tmp_path):
-    (tmp_path / "step-000003.tmp").mkdir()
-    (tmp_path / "step-000002").mkdir()
-    assert [p.name for p in run.checkpoints(tmp_path)] == ["step-000002"]
+def made(folder, *steps):
+    for step in steps:
+        (folder / f"step-{step:06d}").mkdir()
+        (folder / f"step-{step:06d}" / "trainer.json").write_text("{}")
+
+
+def test_a_half_written_or_empty_folder_is_no_checkpoint(tmp_path):
+    made(tmp_path, 2, 999_999, 1_000_000)
+    (tmp_path / "step-000002").rename(tmp_path / "step-000003.tmp")
+    (tmp_path / "step-999998").mkdir()
+    (tmp_path / "step-000009").write_text("")
+    assert [p.name for p in run.checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
-    for step in (1, 2, 3, 4):
-        (tmp_path / f"step-{step:06d}").mkdir()
+    made(tmp_path, 1, 2, 3, 4)
     run.prune(tmp_path, 2, best_step=1)
-    assert [p.name for p in run.checkpoints(tmp_path)] == [
-        "step-000001",
-        "step-000003",
-        "step-000004",
-    ]
+    left = ["step-000001", "step-000003", "step-000004"]
+    assert [p.name for p in run.checkpoints(tmp_path)] == left
 
 
 def test_resume_names_the_changed_field():

@@ -1,0 +1,204 @@
+"""The folder of a run: one run at a time, whole files, checkpoints that run no code and show
+damage.
+"""
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from reagent import run
+from reagent.folder import claim, read_json, write_whole
+from reagent.policy import load_policy, load_tokenizer, shard
+from tests.helpers.tiny import ROOT, tiny_model
+
+
+def test_a_second_process_is_refused_by_name_until_the_first_ends(tmp_path):
+    code = "import sys; from reagent.folder import claim; claim(sys.argv[1])"
+    second = [sys.executable, "-c", code, str(tmp_path / "out")]
+    first = claim(tmp_path / "out")
+    told = subprocess.run(second, capture_output=True, text=True, cwd=ROOT)
+    assert told.returncode == 1 and f"is being written by process {os.getpid()}" in told.stderr
+    assert "Traceback" not in told.stderr
+    first.close()
+    assert subprocess.run(second, cwd=ROOT).returncode == 0
+
+
+def test_a_folder_that_cannot_be_one_is_told_in_a_sentence(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    for folder in (tmp_path / "out", tmp_path / "out" / "inside"):
+        with pytest.raises(SystemExit, match="out_dir .*out.* cannot be written"):
+            claim(folder)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    write_whole(path, "old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("", "it is empty"),
+        ('{"step": 1, ', "JSONDecodeError"),
+        ("\0" * 100, "JSONDecodeError"),
+        ("[1]", "it lacks step"),
+        ("3", "TypeError"),
+        ("{}", "it lacks step"),
+        ("[" * 100_000, "RecursionError"),
+    ],
+    ids=range(7),
+)
+def test_a_file_that_decides_how_a_run_goes_on_is_told_in_a_sentence(tmp_path, text, told):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(SystemExit, match=f"run.json cannot be read .*{told}"):
+        read_json(tmp_path / "run.json", "step")
+
+
+# checkpoints: what is read of them is data
+
+
+class Evil:
+    """Pickled, it leaves a file where it is read by a pickle that runs code."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    tiny_model(folder / "model")
+    run.init_distributed(60.0)
+    policy = shard(load_policy(str(folder / "model"), False), torch.device("cpu"))
+    optimizer = torch.optim.AdamW(policy.parameters())
+    return policy, optimizer, load_tokenizer(str(folder / "model"))
+
+
+@pytest.fixture
+def saved(trained, tmp_path):
+    return run.save_checkpoint(tmp_path, 1, *trained, {}, meet)
+
+
+def meet(phase, error=None):
+    if error:
+        raise SystemExit(f"{phase}: {error}")
+
+
+def load(saved, trained):
+    return run.load_checkpoint(saved, *trained[:2], meet)
+
+
+def resealed(path, body):
+    path.write_bytes(body)
+    run.write_digest(path)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_index_of_a_checkpoint_runs_no_code(saved, trained, tmp_path, inside):
+    index = saved / "trainer" / ".metadata"
+    plant = Evil(tmp_path / "ran")
+    if inside:  # a real index that carries it
+        plant, whole = pickle.loads(index.read_bytes()), plant
+        plant.planner_data["model.extra"] = whole
+    resealed(index, pickle.dumps(plant))
+    with pytest.raises(SystemExit, match="not a checkpoint of this trainer .*names io.open"):
+        load(saved, trained)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "names", ["os system", "builtins eval", "torch load", "torch Size.__class__", "pathlib Path"]
+)
+def test_an_index_names_nothing_but_its_records(saved, trained, names):
+    module, name = names.split()
+    body = b"\x80\x04" + b"".join(
+        b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name)
+    )
+    resealed(saved / "trainer" / ".metadata", body + b"\x93.")
+    with pytest.raises(SystemExit, match=re.escape(f"names {module}.{name}")):
+        load(saved, trained)
+
+
+@pytest.mark.parametrize("body", [b"", b"\x80", pickle.dumps({}), pickle.dumps(None), b"no pickle"])
+def test_an_index_that_is_none_is_told_in_a_sentence(saved, trained, body):
+    resealed(saved / "trainer" / ".metadata", body)
+    with pytest.raises(SystemExit, match="not a checkpoint of this trainer"):
+        load(saved, trained)
+
+
+def test_a_shard_outside_the_checkpoint_is_refused(saved, trained):
+    path = saved / "trainer" / ".metadata"
+    index = pickle.loads(path.read_bytes())
+    next(iter(index.storage_data.values())).relative_path = "../../other.distcp"
+    resealed(path, pickle.dumps(index))
+    with pytest.raises(SystemExit, match="names the file '../../other.distcp'"):
+        load(saved, trained)
+
+
+def test_numbers_of_the_optimizer_run_no_code(saved, trained, tmp_path):
+    shard_path, path = saved / "trainer" / "__0_0.distcp", saved / "trainer" / ".metadata"
+    index = pickle.loads(path.read_bytes())
+    key = next(k for k in index.storage_data if k.fqn == "optimizer.param_groups.0.lr")
+    torch.save(Evil(tmp_path / "ran"), tmp_path / "evil")
+    body, evil = shard_path.read_bytes(), (tmp_path / "evil").read_bytes()
+    index.storage_data[key].offset, index.storage_data[key].length = len(body), len(evil)
+    resealed(shard_path, body + evil)
+    resealed(path, pickle.dumps(index))
+    with pytest.raises(SystemExit, match="Weights only load failed"):
+        load(saved, trained)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_one_flipped_bit_of_a_checkpoint_is_found(saved, trained, name, share):
+    path = saved / "trainer" / name
+    body = bytearray(path.read_bytes())
+    body[int(share * len(body))] ^= 1
+    path.write_bytes(body)
+    with pytest.raises(SystemExit, match=f"{name} is damaged"):
+        load(saved, trained)
+
+
+def test_a_checkpoint_without_its_digest_is_told(saved, trained):
+    (saved / "trainer" / "__0_0.distcp.sha256").unlink()
+    with pytest.raises(SystemExit, match="__0_0.distcp cannot be checked"):
+        load(saved, trained)
+
+
+def test_digests_are_those_of_sha256sum(saved):
+    for folder in (saved, saved / "trainer"):
+        names = [path.name for path in folder.glob("*.sha256")]
+        names += [path.name for path in folder.glob(".*.sha256")]
+        done = subprocess.run(["sha256sum", "--check", *names], cwd=folder, capture_output=True)
+        assert done.returncode == 0 and names
+
+
+def test_a_rank_that_failed_shows_the_place_and_all_are_told(trained, capsys):
+    def of_a_forker():
+        raise KeyError("reward")
+
+    try:
+        of_a_forker()
+    except KeyError as error:
+        with pytest.raises(SystemExit, match="the rollout failed on rank 0: KeyError: 'reward'"):
+            run.meet("the rollout", dist.new_group(backend="gloo"), 10.0, error)
+    shown = capsys.readouterr().err
+    assert "test_folder.py" in shown and "of_a_forker" in shown and "line" in shown
