@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -617,7 +618,7 @@ def main(cfg: Config) -> None:
             run.best = {"step": step + 1, "accuracy": line["eval/first"]}
         line["seconds/step"] = round(time.perf_counter() - began, 3)
         if run.rank == 0:
-            write_episodes(run.out / "episodes", step + 1, episodes)
+            run.in_background(write_episodes, run.out / "episodes", step + 1, episodes)
             if (step + 1) % cfg.eval_interval == 0:
                 print(show_episode(chat, episodes[0]), show_episode(chat, episodes[-1]), sep="\n")
         run.write(line, SHOWN)
@@ -627,6 +628,7 @@ def main(cfg: Config) -> None:
             break
 
     # ---------------------------------------------------------------- report
+    run.finish_writing()
     if run.rank == 0:
         write_run_page(run.out)
     toolbox.close()
@@ -663,10 +665,20 @@ def check_failures(step: int, asked: float, failed: float, rrm: RewardModelConfi
 
 
 def write_episodes(folder: Path, step: int, episodes: list) -> None:
-    """One JSON line an episode."""
+    """step-N.jsonl: an episode's texts a line. step-N.npz: their token arrays end to end; the ids
+    of episode i are ids[starts[i] : starts[i + 1]], logps has a number for each 1 of the mask.
+    """
     folder.mkdir(exist_ok=True)
-    with open(folder / f"step-{step:06d}.jsonl", "w") as file:
+    path = folder / f"step-{step:06d}"
+    starts = np.cumsum([0, *(len(episode.ids) for episode in episodes)])
+    arrays = {"starts": starts}
+    for name, kind in (("ids", np.int32), ("mask", np.int8), ("logps", np.float32)):
+        parts = [np.array(getattr(episode, name), kind) for episode in episodes]
+        arrays[name] = np.concatenate(parts) if parts else np.array([], kind)
+    np.savez_compressed(path.with_suffix(".npz"), **arrays)
+    with open(path.with_suffix(".tmp"), "w") as file:
         file.writelines(json.dumps(episode.to_json()) + "\n" for episode in episodes)
+    path.with_suffix(".tmp").replace(path.with_suffix(".jsonl"))
 
 
 def show_episode(chat: Chat, episode) -> str:

@@ -11,7 +11,7 @@ import asyncio
 import copy
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from reagent.calls import Call, Turn, made_up_result, read_turn
 from reagent.engines import Sample, run_together
@@ -62,6 +62,9 @@ class Attempt:
     reward: float | None = None  # None: not in the pool
 
 
+TOKEN_ARRAYS = ("ids", "mask", "logps")
+
+
 @dataclass
 class Episode:
     """One chain: token ids, mask (1 = sampled by the policy), the sampler's logps at the sampled
@@ -81,7 +84,10 @@ class Episode:
     meta: dict = field(default_factory=dict)
 
     def to_json(self) -> dict:
-        return asdict(self)
+        """All but the token arrays, and how long those are."""
+        counts = {"tokens": len(self.ids), "sampled": sum(self.mask)}
+        texts = {name: value for name, value in vars(self).items() if name not in TOKEN_ARRAYS}
+        return texts | counts | {"attempts": [vars(attempt) for attempt in self.attempts]}
 
 
 @dataclass(frozen=True)

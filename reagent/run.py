@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -334,6 +335,7 @@ class Run:
         self.facts, self.log, self.skips = run_facts(cfg), [], 0
         self.best: dict = {"step": None, "accuracy": -1.0}
         self.tracker, self.stop_asked = None, []
+        self.writer, self.writing = ThreadPoolExecutor(1), None
         self.has_bar = self.rank == 0 and sys.stderr.isatty()
 
     def claim(self) -> None:
@@ -427,6 +429,16 @@ class Run:
         )
         if self.rank == 0:
             prune(self.out, self.cfg.keep_last, self.best["step"])
+
+    def in_background(self, work, *args) -> None:
+        """Calls `work` in a thread while the loop goes on; what the call before it raised, now."""
+        self.finish_writing()
+        self.writing = self.writer.submit(work, *args)
+
+    def finish_writing(self) -> None:
+        if self.writing:
+            self.writing.result()
+            self.writing = None
 
     def end(self) -> None:
         self.meet("the end")

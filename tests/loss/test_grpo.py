@@ -1,7 +1,9 @@
 """The 2G pool and the loss, against worked examples and an independent computation."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from grpo_unified import (
     kl_loss,
     pooled_advantages,
     training_sequences,
+    write_episodes,
 )
 from rollout import Attempt, Episode
 
@@ -155,3 +158,22 @@ def test_the_gradient_of_the_kl_loss_is_that_of_the_exact_kl():
     # every token once, weighed by its probability: the mean over the policy's own samples
     (got,) = torch.autograd.grad(kl_loss(logps, reference, logps.detach().exp()), logits)
     assert torch.allclose(got, expected)
+
+
+def test_token_arrays_of_a_step_are_kept_whole(tmp_path):
+    episodes = []
+    for i, n in enumerate((5, 3, 0)):
+        mask = [j % 2 for j in range(n)]
+        logps = [-0.25 * j for j in range(sum(mask))]
+        ids = list(range(10 * i, 10 * i + n))
+        episodes.append(Episode(str(i), "q", ["g"], ids, mask, logps, [], 0))
+    write_episodes(tmp_path / "episodes", 7, episodes)
+    arrays = np.load(tmp_path / "episodes" / "step-000007.npz")
+    spoken = np.cumsum([0, *(len(e.logps) for e in episodes)])
+    for i, episode in enumerate(episodes):
+        a, b = arrays["starts"][i : i + 2]
+        assert arrays["ids"][a:b].tolist() == episode.ids
+        assert arrays["mask"][a:b].tolist() == episode.mask
+        assert arrays["logps"][spoken[i] : spoken[i + 1]].tolist() == episode.logps
+    lines = (tmp_path / "episodes" / "step-000007.jsonl").read_text().splitlines()
+    assert [json.loads(line)["tokens"] for line in lines] == [5, 3, 0]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +59,9 @@ def final_state(out, steps):
     ]
     episodes = [path.read_text() for path in sorted(out.glob("episodes/*.jsonl"))]
     untimed = [[untime(json.loads(line)) for line in text.splitlines()] for text in episodes]
+    for path in sorted(out.glob("episodes/*.npz")):
+        arrays = np.load(path)
+        untimed.append({name: arrays[name].tolist() for name in arrays})
     optimizer = sorted((newest / "trainer").glob("*.distcp"))
     return weights, timeless, untimed, [path.read_bytes() for path in optimizer]
 
@@ -78,8 +82,9 @@ def resumed_equals_straight(start, out, tmp_path, steps, at):
     shutil.copytree(out / f"step-{at:06d}", again / f"step-{at:06d}")
     if (out / "episodes").exists():
         shutil.copytree(out / "episodes", again / "episodes")
-        for path in sorted((again / "episodes").glob("*.jsonl"))[at:]:
-            path.unlink()
+        for kind in ("*.jsonl", "*.npz"):
+            for path in sorted((again / "episodes").glob(kind))[at:]:
+                path.unlink()
     start(again)
     straight, resumed = final_state(out, steps), final_state(again, steps)
     for name, a, b in zip(("weights", "log", "episodes", "optimizer"), straight, resumed):
