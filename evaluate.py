@@ -32,7 +32,7 @@ import rollout
 from reagent import engines, reward_model
 from reagent.config import check_choices, parse_config, prompt_facts, read_prompt, run_facts
 from reagent.engines import EngineConfig
-from reagent.folder import claim, read_json, write_whole
+from reagent.folder import claim, read_json, refuse_code, write_whole
 from reagent.reward_model import RewardModelConfig, check_rrm_row
 from reagent.rows import JsonlRows, check_rl_row
 from reagent.scorers import SCORER_OF_KIND, rule_reward, score, unknown
@@ -262,8 +262,9 @@ def positions_of(folder: str) -> int:
     """How many positions the model knows."""
     from transformers import AutoConfig
 
+    refuse_code(folder)
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
         raise SystemExit(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from reagent.config import load_script
+from reagent.folder import refuse_code
 
 if TYPE_CHECKING:
     import torch
@@ -118,9 +119,8 @@ class HFEngine:
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        self.model = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(self.device).eval()
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        self.model = model.to(self.device).eval()
         self.stop_ids, self.queue = set(stop_ids), []
         self.busy_seconds = 0.0
         HFEngine.made += 1
@@ -361,15 +361,16 @@ class VLLMEngine:
             generation_config="vllm",
             enable_prefix_caching=True,
             seed=0,
+            trust_remote_code=False,
         )
         if "RANK" in os.environ:
             options["distributed_executor_backend"] = "external_launcher"
         gpu = dict(gpu_memory_utilization=config.memory_share, enable_sleep_mode=config.sleep)
         options |= gpu if cuda else dict(enforce_eager=True)
+        own = dict(trust_remote_code=False)
         with torch.device("meta"):
-            self.names = set(
-                AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict()
-            )
+            shape = AutoConfig.from_pretrained(folder, **own)
+            self.names = set(AutoModelForCausalLM.from_config(shape, **own).state_dict())
         self.stop_ids, self.group = list(stop_ids), tp_group
         self.sleeps, self.asleep = config.sleep and cuda, False
         self.added: list[NamedRequest] = []  # join at the next step
@@ -574,6 +575,7 @@ def make_engine(
     """The engine that `config` names, with the model of `folder`."""
     if not (Path(folder) / "config.json").is_file() and Path(folder).exists():
         raise SystemExit(f"{folder} is not a model folder: it has no config.json")
+    refuse_code(folder)
     make = engine_class(config.kind)
     return make(folder, stop_ids, config=config, max_context=max_context, tp_group=tp_group)
 

@@ -61,8 +61,19 @@ def read_json(path: Path, *keys: str) -> dict:
         problem = "it is empty" if empty else f"{type(error).__name__}: {error}"
     if problem or not isinstance(found, dict):
         problem = problem or f"it holds a {type(found).__name__}"
-        raise SystemExit(f"{path} cannot be read ({problem}): restore it, or start a new --out_dir")
+        raise SystemExit(f"{path} cannot be read ({problem}): restore it, or take another folder")
     return found
+
+
+def refuse_code(folder: str | Path) -> None:
+    """SystemExit for a model folder that brings Python of its own: it is never run."""
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
+        path = Path(folder) / name
+        if path.is_file() and "auto_map" in read_json(path):
+            raise SystemExit(
+                f"{path} names code of its own (auto_map), which is never run: take a model that "
+                "transformers knows, or remove that key if it does"
+            )
 
 
 def write_digest(path: Path) -> None:

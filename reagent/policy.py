@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from reagent.chat import Chat
+from reagent.folder import refuse_code
 
 HEAD_CHUNK = 256  # tokens that pass the head at once: V = 152k in fp32 is 0.6 MB a token
 HEAD_KEPT = 1 << 26  # numbers (M V) up to which a softmax is kept for backward: 256 MB
@@ -276,8 +277,9 @@ def _read(loader, folder: str, what: str, **options):
         raise SystemExit(
             f"no model in {folder}: run the stage that makes it first (README, stages)"
         )
+    refuse_code(path)
     try:
-        return loader.from_pretrained(folder, **options)
+        return loader.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         text = str(error).strip().splitlines()[0]
         raise SystemExit(f"no {what} in {folder}: {text}") from error

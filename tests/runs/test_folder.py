@@ -2,6 +2,7 @@
 damage.
 """
 
+import json
 import os
 import pickle
 import re
@@ -12,7 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from evaluate import positions_of
 from reagent import run
+from reagent.engines import EngineConfig, make_engine
 from reagent.folder import claim, read_json, write_whole
 from reagent.policy import load_policy, load_tokenizer, shard
 from tests.helpers.tiny import ROOT, tiny_model
@@ -68,7 +71,34 @@ def test_a_file_that_decides_how_a_run_goes_on_is_told_in_a_sentence(tmp_path, t
         read_json(tmp_path / "run.json", "step")
 
 
-# checkpoints: what is read of them is data
+# models and checkpoints: what is read of them is data
+
+CODE = "open({!r}, 'w')\nfrom transformers import *\nclass Own{}: pass\n"
+LOADERS = {
+    "tokenizer": load_tokenizer,
+    "policy": lambda folder: load_policy(folder, False),
+    "positions": positions_of,
+    "hf": lambda folder: make_engine(EngineConfig(kind="hf"), folder, [1], max_context=64),
+    "vllm": lambda folder: make_engine(EngineConfig(kind="vllm"), folder, [1], max_context=64),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("kind", ["qwen3", "unknown"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_model_that_brings_code_is_refused_and_nobody_is_asked(
+    tmp_path, monkeypatch, loader, kind, file
+):
+    folder, asked = tiny_model(tmp_path / "model"), []
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
+    (tmp_path / "model" / "own.py").write_text(CODE.format(str(tmp_path / "ran"), "Config"))
+    path = tmp_path / "model" / file
+    names = {"AutoConfig": "own.OwnConfig", "AutoTokenizer": ["own.OwnConfig", None]}
+    said = json.loads(path.read_text()) | {"auto_map": names}
+    path.write_text(json.dumps(said | ({"model_type": kind} if file == "config.json" else {})))
+    with pytest.raises(SystemExit, match="names code of its own"):
+        LOADERS[loader](folder)
+    assert not asked and not (tmp_path / "ran").exists()
 
 
 class Evil:
