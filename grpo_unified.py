@@ -42,6 +42,7 @@ from reagent.policy import (
     full_weights,
     load_chat,
     load_policy,
+    make_optimizer,
     memory_of,
     shard,
 )
@@ -473,7 +474,7 @@ def main(cfg: Config) -> None:
         judge = reward_model.make_judge(cfg.rrm, chat, engine=cfg.engine)
     torch.manual_seed(cfg.seed)
     policy = shard(load_policy(cfg.model, cfg.checkpoint_activations), run.device, cfg.shard_ranks)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = make_optimizer(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
     reference = None
     if cfg.kl_coef:  # the policy at the start, for forwards only
         reference = load_policy(cfg.model, False).to(run.sampler_dtype).requires_grad_(False)

@@ -24,6 +24,7 @@ from reagent.policy import (
     collate,
     load_chat,
     load_policy,
+    make_optimizer,
     memory_of,
     shard,
 )
@@ -140,9 +141,8 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     policy = load_policy(cfg.model, cfg.checkpoint_activations)
     policy = shard(policy, run.device, cfg.shard_ranks, cfg.cpu_offload)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
-    )
+    betas = (cfg.beta1, cfg.beta2)
+    optimizer = make_optimizer(policy, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=betas)
 
     # ---------------------------------------------------------------- resume
     start = run.resume(policy, optimizer)

@@ -33,6 +33,7 @@ from reagent.policy import (
     full_weights,
     load_chat,
     load_policy,
+    make_optimizer,
     memory_of,
     shard,
 )
@@ -331,7 +332,7 @@ def main(cfg: Config) -> None:
     rest(engine)  # until the first sync: the policy is loaded meanwhile
     torch.manual_seed(cfg.seed)
     policy = shard(load_policy(cfg.model, cfg.checkpoint_activations), run.device, cfg.shard_ranks)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = make_optimizer(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
     runner = asyncio.Runner()
 
     def sync():

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from reagent.chat import Chat
 from reagent.folder import refuse_code
@@ -305,10 +305,15 @@ def load_chat(folder: str, chat_template: str = "", tools: bool = True) -> Chat:
 
 
 def load_policy(folder: str, checkpoint_activations: bool) -> Policy:
-    """Reads a Hugging Face folder in fp32 on the CPU; `shard` moves it."""
-    hf = _read(
-        AutoModelForCausalLM, folder, "model", dtype=torch.float32, attn_implementation="varlen"
-    )
+    """A Hugging Face folder in fp32: rank 0 reads it on its CPU, the other ranks know its shapes;
+    `shard` gives each its part.
+    """
+    options = dict(dtype=torch.float32, attn_implementation="varlen")
+    if dist.is_initialized() and dist.get_rank() > 0:
+        with torch.device("meta"):
+            hf = AutoModelForCausalLM.from_config(_read(AutoConfig, folder, "model"), **options)
+    else:
+        hf = _read(AutoModelForCausalLM, folder, "model", **options)
     if checkpoint_activations:
         hf.gradient_checkpointing_enable(dict(use_reentrant=False))
     return Policy(hf).train()
@@ -340,13 +345,48 @@ def shard(
         if cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy()
     base, head = policy.hf.model, policy.hf.lm_head
-    for block in base.layers:
-        fully_shard(block, **options)
-    if head.weight is not base.embed_tokens.weight:  # tied: both live in the root
-        fully_shard(base.embed_tokens, **options)
-        fully_shard(head, **options)
-    fully_shard(policy, **options)
+    untied = [base.embed_tokens, head] if head.weight is not base.embed_tokens.weight else []
+    for unit in [*base.layers, *untied, policy]:  # tied: both live in the root
+        _receive(unit, device)
+        fully_shard(unit, **options)
     return policy
+
+
+def _receive(unit: torch.nn.Module, device: torch.device) -> None:
+    """Puts rank 0's values on `device` of every rank, of all in `unit` that is not sharded yet: no
+    rank but 0 ever holds more than a unit.
+    """
+    made: dict[int, tuple] = {}  # by the id of what stood there (kept, so that ids stay): ties stay
+    for module in unit.modules():
+        for slots in (module._parameters, module._buffers):
+            for name, old in slots.items():
+                if old is None or isinstance(old, DTensor):
+                    continue
+                if id(old) not in made:
+                    whole = old.detach()
+                    whole = (
+                        torch.empty_like(whole, device=device) if old.is_meta else whole.to(device)
+                    )
+                    dist.broadcast(whole, src=0)
+                    if isinstance(old, torch.nn.Parameter):
+                        whole = torch.nn.Parameter(whole, old.requires_grad)
+                    made[id(old)] = old, whole
+                slots[name] = made[id(old)][1]
+
+
+def make_optimizer(
+    policy: Policy, *, lr: float, weight_decay: float, betas=(0.9, 0.999)
+) -> torch.optim.AdamW:
+    """AdamW whose moments exist from the start: their memory is taken before the first rollout, not
+    in the first step.
+    """
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=lr, betas=betas, weight_decay=weight_decay
+    )
+    for parameter in policy.parameters():
+        moments = dict(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+        optimizer.state[parameter] = dict(step=torch.tensor(0.0), **moments)
+    return optimizer
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Packing, log-probs, gradients and checkpoints, against transformers and plain PyTorch."""
 
+import functools
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from grpo_unified import grpo_loss
 from reagent import run
@@ -20,6 +21,7 @@ from reagent.policy import (
     collate,
     load_policy,
     load_tokenizer,
+    make_optimizer,
     shard,
 )
 from tests.helpers.tiny import ROOT, random_rows, tiny_model
@@ -178,6 +180,69 @@ def test_two_ranks_with_unequal_rows_have_the_gradient_of_one(folder, tmp_path):
     total, grads, names = torch.load(out)
     assert_same((total, grads), gradients(policy_of(folder), [random_rows([9, 4, 16, 30, 5])]))
     assert "lm_head.weight" in names  # tied, and yet yielded: the sampler's head would go stale
+
+
+ONE_READS = """
+import sys, torch
+sys.path[:0] = [{root!r}]
+from reagent import run
+from reagent.policy import full_weights, load_policy, shard
+
+def memory(kind):
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+
+rank, world, device = run.init_distributed(120)
+before = memory("VmRSS")
+policy = shard(load_policy({folder!r}, False), device)
+peak = memory("VmHWM") - before
+weights = dict(full_weights(policy, torch.float32))
+weights |= dict(policy.named_buffers())
+tied = policy.hf.lm_head.weight is policy.hf.model.embed_tokens.weight
+torch.save((weights, tied, peak), {out!r} + str(rank))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_rank_0_reads_and_the_others_receive_their_shards(tied, tmp_path, monkeypatch):
+    """The values are the file's to the bit on every rank; who only receives never holds all."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back at once
+    model, script, out = tmp_path / "model", tmp_path / "read.py", str(tmp_path / "read-")
+    shape = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=8000)
+    heads = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=64)
+    config = Qwen3Config(**shape, **heads)
+    config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(model)
+    script.write_text(ONE_READS.format(root=str(ROOT), folder=str(model), out=out))
+    torchrun(script)
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    expected = whole.state_dict()
+    expected |= {f"hf.{name}": value for name, value in whole.named_buffers()}
+    size, peaks = 4 * sum(p.numel() for p in whole.parameters()), []
+    for rank in (0, 1):
+        weights, is_tied, peak = torch.load(out + str(rank))
+        assert weights.keys() == expected.keys() and is_tied == tied
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+        peaks.append(peak)
+    print(f"{size / 1e6:.0f} MB of parameters, peaks {[round(p / 1e6) for p in peaks]} MB")
+    assert peaks[1] < 0.8 * size
+
+
+def test_moments_made_ahead_change_no_step(folder):
+    def after(make):
+        policy = policy_of(folder)
+        optimizer = make(policy)
+        for _ in range(3):
+            gradients(policy, [random_rows([9, 4])])
+            optimizer.step()
+        return [p.full_tensor() for p in policy.parameters()]
+
+    ahead = after(functools.partial(make_optimizer, lr=1e-2, weight_decay=0.1))
+    lazy = after(lambda p: torch.optim.AdamW(p.parameters(), lr=1e-2, weight_decay=0.1))
+    assert all(torch.equal(a, b) for a, b in zip(ahead, lazy))
 
 
 def test_a_checkpoint_restores_parameters_optimizer_and_facts_to_the_bit(folder, tmp_path):
