@@ -30,7 +30,14 @@ from tqdm import tqdm
 
 import rollout
 from reagent import engines, reward_model
-from reagent.config import check_choices, parse_config, prompt_facts, read_prompt, run_facts
+from reagent.config import (
+    check_choices,
+    check_numbers,
+    parse_config,
+    prompt_facts,
+    read_prompt,
+    run_facts,
+)
 from reagent.engines import EngineConfig
 from reagent.folder import claim, read_json, refuse_code, write_whole
 from reagent.reward_model import RewardModelConfig, check_rrm_row
@@ -41,6 +48,7 @@ from results.journal import SEALED, Journal, about, sealed, write_results
 from results.judging import judgment_report, paired_bootstrap, report_table
 from results.runs import write_folder_page, write_run_page
 from results.statistics import compare, markdown, question_means, summarise
+from results.verdicts import open_verdicts
 from tools import Toolbox
 
 # --------------------------------------------------------------------------------------------------
@@ -136,9 +144,11 @@ def check_config(cfg: Config) -> None:
     engines.engine_class(cfg.engine.kind)
     prompt_facts(cfg)  # a missing file is told before any work
     check_choices(cfg, endpoint="auto completions chat", judged="table all none")
-    for key in ("limit", "rollouts", "retries", "max_context", "max_turns", "temperature"):
-        if getattr(cfg, key) < 0:
-            raise SystemExit(f"{key} = {getattr(cfg, key)}: not below 0")
+    check_numbers(
+        cfg,
+        "top_p>0 top_p<=1 max_tokens_per_attempt>0 timeout_s>0 "
+        "engine.tensor_parallel>0 engine.memory_share<=1",
+    )
     if cfg.refine and not cfg.rrm.source:
         raise SystemExit(
             "--refine needs the reward model whose critique is read: --rrm=http://…/v1 or "
@@ -605,6 +615,8 @@ def main(cfg: Config) -> None:
             f"no judge: the answers of {names} stay unscored until a run has --judge=http://…/v1",
             file=sys.stderr,
         )
+    if asks:
+        open_verdicts(cfg.judge_cache).close()  # a damaged one is told before any work
     with contextlib.ExitStack() as stack:
         toolboxes = make_toolboxes(cfg, tasks)
         for toolbox in toolboxes.values():
@@ -802,7 +814,11 @@ def command(argv: list[str]) -> None:
     if argv[:1] == ["rrm"]:
         return report_rrm(parse_config(ReportConfig, argv[1:]))
     if not argv or argv[0] not in files:
-        return main(parse_config(Config, argv))
+        try:
+            return main(parse_config(Config, argv))
+        except KeyboardInterrupt:
+            print("stopped: the same command goes on with what is missing", file=sys.stderr)
+            sys.exit(130)
     name, *paths = argv
     if len(paths) != files[name] or paths[0].startswith("-"):
         raise SystemExit(__doc__)

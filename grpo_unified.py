@@ -31,7 +31,7 @@ from tqdm import tqdm
 import rollout
 from reagent import engines, reward_model
 from reagent.chat import Chat
-from reagent.config import check_choices, parse_config, prompt_facts, read_prompt
+from reagent.config import check_choices, check_numbers, parse_config, prompt_facts, read_prompt
 from reagent.engines import EngineConfig
 from reagent.policy import (
     Sequence,
@@ -424,6 +424,13 @@ def learning_rate(step: int, cfg) -> float:
     return cfg.lr * (1 - (1 - cfg.lr_end) * step / max(cfg.steps - 1, 1))
 
 
+BOUNDS = (
+    "prompts_per_step>0 prompts_per_minibatch>0 group_size>0 temperature>0 max_context>0 "
+    "max_new_tokens_per_turn>0 max_tokens_per_attempt>0 tokens_per_microbatch>0 max_grad_norm>0 "
+    "eval_interval>0 save_interval>0 timeout_s>0 engine.tensor_parallel>0 engine.memory_share<=1"
+)
+
+
 def check_config(cfg: Config) -> None:
     engines.engine_class(cfg.engine.kind)
     prompt_facts(cfg)  # a missing file is told before any work
@@ -434,6 +441,9 @@ def check_config(cfg: Config) -> None:
         drop="equal rule_equal release",
     )
     check_choices(cfg, loss_agg="seq_mean token_mean", old_logps="sampler recomputed")
+    check_numbers(cfg, BOUNDS)
+    if cfg.variant != "u" and cfg.group_size < 2:
+        raise SystemExit("group_size = 1: a pool of one attempt has no spread and trains nothing")
     if cfg.prompts_per_step % cfg.prompts_per_minibatch:
         raise SystemExit(
             f"prompts_per_minibatch = {cfg.prompts_per_minibatch} does not divide "

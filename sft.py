@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from reagent.chat import Chat, check_messages
-from reagent.config import parse_config
+from reagent.config import check_numbers, parse_config
 from reagent.policy import (
     Sequence,
     backward,
@@ -125,8 +125,15 @@ def update(policy, optimizer, rows: list[Sequence], cfg: Config, run: Run) -> tu
     return total, norm
 
 
+BOUNDS = (
+    "rows_per_step>0 max_tokens_per_row>0 tokens_per_microbatch>0 max_grad_norm>0 beta1<1 beta2<1 "
+    "log_interval>0 save_interval>0 timeout_s>0"
+)
+
+
 def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data
+    check_numbers(cfg, BOUNDS)
     chat = load_chat(cfg.model, cfg.chat_template)
     rows = JsonlRows(
         cfg.data,

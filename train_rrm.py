@@ -22,7 +22,7 @@ import torch
 
 from reagent import reward_model
 from reagent.chat import Chat
-from reagent.config import parse_config
+from reagent.config import check_numbers, parse_config
 from reagent.engines import EngineConfig, make_engine, rest, run_together
 from reagent.policy import (
     Sequence,
@@ -313,8 +313,16 @@ def update(
     return line | ({"dlogp/mean": dlogp} if grpo else {})
 
 
+BOUNDS = (
+    "judgments_per_step>0 group_size>1 temperature>0 max_judgment_tokens>0 max_context>0 "
+    "max_tokens_per_row>0 tokens_per_microbatch>0 max_grad_norm>0 log_interval>0 eval_interval>0 "
+    "save_interval>0 timeout_s>0 engine.tensor_parallel>0 engine.memory_share<=1"
+)
+
+
 def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data
+    check_numbers(cfg, BOUNDS)
     if cfg.stage not in ("sft", "grpo"):
         raise SystemExit(f"stage = {cfg.stage!r}: sft or grpo")
     reward_model.read_rrm_prompt(cfg.prompt_file, cfg.request_file)  # before any work

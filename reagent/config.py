@@ -6,8 +6,11 @@ import dataclasses
 import hashlib
 import importlib.util
 import inspect
+import math
+import operator
 import os
 import platform
+import re
 import runpy
 import shutil
 import subprocess
@@ -122,6 +125,36 @@ def check_choices(cfg, **choices: str) -> None:
     for key, allowed in choices.items():
         if getattr(cfg, key) not in allowed.split():
             raise SystemExit(f"{key} = {getattr(cfg, key)!r}: one of {allowed.replace(' ', ', ')}")
+
+
+BOUND = re.compile(r"([\w.]+)(<=|<|>)(\d+)")
+HOLDS = {"<=": operator.le, "<": operator.lt, ">": operator.gt}
+MEANS = {"<=": "at most", "<": "below", ">": "above"}
+
+
+def check_numbers(cfg, bounds: str) -> None:
+    """Ends the program where a number of `cfg` is below 0 or not finite (a seed may be anything),
+    or outside of its bounds: check_numbers(cfg, "lr>0 top_p<=1 engine.tensor_parallel>0").
+    """
+    values = flat(dataclasses.asdict(cfg))
+    for key, value in values.items():
+        number = type(value) in (int, float) and key != "seed"
+        if number and not (math.isfinite(value) and value >= 0):
+            raise SystemExit(f"{key} = {value}: not below 0, and finite")
+    for key, sign, bound in BOUND.findall(bounds):
+        if not HOLDS[sign](values[key], int(bound)):
+            raise SystemExit(f"{key} = {values[key]}: {MEANS[sign]} {bound}")
+
+
+def flat(config: dict, prefix: str = "") -> dict:
+    """A config with nested ones as dotted keys: {"rrm": {"model": m}} -> {"rrm.model": m}."""
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
 
 
 def run_facts(cfg) -> dict:

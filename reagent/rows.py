@@ -25,8 +25,8 @@ class JsonlRows:
     """A JSONL file by byte offsets: every line is checked at opening, none is kept; `rows[i]` reads
     one.
 
-    `check(row)` returns an error text or None. Errors name file and line; two rows with one id are
-    an error.
+    `check(row)` returns an error text or None. SystemExit names file and line, also where
+    two rows have one id.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class JsonlRows:
                     row = self._parse(line, number)
                     problem = check(row) if check else None
                     if problem:
-                        raise ValueError(f"{path}:{number}: {problem}")
+                        raise SystemExit(f"{path}:{number}: {problem}")
                     keys.append(hash(repr(row["id"]) if "id" in row else (number,)))
                     self.offsets.append(offset)
                 offset += len(line)
@@ -54,9 +54,9 @@ class JsonlRows:
         try:
             row = _decode(str(line, "utf-8-sig" if number == 1 else "utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.path}:{number}: not a JSON line ({error})") from error
+            raise SystemExit(f"{self.path}:{number}: not a JSON line ({error})") from error
         if not isinstance(row, dict):
-            raise ValueError(
+            raise SystemExit(
                 f"{self.path}:{number}: a row is a JSON object, not {type(row).__name__}"
             )
         return row
@@ -70,7 +70,7 @@ class JsonlRows:
             again = int(np.setdiff1d(np.arange(len(keys)), firsts)[0])
             first = int(np.flatnonzero(keys == keys[again])[0])
             where = f"{self.path}:{self._line(again)}: id {self[again]['id']!r}"
-            raise ValueError(f"{where} stands in line {self._line(first)} too")
+            raise SystemExit(f"{where} stands in line {self._line(first)} too")
 
     def _line(self, i: int) -> int:
         with open(self.path, "rb") as file:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from reagent.config import run_facts
+from reagent.config import flat, run_facts
 from reagent.folder import check_digest, claim, read_json, write_digest, write_whole
 from reagent.policy import Policy, full_weights
 
@@ -273,17 +273,6 @@ def check_resume(saved: dict, config: dict, may_change: set[str], folder) -> Non
             f"{folder} was trained with other settings ({', '.join(changed)}): start a new "
             "--out_dir or restore them"
         )
-
-
-def flat(config: dict, prefix: str = "") -> dict:
-    """A config with nested ones as dotted keys: {"rrm": {"model": m}} -> {"rrm.model": m}."""
-    found = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
 
 
 def prune(folder, keep_last: int, best_step: int | None) -> None:

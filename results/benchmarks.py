@@ -130,10 +130,7 @@ def read_rows(path: str, hint: str = "") -> tuple[list[dict], dict[str, str]]:
         row.pop("id", None)  # JsonlRows would refuse the second
         return problem
 
-    try:
-        file = JsonlRows(path, check, hint)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
+    file = JsonlRows(path, check, hint)
     rows, canaries, seen = [], {}, set()
     for i in range(len(file)):
         row = file[i]

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from reagent.config import flat
 from results.plots import CSS, Line, Panel, escape, panel_svg, thin
 from toolkit.text import capped, visible
 
@@ -61,16 +62,6 @@ def embed(name: str, value) -> str:
     """A JSON block of the page; `<` as an escape, so that nothing inside can close the block."""
     text = as_json(value).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{text}</script>'
-
-
-def flat(config: dict, before: str = "") -> dict:
-    """{"rrm": {"seconds": 1}} -> {"rrm.seconds": 1}."""
-    found = {}
-    for key, value in config.items():
-        found |= (
-            flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
-        )
-    return found
 
 
 # --------------------------------------------------------------------------------------------------

@@ -63,6 +63,23 @@ def parse_verdict(text: str) -> bool | None:
     return verdicts[0] == "CORRECT"
 
 
+def open_verdicts(cache: str) -> sqlite3.Connection:
+    """The cache of verdicts; "": one in memory. SystemExit where the file is damaged or none."""
+    columns = "key TEXT PRIMARY KEY, correct INTEGER, model TEXT, reply TEXT"
+    try:
+        if cache:
+            Path(cache).parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(cache or ":memory:", timeout=60, isolation_level=None)
+        db.execute(f"CREATE TABLE IF NOT EXISTS verdicts ({columns})")
+        db.execute("SELECT key, correct, model, reply FROM verdicts LIMIT 1")
+        problem = db.execute("PRAGMA quick_check").fetchone()[0]
+    except (OSError, sqlite3.Error) as error:
+        problem = str(error)
+    if problem != "ok":
+        raise SystemExit(f"the cache {cache} is damaged or none ({problem}): name another")
+    return db
+
+
 class AnswerJudge:
     """An LLM that compares answers with the reference: True, False, or None (unscored). It never
     falls back to a rule.
@@ -84,11 +101,7 @@ class AnswerJudge:
         self.asked = self.cached = 0
         self.problem = ""  # why the last unscored answer is unscored
         self.down = False
-        if cache:
-            Path(cache).parent.mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(cache or ":memory:", timeout=60, isolation_level=None)
-        columns = "key TEXT PRIMARY KEY, correct INTEGER, model TEXT, reply TEXT"
-        self.db.execute(f"CREATE TABLE IF NOT EXISTS verdicts ({columns})")
+        self.db = open_verdicts(cache)
 
     @property
     def name(self) -> str:

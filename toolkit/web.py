@@ -417,14 +417,19 @@ class Cache:
             raise SystemExit(
                 f"no cache {path!r} to replay: record one first, with cache and without replay"
             )
-        with self._open() as db:
-            db.execute(
-                "CREATE TABLE IF NOT EXISTS calls (tool, arguments, version, status, value, "
-                "PRIMARY KEY (tool, arguments, version))"
-            )
-            last = db.execute("SELECT version FROM calls ORDER BY rowid DESC LIMIT 1").fetchone()
-        if replay and last:
-            self.settings = json.loads(last[0])
+        table = "calls (tool, arguments, version, status, value, PRIMARY KEY (tool, arguments"
+        newest = "SELECT version, status, value FROM calls ORDER BY rowid DESC LIMIT 1"
+        try:
+            with self._open() as db:
+                db.execute(f"CREATE TABLE IF NOT EXISTS {table}, version))")
+                problem = db.execute("PRAGMA quick_check").fetchone()[0]
+                last = db.execute(newest).fetchone()
+            if replay and last:
+                self.settings = json.loads(last[0])
+        except (ToolFault, ValueError, TypeError) as error:
+            problem = str(error)
+        if problem != "ok":
+            raise SystemExit(f"the cache {path} is damaged or none ({problem}): name another")
 
     @contextlib.contextmanager
     def _open(self):

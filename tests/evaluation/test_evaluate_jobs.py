@@ -2,11 +2,13 @@
 judges, refinement.
 """
 
+import contextlib
 import json
 import os
 import random
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -18,9 +20,11 @@ import pytest
 import evaluate
 from reagent.config import parse_config
 from results.journal import opened
+from results.verdicts import open_verdicts
 from tests.helpers.chat_server import chat_server
 from tests.helpers.judge_server import judge_server
 from tests.helpers.tiny import ROOT, tiny_model, toy
+from toolkit.web import Cache
 
 SHARED = ROOT.parent / "shared" / "data"
 ANSWERS = {"q0": "Paris", "q1": "Lima", "q2": "Rome", "q3": "Oslo"}
@@ -662,3 +666,64 @@ def test_real_rows_of_four_sets_pass_through_the_whole_path_offline(world, tmp_p
     assert [s["questions"] for s in figures] == [3] * 4 and all(
         s["counts"]["fault"] == 0 for s in figures
     )
+
+
+def ended(world, out, *args, signal_at=None):
+    """(exit code, what a run says to the person) of evaluate.py as a process."""
+    command = [sys.executable, "evaluate.py", f"--dataset={world}/cities.jsonl", "--tools=search"]
+    command += [f"--out_dir={out}", "--patience_s=5", f"--judge_cache={out}/cache.sqlite", *args]
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, **pipes)
+    while signal_at and not signal_at() and process.poll() is None:
+        time.sleep(0.05)
+    if signal_at:
+        process.send_signal(signal.SIGINT)
+    return process.wait(120), process.stderr.read()
+
+
+def test_a_ctrl_c_is_answered_in_a_sentence_and_the_run_goes_on_later(world, tmp_path):
+    def slow(text, request):
+        time.sleep(0.5)
+        return knows(text, request)
+
+    with chat_server(slow, tokenizer_of(world)) as (url, seen):
+        code, told = ended(world, tmp_path, *served(world, url), signal_at=lambda: len(seen) > 2)
+        assert code == 130 and "stopped: the same command goes on" in told
+        assert "Traceback" not in told
+    with chat_server(knows, tokenizer_of(world)) as (url, seen):
+        assert len(run(world, tmp_path, *served(world, url))) == 4
+
+
+@pytest.mark.parametrize(
+    "name, body, told",
+    [
+        ("run.json", b"", "run.json cannot be read .it is empty."),
+        ("run.json", b'{"config": {', "run.json cannot be read .JSONDecodeError"),
+        ("cache.sqlite", b"not a database", "cache.sqlite is damaged or none"),
+        ("web.sqlite", b"not a database", "web.sqlite is damaged or none"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_told_before_work_starts(world, tmp_path, name, body, told):
+    (tmp_path / name).write_bytes(body)
+    with chat_server(knows, tokenizer_of(world)) as (url, seen):
+        args = ("--judged=all", f"--judge={url}", f"--cache={tmp_path}/web.sqlite")
+        with pytest.raises(SystemExit, match=told):
+            run(world, tmp_path, *served(world, url), *args)
+    assert not seen
+
+
+@pytest.mark.parametrize("cache", ["verdicts", "web"])
+def test_a_cache_with_a_damaged_page_is_told(tmp_path, cache):
+    path = tmp_path / "cache.sqlite"
+    make = {"verdicts": open_verdicts, "web": lambda path: Cache(path, {}, False)}[cache]
+    make(str(path))
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        table = "verdicts (key, reply)" if cache == "verdicts" else "calls (tool, value)"
+        for i in range(200):
+            db.execute(f"INSERT INTO {table} VALUES (?, ?)", (str(i), "x" * 500))
+    make(str(path))
+    body = bytearray(path.read_bytes())
+    body[len(body) // 2 : len(body) // 2 + 5000] = bytes(5000)
+    path.write_bytes(body)
+    with pytest.raises(SystemExit, match="cache.sqlite is damaged or none"):
+        make(str(path))

@@ -106,7 +106,7 @@ def test_the_report_counts_invalid_judgments_and_calibrates():
 def test_bad_rows_are_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "q", "trajectory": "t", "score": 2}\n')
-    with pytest.raises(ValueError, match=r"rows.jsonl:1: 'score' is 2"):
+    with pytest.raises(SystemExit, match=r"rows.jsonl:1: 'score' is 2"):
         train_rrm.JsonlRows(str(path), reward_model.check_rrm_row)
 
 

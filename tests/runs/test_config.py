@@ -1,5 +1,6 @@
 """The command line: presets and --key=value over a dataclass."""
 
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -11,7 +12,7 @@ import pytest
 
 import evaluate
 import grpo_unified
-from reagent.config import parse_config, run_facts
+from reagent.config import check_numbers, flat, parse_config, run_facts
 
 ROOT = Path(__file__).parents[2]
 
@@ -239,3 +240,46 @@ def test_a_bad_nested_key_is_named_whole(argument, told):
     with pytest.raises(SystemExit) as stopped:
         parse_config(Outer, [argument])
     assert str(stopped.value).startswith(told)
+
+
+@pytest.mark.parametrize(
+    "script, argument, told",
+    [
+        ("sft", "--lr=-1e-5", "lr = -1e-05: not below 0"),
+        ("sft", "--lr=nan", "lr = nan: not below 0, and finite"),
+        ("sft", "--rows_per_step=0", "rows_per_step = 0: above 0"),
+        ("sft", "--beta2=1", "beta2 = 1.0: below 1"),
+        ("sft", "--save_interval=0", "save_interval = 0: above 0"),
+        ("train_rrm", "--temperature=0", "temperature = 0.0: above 0"),
+        ("train_rrm", "--group_size=1", "group_size = 1: above 1"),
+        ("train_rrm", "--log_interval=0", "log_interval = 0: above 0"),
+        ("train_rrm", "--engine.tensor_parallel=0", "engine.tensor_parallel = 0: above 0"),
+        ("grpo_unified", "--temperature=0", "temperature = 0.0: above 0"),
+        ("grpo_unified", "--group_size=0", "group_size = 0: above 0"),
+        ("grpo_unified", "--lr=-1", "lr = -1.0: not below 0"),
+        ("grpo_unified", "--lr=inf", "lr = inf: not below 0, and finite"),
+        ("grpo_unified", "--prompts_per_minibatch=0", "prompts_per_minibatch = 0: above 0"),
+        ("grpo_unified", "--rrm.max_context=-1", "rrm.max_context = -1: not below 0"),
+        ("grpo_unified", "--engine.memory_share=1.5", "engine.memory_share = 1.5: at most 1"),
+        ("evaluate", "--top_p=0", "top_p = 0.0: above 0"),
+        ("evaluate", "--top_p=1.1", "top_p = 1.1: at most 1"),
+        ("evaluate", "--temperature=-0.1", "temperature = -0.1: not below 0"),
+    ],
+)
+def test_a_number_out_of_its_bounds_is_told_before_work_starts(script, argument, told):
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as stopped:
+        module.main(parse_config(module.Config, ["--model=out/none", argument]))
+    assert str(stopped.value).startswith(told)
+
+
+@pytest.mark.parametrize("script", ["sft", "train_rrm", "grpo_unified", "evaluate"])
+def test_every_number_of_every_script_refuses_what_is_below_0(script):
+    module = importlib.import_module(script)
+    values = flat(dataclasses.asdict(module.Config()))
+    numbers = [key for key, value in values.items() if type(value) in (int, float)]
+    for key in numbers:
+        if key != "seed":
+            with pytest.raises(SystemExit, match=f"^{key} = -1"):
+                check_numbers(parse_config(module.Config, [f"--{key}=-1"]), "")
+    assert "lr" in numbers or script == "evaluate"

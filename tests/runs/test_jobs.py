@@ -340,7 +340,7 @@ def test_a_bad_rl_row_is_named_by_file_and_line(tmp_path, line, told):
 
     path = tmp_path / "rl.jsonl"
     path.write_text('{"id": "0", "question": "q", "answer": "a", "kind": "qa"}\n' + line + "\n")
-    with pytest.raises(ValueError) as stopped:
+    with pytest.raises(SystemExit) as stopped:
         JsonlRows(str(path), check_rl_row)
     assert told in str(stopped.value)
 
@@ -353,7 +353,7 @@ def test_an_empty_file_and_a_bad_sft_row_are_clear_errors(tmp_path):
     with pytest.raises(SystemExit, match="sft.jsonl is empty"):
         JsonlRows(str(path), sft.check_row)
     path.write_text('{"text": "hello"}\n')
-    with pytest.raises(ValueError, match=r"sft.jsonl:1: neither messages.*\['text'\]"):
+    with pytest.raises(SystemExit, match=r"sft.jsonl:1: neither messages.*\['text'\]"):
         JsonlRows(str(path), sft.check_row)
 
 

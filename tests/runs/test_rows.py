@@ -62,12 +62,12 @@ def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_no_rows(write):
     ],
 )
 def test_a_line_that_cannot_be_read_is_an_error_that_names_file_and_line(write, text, problem):
-    with pytest.raises(ValueError, match=problem):
+    with pytest.raises(SystemExit, match=problem):
         JsonlRows(write(text))
 
 
 def test_a_row_that_fails_the_check_is_an_error_that_names_file_and_line(write):
-    with pytest.raises(ValueError, match="rows.jsonl:3: 'kind' is 'essay'"):
+    with pytest.raises(SystemExit, match="rows.jsonl:3: 'kind' is 'essay'"):
         path = write(
             "\n\n".join(json.dumps(row) for row in (RL_ROW, {**RL_ROW, "id": "b", "kind": "essay"}))
         )
@@ -362,7 +362,7 @@ def test_no_tools(tools):
 )
 def test_a_turn_that_is_not_understood_is_refused_at_opening(write, turn, problem):
     row = {"messages": [ASKED, turn]}
-    with pytest.raises(ValueError, match=f"rows.jsonl:1: .*{problem}"):
+    with pytest.raises(SystemExit, match=f"rows.jsonl:1: .*{problem}"):
         JsonlRows(write(json.dumps(row)), check_row)
 
 
@@ -382,7 +382,7 @@ def test_a_turn_that_is_not_understood_is_refused_at_opening(write, turn, proble
 )
 def test_a_row_that_is_not_understood_is_refused_at_opening(write, more):
     row = {"messages": [ASKED, {"role": "assistant", "content": "a"}]}
-    with pytest.raises(ValueError, match="rows.jsonl:1: "):
+    with pytest.raises(SystemExit, match="rows.jsonl:1: "):
         JsonlRows(write(json.dumps(row | more)), check_row)
 
 

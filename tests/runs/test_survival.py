@@ -188,6 +188,28 @@ def goes_on_from(command) -> int:
     return int(found[1])
 
 
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(world, tmp_path):
+    first = start(sft_run(world, tmp_path / "run", "--steps=4000"))
+    wait_for(tmp_path / "run" / "step-*", first)
+    told = finish(sft_run(world, tmp_path / "run", "--steps=4000"), code=1)
+    assert f"is being written by process {first.pid}" in told and "Traceback" not in told
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    assert check_newest(tmp_path / "run")
+
+
+def test_an_empty_checkpoint_is_passed_over_and_a_damaged_one_told(world, tmp_path):
+    command = sft_run(world, tmp_path / "run", "--steps=2")
+    finish(command)
+    (tmp_path / "run" / "step-999999").mkdir()
+    assert "from step 2 of 2" in finish(command)
+    (tmp_path / "run" / "step-000002" / "trainer.json").write_text("")
+    told = finish(command, code=1)
+    assert "step-000002/trainer.json cannot be read (it is empty)" in told
+    assert "Traceback" not in told
+
+
 LONG = ("--steps=4000", "--save_interval=4000")
 
 
