@@ -7,6 +7,8 @@ restart at 0 at each of them, and attention never crosses a border. Only the M t
 1 go through the head.
 """
 
+import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, zip_longest
@@ -128,36 +130,55 @@ def collate(rows: list[Sequence], columns: tuple[str, ...], device: torch.device
 
 
 def varlen_attention(
-    module, query, key, value, attention_mask, scaling=None, lengths=None, cu_seqlens=None, **_
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    sliding_window=None,
+    lengths=None,
+    cu_seqlens=None,
+    **more,
 ):
-    """Causal attention within each row of a packed sequence; query (1, heads, T, D) -> (1, T,
-    heads, D).
+    """Causal attention within each row of a packed sequence, over the last `sliding_window` tokens
+    if given; query (1, heads, T, D) -> (1, T, heads, D).
 
     torch's flash kernel on a GPU; on a CPU one SDPA call for each run of rows of equal length (a
-    dense block mask would cost T^2).
+    dense block mask would cost T^2). What it lacks (a softcap, sinks) is a ValueError.
     """
+    for name in ("softcap", "s_aux"):
+        if more.get(name) is not None:
+            raise ValueError(f"its attention has {_LACKING[name]}")
+    if not getattr(module, "is_causal", True):
+        raise ValueError("its attention is not causal")
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-        n, causal = max(lengths), (-1, 0)
-        options = dict(scale=scaling, window_size=causal, enable_gqa=True)
+        n, window = max(lengths), (sliding_window - 1 if sliding_window else -1, 0)
+        options = dict(scale=scaling, window_size=window, enable_gqa=True)
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, n, n, **options)[None], None
     runs = [(len(list(run)), length) for length, run in groupby(lengths)]
     # split, not slices: the backward of a slice fills a tensor of all T with zeros
     parts = [
         x[0].split([count * length for count, length in runs], dim=1) for x in (query, key, value)
     ]
-    out = []
+    out, options = [], dict(scale=scaling, enable_gqa=True)
     for run, *qkv in zip(runs, *parts):
-        q, k, v = (
-            x.unflatten(1, run).transpose(0, 1) for x in qkv
-        )  # (heads, count * L, D) -> (count, heads, L, D)
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        # (heads, count * L, D) -> (count, heads, L, D)
+        q, k, v = (x.unflatten(1, run).transpose(0, 1) for x in qkv)
+        if sliding_window and run[1] > sliding_window:
+            far = torch.ones(run[1], run[1], dtype=torch.bool).tril(-sliding_window)
+            mask = dict(attn_mask=far.logical_not().tril())
+        else:
+            mask = dict(is_causal=True)
+        o = F.scaled_dot_product_attention(q, k, v, **mask, **options)
         out.append(o.transpose(1, 2).flatten(0, 1))  # (count * L, heads, D)
     return torch.cat(out)[None], None
 
 
+_LACKING = {"softcap": "a softcap", "s_aux": "sinks"}
 AttentionInterface.register("varlen", varlen_attention)
 
 
@@ -246,8 +267,11 @@ class Policy(torch.nn.Module):
 
     def __init__(self, hf):
         super().__init__()
-        if getattr(hf.lm_head, "bias", None) is not None:
-            raise ValueError(f"{hf.config.model_type}: a head with a bias is not supported")
+        head = getattr(hf, "lm_head", None)
+        if head is None or not hasattr(getattr(hf, "model", None), "layers"):
+            raise ValueError("it has no model.layers and lm_head, as decoders like Llama have")
+        if getattr(head, "bias", None) is not None:
+            raise ValueError("its head has a bias")
         self.hf = hf
         hf.lm_head = ChunkedHead(hf.lm_head.weight)
 
@@ -306,17 +330,70 @@ def load_chat(folder: str, chat_template: str = "", tools: bool = True) -> Chat:
 
 def load_policy(folder: str, checkpoint_activations: bool) -> Policy:
     """A Hugging Face folder in fp32: rank 0 reads it on its CPU, the other ranks know its shapes;
-    `shard` gives each its part.
+    `shard` gives each its part. A model whose function would be another here is refused.
     """
+    config = _read(AutoConfig, folder, "model")
+    try:
+        check_forward(config)
+    except ValueError as error:
+        raise SystemExit(f"{folder} ({config.model_type}) cannot be trained: {error}") from error
     options = dict(dtype=torch.float32, attn_implementation="varlen")
     if dist.is_initialized() and dist.get_rank() > 0:
         with torch.device("meta"):
-            hf = AutoModelForCausalLM.from_config(_read(AutoConfig, folder, "model"), **options)
+            hf = AutoModelForCausalLM.from_config(config, **options)
     else:
         hf = _read(AutoModelForCausalLM, folder, "model", **options)
     if checkpoint_activations:
         hf.gradient_checkpointing_enable(dict(use_reentrant=False))
     return Policy(hf).train()
+
+
+def check_forward(config) -> None:
+    """Compares log-probs of a packed ragged batch with those of transformers, a row at a time, on a
+    small model of the same kind with random weights: a difference is a ValueError that names it."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(SMALL["vocab_size"], (n,), generator=generator) for n in (9, 2, 9, 17)]
+    rows = [Sequence(row.tolist(), [0] + [1] * (len(row) - 1)) for row in ids]
+    try:
+        with torch.random.fork_rng(devices=[]):  # a run's own random numbers stay as they are
+            hf = AutoModelForCausalLM.from_config(_small(config), attn_implementation="eager")
+        for weight in hf.eval().parameters():  # so large that softcaps bite
+            weight.data.normal_(0, 4 / weight.shape[-1] ** 0.5, generator=generator)
+            weight.data += float(weight.dim() == 1)
+        with torch.no_grad():
+            logps = [hf(row[None]).logits[0, :-1].float().log_softmax(-1) for row in ids]
+            expected = [logps[i].gather(1, row[1:, None])[:, 0] for i, row in enumerate(ids)]
+            hf.set_attn_implementation("varlen")
+            got, _ = Policy(hf)(collate(rows, (), torch.device("cpu")))
+    except (AttributeError, RuntimeError, TypeError) as error:  # another kind of model altogether
+        raise ValueError(f"packed rows do not pass it ({error})") from error
+    worst = (got - torch.cat(expected)).abs().max().item()
+    if not worst < 1e-2:
+        told = {k: v for k, v in config.to_dict().items() if v and _TELLING.search(k)}
+        raise ValueError(f"log-probs differ by {worst:.2g} from transformers' own; it has {told}")
+
+
+SMALL = dict(num_hidden_layers=2, vocab_size=128, sliding_window=5, attention_chunk_size=5)
+_TELLING = re.compile("logit|softcap|multiplier|_scal|window|chunk|alibi|conv|ssm|mamba|linear_")
+
+
+def _small(config):
+    """The config with one layer of each kind, at least two, few heads of their own width, a few
+    tokens and short windows: what is computed stays, its size goes."""
+    small = copy.deepcopy(config.get_text_config())
+    small.update({k: v for k, v in SMALL.items() if getattr(small, k, None) is not None})
+    small.update({k: min(v, 16) for k, v in vars(small).items() if k.endswith("intermediate_size")})
+    if kinds := list(dict.fromkeys(vars(small).get("layer_types") or [])):
+        small.layer_types = kinds if len(kinds) > 1 else kinds * 2
+        small.num_hidden_layers = len(small.layer_types)
+    heads = small.num_attention_heads
+    keys = getattr(small, "num_key_value_heads", None) or heads
+    width = getattr(small, "head_dim", None) or small.hidden_size // heads
+    small.num_attention_heads, small.hidden_size = 4, 4 * width
+    small.num_key_value_heads = 4 if keys == heads else 2 if keys > 1 else 1
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(small, key, None)
+    return small
 
 
 def shard(
