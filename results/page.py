@@ -1,5 +1,4 @@
-"""Pages that a browser opens from a folder: what a run measured, its curves, its episodes turn by
-turn.
+"""Pages that a browser opens: what a run measured, its curves, its episodes turn by turn.
 
 page.html has the markup, the style and the script. It loads nothing from outside, and no text of a
 model or of the web is ever markup: texts travel as JSON, which the script puts on the page as text.
@@ -16,13 +15,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from reagent.config import flat
+from reagent.folder import write_whole
 from results.plots import CSS, Line, Panel, escape, panel_svg, thin
 from toolkit.text import capped, visible
 
 MESSAGE = 20_000  # characters of one text; longer ones are cut in the middle
-
 INLINE = 1_000_000  # characters of episodes in the page itself, and at most in a file beside it
-
+UNSHOWN = ("ids", "mask", "logps", "sealed", "canary")  # keys of an episode
 # section of the page -> first words of the keys it shows, in that order; others stand under Other
 SECTIONS = {
     "Learning": "eval accuracy grounded reward rule_reward score lift valid mae auc spearman loss",
@@ -30,19 +29,14 @@ SECTIONS = {
     "Rollouts": "tokens trained_tokens tool_calls repaired ended attempts left_out judge too_long",
     "Speed": "seconds tokens_per_second memory",
 }
-
 ORDER = [(section, word) for section, words in SECTIONS.items() for word in words.split()]
-
-UNSHOWN = ("ids", "mask", "logps", "sealed", "canary")  # keys of an episode
 
 # --------------------------------------------------------------------------------------------------
 # texts from outside, made harmless
 
 
 def jsonable(value):
-    """Any value as strict JSON data: text made visible and cut, NaN and infinity as None, unknown
-    types as text.
-    """
+    """A value as strict JSON: texts visible and cut, NaN and infinity None, the rest as text."""
     if isinstance(value, dict):
         return {visible(str(key)): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -69,9 +63,7 @@ def embed(name: str, value) -> str:
 
 
 def outcomes(episode: dict) -> list[str]:
-    """The filters an episode falls under: dropped, or right / wrong / unscored by its last attempt,
-    plus fixed / broken when refinement changed the verdict.
-    """
+    """How an episode is filtered: dropped, or by its last attempt, and whether that changed it."""
     if episode.get("dropped"):
         return ["dropped"]
     verdicts = [attempt.get("correct") for attempt in episode.get("attempts") or []]
@@ -96,9 +88,7 @@ def slim(episode: dict) -> dict:
 
 
 def heads(episodes: list[dict]) -> list[dict]:
-    """What the list shows of slim episodes, each with an address of its own: step or data set, id,
-    and which of its siblings it is.
-    """
+    """What the list shows of slim episodes; each `link` says step or data set, id and sibling."""
     found, seen = [], Counter()
     for episode in episodes:
         dataset = (episode.get("meta") or {}).get("dataset")
@@ -119,9 +109,7 @@ def heads(episodes: list[dict]) -> list[dict]:
 
 
 def numeric_series(log: Iterable[dict]) -> dict[str, list[tuple[float, float]]]:
-    """{key: [(step, value), ...]} of every finite number in the log lines; a line without a step
-    counts for itself.
-    """
+    """{key: [(step, value)]} of the finite numbers in log lines; lines without a step count."""
     lines = [(line.get("step", number), line) for number, line in enumerate(log, 1)]
     series: dict[str, list[tuple[float, float]]] = {}
     for step, line in lines:
@@ -219,19 +207,14 @@ def write_page(path, title: str, data: dict, drawn: list[Panel], episodes=()) ->
         "data": embed("data", data) + (embed("episodes", list(episodes)) if inline else ""),
     }
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    page = re.sub(r"\{\{(\w+)\}\}", lambda slot: slots[slot[1]], template)
-    part = path.with_name(path.name + ".part")
-    part.write_text(page, encoding="utf-8")
-    part.replace(path)
+    write_whole(path, re.sub(r"\{\{(\w+)\}\}", lambda slot: slots[slot[1]], template))
     for old in folder.glob("*.js"):  # only now: until here the page before this one needed them
         if not old.name.startswith(nonce):
             old.unlink()
 
 
 def write_parts(folder: Path, nonce: str, texts: list[str]) -> tuple[list[dict], bool]:
-    """([{file, first}]: where which episodes lie, whether that is the page itself). A file's name
-    has the page's nonce: a page never meets the episodes of another writing.
-    """
+    """([{file, first}] of the episodes, are they inline?); the nonce ties files to their page."""
     groups: list[list[str]] = [[]]
     for text in texts:
         if groups[-1] and sum(map(len, groups[-1])) + len(text) > INLINE:

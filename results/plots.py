@@ -1,6 +1,4 @@
-"""Curves as SVG: one panel, or several as a picture of their own. Every plot of this repository is
-drawn here.
-"""
+"""Curves as SVG, one panel or several as a picture: every plot of this repository."""
 
 import html
 import math
@@ -11,15 +9,10 @@ from statistics import mean
 from toolkit.text import visible
 
 WIDTH, HEIGHT = 300, 190  # of a panel, in pixels
-
 PICTURE = 800  # pixels: as wide as a README shows a picture, so that its type keeps its size
-
 NOISY = 40  # lines of more points are drawn faintly, and their running mean in full
-
 FEW = 12  # lines of fewer points show each of them
-
 COLOURS = dict(first=0, refined=1, right=2, wrong=3)  # the same in every panel
-
 CSS = Path(__file__).with_name("plots.css")
 
 
@@ -61,9 +54,7 @@ def share_axes(panels: list[Panel]) -> None:
 
 
 def mean_line(runs: list[list[tuple[float, float]]], per: float = 1) -> Line:
-    """The mean over runs where all of them have a value, between the lowest and the highest; x is
-    multiplied by `per`.
-    """
+    """The mean over runs where all have a value, its band from lowest to highest; x times `per`."""
     values = [dict(points) for points in runs]
     steps = [x for x in sorted(values[0]) if all(x in of for of in values)]
     rows = [(per * x, [of[x] for of in values]) for x in steps]
@@ -85,16 +76,11 @@ def ticks(low: float, high: float, most: int = 4) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten, from the last one below `low` to the first above
-    `high`.
-    """
-    powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 2)
+    """1, 2 and 5 times powers of ten, from the last one below `low` to the first above `high`."""
+    powers = range(math.floor(math.log10(low)) - 1, math.floor(math.log10(high)) + 2)
     marks = [m * 10.0**power for power in powers for m in (1, 2, 5)]
-    return [
-        mark
-        for mark, after, before in zip(marks, [*marks[1:], math.inf], [0, *marks])
-        if after > low and before < high
-    ]
+    first, last = max(m for m in marks if m <= low), min(m for m in marks if m >= high)
+    return [mark for mark in marks if first <= mark <= last]
 
 
 def number(value: float) -> str:

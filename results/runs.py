@@ -11,13 +11,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from urllib.parse import quote
 
+from reagent.config import flat
 from reagent.rows import whole_rows
 from results import page
 from results.plots import COLOURS, Line, Panel, mean_line, number, picture_svg, share_axes
 from results.statistics import percent
 
 MOST = 1_000  # episodes on a page: a run's newest, of an evaluation as many of each data set
-
 PER_SEED = {"seed", "out_dir"}  # keys in which runs that differ by their seed differ
 
 
@@ -26,9 +26,7 @@ def text_of(path: Path, missing: str = "") -> str:
 
 
 def newest_episodes(run: Path, most: int = MOST) -> list[dict]:
-    """The last episodes of a run, in their order, without token ids, each with its step and its
-    place among the chains of its question.
-    """
+    """A run's last episodes, in order, without token ids, with step and place among siblings."""
     episodes: list[dict] = []
     for path in sorted((run / "episodes").glob("step-*.jsonl"), reverse=True):
         siblings: Counter = Counter()
@@ -44,9 +42,7 @@ def newest_episodes(run: Path, most: int = MOST) -> list[dict]:
 
 
 def evaluated_episodes(out: Path, sets: int, most: int = MOST) -> tuple[list[dict], int]:
-    """(episodes of results.jsonl, as many of each data set; of how many); of an encrypted row the
-    figures without the texts.
-    """
+    """(episodes of results.jsonl, as many a set, of how many); encrypted ones without texts."""
     shown, seen = [], Counter()
     for line in whole_rows(out / "results.jsonl"):
         seen[line["dataset"]] += 1
@@ -91,9 +87,7 @@ def title_of(run: Path, script: str, config: dict) -> str:
 
 
 def write_run_page(run: Path, config: dict | None = None) -> None:
-    """report.html (and curve.svg, where there are curves) of a run or an evaluation, from what lies
-    in its folder.
-    """
+    """report.html, and curve.svg where there are curves, from what lies in a run's folder."""
     log, (script, kept) = list(whole_rows(run / "log.jsonl")), facts_of(run)
     config = config or kept
     data = {"markdown": text_of(run / "report.md"), "config": config, "log": log}
@@ -145,7 +139,7 @@ class Group:
 
 def read_run(folder: Path, path: Path) -> Run:
     (script, config), name = facts_of(path), path.relative_to(folder).as_posix()
-    settings = {key: value for key, value in page.flat(config).items() if key not in PER_SEED}
+    settings = {key: value for key, value in flat(config).items() if key not in PER_SEED}
     home = str(Path(config.get("out_dir", "")).parent)  # the run's model may lie there too
     seedless = json.dumps(settings or name, sort_keys=True)
     seedless = seedless.replace(home, "") if len(home) > 1 else seedless
@@ -189,9 +183,7 @@ def compared(groups: list[Group]) -> list[Panel]:
 
 
 def table_of(script: str, groups: list[Group]) -> dict:
-    """A table as page.html takes it: a row for each group with its last values, mean and standard
-    deviation over the seeds.
-    """
+    """For page.html: a row a group with its last values, mean and deviation over the seeds."""
     keys = sorted({key for group in groups for key in group.lines()})
     keys = [key for key in sorted(keys, key=page.place) if page.section_of(key) == "Learning"][:6]
     rows = []
@@ -205,19 +197,17 @@ def table_of(script: str, groups: list[Group]) -> dict:
 
 
 def differences(settings: list[dict]) -> list[str]:
-    """What sets each setting apart: its values of the keys that differ, but for a value that most
-    have.
-    """
-    every = dict.fromkeys(name for of in settings for name in of)
-    names = [name for name in every if len({str(of.get(name)) for of in settings}) > 1]
-    usual = {
-        name: Counter(str(of.get(name)) for of in settings).most_common(1)[0] for name in names
-    }
-    most = {name: value for name, (value, times) in usual.items() if 2 * times > len(settings)}
-    return [
-        ", ".join(f"{name} {of.get(name)}" for name in names if str(of.get(name)) != most.get(name))
-        for of in settings
-    ]
+    """How each setting differs: its values of the keys that vary, but for those that most have."""
+    told: list[list[str]] = [[] for _ in settings]
+    for name in dict.fromkeys(name for of in settings for name in of):
+        values = [str(of.get(name)) for of in settings]
+        usual, times = Counter(values).most_common(1)[0]
+        if times == len(values):
+            continue
+        for words, value in zip(told, values):
+            if value != usual or 2 * times <= len(values):
+                words.append(f"{name} {value}")
+    return list(map(", ".join, told))
 
 
 def over_seeds(values: list[float]) -> str:
@@ -229,20 +219,11 @@ def evaluations(folder: Path, runs: list[Path]) -> list[dict]:
     """The table of the evaluations among the runs, one row a data set; [] where there are none."""
     rows = []
     for path in runs:
+        name = path.relative_to(folder).as_posix()
+        link = {"text": name, "href": quote(f"{name}/report.html")}
         for s in json.loads(text_of(path / "summary.json", "[]")):
-            name = path.relative_to(folder).as_posix()
-            link = {"text": name, "href": quote(f"{name}/report.html")}
-            rows.append(
-                [
-                    link,
-                    s["dataset"],
-                    s["subset"],
-                    s["judge"],
-                    str(s["questions"]),
-                    str(s["k"]),
-                    percent(s["all"]),
-                ]
-            )
+            figures = [str(s[key]) for key in ("dataset", "subset", "judge", "questions", "k")]
+            rows.append([link, *figures, percent(s["all"])])
     head = ["evaluation", "data set", "subset", "judge", "questions", "k", "pass@1, all rows"]
     return [{"title": "Evaluations", "head": head, "rows": rows}] if rows else []
 

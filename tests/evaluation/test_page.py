@@ -10,10 +10,10 @@ import xml.etree.ElementTree as ElementTree
 import pypdfium2
 import pytest
 
+from reagent.config import flat
 from results.page import (
     INLINE,
     embed,
-    flat,
     heads,
     jsonable,
     numeric_series,

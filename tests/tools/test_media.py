@@ -10,6 +10,7 @@ import struct
 import subprocess
 import time
 import wave
+import zlib
 from pathlib import Path
 
 import pytest
@@ -90,9 +91,12 @@ def test_an_image_arrives_whole_with_its_true_type_and_the_question(folder, serv
 
 
 def test_55_57_images_too_large_are_refused_before_they_are_sent(folder, server):
-    head = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-    (folder / "bomb.png").write_bytes(head + struct.pack(">II", 30_000, 30_000) + bytes(100_000))
-    (folder / "none.png").write_bytes(head + struct.pack(">II", 0, 5) + bytes(100))
+    for name, size in (("bomb.png", (30_000, 30_000)), ("none.png", (0, 5))):
+        head = b"IHDR" + struct.pack(">II5B", *size, 8, 2, 0, 0, 0)
+        chunk = b"\0\0\0\r" + head + struct.pack(">I", zlib.crc32(head))
+        (folder / name).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT" + bytes(99))
+    with pytest.raises(ToolError, match="30,000 x 30,000"):
+        describe_image(str(folder), "bomb.png", "?", seconds=10)
     with open(folder / "big.png", "wb") as file:
         file.truncate(5 << 30)
     (folder / "a.svg").write_text(
