@@ -1,5 +1,4 @@
-"""The tools of the agent. A tool is a function with type hints and a docstring: its schema comes
-from them.
+"""The tools of the agent: a function's type hints and docstring make the schema of its tool.
 
 python tools.py search '{"queries": ["capital of Peru"]}' --corpus=corpus.jsonl --block=mirrors.txt
 """
@@ -28,9 +27,7 @@ from toolkit.web import Web
 
 @dataclass(frozen=True)
 class Observation:
-    """What a call returned. status: ok | error (the model's doing) | timeout | fault (ours: left
-    out of training).
-    """
+    """What a call returned. status: ok | error (the model's doing) | timeout | fault (ours)."""
 
     text: str
     status: str
@@ -39,9 +36,7 @@ class Observation:
 
 @dataclass
 class Context:
-    """What a tool may use besides its arguments: the row's documents and files, and what the run
-    has opened.
-    """
+    """What a tool may use besides its arguments: a row's docs and files, what the run opened."""
 
     docs: tuple[tuple[str, str], ...] | None = None  # (title, text)
     corpus: "Corpus | None" = None
@@ -61,11 +56,8 @@ class Context:
 # the tools
 
 MOST_QUERIES = 10
-
-PASSAGE_CHARS, SUMMARY_CHARS = (
-    5000,
-    60_000,
-)  # of a longer page that are shown for a query, or go to the summariser
+# characters of a longer page that are shown for a query, or go to the summariser
+PASSAGE_CHARS, SUMMARY_CHARS = 5000, 60_000
 
 
 def search(context: Context, queries: list[str], top_k: int = 5) -> str:
@@ -78,9 +70,8 @@ def search(context: Context, queries: list[str], top_k: int = 5) -> str:
 
     def hits_of(query: str) -> list[tuple[str, str, str]]:
         if local is not None:
-            return [
-                hit for hit in local.search(query[:1000], most) if not _blocked(context, hit[2])
-            ]
+            hits = local.search(query[:1000], most)
+            return [hit for hit in hits if not _blocked(context, hit[2])]
         return context.web.search(query[:1000], most, context.left()) if query.strip() else []
 
     asked, blocks = queries[:MOST_QUERIES], []
@@ -91,13 +82,10 @@ def search(context: Context, queries: list[str], top_k: int = 5) -> str:
             found = list(pool.map(hits_of, asked))
     for query, hits in zip(asked, found):
         lines = [f"{i}. {title} ({url})\n{text}" for i, (title, text, url) in enumerate(hits, 1)]
-        blocks.append(
-            "\n".join([f'Results for "{query}":', *lines]) if hits else f'No results for "{query}".'
-        )
-    if len(queries) > MOST_QUERIES:
-        blocks.append(
-            f"[{len(queries) - MOST_QUERIES} queries left out: a call takes {MOST_QUERIES}]"
-        )
+        title = f'Results for "{query}":' if hits else f'No results for "{query}".'
+        blocks.append("\n".join([title, *lines]))
+    if (more := len(queries) - MOST_QUERIES) > 0:
+        blocks.append(f"[{more} queries left out: a call takes {MOST_QUERIES}]")
     return "\n\n".join(blocks)
 
 
@@ -111,9 +99,8 @@ def browse(context: Context, url: str, query: str = "") -> str:
     if local is not None:
         page = None if _blocked(context, url) else local.page(url.strip())
         if page is None:
-            raise ToolError(
-                f"There is no page {url[:300]!r}. Use an address from the search results."
-            )
+            known = "Use an address from the search results."
+            raise ToolError(f"There is no page {url[:300]!r}. {known}")
         title, text = page
     else:
         title, text = context.web.page(url.strip(), context.left())
@@ -122,20 +109,13 @@ def browse(context: Context, url: str, query: str = "") -> str:
                 text = passages(text, query, SUMMARY_CHARS) or text[:SUMMARY_CHARS]
             return f"{title}\n\n{context.web.answer(url.strip(), text, query, context.left())}"
     room = max(500, context.output_chars - len(title) - 200)
-    if (
-        len(text) > PASSAGE_CHARS
-        and query.strip()
-        and (found := passages(text, query, min(room, PASSAGE_CHARS)))
-    ):
-        return (
-            f"{title}\n[the passages that match the query best, of {len(text):,} "
-            f"characters]\n\n{found}"
-        )
+    if len(text) > PASSAGE_CHARS and query.strip():
+        if found := passages(text, query, min(room, PASSAGE_CHARS)):
+            what = f"the passages that match the query best, of {len(text):,} characters"
+            return f"{title}\n[{what}]\n\n{found}"
     if len(text) > room:
-        text = (
-            f"{text[:room]}\n[… {len(text) - room:,} characters left out: a query shows the "
-            "passages that match it]"
-        )
+        more = f"{len(text) - room:,} characters left out: a query shows the passages that match it"
+        text = f"{text[:room]}\n[… {more}]"
     return f"{title}\n\n{text}"
 
 
@@ -185,9 +165,8 @@ def audio2text(context: Context, audio_path: str) -> str:
     return transcribe_audio(*_file(context, audio_path), seconds=context.left())
 
 
-TOOLS = {
-    tool.__name__: tool for tool in (search, browse, python, file_reader, image2text, audio2text)
-}
+TOOLS = (search, browse, python, file_reader, image2text, audio2text)
+TOOLS = {tool.__name__: tool for tool in TOOLS}
 
 
 def _local(context: Context) -> "Index | Corpus | None":
@@ -200,9 +179,7 @@ def _blocked(context: Context, url: str) -> bool:
 
 
 def _file(context: Context, path: str) -> tuple[str, str]:
-    """(files_dir, path); of a row that names its files only those can be read, also by their bare
-    name.
-    """
+    """(files_dir, path); a row's own files alone can be read, also by their bare names."""
     if not context.files_dir:
         raise ToolFault("No files to read: --files_dir is not given.")
     if context.files is None:
@@ -211,10 +188,8 @@ def _file(context: Context, path: str) -> tuple[str, str]:
     bare = [name for name in context.files if Path(name).name == Path(outer).name]
     known = [outer] if outer in context.files else bare
     if len(known) != 1:
-        raise ToolError(
-            f"The question has no file {outer[:200]!r}; its files: "
-            f"{', '.join(context.files) or 'none'}"
-        )
+        names = ", ".join(context.files) or "none"
+        raise ToolError(f"The question has no file {outer[:200]!r}; its files: {names}")
     return context.files_dir, known[0] + mark + member
 
 
@@ -223,16 +198,10 @@ def _file(context: Context, path: str) -> tuple[str, str]:
 
 
 def schema_of(tool) -> dict:
-    """The OpenAI function schema from type hints and docstring (`name: meaning` lines describe the
-    parameters).
-    """
-    kinds = {
-        str: {"type": "string"},
-        int: {"type": "integer"},
-        float: {"type": "number"},
-        bool: {"type": "boolean"},
-    }
-    kinds[list[str]] = {"type": "array", "items": {"type": "string"}}
+    """The OpenAI function schema from type hints and docstring (its `name: meaning` lines)."""
+    kinds = {str: "string", int: "integer", float: "number", bool: "boolean"}
+    kinds = {kind: {"type": name} for kind, name in kinds.items()}
+    kinds[list[str]] = {"type": "array", "items": kinds[str]}
     text = inspect.getdoc(tool)
     about = dict(re.findall(r"^(\w+): (.+)$", text, re.M))
     properties, required = {}, []
@@ -240,12 +209,8 @@ def schema_of(tool) -> dict:
         properties[name] = kinds[parameter.annotation] | {"description": about[name]}
         if parameter.default is parameter.empty:
             required.append(name)
-    parameters = {"type": "object", "properties": properties, "required": required}
-    function = {
-        "name": tool.__name__,
-        "description": text.partition("\n\n")[0],
-        "parameters": parameters,
-    }
+    function = {"name": tool.__name__, "description": text.partition("\n\n")[0]}
+    function["parameters"] = {"type": "object", "properties": properties, "required": required}
     return {"type": "function", "function": function}
 
 
@@ -254,24 +219,20 @@ def _parameters(tool) -> dict[str, inspect.Parameter]:
 
 
 def repaired(tool, arguments) -> dict:
-    """Arguments as the tool takes them; harmless slips are mended ("5" for 5), others are a
-    ToolError.
-    """
+    """Arguments as the tool takes them; harmless slips are mended ("5" for 5), else ToolError."""
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError) as error:
             raise ToolError(f"The arguments of {tool.__name__} are not a JSON object.") from error
     if not isinstance(arguments, dict):
-        raise ToolError(
-            f"The arguments of {tool.__name__} are a JSON object, not {type(arguments).__name__}."
-        )
+        kind = type(arguments).__name__
+        raise ToolError(f"The arguments of {tool.__name__} are a JSON object, not {kind}.")
     known = _parameters(tool)
     unknown = sorted(str(name)[:50] for name in set(arguments) - set(known))
     if unknown:
-        raise ToolError(
-            f"{tool.__name__} does not take {', '.join(unknown[:5])}; it takes {', '.join(known)}."
-        )
+        names = f"{', '.join(unknown[:5])}; it takes {', '.join(known)}"
+        raise ToolError(f"{tool.__name__} does not take {names}.")
     given = {name: value for name, value in arguments.items() if value is not None}
     missing = [name for name, p in known.items() if p.default is p.empty and name not in given]
     if missing:
@@ -283,13 +244,9 @@ def repaired(tool, arguments) -> dict:
 
 
 def _typed(tool: str, name: str, value, kind):
-    """The value as `kind`: "5" or 5.0 for 5, 5 for "5", a text for a list of one, a list of one for
-    a text.
-    """
+    """The value as `kind`: "5" or 5.0 for 5, 5 for "5", a text for a list of one, or back."""
     if kind == list[str]:
-        if isinstance(value, str) and re.match(
-            r'\s*\[\s*"', value
-        ):  # a list that was quoted once too often
+        if isinstance(value, str) and re.match(r'\s*\[\s*"', value):  # quoted once too often
             with contextlib.suppress(ValueError, RecursionError):
                 value = json.loads(value)
         value = value if isinstance(value, list) else [value]
@@ -311,9 +268,7 @@ def _typed(tool: str, name: str, value, kind):
 
 
 def _is_number(value) -> bool:
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e308
-    )  # not NaN, and fits a float
+    return type(value) in (int, float) and abs(value) < 1e308  # not NaN, and fits a float
 
 
 # --------------------------------------------------------------------------------------------------
@@ -321,9 +276,7 @@ def _is_number(value) -> bool:
 
 
 class Toolbox:
-    """The tools of a run, for async callers: a deadline a call, a limit on calls in flight, every
-    result capped.
-
+    """The tools of a run, for async callers: deadlines, a limit on calls in flight, capped results.
     corpus: rows with id, title and text; files_dir: where rows' files lie; block: a file of
     addresses that search and browse leave out (`blocked` counts them); cache: a sqlite file of web
     answers, from which alone `replay` answers; allow: host:port pairs beyond the public web,
@@ -349,29 +302,20 @@ class Toolbox:
         if unknown:
             raise SystemExit(f"no tool named {', '.join(unknown)}: there are {', '.join(TOOLS)}")
         if files_dir and not Path(files_dir).is_dir():
-            raise SystemExit(
-                f"no folder {files_dir}: --files_dir is where the files of the rows lie"
-            )
+            raise SystemExit(f"no folder {files_dir}: --files_dir is where the rows' files lie")
         self.names, self.files_dir = list(names), files_dir
-        self.seconds, self.output_chars, self.calls_in_flight = (
-            seconds_per_call,
-            output_chars,
-            calls_in_flight,
-        )
+        self.seconds, self.output_chars = seconds_per_call, output_chars
+        self.calls_in_flight = calls_in_flight
         self.schemas = [schema_of(TOOLS[name]) for name in self.names]
         self.corpus = Corpus(corpus) if corpus else None
         self.web = Web(allow=allow, block=block, cache=cache, replay=replay)
         self.sandbox = None
         if "python" in self.names:
-            self.sandbox = Sandbox(
-                seconds=seconds_per_call, output_chars=output_chars, unsafe=unsafe_python
-            )
+            limits = dict(seconds=seconds_per_call, output_chars=output_chars)
+            self.sandbox = Sandbox(**limits, unsafe=unsafe_python)
         self.lock, self.gates, self.loop = threading.Lock(), {}, None
-        self.running, self.spare, self.closed = (
-            Counter(),
-            [],
-            False,
-        )  # calls by tool, queues of threads without a job
+        self.running, self.closed = Counter(), False  # calls by tool
+        self.spare: list[queue.SimpleQueue] = []  # of threads without a job
 
     @property
     def blocked(self) -> int:
@@ -385,22 +329,13 @@ class Toolbox:
         if name not in self.names:
             text = f"There is no tool {str(name)[:100]!r}. The tools are {', '.join(self.names)}."
             return Observation(clean(text), "error", 0.0)
-        context = Context(
-            None,
-            self.corpus,
-            self.sandbox,
-            self.web,
-            self.files_dir,
-            output_chars=self.output_chars,
-        )
+        shared = dict(corpus=self.corpus, sandbox=self.sandbox, web=self.web)
+        context = Context(**shared, files_dir=self.files_dir, output_chars=self.output_chars)
         if docs is not None:
             context.docs = tuple((d["title"], d["text"]) for d in docs)
         context.files = None if files is None else tuple(files)
         try:
-            if context.docs is not None and name in (
-                "search",
-                "browse",
-            ):  # microseconds: not worth a thread
+            if name in ("search", "browse") and docs is not None:  # too quick for a thread
                 text, status = self._run(name, arguments, context), "ok"
             else:
                 async with self._gate(name):
@@ -408,30 +343,24 @@ class Toolbox:
         except (ToolError, ToolFault) as error:
             text, status = str(error), "error" if isinstance(error, ToolError) else "fault"
         except TimeoutError as error:
-            text, status = (
-                str(error) or f"{name} took longer than {self.seconds:g} s and was given up.",
-                "timeout",
-            )
+            given_up = f"{name} took longer than {self.seconds:g} s and was given up."
+            text, status = str(error) or given_up, "timeout"
         except (Exception, SystemExit) as error:  # a tool that raises is an observation
             text, status = f"{name} failed: {type(error).__name__}: {str(error)[:500]}", "error"
-        return Observation(
-            clean(capped(text, self.output_chars)), status, time.perf_counter() - began
-        )
+        seconds = time.perf_counter() - began
+        return Observation(clean(capped(text, self.output_chars)), status, seconds)
 
     def _run(self, name, arguments, context) -> str:
         return TOOLS[name](context, **repaired(TOOLS[name], arguments))
 
     async def _in_thread(self, name, arguments, context) -> str:
-        """Runs the call in a spare thread. One that hangs is written off: no pool shrinks, no exit
-        waits for it.
-        """
+        """Runs the call in a spare thread; one that hangs is written off, and no exit waits."""
         with self.lock:
             if self.running[name] >= 4 * self.calls_in_flight:
                 raise ToolFault(f"{self.running[name]} calls of {name} have never come back")
             self.running[name] += 1
         context.deadline, outcome = time.monotonic() + self.seconds, Future()
-        # giving it up must not cancel what the thread will set
-        outcome.set_running_or_notify_cancel()
+        outcome.set_running_or_notify_cancel()  # giving it up must not cancel what is set later
 
         def job():
             try:
@@ -449,9 +378,8 @@ class Toolbox:
             jobs = queue.SimpleQueue()
             threading.Thread(target=self._work, args=(jobs,), daemon=True).start()
         jobs.put(job)
-        grace = (
-            60.0 if name == "python" else 0.5
-        )  # tools keep their deadlines; a cold sandbox's time is not the code's
+        # tools keep their deadlines; a cold sandbox's time is not the code's
+        grace = 60.0 if name == "python" else 0.5
         text, error = await asyncio.wait_for(asyncio.wrap_future(outcome), self.seconds + grace)
         if error is not None:
             raise error
@@ -463,9 +391,7 @@ class Toolbox:
             self.spare.append(jobs)
 
     def _gate(self, name) -> asyncio.Semaphore:
-        """Calls of one tool at a time; of python as many as the sandbox runs: none waits in it with
-        its clock on.
-        """
+        """Calls of one tool at a time; of python as many as run: none waits with its clock on."""
         loop = asyncio.get_running_loop()
         if loop is not self.loop:
             rooms = dict.fromkeys(self.names, self.calls_in_flight)
@@ -474,22 +400,16 @@ class Toolbox:
         return self.gates[name]
 
     def check_rows(self, rows, what: str) -> None:
-        """SystemExit, before work starts, where a row needs a search or files that these tools
-        cannot reach.
-        """
+        """SystemExit where a row needs a search or files that these tools cannot reach."""
         found = self.corpus or self.web.settings["search"] or "search" not in self.names
         readers = self.files_dir and {"file_reader", "image2text", "audio2text"} & set(self.names)
         for row in rows:
             if not found and "docs" not in row:
-                raise SystemExit(
-                    f"{what}: nothing to search: give --corpus=FILE or a search provider (see "
-                    "web.py)"
-                )
+                missing = "nothing to search: give --corpus=FILE or a search provider (see web.py)"
+                raise SystemExit(f"{what}: {missing}")
             if row.get("files") and not readers:
-                raise SystemExit(
-                    f"{what}: row {row.get('id')} has files: give --files_dir=FOLDER and a tool "
-                    "that reads them"
-                )
+                missing = "give --files_dir=FOLDER and a tool that reads them"
+                raise SystemExit(f"{what}: row {row.get('id')} has files: {missing}")
 
     def close(self) -> None:
         self.closed = True
@@ -504,18 +424,13 @@ def main(argv: list[str]) -> int:
     known = {name: type(p.default) for name, p in _parameters(Toolbox).items()}
     for name, equals, value in (arg[2:].partition("=") for arg in argv if arg.startswith("--")):
         if name not in known:
-            raise SystemExit(
-                f"no option --{name}: there are {', '.join('--' + name for name in known)}"
-            )
+            raise SystemExit(f"no option --{name}: there are --{', --'.join(known)}")
         try:
             options[name] = _typed("tools.py", f"--{name}", value if equals else True, known[name])
         except ToolError as error:
             raise SystemExit(str(error)) from error
     if len(plain) != 2:
-        raise SystemExit(
-            'usage: python tools.py NAME \'{"json": "arguments"}\' '
-            "[--corpus=FILE] [--option=value ...]"
-        )
+        raise SystemExit('usage: python tools.py NAME \'{"json": "arguments"}\' [--option=value …]')
     toolbox = Toolbox([plain[0]], **options)
     seen = asyncio.run(toolbox.call(plain[0], plain[1]))
     toolbox.close()

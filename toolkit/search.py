@@ -17,25 +17,17 @@ import numpy as np
 
 from toolkit.sandbox import ToolFault
 
-STOP_WORDS = (
-    "a an and are as at be been being but by did do does for from had has have he her his how in "
-    "is it its not of on "
-    "or she that the their there these they this those to was were what when where which who whom "
-    "whose why with"
+STOP_WORDS = frozenset(
+    """a an and are as at be been being but by did do does for from had has have he her his how in
+    is it its not of on or she that the their there these they this those to was were what when
+    where which who whom whose why with""".split()
 )
-
-STOP_WORDS = frozenset(STOP_WORDS.split())
-
-# written without spaces: a character is a word
-CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
-
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"  # no spaces: a character is a word
 WORD = re.compile(f"[{CJK}]|[^\\W{CJK}]+")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words without stop words and plural s; all of them if nothing else is there ("The
-    Who").
-    """
+    """Lower-case words without stop words and plural s; all if none is left ("The Who")."""
     found = WORD.findall(text.lower())
     return [_stem(word) for word in found if word not in STOP_WORDS] or found
 
@@ -44,17 +36,12 @@ def words(text: str) -> list[str]:
 def _stem(word: str) -> str:
     if len(word) > 4 and word.endswith("ies"):
         return word[:-3] + "y"
-    return (
-        word[:-1]
-        if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is"))
-        else word
-    )
+    plural = len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is"))
+    return word[:-1] if plural else word
 
 
 class Index:
-    """BM25 over (title, text, url) pages in memory: an inverted list of (page, weight) for every
-    word.
-    """
+    """BM25 over (title, text, url) pages in memory: of every word a list of (page, weight)."""
 
     def __init__(self, pages: list[tuple[str, str, str]]):
         self.pages = pages
@@ -79,8 +66,11 @@ class Index:
 
     def page(self, url: str) -> tuple[str, str] | None:
         """(title, text) of an address; paragraphs under one address are one page."""
-        found = [page for page in self.pages if page[2] == url]
-        return (found[0][0], "\n\n".join(text for _, text, _ in found)) if found else None
+        return _joined([page for page in self.pages if page[2] == url])
+
+
+def _joined(found: list[tuple[str, str, str]]) -> tuple[str, str] | None:
+    return (found[0][0], "\n\n".join(text for _, text, _ in found)) if found else None
 
 
 @lru_cache(maxsize=4096)
@@ -97,18 +87,15 @@ class Corpus:
 
     def __init__(self, path: str):
         if not Path(path).is_file():
-            raise SystemExit(
-                f"no corpus {path}: --corpus is a file of rows with id, title and text"
-            )
+            raise SystemExit(f"no corpus {path}: --corpus is a file of rows: id, title, text")
         self.path, self.file = path, open(path, "rb")
         about = os.fstat(self.file.fileno())
         key = np.array([self.VERSION, about.st_size, about.st_mtime_ns])
         arrays = self._kept(key)
         if arrays is None:
             arrays = self._build() | {"key": key}
-            with contextlib.suppress(
-                OSError
-            ):  # a folder that cannot be written: built again the next time
+            # in a folder that cannot be written it is built again the next time
+            with contextlib.suppress(OSError):
                 self._keep(arrays)
         vars(self).update(arrays)  # see the end of _build
 
@@ -139,12 +126,10 @@ class Corpus:
                 page_of.extend([len(urls)] * len(count))
                 word_of.extend([vocabulary.setdefault(word, len(vocabulary)) for word in count])
                 times.extend(count.values())
-                (
-                    row_start.append(at),
-                    row_bytes.append(len(line)),
-                    urls.append(url),
-                    lengths.append(count.total()),
-                )
+                row_start.append(at)
+                row_bytes.append(len(line))
+                urls.append(url)
+                lengths.append(count.total())
             at += len(line)
         hashes = np.array([_hash(word) for word in vocabulary], "<u8")
         order = np.argsort(hashes)
@@ -157,8 +142,7 @@ class Corpus:
         url_hash = np.array([_hash(url) for url in urls], "<u8")
         by_url = np.argsort(url_hash, kind="stable")
         weight = idf[word] * n * 2.2 / (n + norm[page])
-        # word_hash and url_hash are sorted; word i is in hit_page[word_start[i] : word_start[i +
-        # 1]] with hit_weight
+        # hashes are sorted; word i is in hit_page[word_start[i] : word_start[i + 1]], hit_weight
         return {
             "word_hash": hashes[order],
             "word_start": np.concatenate([[0], np.cumsum(in_pages)]),
@@ -185,63 +169,46 @@ class Corpus:
                 hits = slice(*self.word_start[found : found + 2])
                 scores[self.hit_page[hits]] += self.hit_weight[hits]
         best = np.flatnonzero(scores)
-        if (
-            len(best) > top_k
-        ):  # all that tie with the last one stay: the order does not hang on the partition
+        if len(best) > top_k:  # all that tie with the last one stay: no order of a partition
             best = best[scores[best] >= np.partition(scores[best], -top_k)[-top_k]]
         return [self._row(page) for page in best[np.lexsort((best, -scores[best]))][:top_k]]
 
     def page(self, url: str) -> tuple[str, str] | None:
         """(title, text) of an address; paragraphs under one address are one page."""
-        ends = [
-            np.searchsorted(self.url_hash, np.uint64(_hash(url)), side)
-            for side in ("left", "right")
-        ]
-        found = [row for row in map(self._row, self.url_row[slice(*ends)]) if row[2] == url]
-        return (found[0][0], "\n\n".join(text for _, text, _ in found)) if found else None
+        key = np.uint64(_hash(url))
+        ends = [np.searchsorted(self.url_hash, key, side) for side in ("left", "right")]
+        return _joined([row for row in map(self._row, self.url_row[slice(*ends)]) if row[2] == url])
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-    )
+    data = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def _corpus_row(path: str, number: int, line: bytes) -> tuple[str, str, str]:
     try:
         row = json.loads(line)
-        return (
-            row["title"] + "",
-            row["text"] + "",
-            str(row.get("url") or f"doc:{row['id']}"),
-        )  # texts, or a TypeError
+        title, text = row["title"] + "", row["text"] + ""  # texts, or a TypeError
+        return title, text, str(row.get("url") or f"doc:{row['id']}")
     except (ValueError, KeyError, TypeError) as error:
-        raise SystemExit(
-            f"{path}:{number}: not a corpus row (id, title, text): {error!r}"
-        ) from error
+        what = f"not a corpus row (id, title, text): {error!r}"
+        raise SystemExit(f"{path}:{number}: {what}") from error
 
 
 def passages(text: str, query: str, chars: int) -> str:
-    """The parts of a text that match a query best, in the order of the text, `chars` at most; "" if
-    none matches.
-    """
+    """The parts of a text that match a query best, in its order, `chars` at most; "" if none."""
     parts = [""]
     for line in text.splitlines():
         for piece in (line[i : i + 800] for i in range(0, len(line), 800)):
             if len(parts[-1]) + len(piece) > 800:
                 parts.append("")
             parts[-1] += piece + "\n"
-    chosen = []
-    for _, part, number in Index([("", part, i) for i, part in enumerate(parts)]).search(
-        query, len(parts)
-    ):
+    chosen, index = [], Index([("", part, i) for i, part in enumerate(parts)])
+    for _, part, number in index.search(query, len(parts)):
         chars -= len(part) + 4
         if chars < 0:
             break
         chosen.append(number)
     chosen.sort()
-    shown = [
-        parts[i] if i == before + 1 else f"[…]\n{parts[i]}"
-        for before, i in zip([-1, *chosen], chosen)
-    ]
-    return "".join(shown).rstrip()
+    gaps = ["" if i == before + 1 else "[…]\n" for before, i in zip([-1, *chosen], chosen)]
+    return "".join(gap + parts[i] for gap, i in zip(gaps, chosen)).rstrip()
