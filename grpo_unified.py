@@ -584,6 +584,8 @@ def main(cfg: Config) -> None:
             line |= {"judge/asked": int(asked), "judge/failed": int(failed)}
             check_failures(step, asked, failed, cfg.rrm)
         engines.rest(engine)
+        if run.gives_up(step, policy, optimizer, chat.tokenizer):
+            break
         began_train = time.perf_counter()
 
         # ------------------------------------------------------------ rewards, pools, advantages
@@ -622,7 +624,7 @@ def main(cfg: Config) -> None:
         line["seconds/sync"] = round(ended - began_sync, 3)
         line["tokens_per_second"] = round(tokens / (ended - began_rollout))
         stopping, last = run.stopping(), step + 1 == cfg.steps
-        if eval_rows and ((step + 1) % cfg.eval_interval == 0 or last):
+        if eval_rows and not stopping and ((step + 1) % cfg.eval_interval == 0 or last):
             line |= evaluate_policy(step + 1)
         better = line.get("eval/first", -1.0) > run.best["accuracy"]
         if better:

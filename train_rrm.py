@@ -389,12 +389,15 @@ def main(cfg: Config) -> None:
         else:
             sequences, total_weight, line = grpo_batch(chat, chosen, sample, step, cfg)
             rest(engine)
+            if run.gives_up(step, policy, optimizer, chat.tokenizer):
+                break
 
         # ------------------------------------------------------------ update
         with run.phase(f"the update of step {step + 1}"):
             line |= update(policy, optimizer, sequences, total_weight, cfg, run)
         run.count_skip(step, line["skipped"], cfg.max_skips)
-        evaluates = eval_rows and ((step + 1) % cfg.eval_interval == 0 or step + 1 == cfg.steps)
+        stopping, last = run.stopping(), step + 1 == cfg.steps
+        evaluates = eval_rows and not stopping and ((step + 1) % cfg.eval_interval == 0 or last)
         if cfg.stage == "grpo" or evaluates:
             sync()
 
@@ -407,7 +410,6 @@ def main(cfg: Config) -> None:
         line["tokens"] = sum(len(sequence.ids) for sequence in sequences)
         line["seconds/step"] = round(time.perf_counter() - began, 3)
         run.write(line, SHOWN, quiet=not evaluates and (step + 1) % cfg.log_interval != 0)
-        stopping, last = run.stopping(), step + 1 == cfg.steps
         if (step + 1) % cfg.save_interval == 0 or last or stopping:
             run.save(step + 1, policy, optimizer, chat.tokenizer)
         if stopping:
@@ -415,7 +417,8 @@ def main(cfg: Config) -> None:
 
     # ---------------------------------------------------------------- report
     if run.rank == 0:
-        final = {k[5:]: v for k, v in run.log[-1].items() if k.startswith("eval/")}
+        newest = run.log[-1] if run.log else {}
+        final = {key[5:]: value for key, value in newest.items() if key.startswith("eval/")}
         table = report_table(final) if final else ""
         print(table)
         (run.out / "report.md").write_text(table)

@@ -287,10 +287,11 @@ def prune(folder, keep_last: int, best_step: int | None) -> None:
 
 
 def asked_to_stop() -> list[bool]:
-    """Empty until SIGTERM (preemption) or a Ctrl-C: the step then ends, is saved, and the run ends.
-    A second Ctrl-C kills.
+    """Empty until SIGTERM (preemption) or a Ctrl-C: the phase of the step then ends, what is done
+    is saved, and the run ends. A second Ctrl-C kills.
 
-    torchrun passes both on to its ranks and kills those that are still there 30 s later.
+    torchrun passes both on to its ranks and kills those that are still there 30 s later, or after
+    its --shutdown-timeout.
     """
     asked: list[bool] = []
 
@@ -321,7 +322,7 @@ class Run:
         self.sampler_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.out, self.lock = Path(cfg.out_dir), None
         self.claim()
-        self.facts, self.log, self.skips = run_facts(cfg), [], 0
+        self.facts, self.log, self.skips, self.saved = run_facts(cfg), [], 0, 0
         self.best: dict = {"step": None, "accuracy": -1.0}
         self.tracker, self.stop_asked = None, []
         self.writer, self.writing = ThreadPoolExecutor(1), None
@@ -361,7 +362,8 @@ class Run:
         check_resume(saved["config"], self.facts["config"], self.may_change, found[-1])
         load_checkpoint(found[-1], policy, optimizer, self.meet)
         self.log, self.best = saved["log"], saved.get("best", self.best)
-        return saved["step"]
+        self.saved = saved["step"]
+        return self.saved
 
     def begin(self, what: str) -> None:
         """Writes what the run is and its log so far; from here on signals are remembered."""
@@ -411,11 +413,21 @@ class Run:
         """Whether any rank was asked to stop."""
         return self.sum([len(self.stop_asked)])[0] > 0
 
+    def gives_up(self, done: int, policy: Policy, optimizer, tokenizer) -> bool:
+        """Between the phases of a step: whether a rank was asked to stop. The `done` steps before
+        it are saved then; the step itself is repeated when the run goes on.
+        """
+        stopping = self.stopping()
+        if stopping and done > self.saved:
+            self.save(done, policy, optimizer, tokenizer)
+        return stopping
+
     def save(self, step: int, policy: Policy, optimizer, tokenizer) -> None:
         facts = {**self.facts, "log": self.log, "best": self.best}
         save_checkpoint(
             self.out, step, policy, optimizer, tokenizer=tokenizer, facts=facts, meet_all=self.meet
         )
+        self.saved = step
         if self.rank == 0:
             prune(self.out, self.cfg.keep_last, self.best["step"])
 

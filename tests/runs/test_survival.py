@@ -22,7 +22,7 @@ import grpo_unified
 import sft
 from reagent import engines, run
 from reagent.config import parse_config
-from tests.helpers.judge_server import judge_server
+from tests.helpers.judge_server import hashed_judgment, judge_server
 from tests.helpers.tiny import ROOT, toy_world
 from tests.loss.test_model import launcher
 from tests.runs.test_jobs import GRPO, final_state
@@ -236,6 +236,37 @@ def test_a_signal_to_torchrun_reaches_all_ranks_and_they_save_together(world, tm
         -2000:
     ]
     assert goes_on_from(command) == int(saved[0].name[5:])
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_signal_during_a_rollout_gives_up_the_step_and_saves_what_was_done(
+    world, tmp_path, ranks
+):
+    began, hold = threading.Event(), threading.Event()
+
+    def slow(text):
+        if (tmp_path / "run" / "log.jsonl").read_text():  # the second step
+            began.set()
+            hold.wait(60)
+        return hashed_judgment(text)
+
+    python = [sys.executable] if ranks == 1 else launcher(ranks)
+    runs = {}
+    with judge_server(slow) as (url, _):
+        for name, more in (("run", ["--save_interval=100"]), ("straight", [])):
+            args = grpo(world, tmp_path / name, url, "--steps=3", "--eval_interval=100", *more)
+            runs[name] = [*python, "grpo_unified.py", *args]
+        process = start(runs["run"])
+        assert began.wait(120), process.communicate(timeout=5)[0]
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        hold.set()
+        text = process.communicate(timeout=90)[0]
+        assert ranks > 1 or process.returncode == 0, text[-2000:]
+        assert [path.name for path in run.checkpoints(tmp_path / "run")] == ["step-000001"]
+        assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 1
+        finish(runs["run"]), finish(runs["straight"])
+    assert final_state(tmp_path / "run", 3) == final_state(tmp_path / "straight", 3)
 
 
 @pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap makes the small disk")
