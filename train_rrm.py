@@ -5,11 +5,19 @@ GRPO on judgments.
     torchrun --nproc_per_node=8 train_rrm.py  # GRPO, from that checkpoint
 
 What the paper leaves open and what we chose: the reward of the RRM's GRPO is not published. Ours is
-0 for a broken format or an analysis beyond the length bound, else closeness_weight * (1 - |s - s*|)
-+ agreement_weight * [(s > 0.5) = correct], over the parts a row has, minus leak_penalty for a
-critique that states the gold answer. The penalty looks at the critique only (the analysis quotes
-the agent's answer), at whole tokens, and only where neither question nor trajectory contains the
-answer; yes/no, choices and numbers below 1000 are exempt: a critique may well say "no" or "2".
+0 for a broken format or a judgment beyond the length bound. A valid one earns more, whatever it
+says: VALID + (1 - VALID) * the weighted mean of the parts that its row allows,
+
+    closeness  1 - (s - s*)^2 to the annotated score
+    agreement  1 - (s - correct)^2, correct = 0 or 1
+    critique   an analysis and a critique that are neither too short nor repeat themselves, and a
+               critique that names what the annotated one names (reagent/critiques.py)
+
+times 1 - leak_penalty where the critique states the gold answer. Both squares are proper scoring
+rules: together they are largest at a mean of s* and of the chance to be right, where the reward is
+flat; where s* and correctness disagree, the score lies between them. For the same reason advantages
+are not divided by the std of their own group, which would pull every score to 0 or 1, but by that
+of the step.
 """
 
 import asyncio
@@ -22,7 +30,8 @@ import torch
 
 from reagent import reward_model
 from reagent.chat import Chat
-from reagent.config import check_numbers, parse_config
+from reagent.config import check_choices, check_numbers, parse_config
+from reagent.critiques import MOST_WORDS, leaks, name_agreement, names, prose
 from reagent.engines import EngineConfig, make_engine, rest, run_together
 from reagent.policy import (
     Sequence,
@@ -38,10 +47,10 @@ from reagent.policy import (
     shard,
 )
 from reagent.reward_model import (
+    annotation,
     check_judged_row,
     check_rrm_row,
     golds_of,
-    leaks,
     row_trajectory,
     target_text,
 )
@@ -65,9 +74,10 @@ class Config:
         32_768  # sft: longer rows are skipped and counted, as are prompts beyond max_context
     )
     # reward of a judgment
-    closeness_weight: float = 0.7  # of 1 - |s - s*|
-    agreement_weight: float = 0.3  # of (s > 0.5) == correct
-    leak_penalty: float = 0.5
+    closeness_weight: float = 0.5
+    agreement_weight: float = 0.25
+    critique_weight: float = 0.25
+    leak_penalty: float = 0.5  # share of the reward that a leak costs
     max_judgment_tokens: int = 1400  # length bound: a judgment cut by it has a broken format
     verdict_weight: float = (
         1.0  # sft: weight of the tokens that carry found value, verdict and score
@@ -123,6 +133,8 @@ MAY_CHANGE |= {
 }
 
 
+VALID = 0.1  # what the worst valid judgment earns: a broken format earns 0
+
 SHOWN = ("loss", "reward", "valid", "grad_norm", "dlogp/mean")
 SHOWN += ("eval/valid", "eval/mae", "eval/auc/grounded")
 
@@ -130,23 +142,32 @@ SHOWN += ("eval/valid", "eval/mae", "eval/auc/grounded")
 # the reward of a judgment
 
 
-def judgment_reward(judgment, row: dict, closeness=0.7, agreement=0.3, leak_penalty=0.5) -> float:
-    """Reward of one judgment (None = broken format), over the targets the row has; see the top of
-    the file.
+def judgment_reward(judgment, row: dict, cfg: Config) -> float:
+    """Reward in [0, 1] of one judgment (None = broken format), over the parts its row allows; see
+    the top of the file.
     """
     if judgment is None:
         return 0.0
-    parts = []
-    if row.get("score") is not None:
-        parts.append((closeness, 1 - abs(judgment.score - row["score"])))
+    (score, critique), transcript = annotation(row), row_trajectory(row)
+    trail = names(row["question"] + "\n" + transcript)
+    parts = [(cfg.critique_weight, critique_worth(judgment, critique, trail))]
+    if score is not None:
+        parts.append((cfg.closeness_weight, 1 - (judgment.score - score) ** 2))
     if row.get("correct") is not None:
-        parts.append((agreement, float((judgment.score > 0.5) == bool(row["correct"]))))
+        parts.append((cfg.agreement_weight, 1 - (judgment.score - row["correct"]) ** 2))
     total = sum(weight for weight, _ in parts)
-    reward = sum(weight * value for weight, value in parts) / total if total else 0.0
-    text = row_trajectory(row)
-    if leaks(judgment.critique, golds_of(row), row["question"], text):
-        reward -= leak_penalty
-    return reward
+    value = sum(weight * part for weight, part in parts) / (total or 1.0)
+    if leaks(judgment.critique, golds_of(row), row["question"], transcript):
+        value *= 1 - cfg.leak_penalty
+    return VALID + (1 - VALID) * value
+
+
+def critique_worth(judgment, annotated: str | None, trail: frozenset[str]) -> float:
+    """From 0 to 1: prose of analysis and critique, half of it for naming what the annotated
+    critique names of the trail.
+    """
+    written = prose(judgment.think) * prose(judgment.critique, MOST_WORDS)
+    return written * (1 + name_agreement(judgment.critique, annotated, trail)) / 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -154,13 +175,14 @@ def judgment_reward(judgment, row: dict, closeness=0.7, agreement=0.3, leak_pena
 
 
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """(N, G) -> (N, G): (R - mean) / (unbiased std + eps) of each group; 0 in groups whose max -
-    min is under 1e-6.
+    """(N, G) -> (N, G): (R - mean of its group) / (std of these over the step + eps); 0 in groups
+    whose max - min is under 1e-6, which count nowhere.
     """
     rewards = rewards.double()
     spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)
-    centred = rewards - rewards.mean(1, keepdim=True)
-    return torch.where(spread >= 1e-6, centred / (rewards.std(1, keepdim=True) + eps), 0.0)
+    centred = torch.where(spread >= 1e-6, rewards - rewards.mean(1, keepdim=True), 0.0)
+    counted = (spread >= 1e-6).sum().clamp(min=1) * rewards.shape[1]
+    return centred / ((centred.square().sum() / counted).sqrt() + eps)
 
 
 def clipped_loss(logps, columns: dict, clip_low: float, clip_high: float) -> torch.Tensor:
@@ -240,10 +262,9 @@ def grpo_batch(
     seeds = [seed_of(cfg.seed, step, i, "judge") for i in range(len(prompts))]
     samples = sample(prompts, seeds, cfg.temperature)
     judgments = [read_judgment(chat, each) for each in samples]
-    parts = (cfg.closeness_weight, cfg.agreement_weight, cfg.leak_penalty)
     rewards = torch.zeros(len(pairs), group)  # (N, G)
     for i, judgment in enumerate(judgments):
-        rewards[i // group, i % group] = judgment_reward(judgment, pairs[i // group][0], *parts)
+        rewards[i // group, i % group] = judgment_reward(judgment, pairs[i // group][0], cfg)
     advantages = group_advantages(rewards)  # (N, G)
     counted = int((advantages != 0).any(1).sum()) * group
     sequences = []
@@ -316,15 +337,15 @@ def update(
 BOUNDS = (
     "judgments_per_step>0 group_size>1 temperature>0 max_judgment_tokens>0 max_context>0 "
     "max_tokens_per_row>0 tokens_per_microbatch>0 max_grad_norm>0 log_interval>0 eval_interval>0 "
-    "save_interval>0 timeout_s>0 engine.tensor_parallel>0 engine.memory_share<=1"
+    "save_interval>0 timeout_s>0 engine.tensor_parallel>0 engine.memory_share<=1 "
+    "leak_penalty<=1"
 )
 
 
 def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data
     check_numbers(cfg, BOUNDS)
-    if cfg.stage not in ("sft", "grpo"):
-        raise SystemExit(f"stage = {cfg.stage!r}: sft or grpo")
+    check_choices(cfg, stage="sft grpo")
     reward_model.read_rrm_prompt(cfg.prompt_file, cfg.request_file)  # before any work
     check = check_judged_row if cfg.stage == "sft" else check_rrm_row
     rows = JsonlRows(
@@ -347,11 +368,17 @@ def main(cfg: Config) -> None:
         engine.load_weights(full_weights(policy, run.sampler_dtype))
 
     def sample(prompts: list, seeds: list, temperature: float) -> list:
-        """Every rank samples its share; all get all, in order."""
+        """Every rank samples its share; all get all, in order. A rank that is missing is named."""
         options = dict(max_new_tokens=cfg.max_judgment_tokens, temperature=temperature)
         share = range(run.rank, len(prompts), run.world)
         asked = [engine.generate(prompts[i], seed=seeds[i], **options) for i in share]
-        shares = run.gather(runner.run(run_together(asked)))
+        mine, error = [], None
+        try:
+            mine = runner.run(run_together(asked))
+        except Exception as problem:  # the others wait for this rank: they must hear of it
+            error = problem
+        run.meet("the sampling of judgments", error)
+        shares = run.gather(mine)
         return [shares[i % run.world][i // run.world] for i in range(len(prompts))]
 
     def evaluate_policy() -> dict:

@@ -18,8 +18,9 @@ import rollout
 from evaluate import Common, agent_at_work
 from reagent import engines, reward_model
 from reagent.config import parse_config
+from reagent.critiques import leaks
 from reagent.policy import load_chat
-from reagent.reward_model import RewardModelConfig, leaks, row_trajectory
+from reagent.reward_model import RewardModelConfig, row_trajectory
 from reagent.rows import read_appended, seed_of
 
 

@@ -120,33 +120,18 @@ def parse_judgment(text: str) -> Judgment | None:
 # rows of judgments
 
 
-def leaks(critique: str, golds: list[str], question: str, trajectory: str) -> bool:
-    """Whether the critique states a gold answer, as whole tokens, that neither question nor
-    trajectory contains.
-    """
-    for gold in golds:
-        tokens = re.findall(r"\w+", gold.lower())
-        exempt = gold.strip().lower() in ("yes", "no", "true", "false") or re.fullmatch(
-            r"[A-Za-z]|\d{1,3}", gold.strip()
-        )
-        if (
-            tokens
-            and not exempt
-            and _holds(critique, tokens)
-            and not _holds(question + " " + trajectory, tokens)
-        ):
-            return True
-    return False
-
-
-def _holds(text: str, tokens: list[str]) -> bool:
-    words = re.findall(r"\w+", text.lower())
-    return any(words[i : i + len(tokens)] == tokens for i in range(len(words) - len(tokens) + 1))
-
-
 def golds_of(row: dict) -> list[str]:
-    answer = row.get("answer") or []
-    return answer if isinstance(answer, list) else [answer]
+    """The answers of a row; [] where it has none: then nothing is known of leaks."""
+    answer = row.get("answer")
+    answers = answer if isinstance(answer, list) else [] if answer is None else [answer]
+    return [str(each) for each in answers]
+
+
+def annotation(row: dict) -> tuple[float | None, str | None]:
+    """The annotated score and critique of a row, which may stand in one text."""
+    if judgment := parse_judgment(row.get("judgment") or ""):
+        return judgment.score, judgment.critique
+    return row.get("score"), row.get("critique")
 
 
 def row_trajectory(row: dict) -> str:

@@ -395,7 +395,8 @@ class Run:
         if self.tracker:
             self.tracker.log(line)
         if not quiet:
-            text = "  ".join(f"{key} {line[key]:.4g}" for key in shown if key in line)
+            known = [key for key in shown if isinstance(line.get(key), (int, float))]
+            text = "  ".join(f"{key} {line[key]:.4g}" for key in known)
             text += f"  SKIPPED: {line['skipped']}" if line.get("skipped") else ""
             tqdm.write(f"step {line['step']:5d}  {text}  {line['seconds/step']:.1f} s")
 

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from reagent.reward_model import golds_of, leaks, row_trajectory
+from reagent.critiques import MOST_WORDS, leaks, name_agreement, named, names, prose
+from reagent.reward_model import annotation, golds_of, row_trajectory
 from results.statistics import table
 
 
@@ -32,34 +33,58 @@ def auc(scores, labels) -> float:
 
 
 def judgment_report(judgments: list, rows: list[dict], lengths: list[int]) -> dict:
-    """Share valid, MAE, Spearman, AUC against correctness (and grounded correctness), leaks,
-    calibration by tenths.
+    """Figures of judgments (None: not valid) of rows: share valid, agreement with annotated scores
+    and correctness, leaks, critiques, calibration by tenths. "unknown": no row says it.
     """
     pairs = [(j, row) for j, row in zip(judgments, rows) if j is not None]
-    scored = [(j.score, row["score"]) for j, row in pairs if row.get("score") is not None]
+    scored = [(j.score, s) for j, row in pairs if (s := annotation(row)[0]) is not None]
+    labelled = [(j.score, row["correct"]) for j, row in pairs if row.get("correct") is not None]
     leaked = [
-        leaks(j.critique, golds_of(row), row["question"], row_trajectory(row)) for j, row in pairs
+        leaks(j.critique, golds, row["question"], row_trajectory(row))
+        for j, row in pairs
+        if (golds := golds_of(row))
     ]
     report = {
         "valid": len(pairs) / max(len(rows), 1),
-        "mae": float(np.mean([abs(a - b) for a, b in scored])) if scored else math.nan,
+        "mae": _mean(abs(a - b) for a, b in scored),
+        "brier": _mean((score - right) ** 2 for score, right in labelled),
         "spearman": rank_correlation(*zip(*scored)) if scored else math.nan,
-        "critique_leaks": float(np.mean(leaked)) if leaked else math.nan,
-        "tokens": float(np.mean(lengths)) if lengths else math.nan,
+        "critique_leaks": _mean(leaked),
+        "tokens": _mean(lengths),
     }
     for name in ("correct", "grounded"):
-        labelled = [(j.score, row[name]) for j, row in pairs if row.get(name) is not None]
-        if labelled:
-            report[f"auc/{name}"] = auc(*zip(*labelled))
-    labelled = [(j.score, row["correct"]) for j, row in pairs if row.get("correct") is not None]
+        told = [(j.score, row[name]) for j, row in pairs if row.get(name) is not None]
+        if told:
+            report[f"auc/{name}"] = auc(*zip(*told))
+    report |= critique_report(pairs)
     for tenth in range(10):
         inside = [right for score, right in labelled if min(int(score * 10), 9) == tenth]
         if inside:
-            report[f"calibration/{tenth / 10:.1f}"] = [
-                round(float(np.mean(inside)), 3),
-                len(inside),
-            ]
-    return {k: round(v, 4) if isinstance(v, float) else v for k, v in report.items()}
+            report[f"calibration/{tenth / 10:.1f}"] = [round(_mean(inside), 3), len(inside)]
+    unknown = {k for k, v in report.items() if isinstance(v, float) and math.isnan(v)}
+    figures = {k: round(v, 4) if isinstance(v, float) else v for k, v in report.items()}
+    return figures | dict.fromkeys(unknown, "unknown")
+
+
+def critique_report(pairs: list) -> dict:
+    """Figures of the critiques of (judgment, row): what share names something of its trajectory and
+    of the next row's (a critique that would fit any names nothing, or the same in both), F1 of the
+    names against the annotated critique, prose (reagent/critiques.py).
+    """
+    trails = [names(row["question"] + "\n" + row_trajectory(row)) for _, row in pairs]
+    critiques, annotated = [j.critique for j, _ in pairs], [annotation(row)[1] for _, row in pairs]
+    told = [each for each in zip(critiques, annotated, trails) if each[1]]
+    return {
+        "critique/named": _mean(map(bool, map(named, critiques, trails))),
+        "critique/named_in_next": _mean(map(bool, map(named, critiques, trails[1:] + trails[:1]))),
+        "critique/names_f1": _mean(name_agreement(*each) for each in told),
+        "critique/prose": _mean(prose(critique, MOST_WORDS) for critique in critiques),
+    }
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return float(np.mean(values)) if values else math.nan
 
 
 def report_table(report: dict) -> str:
@@ -74,23 +99,37 @@ def report_table(report: dict) -> str:
 
 
 def paired_bootstrap(judged_a: list, judged_b: list, rows: list[dict], draws: int = 2000) -> dict:
-    """b minus a over trajectories that both judged: MAE and AUC differences with 95 % intervals."""
-    both = [i for i in range(len(rows)) if judged_a[i] and judged_b[i]]
-    a, b = ([judged[i].score for i in both] for judged in (judged_a, judged_b))
-    a, b, truth = np.array(a), np.array(b), np.array([rows[i]["score"] for i in both])
-    gaps = np.abs(b - truth) - np.abs(a - truth)
-    rng, result = np.random.default_rng(0), {}
-    picks = rng.integers(len(both), size=(draws, len(both)))
-    result["mae"] = (gaps.mean(), *np.quantile(gaps[picks].mean(1), [0.025, 0.975]))
-    for name in ("correct", "grounded"):
-        if all(rows[i].get(name) is not None for i in both):
-            label = np.array([bool(rows[i][name]) for i in both])
-            drawn = [auc(b[p], label[p]) - auc(a[p], label[p]) for p in picks]
-            result[f"auc/{name}"] = (
-                auc(b, label) - auc(a, label),
-                *np.nanquantile(drawn, [0.025, 0.975]),
-            )
-    return {
-        f"difference/{name}": [round(float(x), 4) for x in values]
-        for name, values in result.items()
-    }
+    """b minus a over trajectories that both judged: [difference, low, high] of MAE and AUC with
+    95 % intervals. Questions are drawn: the trajectories of one stand or fall together.
+    """
+    result = {}
+    for name, key, figure in (
+        ("mae", "score", mean_error),
+        ("auc/correct", "correct", auc),
+        ("auc/grounded", "grounded", auc),
+    ):
+        clusters: dict[str, list] = {}
+        for a, b, row in zip(judged_a, judged_b, rows):
+            if a and b and row.get(key) is not None:
+                clusters.setdefault(row["question"], []).append((a.score, b.score, row[key]))
+        told = np.array([each for of in clusters.values() for each in of], float)
+        if len(told) and not math.isnan(figure(told[:, 0], told[:, 2])):
+            result[f"difference/{name}"] = _interval(list(clusters.values()), figure, draws)
+    return result
+
+
+def mean_error(scores, truth) -> float:
+    return float(np.abs(scores - truth).mean())
+
+
+def _interval(clusters: list, figure, draws: int) -> list[float]:
+    """[difference, low, high] over clusters of rows (score of a, score of b, truth)."""
+
+    def difference(drawn) -> float:
+        a, b, truth = np.concatenate(drawn).T
+        return figure(b, truth) - figure(a, truth)
+
+    rng, n = np.random.default_rng(0), len(clusters)
+    drawn = [difference([clusters[c] for c in rng.integers(n, size=n)]) for _ in range(draws)]
+    low_high = np.nanquantile(drawn, [0.025, 0.975])
+    return [round(float(x), 4) for x in (difference(clusters), *low_high)]

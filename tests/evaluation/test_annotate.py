@@ -138,9 +138,38 @@ def test_critique_lift_counts_each_kind_of_critique(world):
     assert lift["lift/questions"] == 6
 
 
+def scored_rows(scores):
+    return [
+        {"question": f"q{i}", "score": float(s), "correct": bool(s > 0.5)}
+        for i, s in enumerate(scores)
+    ]
+
+
+def test_the_interval_is_of_95_percent_and_draws_questions():
+    """Against the normal interval; ten copies of a trajectory under its question say no more."""
+    rng = np.random.default_rng(1)
+    rows = scored_rows(rng.uniform(0.3, 0.7, 400))
+    gaps = rng.uniform(0, 0.3, 400)
+    exact = [Judgment("t", "c", row["score"]) for row in rows]
+    off = [Judgment("t", "c", row["score"] + gap) for row, gap in zip(rows, gaps)]
+    middle, low, high = judging.paired_bootstrap(exact, off, rows)["difference/mae"]
+    assert middle == pytest.approx(gaps.mean(), abs=1e-4)
+    half = 1.96 * gaps.std() / 20
+    assert high - middle == pytest.approx(half, rel=0.1) == middle - low
+    ten = judging.paired_bootstrap(exact * 10, off * 10, rows * 10, draws=200)
+    assert ten == judging.paired_bootstrap(exact, off, rows, draws=200)
+
+
+def test_rows_without_a_label_are_left_out_of_its_difference_alone():
+    rows = scored_rows([0.1, 0.9, 0.4])
+    rows[0]["score"] = rows[1]["correct"] = rows[2]["correct"] = None
+    judged = [Judgment("t", "c", 0.5)] * 3
+    assert judging.paired_bootstrap(judged, judged, rows, draws=20)["difference/mae"] == [0.0] * 3
+
+
 def test_paired_bootstrap_tells_a_better_judge_from_an_equal_one():
     rng = np.random.default_rng(0)
-    rows = [{"score": float(s), "correct": bool(s > 0.5)} for s in rng.random(200)]
+    rows = scored_rows(rng.random(200))
     good = [Judgment("t", "c", min(1.0, row["score"])) for row in rows]
     bad = [Judgment("t", "c", float(rng.random())) for _ in rows]
     better, equal = (

@@ -10,66 +10,255 @@ import pytest
 import torch
 
 import train_rrm
-from reagent import reward_model
+from reagent import critiques, reward_model
 from reagent.chat import Chat
-from reagent.engines import EngineConfig
+from reagent.engines import EngineConfig, Sample
 from reagent.reward_model import Judgment, RewardModelConfig
 from results import judging
 from tests.helpers.judge_server import judge_server
 from tests.helpers.tiny import toy
 
 ROW = {
-    "question": "Who wrote it?",
-    "trajectory": "[assistant]\nperhaps Bob",
+    "question": "Who wrote it, Bob or somebody else?",
+    "trajectory": "[assistant]\nI asked for Bob. \\boxed{Bob}\n[tool]\nSee the page of Cleo.",
     "score": 0.8,
     "correct": True,
+    "critique": "The page of Cleo was never opened.",
     "answer": ["Ada Byron"],
 }
+CFG = train_rrm.Config()
+THINK = "The agent did not open the page that its search had found."
 
 
-def judgment(score, critique="look again"):
-    return Judgment("analysis: Ada Byron", critique, score)
+def judgment(score, critique="You should open the page of Cleo.", think=THINK):
+    return Judgment(think, critique, score)
 
 
-@pytest.mark.parametrize(
-    "found, row, reward",
-    [
-        (None, ROW, 0.0),
-        (judgment(0.8), ROW, 1.0),
-        (judgment(0.6), ROW, 0.7 * 0.8 + 0.3),
-        (judgment(0.3), ROW, 0.7 * 0.5),
-        (judgment(0.3), {**ROW, "correct": None}, 0.5),
-        (judgment(0.3), {**ROW, "score": None}, 0.0),
-        (judgment(0.8, "It was Ada  Byron."), ROW, 0.5),
-    ],
-)
-def test_reward_of_a_judgment(found, row, reward):
-    assert train_rrm.judgment_reward(found, row) == pytest.approx(reward)
+def earned(found, **changes):
+    return train_rrm.judgment_reward(found, ROW | changes, CFG)
 
 
 @pytest.mark.parametrize(
-    "critique, gold, question, trajectory, leak",
+    "found, changes, value",
     [
-        ("the answer is Paris.", "Paris", "q", "t", True),
-        ("the answer is parisian", "Paris", "q", "t", False),  # whole tokens
-        ("the answer is Paris", "Paris", "is it Paris?", "t", False),
-        ("the answer is Paris", "Paris", "q", "perhaps Paris", False),
-        ("no", "no", "q", "t", False),
-        ("B is right", "B", "q", "t", False),
-        ("use 42", "42", "q", "t", False),
-        ("it was 1969", "1969", "q", "t", True),
+        (judgment(0.8), {}, 0.5 + 0.25 * 0.96 + 0.25),
+        (judgment(0.3), {}, 0.5 * 0.75 + 0.25 * 0.51 + 0.25),
+        (judgment(0.3), {"correct": None}, (0.5 * 0.75 + 0.25) / 0.75),
+        (judgment(0.3), {"score": None}, (0.25 * 0.51 + 0.25) / 0.5),
+        (judgment(0.8, "You should have read some other page."), {}, 0.5 + 0.25 * 0.96 + 0.125),
+        (judgment(0.8, "Bob did not open the page of Cleo."), {}, 0.74 + 0.125 * (1 + 2 / 3)),
+        (judgment(0.8, "The page of Cleo names Ada  Byron."), {}, 0.5 * 0.99),
     ],
 )
-def test_leaks_are_whole_tokens_in_the_critique_that_nobody_said_before(
-    critique, gold, question, trajectory, leak
-):
-    assert reward_model.leaks(critique, [gold], question, trajectory) is leak
+def test_reward_of_a_judgment(found, changes, value):
+    assert earned(found, **changes) == pytest.approx(0.1 + 0.9 * value)
 
 
-def test_group_advantages_are_z_scores_and_zero_without_spread():
-    got = train_rrm.group_advantages(torch.tensor([[0.0, 1.0], [1.01, 1.01]]), eps=0.0)
-    half = 1 / math.sqrt(2)
-    assert torch.allclose(got, torch.tensor([[-half, half], [0.0, 0.0]], dtype=torch.float64))
+def test_any_valid_judgment_beats_a_broken_format():
+    worst = judgment(0.0, "Ada Byron", ".")
+    for changes in ({"score": 1.0}, {"score": 1.0, "correct": None}, {"score": None}):
+        assert earned(worst, **changes) >= train_rrm.VALID > earned(None, **changes) == 0
+
+
+@pytest.mark.parametrize("score", [0.0, 0.3, 0.5, 0.6, 1.0, None])
+@pytest.mark.parametrize("correct", [True, False, None])
+def test_no_optimum_of_the_score_sits_on_a_cliff(score, correct):
+    """The reward is smooth in the score, and largest where the targets' mean lies."""
+    targets = [(0.5, score)] * (score is not None) + [(0.25, correct)] * (correct is not None)
+    if not targets:
+        return
+    grid = [i / 1000 for i in range(1001)]
+    rewards = [earned(judgment(s), score=score, correct=correct) for s in grid]
+    assert max(abs(a - b) for a, b in zip(rewards, rewards[1:])) < 0.002
+    best = sum(w * t for w, t in targets) / sum(w for w, _ in targets)
+    assert grid[rewards.index(max(rewards))] == pytest.approx(best, abs=6e-4)
+
+
+def toy_rows(count=60):
+    rng = random.Random(0)
+    return [toy.rrm_row(rng, i) for i in range(count)]
+
+
+def mean_reward(judge, rows):
+    return sum(train_rrm.judgment_reward(judge(row), row, CFG) for row in rows) / len(rows)
+
+
+def honest(row):
+    """Like a trained judge: a score off by .1, one critique in six names another place."""
+    wrong = sum(map(ord, row["id"])) % 6 == 0
+    critique = f"{toy.STOPPED}Xena." if wrong else row["critique"]
+    return Judgment(row["think"], critique, abs(row["score"] - 0.1))
+
+
+@pytest.mark.parametrize(
+    "cheat",
+    [
+        lambda row: Judgment(row["think"], row["critique"], 0.5),
+        lambda row: Judgment("Ada: no.", f"{toy.STOPPED}Ada.", 0.15),
+        lambda row: Judgment(row["think"], ".", row["score"]),
+        lambda row: Judgment(row["think"], "\u200b", row["score"]),
+        lambda row: Judgment(row["think"], "x" * 3000, row["score"]),
+        lambda row: Judgment(row["think"], "x " * 1500, row["score"]),
+        lambda row: Judgment(row["think"], row["critique"] * 100, row["score"]),
+        lambda row: Judgment(row["think"], "Look at it again with more care.", row["score"]),
+        lambda row: Judgment("\u200b", row["critique"], row["score"]),
+        lambda row: Judgment(".", row["critique"], row["score"]),
+        lambda row: Judgment(row["think"] * 200, row["critique"], row["score"]),
+        lambda row: None,  # what parse_judgment makes of an empty analysis, and of one that was cut
+    ],
+    ids=(
+        "hedge constant dot zero-width x x-words long generic invisible-analysis dot-analysis "
+        "endless-analysis broken"
+    ).split(),
+)
+def test_an_honest_judgment_earns_more_than_a_cheat(cheat):
+    rows = toy_rows()
+    assert mean_reward(honest, rows) > mean_reward(cheat, rows) + 0.02
+
+
+def test_an_empty_analysis_and_one_that_was_cut_are_broken_formats():
+    chat = Chat(toy.make_tokenizer([]))
+    text = "<think>{}</think><critique>look again</critique><score>0.5</score>"
+    for think, reason, valid in (("a", "stop", True), (" ", "stop", False), ("a", "length", False)):
+        sample = Sample(chat.text(text.format(think)), [], reason)
+        assert (train_rrm.read_judgment(chat, sample) is not None) is valid
+
+
+LEAKS = [  # critique, gold, is it a leak?
+    ("the answer is Paris.", "Paris", True),
+    ("the answer is\nparis", "Paris", True),
+    ("the answer is parisian", "Paris", False),  # whole words
+    ("Paris's museum", "Paris", True),
+    ("It was Ada  Byron.", "Ada Byron", True),
+    ("It was **Ada** Byron", "Ada Byron", True),
+    ("Beatles!", "The Beatles", True),
+    ("tell us a story", "USA", False),
+    ("the U.S.A. is", "USA", True),
+    ("the T S Eliot poem", "T.S. Eliot", True),
+    ("an e-mail", "email", True),
+    # scripts without spaces between words
+    ("答案是北京大学。", "北京大学", True),
+    ("答えは東京タワーです", "東京タワー", True),
+    ("정답은 서울이다", "서울", True),
+    ("คำตอบคือกรุงเทพ", "กรุงเทพ", True),
+    ("答案是清华大学。", "北京大学", False),
+    # numbers, by value
+    ("it is 1234", "1,234", True),
+    ("it is 1,234.0", "1234", True),
+    ("it is 1 234", "1234", True),
+    ("it is 1{,}234 m", "1234", True),
+    ("it is 12.5", "12.50", True),
+    ("it is 1235", "1,234", False),
+    ("step 1, 234 rows", "1234", False),
+    ("it was 1969", "1969", True),
+    ("in the 1960s", "1960", False),
+    ("1234km", "1,234 km", True),
+    ("12 km", "12km", True),
+    ("it is 1/2", "\\frac{1}{2}", True),
+    ("so $\\dfrac12$", "1/2", True),
+    ("it is 0.5.", "\\frac{1}{2}", True),
+    ("it is ½", "0.5", True),
+    ("it is 1/3", "1/2", False),
+    ("it is 3 1/2", "3½", True),
+    ("x + 1", "x+1", True),
+    ("x - 1", "x+1", False),
+    ("(1, 2)", "(1,2)", True),
+    # other forms of the same letters
+    ("Ｐａｒｉｓ", "Paris", True),
+    ("𝐏𝐚𝐫𝐢𝐬", "Paris", True),
+    ("P\u200bar\u00adis", "Paris", True),
+    ("Sa\u0303o Paulo", "São Paulo", True),
+    ("Sao Paulo", "São Paulo", True),
+    ("Lodz", "Łódź", True),
+    ("Strasse", "Straße", True),
+    ("P\u0430ris", "Paris", True),  # a Cyrillic a
+    ("١٩٦٩", "1969", True),
+    ("it is a P a r i s", "Paris", True),
+    ("p-a-r-i-s", "Paris", True),
+    ("A d a B y r o n", "Ada Byron", True),
+    # what a critique may say
+    ("no", "no", False),
+    ("a yes, but", "Yes.", False),
+    ("B is right", "B", False),
+    ("option B", "(B)", False),
+    ("use 42", "42", False),
+    ("use 12", "$12$", False),
+    ("step 12", "$12", False),
+    ("it costs $12", "$12", True),
+    ("50 of them", "50%", False),
+    ("half, so 50 percent", "50%", True),
+    ("step 5", "-5", False),
+    ("lines 3-5", "-5", False),
+    ("it is minus 5", "-5", True),
+    ("grade C", "C++", False),
+    ("write it in C++", "C++", True),
+    ("the value $1,234", "1234", True),
+    ("infinite, so ∞", "∞", True),
+]
+
+
+@pytest.mark.parametrize("critique, gold, leak", LEAKS)
+def test_leaks_are_the_answers_words_whatever_their_form(critique, gold, leak):
+    assert critiques.leaks(critique, [gold], "q", "t") is leak
+
+
+def test_what_question_or_trajectory_say_in_any_form_is_no_leak():
+    assert not critiques.leaks("It is Paris", ["Paris"], "is it PARIS?", "t")
+    assert not critiques.leaks("It is 1234", ["1,234"], "q", "[tool]\n1 234 people")
+    assert critiques.leaks("It is Paris or Rome", ["Paris", "Rome"], "q", "perhaps Paris")
+
+
+def test_names_are_those_of_the_trail_and_a_critique_has_its_own():
+    trail = critiques.names(
+        'When was it?\n[assistant]\nThe search: "Rome"\n[tool]\nIt leads to Nile.'
+    )
+    assert trail == {"rome", "nile"}
+    assert critiques.named("The search of Rome and Oslo was enough.", trail) == {"rome"}
+    assert critiques.named("再查看北京大学", critiques.names("q\n北京大学很大")) == {"北京大学"}
+
+
+def test_a_row_says_its_answer_as_a_text_a_number_or_a_list():
+    for answer, golds in ((None, []), ("a", ["a"]), (7, ["7"]), (["a", 7], ["a", "7"])):
+        assert reward_model.golds_of({"answer": answer}) == golds
+
+
+def test_a_judgment_in_one_text_has_score_and_critique():
+    text = "<think>a</think><critique>c</critique><score>0.5</score>"
+    assert reward_model.annotation({"judgment": text}) == (0.5, "c")
+    assert reward_model.annotation({"score": 0.2}) == (0.2, None)
+
+
+def test_group_advantages_are_centred_in_their_group_and_scaled_by_the_step():
+    got = train_rrm.group_advantages(
+        torch.tensor([[0.0, 1.0], [0.4, 0.6], [1.01, 1.01]], dtype=torch.float32), eps=0.0
+    )
+    std = math.sqrt((2 * 0.25 + 2 * 0.01) / 4)
+    want = torch.tensor([[-0.5, 0.5], [-0.1, 0.1], [0.0, 0.0]], dtype=torch.float64) / std
+    assert torch.allclose(got, want, atol=1e-6)
+    assert not train_rrm.group_advantages(torch.full((2, 3), 0.7)).any()
+
+
+def test_the_advantages_leave_a_calibrated_judge_where_it_is():
+    """Scores around .2 of answers that are right one time in five; divided by the std of its group,
+    each group would pull as hard, and the four wrong ones of five would win."""
+    generator = torch.Generator().manual_seed(0)
+    right = (torch.arange(4000) % 5 == 0).double()[:, None]
+    scores = 0.2 + 0.05 * torch.randn(4000, 8, generator=generator, dtype=torch.float64)
+    advantages = train_rrm.group_advantages(1 - (scores - right) ** 2)
+    centred = scores - scores.mean(1, keepdim=True)
+
+    def drift(a):
+        return (a * centred).mean() / (a.square().mean() * centred.square().mean()).sqrt()
+
+    own = advantages / advantages.std(1, keepdim=True)
+    assert abs(drift(advantages)) < 0.03 and drift(own) < -0.4
+
+
+@pytest.mark.parametrize("weight", [dict(leak_penalty=1.1), dict(critique_weight=-1.0)])
+def test_a_weight_that_lets_a_broken_judgment_win_is_named(weight):
+    (key,) = weight
+    with pytest.raises(SystemExit, match=f"^{key} = "):
+        train_rrm.main(train_rrm.Config(**weight))
 
 
 def test_auc_is_the_share_of_ordered_pairs():
@@ -87,7 +276,10 @@ def test_auc_is_the_share_of_ordered_pairs():
 def test_rank_correlation_sees_order_only():
     x = [1, 2, 3, 4, 5]
     assert judging.rank_correlation(x, [v**3 for v in x]) == pytest.approx(1)
-    assert judging.rank_correlation(x, [1, 1, 1, 1, 1]) != judging.rank_correlation(x, x)
+    assert judging.rank_correlation([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(
+        4.5 / math.sqrt(22.5)
+    )
+    assert math.isnan(judging.rank_correlation(x, [1, 1, 1, 1, 1]))
 
 
 def test_the_report_counts_invalid_judgments_and_calibrates():
@@ -95,12 +287,29 @@ def test_the_report_counts_invalid_judgments_and_calibrates():
     report = judging.judgment_report(
         [judgment(0.95), judgment(0.95), judgment(0.15), None], rows, [10, 10, 10, 10]
     )
-    assert (
-        report["valid"] == 0.75
-        and report["calibration/0.9"] == [0.5, 2]
-        and report["calibration/0.1"] == [0.0, 1]
-    )
+    assert report["valid"] == 0.75
+    assert report["calibration/0.9"] == [0.5, 2] and report["calibration/0.1"] == [0.0, 1]
     assert report["mae"] == pytest.approx((0.15 + 0.15 + 0.65) / 3, abs=1e-4)
+    assert report["brier"] == pytest.approx((0.95**2 + 0.05**2 + 0.15**2) / 3, abs=1e-4)
+
+
+def test_the_report_says_what_no_row_can_tell():
+    row = {"question": "q", "trajectory": "t", "correct": True}
+    report = judging.judgment_report([judgment(0.9)], [row], [5])
+    assert report["critique_leaks"] == report["mae"] == "unknown" and report["brier"] == 0.01
+    assert "unknown" in judging.report_table(report)
+    leaking = [row, row | {"answer": "Cleo"}]
+    assert judging.judgment_report([judgment(0.9)] * 2, leaking, [5])["critique_leaks"] == 1.0
+
+
+def test_the_report_tells_critiques_of_their_trajectory_from_those_that_fit_any():
+    rows = toy_rows()
+    own = [Judgment(row["think"], row["critique"], 0.5) for row in rows]
+    moved = judging.judgment_report(own[1:] + own[:1], rows, [])
+    told = judging.judgment_report(own, rows, [])
+    assert told["critique/named"] == told["critique/names_f1"] == told["critique/prose"] == 1.0
+    assert moved["critique/named"] < 0.4 and told["critique/named_in_next"] < 0.4
+    assert moved["critique/names_f1"] < 0.3
 
 
 def test_bad_rows_are_named(tmp_path):
