@@ -1,0 +1,502 @@
+"""What files.py runs in its child: documents, tables, archives and HTML as text.
+
+A reader takes (stream, chars) and yields pieces of text; kind_of chooses it by the first bytes.
+"""
+
+import codecs
+import contextlib
+import io
+import json
+import os
+import re
+import resource
+import stat
+import struct
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+from urllib.parse import urldefrag, urljoin
+
+from toolkit.sandbox import ToolError
+
+MOST_BYTES = 100 << 20  # of a file, or of a member of an archive
+MOST_UNPACKED = 200 << 20  # of all members of an office document
+MOST_RATIO = 200  # of unpacked to packed bytes, for what is larger than FREE_BYTES
+FREE_BYTES = 20 << 20
+MOST_MEMBERS = 10_000
+MOST_ROWS = 100_000  # of a sheet
+MOST_LINKS = 200  # of a page
+MOST_GZIP = 1000  # members of a packed page
+PIECE = 1 << 10  # bytes
+READABLE = "text, code, json, csv, html, xml, xlsx, docx, pptx, pdf and zip"
+
+
+def child(given: dict) -> None:
+    """Reads descriptor 0; writes "ready" and a JSON object: text and title, or error, or fault."""
+    answer = os.dup(1)
+    os.dup2(2, 1)  # whatever a parser prints is no part of the answer
+    confine(given["seconds"], given["memory"])
+    os.write(answer, b"ready\n")
+    try:
+        if given["do"] == "ffmpeg":
+            os.dup2(answer, 1)
+            os.execv(given["command"][0], given["command"])
+        with os.fdopen(0, "rb", closefd=False) as stream:
+            if given["do"] == "page":
+                title, text = _page(stream.read(), given)
+            else:
+                title, text = "", whole_text(stream, given)
+        reply = {"title": title, "text": text}
+    except ToolError as error:
+        reply = {"error": str(error)}
+    except ImportError as error:
+        reply = {"fault": f"a reader is not installed: {error}"}
+    except MemoryError:
+        reply = {"error": f"The file needs more than {given['memory'] >> 20} MB to be read."}
+    except Exception as error:  # parsers raise anything on a damaged file
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        reply = {"error": f"The file is damaged, or not what it seems: {what}"}
+    with os.fdopen(answer, "wb") as out:
+        out.write(json.dumps(reply).encode())
+
+
+def confine(seconds: float, memory: int) -> None:
+    """Limits of this process: address space in bytes, processor time, no new files, no core."""
+    limits = {"AS": memory, "CPU": int(seconds) + 2, "FSIZE": 0, "CORE": 0, "NOFILE": 64}
+    for name, value in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+
+
+def whole_text(stream, given: dict) -> str:
+    """Text of a seekable binary stream, or of a member of the archive in it, or of one in that."""
+    name, members, chars = given["name"], given["members"], given["chars"]
+    if len(members) > 3:
+        raise ToolError("An archive in an archive in an archive is as deep as it goes.")
+    for member in members:
+        stream, name = io.BytesIO(_member(stream, name, member)), member
+    text, length, until = [], 0, time.monotonic() + 0.7 * given["seconds"]
+    for piece in READERS[kind_of(stream, name)](stream, chars):
+        text.append(piece[: chars - length])
+        length += len(text[-1])
+        if length >= chars or time.monotonic() > until:
+            text.append(f"\n[Cut here, after {length:,} characters: there is more in the file.]")
+            break
+    return "".join(text).encode("utf-8", "replace").decode() if length else "(an empty file)"
+
+
+HTML = re.compile(rb"<(!doctype\s+html|html|head|body|div|p|table|title)\b", re.I)
+
+
+def _page(body: bytes, given: dict) -> tuple[str, str]:
+    """(title, text) of a page, by what it is and not by what the server claims."""
+    body = unpacked(body, given["packed"], given["most"])
+    if not body.strip():
+        return "", "(an empty page)"
+    if codec := charset(given["charset"]):  # what the header says goes before what the page says
+        with contextlib.suppress(UnicodeDecodeError):
+            body = codecs.BOM_UTF8 + body.decode(codec).encode()
+    if HTML.search(body[:4096]) and b"\0" not in body[:4096]:
+        title, text = html_text(decoded(body, whole=True), given["url"], given["chars"])
+        return title, text or "(a page without text)"
+    return "", whole_text(io.BytesIO(body), given)
+
+
+def unpacked(body: bytes, packed: str, most: int) -> bytes:
+    """The body as it was before gzip, up to `most` bytes; ToolError for any other packing.
+
+    A piece at a time: what follows a member is copied for each, and a body may be nothing but
+    empty members.
+    """
+    packed = packed.strip().lower()
+    if packed in ("", "identity"):
+        return body
+    if packed not in ("gzip", "x-gzip"):
+        raise ToolError(f"The page is packed as {packed[:40]}, which was not asked for.")
+    text, members, member = bytearray(), 0, None
+    for start in range(0, len(body), PIECE):
+        piece = body[start : start + PIECE]
+        while piece:
+            if member is None:
+                member, members = zlib.decompressobj(31), members + 1
+            try:
+                text += member.decompress(piece, most + 1 - len(text))
+            except zlib.error as error:
+                raise ToolError(f"The page is not packed as it says: {error}.") from error
+            if len(text) > most or members > MOST_GZIP:
+                what = f"{most >> 20} MiB" if len(text) > most else f"{MOST_GZIP:,} packed parts"
+                raise ToolError(f"The page is larger than {what}.")
+            piece, member = member.unused_data, None if member.eof else member
+    if member is not None:
+        raise ToolError("The page ends early: its packed data are not whole.")
+    return bytes(text)
+
+
+# --------------------------------------------------------------------------------------------------
+# kinds of files and of encodings
+
+PICKLES = [bytes([128, protocol]) for protocol in range(2, 6)]
+STARTS = {
+    "image": (b"\x89PNG", b"\xff\xd8\xff", b"GIF8"),
+    "bitmap": (b"BM", b"II*\0", b"MM\0*"),
+    "audio": (b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2"),
+    "video": (b"\x1aE\xdf\xa3",),
+    "old office": (b"\xd0\xcf\x11\xe0",),
+    "packed": (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!"),
+    "binary": (b"\x93NUMPY", b"\x7fELF", b"SQLite format 3", *PICKLES),
+    "zip": (b"PK\3\4", b"PK\5\6"),
+}
+OFFICE = {"xlsx": "xl/workbook.xml", "docx": "word/document.xml", "pptx": "ppt/presentation.xml"}
+CONTROLS = bytes([*range(9), 11, *range(14, 27), *range(28, 32), 127])
+REFUSED = {
+    "image": "an image: image2text looks at it",
+    "bitmap": "an image of a type that cannot be read (png, jpeg, gif and webp can)",
+    "audio": "a recording: audio2text listens to it",
+    "video": "a video, which cannot be read",
+    "old office": "an old or encrypted Office file, which cannot be read (xlsx, docx and pptx can)",
+    "packed": "an archive that cannot be read (zip can)",
+    "binary": f"binary data, which cannot be read ({READABLE} can)",
+}
+
+
+def kind_of(stream, name: str) -> str:
+    """The key in READERS by the first bytes; the name decides only among texts. ToolError."""
+    head = stream.read(1 << 16)
+    stream.seek(0)
+    kind = next((kind for kind, starts in STARTS.items() if head.startswith(starts)), "")
+    if head[:4] == b"RIFF":
+        kind = "image" if head[8:12] == b"WEBP" else "audio"
+    elif head[4:8] == b"ftyp":
+        kind = "audio" if head[8:11] in (b"M4A", b"M4B") else "video"
+    elif b"%PDF-" in head[:1024]:
+        kind = "pdf"
+    if kind == "zip":
+        names = {info.filename for info in _archive(stream).infolist()}
+        return next((kind for kind, mark in OFFICE.items() if mark in names), "zip")
+    wide = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _wide(head)
+    controls = len(head) - len(head.translate(None, CONTROLS))
+    if not kind and not wide and controls > len(head) / 100:
+        kind = "binary"
+    if kind in REFUSED and not (kind == "bitmap" and controls == 0):  # a text may begin with BM
+        raise ToolError(f"The file is {REFUSED[kind]}.")
+    if kind == "pdf":
+        return kind
+    text = head[:4096].decode("utf-16" if wide else "latin-1", "replace")
+    text = text.lstrip("\ufeff\xef\xbb\xbf \t\r\n").lower()
+    named = text.startswith("<") and name.lower().endswith((".html", ".htm"))
+    return "html" if named or text.startswith(("<!doctype html", "<html")) else "text"
+
+
+def _wide(head: bytes) -> str:
+    """utf-16-le or -be if every other byte is mostly zero, as in western text without a mark."""
+    even, odd = head[0:1000:2], head[1:1000:2]
+    for name, zeros, others in (("utf-16-le", odd, even), ("utf-16-be", even, odd)):
+        few = others.count(0) < 0.1 * len(others)
+        if few and len(even) > 1 and zeros.count(0) > 0.4 * len(zeros):
+            return name
+    return ""
+
+
+def decoded(body: bytes, whole: bool) -> str:
+    """Text by its mark, as UTF-8, as it declares, else by a guess. `whole`: nothing was cut off."""
+    for name in ("utf-8", "utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"):
+        mark = "\ufeff".encode(name)
+        if body.startswith(mark):
+            return codecs.getincrementaldecoder(name)("replace").decode(body[len(mark) :])
+    if name := _wide(body):
+        return codecs.getincrementaldecoder(name)("replace").decode(body)
+    with contextlib.suppress(UnicodeDecodeError):
+        return codecs.getincrementaldecoder("utf-8")().decode(body, final=whole)
+    declared = re.search(rb"(?:charset|encoding)\s*=\s*[\"']?([\w.:-]{1,30})", body[:2048])
+    if codec := charset(declared[1].decode()) if declared else None:
+        with contextlib.suppress(UnicodeDecodeError):
+            return codecs.getincrementaldecoder(codec)().decode(body, final=whole)
+    from charset_normalizer import from_bytes
+
+    best = from_bytes(body[: 1 << 16], cp_isolation=sorted(CHARSETS)).best()
+    return body.decode(best and charset(best.encoding) or "utf-8", "replace")
+
+
+# as browsers read them: a label's codec, or after "=" a wider one that is meant by it. All take
+# time in proportion to the text, which Python's punycode and others do not
+CHARSETS = """utf-8 utf-16 utf-16-le utf-16-be utf-32 utf-32-le utf-32-be iso8859-2 iso8859-3
+iso8859-4 iso8859-5 iso8859-6 iso8859-7 iso8859-8 iso8859-10 iso8859-13 iso8859-14 iso8859-15
+iso8859-16 koi8-r koi8-u mac-roman mac-cyrillic cp437 cp850 cp852 cp866 cp874 cp932 cp949 cp1250
+cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258 gb18030 hz big5hkscs euc_jp iso2022_jp johab
+ascii=cp1252 iso8859-1=cp1252 iso8859-9=cp1254 iso8859-11=cp874 tis-620=cp874 gb2312=gb18030
+gbk=gb18030 big5=big5hkscs shift_jis=cp932 euc_kr=cp949"""
+CHARSETS = {name: wider or name for name, _, wider in (s.partition("=") for s in CHARSETS.split())}
+
+
+def charset(label: str) -> str | None:
+    """The codec for a label of a page or a file; None if it is unknown or not in CHARSETS."""
+    with contextlib.suppress(LookupError, ValueError):
+        return CHARSETS[codecs.lookup(label.lower().removeprefix("x-")).name]
+
+
+# --------------------------------------------------------------------------------------------------
+# text and HTML
+
+
+def _text(stream, chars: int) -> Iterator[str]:
+    most = 4 * chars + 4
+    body = stream.read(most)
+    yield decoded(body, whole=len(body) < most)
+    if len(body) == most:
+        yield " " * chars  # there is more: the caller cuts
+
+
+def _html(stream, chars: int) -> Iterator[str]:
+    yield "\n".join(html_text(decoded(stream.read(), whole=True), "", chars))
+
+
+def html_text(text: str, url: str, chars: int) -> tuple[str, str]:
+    """(title, text) of HTML: of a page at `url` main text and links, of a file whatever it says.
+
+    The main text, which trafilatura finds, gives way to all words of a page where it is short (a
+    list, a form), and of a file where it leaves out more than a fifth.
+    """
+    import trafilatura
+
+    tree, note = _tree(text)
+    title = " ".join((tree.findtext(".//title") or "").split())[:500]
+    links = _links(tree, url) if url else ""
+    where, main = dict(url=url or None, include_comments=not url), None
+    with contextlib.suppress(RecursionError):  # lists in lists: then all words count
+        main = trafilatura.extract(_tree(text)[0], favor_recall=True, **where)
+    main = main or ""
+    if not url or len(main) < 400:
+        words = _words(tree)
+        main = words if len(main) < (1.0 if url else 0.8) * len(words) else main
+    if len(main) > chars:
+        note = f"\n[Cut here, after {chars:,} characters: there is more on the page.]"
+    return title, (main[:chars] + note + links).strip()
+
+
+def _tree(text: str):
+    """(the tree of HTML, a note or ""): libxml2 stops at 2,048 levels and tells its log alone."""
+    from lxml import html
+
+    ignored = dict(remove_comments=True, remove_pis=True)
+    parser = html.HTMLParser(encoding="utf-8", huge_tree=True, **ignored)
+    tree = html.document_fromstring(text.encode("utf-8", "replace"), parser=parser)
+    fatal = [entry for entry in parser.error_log if entry.level_name == "FATAL"]
+    where = f"line {fatal[0].line}, column {fatal[0].column} of its source" if fatal else ""
+    why = "the page is nested too deep to be read further"
+    return tree, f"\n[Cut here, at {where}: {why}.]" if fatal else ""
+
+
+def _links(tree, url: str) -> str:
+    links = {}
+    for link in tree.iter("a"):
+        name = " ".join(link.text_content().split())[:200]
+        with contextlib.suppress(ValueError):
+            address = urldefrag(urljoin(url, link.get("href", "").strip()))[0]
+            web = address.startswith(("http://", "https://")) and len(address) < 500
+            if name and web and address != url:
+                links.setdefault(address, name)
+    lines = [f"\n- {name}: {to}" for to, name in links.items()]
+    if len(lines) > MOST_LINKS:
+        lines[MOST_LINKS:] = [f"\n[{len(lines) - MOST_LINKS:,} more links]"]
+    return "\n\nLinks on the page:" + "".join(lines) if links else ""
+
+
+BLOCKS = "p div br li tr td th h1 h2 h3 h4 dt dd section".split()
+
+
+def _words(tree) -> str:
+    """All words below the title: a line a block, a tab between cells; takes the tree apart."""
+    for part in tree.xpath("//script | //style | //noscript | //template | //title"):
+        part.drop_tree()
+    for part in tree.iter(*BLOCKS):
+        part.tail = ("\t" if part.tag in ("td", "th") else "\n") + (part.tail or "")
+    lines = (re.sub("[ \r\f\v]+", " ", line).strip() for line in tree.text_content().split("\n"))
+    return "\n".join(line for line in lines if line)
+
+
+# --------------------------------------------------------------------------------------------------
+# documents and archives
+
+
+def _pdf(stream, chars: int) -> Iterator[str]:
+    import pypdfium2
+
+    try:
+        document = pypdfium2.PdfDocument(stream.read())
+    except pypdfium2.PdfiumError as error:
+        why = "encrypted and needs a password" if "password" in str(error).lower() else "damaged"
+        raise ToolError(f"The PDF is {why}.") from error
+    for number in range(len(document)):
+        try:
+            page = document[number]
+            text = page.get_textpage().get_text_range().replace("\r\n", "\n").strip()
+            page.close()
+        except pypdfium2.PdfiumError:
+            text = "(a damaged page)"
+        yield f"\n\n[page {number + 1} of {len(document)}]\n" + (text or "(no text on this page)")
+
+
+def _archive(stream) -> zipfile.ZipFile:
+    try:
+        archive = zipfile.ZipFile(stream)
+    except (zipfile.BadZipFile, ValueError, OSError, struct.error) as error:
+        raise ToolError(f"The archive is damaged: {str(error)[:200]}.") from error
+    if (count := len(archive.infolist())) > MOST_MEMBERS:
+        most = f"up to {MOST_MEMBERS:,} can be read"
+        raise ToolError(f"The archive has {count:,} members; {most}.")
+    return archive
+
+
+def _check_size(packed: int, unpacked: int, most: int) -> None:
+    if unpacked > most or (unpacked > FREE_BYTES and unpacked > MOST_RATIO * packed):
+        what = f"from {packed:,} to {unpacked:,} bytes"
+        raise ToolError(f"It would unpack {what}, which is too much to read.")
+
+
+def _member(stream, name: str, member: str) -> bytes:
+    """The bytes of an archive's member; nothing is ever written to disk."""
+    if not stream.read(4).startswith(b"PK"):
+        raise ToolError(f"{name[:200]!r} is not a zip archive: it has no members.")
+    archive = _archive(stream)
+    try:
+        info = archive.getinfo(member)
+    except KeyError:
+        known = f"{name[:200]!r}; it holds:\n{_listing(archive)}"
+        raise ToolError(f"There is no {member[:200]!r} in {known}") from None
+    if stat.S_ISLNK(info.external_attr >> 16) or info.is_dir():
+        raise ToolError(f"{member[:200]!r} is a link or a folder, not a file.")
+    if info.flag_bits & 1:
+        raise ToolError(f"{member[:200]!r} is encrypted and needs a password.")
+    _check_size(info.compress_size, info.file_size, MOST_BYTES)
+    with archive.open(info) as packed:
+        body = packed.read(MOST_BYTES + 1)
+    _check_size(info.compress_size, len(body), MOST_BYTES)
+    return body
+
+
+def _listing(archive: zipfile.ZipFile) -> str:
+    infos = archive.infolist()
+    named = [info for info in infos[:1000] if not info.is_dir()]
+    lines = [f"{info.filename}\t{info.file_size:,} bytes" for info in named]
+    return "\n".join(lines) + (f"\n[{len(infos) - 1000:,} more]" if len(infos) > 1000 else "")
+
+
+def _zip(stream, chars: int) -> Iterator[str]:
+    archive = _archive(stream)
+    what = f"An archive with {len(archive.infolist()):,} members."
+    yield f"{what} To read one, ask for archive.zip::member.\n"
+    yield _listing(archive)
+
+
+def _office(stream):
+    """The same stream, if its members do not unpack to too much."""
+    infos = _archive(stream).infolist()
+    packed = sum(info.compress_size for info in infos)
+    _check_size(packed, sum(info.file_size for info in infos), MOST_UNPACKED)
+    stream.seek(0)
+    return stream
+
+
+def _xlsx(stream, chars: int) -> Iterator[str]:
+    """Every sheet as rows of cells between tabs; below it the colours of its coloured cells."""
+    import openpyxl
+
+    body, how = _office(stream).read(), dict(read_only=True, keep_links=False)
+    books = [openpyxl.load_workbook(io.BytesIO(body), data_only=of, **how) for of in (True, False)]
+    for values, formulas in zip(*(book.worksheets for book in books), strict=True):
+        yield f"\n[sheet {values.title!r}]\n"
+        colours = []
+        for sheet in (values, formulas):
+            sheet.reset_dimensions()  # what the file claims may be the whole grid
+        empty = 0
+        rows = zip(values.iter_rows(max_row=MOST_ROWS + 1), formulas.iter_rows(), strict=False)
+        for number, (row, other) in enumerate(rows):
+            if number == MOST_ROWS:
+                yield f"[Cut here, after row {MOST_ROWS:,}: the sheet has more rows.]\n"
+                break
+            cells = [_cell(a, b) for a, b in zip(row[:500], other[:500], strict=False)]
+            found = ((cell, _colour(cell)) for cell in row[:500])
+            colours += [f"{cell.coordinate} {colour}" for cell, colour in found if colour]
+            more = f"\t[{len(row) - 500} more columns]" if len(row) > 500 else ""
+            if line := "\t".join(cells).rstrip("\t") + more:
+                yield (f"[{empty} empty rows]\n" if empty else "") + line + "\n"
+            empty = 0 if line else empty + 1
+        if colours:
+            more = f", {len(colours) - 2000:,} more" if len(colours) > 2000 else ""
+            yield f"[colours: {', '.join(colours[:2000])}{more}]\n"
+
+
+def _cell(stored, written) -> str:
+    value = stored.value
+    if value is None:
+        value = getattr(written.value, "text", written.value)  # an array formula carries its text
+    return "" if value is None else re.sub(r"\s", " ", str(value))
+
+
+def _colour(cell) -> str:
+    fill = getattr(cell, "fill", None)
+    if fill is None or fill.fill_type != "solid":
+        return ""
+    colour = fill.fgColor
+    return str(colour.rgb)[-6:] if colour.type == "rgb" else f"{colour.type} {colour.value}"
+
+
+def _docx(stream, chars: int) -> Iterator[str]:
+    import docx
+
+    document = docx.Document(_office(stream))
+    for section in document.sections:
+        for part in (section.header, section.footer):
+            if not part.is_linked_to_previous and (text := "".join(_blocks(part)).strip()):
+                yield f"[header or footer: {text}]\n"
+    yield from _blocks(document)
+
+
+def _blocks(container, depth: int = 0) -> Iterator[str]:
+    """Paragraphs and tables in their order; a table in a cell becomes part of the cell's text."""
+    for block in container.iter_inner_content():
+        if hasattr(block, "rows"):
+            for row in block.rows:
+                cells = {cell._tc: cell for cell in row.cells}.values()  # a merged cell is one cell
+                texts = (_text_of_cell(cell, depth) for cell in cells)
+                yield "\t".join(re.sub(r"\s+", " ", text.strip()) for text in texts) + "\n"
+        else:
+            yield block.text + "\n"
+
+
+def _text_of_cell(cell, depth: int) -> str:
+    if depth < 5:
+        return "".join(_blocks(cell, depth + 1))
+    return cell.text + (" [a table nested too deep to be read]" if cell.tables else "")
+
+
+def _pptx(stream, chars: int) -> Iterator[str]:
+    import pptx
+
+    for number, slide in enumerate(pptx.Presentation(_office(stream)).slides, 1):
+        yield f"\n[slide {number}]\n"
+        yield from _shapes(slide.shapes)
+        if slide.has_notes_slide and slide.notes_slide.notes_text_frame is not None:
+            notes = slide.notes_slide.notes_text_frame.text.strip()
+            yield f"[notes: {notes}]\n" if notes else ""
+
+
+def _shapes(shapes, depth: int = 0) -> Iterator[str]:
+    for shape in shapes:
+        if hasattr(shape, "shapes"):
+            deep = ["[a group of shapes nested too deep to be read]\n"]
+            yield from _shapes(shape.shapes, depth + 1) if depth < 20 else deep
+        elif getattr(shape, "has_table", False):
+            for row in shape.table.rows:
+                yield "\t".join(re.sub(r"\s+", " ", cell.text.strip()) for cell in row.cells) + "\n"
+        elif getattr(shape, "has_chart", False):
+            for series in (series for plot in shape.chart.plots for series in plot.series):
+                yield f"[chart: {series.name}: {', '.join(map(str, series.values))}]\n"
+        elif shape.has_text_frame:
+            yield shape.text_frame.text + "\n" if shape.text_frame.text.strip() else ""
+        elif hasattr(shape, "image"):
+            yield f"[picture: {shape.name}]\n"
+
+
+READERS = {"text": _text, "html": _html, "pdf": _pdf, "zip": _zip}
+READERS |= {"xlsx": _xlsx, "docx": _docx, "pptx": _pptx}
