@@ -193,17 +193,13 @@ def record_of(episode, task: Task, row: dict, n: int) -> dict:
 
 
 def scored(spec: DataSet, row: dict, answer: str | None) -> dict:
-    """{"correct", "rule_reward", "em"?, "f1"?, "scorer_status"} of an answer; correct None where a
-    judge must say.
-    """
+    """{"correct", "rule_reward", "em"?, "f1"?} of an answer; None where a judge must say."""
     if answer is None or not answer.strip():
-        return {"correct": False, "rule_reward": 0.0, "scorer_status": "ok"}
+        return {"correct": False, "rule_reward": 0.0}
     if spec.scorer == "judge":
-        return {"correct": None, "rule_reward": None, "scorer_status": "judge"}
+        return {"correct": None, "rule_reward": None}
     result = score(spec.scorer or SCORER_OF_KIND[row["kind"]], answer, row["answer"])
-    kept = {key: result[key] for key in ("em", "f1") if key in result}
-    right = result["correct"]
-    return kept | {"correct": right, "rule_reward": float(right), "scorer_status": result["status"]}
+    return result | {"rule_reward": float(result["correct"])}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,22 +1,20 @@
 """Scorers with the official semantics of the benchmarks: pure functions from (prediction, gold) to
-right or wrong.
+right or wrong. None waits for anything or works longer than its texts' length allows, so chains may
+score inside the event loop.
 
-score(scorer, pred, gold) -> {"correct": bool, "status": "ok" | "timeout", "em"?, "f1"?}. An empty
-prediction is never correct, whatever a normalisation makes of the gold answer.
+score(scorer, pred, gold) -> {"correct": bool, "em"?, "f1"?}. LaTeX and markdown around an answer
+are taken off first, since the prompt asks for \\boxed{}. An empty prediction is never correct,
+whatever a normalisation makes of the gold answer.
 """
 
-import math
-import multiprocessing
 import re
 import string
 from collections import Counter
+from decimal import Decimal, InvalidOperation
 from functools import partial
 
-from toolkit.text import last_boxed
-
-MATH_SECONDS = (
-    5.0  # math-verify can hang for longer than its own timeout: a child is killed after this
-)
+from reagent.mathematics import same
+from toolkit.text import last_boxed, plain, unwrapped
 
 # --------------------------------------------------------------------------------------------------
 # open answers: exact match and token F1
@@ -24,9 +22,9 @@ MATH_SECONDS = (
 
 def normalize(text: str) -> str:
     """Lower case, no punctuation, no articles, single spaces (SQuAD's and HotpotQA's evaluation
-    scripts).
+    scripts: 3.5 is 35 to them), of text in Unicode's NFC.
     """
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    text = "".join(c for c in plain(text).lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
@@ -57,21 +55,21 @@ def score_qa(pred: str, golds: list[str], yes_no_exact: bool) -> dict:
 # GAIA
 
 
-def _number(text: str) -> float:
-    for mark in "$%,":
-        text = text.replace(mark, "")
+def _number(text: str) -> Decimal | None:
+    """The number that the text is, exactly; None: it is none, or not finite."""
     try:
-        return float(text)
-    except ValueError:
-        return math.inf
+        number = Decimal(text)
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _bare_number(text: str) -> Decimal | None:
+    """As the leaderboard reads it, without $, % and commas, which must stand for thousands."""
+    text = re.sub("[$%]", "", text)
+    if "," in text and not re.fullmatch(r"\s*[-+]?\d{1,3}(,\d{3})+(\.\d*)?\s*", text):
+        return None
+    return _number(text.replace(",", ""))
 
 
 def _squeezed(text: str, punctuation: bool) -> str:
@@ -83,18 +81,21 @@ def score_gaia(pred: str, gold: str) -> bool:
     """The leaderboard's rule: the gold answer says whether a number, a list (, or ;) or a text is
     compared.
     """
-    if _is_number(gold):
-        return _number(pred) == float(gold)
+    pred, gold = plain(pred), plain(gold)
+    if (number := _number(gold)) is not None:
+        return _bare_number(pred) == number
     if "," in gold or ";" in gold:
         golds, preds = (re.split("[,;]", text) for text in (gold, pred))
-        if len(golds) != len(preds):
-            return False
-        pairs = zip(preds, golds)
-        return all(
-            _number(p) == float(g) if _is_number(g) else _squeezed(p, True) == _squeezed(g, True)
-            for p, g in pairs
-        )
+        return len(golds) == len(preds) and all(map(_same_item, preds, golds))
     return _squeezed(pred, False) == _squeezed(gold, False)
+
+
+def _same_item(pred: str, gold: str) -> bool:
+    """An element of a list: a number by its value, a text with its punctuation."""
+    number = _number(gold)
+    if number is None:
+        return _squeezed(pred, True) == _squeezed(gold, True)
+    return _bare_number(pred) == number
 
 
 # --------------------------------------------------------------------------------------------------
@@ -125,8 +126,13 @@ def plain_latex(text: str) -> str:
     text = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", text).replace(" ", "")
     text = _braced_fractions(text)
     text = "\\frac{1}{2}" if text == "0.5" else text
-    ratio = re.fullmatch(r"(-?\d+)/(-?\d+)", text)
+    ratio = re.fullmatch(r"(-?\d{1,1000})/(-?\d{1,1000})", text)
     return f"\\frac{{{int(ratio[1])}}}{{{int(ratio[2])}}}" if ratio else text
+
+
+def score_hendrycks(pred: str, gold: str) -> bool:
+    """MATH's own rule: equal as strings in that normal form."""
+    return plain_latex(unwrapped(pred)) == plain_latex(unwrapped(gold))
 
 
 def _braced_fractions(text: str) -> str:
@@ -136,7 +142,7 @@ def _braced_fractions(text: str) -> str:
 
 def score_gsm8k(pred: str, gold: str) -> bool:
     """GSM8K's own rule: the first "#### number", thousands commas removed, compared as text."""
-    found = [re.search(r"#### (\-?[0-9\.\,]+)", text) for text in (pred, gold)]
+    found = [re.search(r"#### (\-?[0-9\.\,]+)", unwrapped(text)) for text in (pred, gold)]
     return all(found) and found[0][1].strip().replace(",", "") == found[1][1].strip().replace(
         ",", ""
     )
@@ -150,70 +156,56 @@ def math_answer(text: str) -> str:
     return text.strip() if boxed is None else boxed
 
 
-def score_math(pred: str, gold: str) -> dict:
-    """Equal text, equal LaTeX or equal number; else math-verify decides, in a child that is killed
-    when it hangs.
+def score_math(pred: str, gold: str) -> bool:
+    """Whether what the two solutions state is the same in notation, form and value."""
+    return same(math_answer(pred), math_answer(gold))
+
+
+# --------------------------------------------------------------------------------------------------
+# multiple choice
+
+_SAYS = r"(?:is|are|would be|should be|must be|:|=)"
+_ANSWER = r"(?:the )?(?:(?:final|correct|right|best|only) )*(?:answer|option|choice)"
+_LEAD = re.compile(rf"^(?:(?:so|thus|hence|therefore),? )?{_ANSWER} ?{_SAYS}?:?\s*", re.I)
+_MARKED = re.compile(r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])(?:[).:]| [-–—:]))\s*(.*)", re.S)
+_OTHER = re.compile(  # another option among the words of one
+    r"\([A-Ja-j]\)|(?:^|[\s,;/&])[A-J]\)|[,;\n]\s*[A-J][.:]"
+    r"|^(?:or|and|is|[,;/&])(?!\w)|\b(?:or|and) [A-J]\b"
+)
+_CUE = r"\b(?:is|be|choose|pick|select|option|answer|choice|with)"
+_SAID = re.compile(rf"(?:{_CUE}|:) \(?([A-Z])\)?(?![\w'])")
+_IS_IT = re.compile(r"\(?([A-Z])\)? is (?:the )?(?:correct|right|best|answer)")
+_LETTER = re.compile(r"(?<![\w'])([B-HJ-Z]|[AI](?! [a-z]))(?![\w'])")  # no article, no pronoun
+_DENIED = re.compile(r"\b(?:not|none|neither|nor|except|but|wrong|incorrect|false)\b|n't\b", re.I)
+
+
+def read_choice(text: str) -> tuple[str, str]:
+    """(the one letter that is chosen or "", the option's words or ""): "(B) Paris", "The answer is
+    B", "B because …". Several letters, or a letter that is denied, are no choice.
     """
-    pred, gold = math_answer(pred), math_answer(gold)
-    if not pred.strip():
-        return {"correct": False}
-    if plain_latex(pred) == plain_latex(gold):
-        return {"correct": True}
-    a, b = (
-        text.replace(",", "").replace("\\$", "").replace("$", "").rstrip(".")
-        for text in (pred, gold)
-    )
-    if _is_number(a) and _is_number(b):
-        return {"correct": float(a) == float(b)}
-    verdict = _Verifier.ask(pred, gold)
-    return {"correct": bool(verdict), "status": "timeout" if verdict is None else "ok"}
-
-
-class _Verifier:
-    """math-verify in a process of its own, started on first use and again after every kill."""
-
-    process = pipe = None
-
-    @classmethod
-    def ask(cls, pred: str, gold: str) -> bool | None:
-        if cls.process is None or not cls.process.is_alive():
-            context = multiprocessing.get_context("spawn")
-            cls.pipe, theirs = context.Pipe()
-            cls.process = context.Process(target=_verify_forever, args=(theirs,), daemon=True)
-            cls.process.start()
-            cls.pipe.send(("1", "1"))
-            cls.pipe.poll(
-                60
-            ) and cls.pipe.recv()  # imports count as start-up, not as the answer's time
-        cls.pipe.send((pred[:10_000], gold[:10_000]))
-        if cls.pipe.poll(MATH_SECONDS):
-            return cls.pipe.recv()
-        cls.process.kill()
-        cls.process.join()
-        cls.process = None
-        return None
-
-
-def _verify_forever(pipe) -> None:
-    from math_verify import parse, verify
-
-    while True:
-        pred, gold = pipe.recv()
-        try:
-            sides = [parse(f"${text}$", parsing_timeout=None) for text in (gold, pred)]
-            pipe.send(bool(verify(*sides, timeout_seconds=None)))
-        except Exception:  # what cannot be parsed is not equal
-            pipe.send(False)
+    text = plain(text)
+    if len(text) > 1000:
+        return "", text
+    claim = re.split(r",? *\b(?:because|since)\b", text, maxsplit=1)[0].strip()
+    claim = unwrapped(_LEAD.sub("", claim, count=1)).strip(" .,;")
+    if re.fullmatch(r"[(\[]?[A-Za-z][)\]]?:?", claim):
+        return re.sub(r"\W", "", claim).upper(), ""
+    if marked := _MARKED.fullmatch(claim):
+        letter = (marked[1] or marked[2] or marked[3]).upper()
+        if not _OTHER.search(marked[4]) and f" {chr(ord(letter) + 1)}. " not in marked[4]:
+            return letter, marked[4]
+    said = _SAID.search(claim) or _IS_IT.match(claim)
+    if said and set(_LETTER.findall(claim)) <= {said[1]} and not _DENIED.search(claim):
+        return said[1], ""
+    return "", text
 
 
 def score_choice(pred: str, gold: str) -> bool:
-    """The option's letter: alone, in brackets, or before a delimiter."""
-    found = re.match(
-        r"^\W*(?:option\s+|answer:?\s+|choice\s+)?\(?([A-Za-z])\)?(?:[\s.:,)]|$)",
-        pred.strip(),
-        re.I,
-    )
-    return bool(found) and found[1].upper() == gold.strip().strip("().").upper()
+    """The option's letter or its words."""
+    (letter, words), (right, option) = read_choice(pred), read_choice(gold)
+    if option and words:
+        return normalize(words) == normalize(option) and (not right or letter in ("", right))
+    return bool(right) and letter == right
 
 
 # --------------------------------------------------------------------------------------------------
@@ -230,7 +222,7 @@ def score(scorer: str, pred: str | None, gold) -> dict:
         pred, [str(g) for g in gold] if isinstance(gold, list) else [str(gold)]
     )
     result["correct"] = bool(result["correct"] and pred.strip())
-    return {"status": "ok", **result}
+    return result
 
 
 def unknown(scorer) -> str | None:
@@ -243,19 +235,14 @@ def _any(rule):
     return lambda pred, golds: {"correct": any(rule(pred, gold) for gold in golds)}
 
 
-def _math(pred: str, golds: list[str]) -> dict:
-    results = [score_math(pred, gold) for gold in golds]
-    return next((result for result in results if result["correct"]), results[0])
-
-
 _exact_yes_no = partial(score_qa, yes_no_exact=True)
 
 SCORERS = {  # name: prediction, gold answers -> {"correct", ...}
     "gaia": _any(score_gaia),
     "gsm8k_official": _any(score_gsm8k),
-    "hendrycks_is_equiv": _any(lambda pred, gold: plain_latex(pred) == plain_latex(gold)),
+    "hendrycks_is_equiv": _any(score_hendrycks),
     "choice": _any(score_choice),
-    "math": _math,
+    "math": _any(score_math),
     "hotpotqa": _exact_yes_no,
     "2wiki": _exact_yes_no,
     "bamboogle": _exact_yes_no,

@@ -54,7 +54,6 @@ class Entry:
     correct: list[bool | None]  # None: a judge must say
     f1: list[float | None]
     ended: list[str]
-    timeouts: int  # of the scorer
     calls: int
     tokens: int
 
@@ -70,7 +69,6 @@ def entry_of(line: dict, path: str, offset: int) -> Entry:
         [a["correct"] for a in attempts],
         [a.get("f1") for a in attempts],
         [a["termination"] for a in attempts],
-        sum(a["scorer_status"] == "timeout" for a in attempts),
         sum(len(a["calls"]) for a in attempts),
         line["tokens"],
     )

@@ -148,7 +148,6 @@ def counts(task, chains: list[Chain], journal: Journal) -> dict:
         "prompt_too_long": sum(e.status == "prompt_too_long" for e in entries),
         "fault": sum(key in journal.faults for key in keys),
         "missing": sum(key not in journal.faults for key in keys),
-        "scorer_timeout": sum(e.timeouts for e in entries),
         "calls": round(sum(e.calls for e in entries) / max(len(entries), 1), 2),
         "tokens": round(sum(e.tokens for e in entries) / max(len(entries), 1)),
     }

@@ -1,6 +1,7 @@
 """Text from outside: what of it is shown, and what a model said after its thoughts."""
 
 import re
+import unicodedata
 
 
 def capped(text: str, most: int) -> str:
@@ -74,14 +75,8 @@ def last_boxed(text: str) -> str | None:
     """What the last valid \\boxed{} or \\fbox{} (or "\\boxed 5") holds. A box that never closes, is
     blank or only shows the form ("\\boxed{...}") is none.
     """
-    if not (boxes := list(_BOX.finditer(text))):
-        return None
-    partner, open_ = {}, []  # brace -> where its partner stands; one pass, whatever the text
-    for brace in _BRACE.finditer(text):
-        if brace[0] == "{":
-            open_.append(brace.start())
-        elif brace[0] == "}" and open_:
-            partner[open_.pop()] = brace.start()
+    boxes = list(_BOX.finditer(text))
+    partner = partners(text) if boxes else {}
     for box in reversed(boxes):
         start, content = box.end(), None
         if start in partner:
@@ -91,3 +86,66 @@ def last_boxed(text: str) -> str | None:
         if content is not None and not _BLANK.fullmatch(content):
             return content
     return None
+
+
+def partners(text: str) -> dict[int, int]:
+    """Where the partner of each opening brace stands; one pass, whatever the text."""
+    partner, open_ = {}, []
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            open_.append(brace.start())
+        elif brace[0] == "}" and open_:
+            partner[open_.pop()] = brace.start()
+    return partner
+
+
+# --------------------------------------------------------------------------------------------------
+# what stands around an answer: LaTeX and markdown
+
+STYLES = (
+    r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|[mh]box|math(?:rm|bf|it|sf|tt)|operatorname\*?|emph"
+    r"|underline|boldsymbol|bm|boxed|fbox)(?![a-z])\s*"
+)
+STYLED = re.compile(STYLES + r"\{([^{}]*)\}")
+_STYLE = re.compile(STYLES)
+_AROUND = "$$ $$|$ $|\\( \\)|\\[ \\]|*** ***|** **|__ __|``` ```|` `|* *|\" \"|“ ”|' '|‘ ’"
+AROUND = [pair.split() for pair in _AROUND.split("|")]
+_BOLD = re.compile(r"(\*\*|__|`)(?=\S)([^*`]+?)(?<=\S)\1")
+_ACCENTS = dict(zip("'`^~\"cvuHk", "\u0301\u0300\u0302\u0303\u0308\u0327\u030c\u0306\u030b\u0328"))
+_ACCENT = re.compile(r"\\(?:([cvuHk'`^~\"])\s*\{\\?([A-Za-z])\}|(['`^~])([A-Za-z]))")
+
+
+def unwrapped(text: str) -> str:
+    """The text without what stands around all of it: $…$, \\text{…}, **…**, `…`, quotes."""
+    text = text.strip()
+    for _ in range(8):
+        if not (inner := _inside(text) or _inside(text.rstrip("."))):
+            break
+        text = inner
+    return text
+
+
+def _inside(text: str) -> str:
+    """What stands inside the marks around all of the text; "" where there are none."""
+    style = _STYLE.match(text)
+    if style and partners(text).get(style.end()) == len(text) - 1:
+        return text[style.end() + 1 : -1].strip()
+    for a, b in AROUND:
+        inner = text[len(a) : -len(b)]
+        if text.startswith(a) and text.endswith(b) and len(text) > len(a + b):
+            bare = inner.replace("\\$", "")
+            if a not in bare and b not in bare and not inner.endswith("\\"):
+                return inner.strip()
+    return ""
+
+
+def plain(text: str) -> str:
+    """An answer in words without LaTeX and markdown, in NFC: what QA and choices compare."""
+    text = unwrapped(text)
+    for _ in range(4):  # one inside another
+        text = STYLED.sub(r"\1", _BOLD.sub(r"\2", text))
+    text = _ACCENT.sub(lambda m: (m[2] or m[4]) + _ACCENTS[m[1] or m[3]], text)
+    text = re.sub(r"(?<=\d)\\[,;: ](?=\d{3})", "", text)  # 12\,345
+    text = re.sub(r"\\[,;: ]|(?<=\w)~(?=\w)|\\\\", " ", text)
+    text = re.sub(r"\\[()\[\]]|\\([&%$#_{}])", lambda m: m[1] or "", text)
+    return unicodedata.normalize("NFC", unwrapped(text))

@@ -215,7 +215,7 @@ def test_prompt_critique_and_all_attempts_fit_the_positions(refine):
 
 def line_of(task, row, n, answers=("a",), correct=None, **more):
     attempts = [
-        dict(answer=a, correct=c, termination="answered", calls=[], scorer_status="ok")
+        dict(answer=a, correct=c, termination="answered", calls=[])
         for a, c in zip(answers, correct or [True] * len(answers))
     ]
     return (
@@ -317,7 +317,7 @@ def test_the_bootstrap_interval_is_near_the_normal_one():
 
 
 def chain(answer, correct, first=None):
-    entry = Entry("", 0, "", "answered", [answer], [correct], [None], ["answered"], 0, 0, 0)
+    entry = Entry("", 0, "", "answered", [answer], [correct], [None], ["answered"], 0, 0)
     return Chain(correct if first is None else first, correct, entry)
 
 

@@ -2,9 +2,12 @@
 solutions.
 """
 
+import itertools
 import json
-import os
-import signal
+import random
+import time
+import unicodedata
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from reagent import scorers
 from reagent.scorers import rule_reward, score
 from results.statistics import bootstrap_interval, compare, pass_at_k
+from tests.evaluation import reformatted
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 GOLDEN = SHARED / "golden" / "scorer_cases.jsonl"
@@ -74,20 +78,232 @@ def test_mathematics(pred, gold, right):
     assert score("math", pred, gold)["correct"] is right
 
 
-def test_a_hanging_verifier_is_killed_and_says_so(monkeypatch):
-    score("math", "x + 2", "2 + x")  # there is a child
-    os.kill(scorers._Verifier.process.pid, signal.SIGSTOP)  # and now it hangs
-    monkeypatch.setattr(scorers, "MATH_SECONDS", 0.2)
-    assert score("math", "x + 1", "1 + x") == {"correct": False, "status": "timeout"}
-    monkeypatch.undo()
-    assert score("math", "x + 1", "1 + x")["correct"]
+# --------------------------------------------------------------------------------------------------
+# mathematics: notation, form and value, each against plain sense
+
+SAME = """
+\\frac12. | 0.5 | ½ | \\tfrac{2}{4} | 1/2 | .5 | $\\frac{1}{2}$ | 50\\% |
+\\left(\\frac{1}{2}\\right)
+2 1/3 | \\frac{7}{3} | 2\\frac13 | 7/3 | 2⅓
+\\dfrac{\\pi}{2} | pi/2 | π/2 | \\frac\\pi2 | 0.5\\pi
+√2 | \\sqrt2 | sqrt(2) | \\sqrt{2} | 2^{1/2} | \\frac{2}{\\sqrt 2}
+12\\,345 | 12,345 | 12345 | 12{,}345 | 12,\\!345 | $12,345 | \\$12345.00 | 1.2345 \\times 10^4
+29 | 29 dollars | \\$29 | 29.0 | x = 29 | 29\\text{ cm} | 29^\\circ |
+The answer is 29. | \\text{29} | +29
+7,5,3 | 3, 5, 7 | 5 and 3 and 7 | \\{3, 5, 7\\} | {7,3,5} | x=3, x=5 \\text{ or } x=7
+(0, 12.5) | 0 < x < 12.5 | x \\in (0,\\frac{25}{2}) | 12.5 > x > 0 | \\left( 0, 12.5 \\right)
+[5,\\infty) | x \\ge 5 | 5 ≤ x | [5, ∞)
+(-\\infty, 2) \\cup (3, \\infty) | x<2 or x>3 | (3,\\infty)∪(-∞,2)
+1 \\pm \\sqrt{19} | 1-√19, 1+√19 | \\{1\\pm\\sqrt{19}\\}
+864 \\mbox{ inches}^2 | 864 | 864 in^2 | 864 square inches
+y = 2x + 3 | 2x+3 | y - 2x = 3 | y=3+2x
+5x - 7y + 4 = 0 | 7y - 5x = 4 | 10x - 14y = -8
+\\begin{pmatrix} 1/2 \\\\ -3 \\end{pmatrix} | \\begin{bmatrix}0.5\\\\-3\\end{bmatrix} |
+(\\frac12, -3)
+6:00 \\text{ PM} | 6:00 PM | 6:00 p.m.
+\\text{Evelyn} | Evelyn | evelyn | \\textbf{Evelyn}. | **Evelyn**
+\\cot x | cot(x) | \\frac{\\cos x}{\\sin x}
+1-\\frac{1}{e} | 1 - 1/\\mathrm{e} | -e^{-1}+1
+0.1\\overline{6} | 1/6
+52_8 | 52_{8} | 52₈
+10^{100}+1 | 1+10^{100}
+\\frac{1}{\\sqrt{n}} | \\sqrt{1/n} | n^{-1/2}
+"""
+DIFFERENT = """
+1,2 | 12 | 1.2 | (2,1) | 1/2 | 1_2
+3,5,7 | 357 | 3,5 | 3,5,7,9 | 3,5,8 | 3-5-7
+10,00 | 1000
+2_3 | 23
+1.0000000001 | 1
+9007199254740993 | 9007199254740992 | 9007199254740992.5
+1e999 | 1e998
+10^{100} | 10^{100}+1
+9.1\\times 10^{-31} | 1.6\\times 10^{-19}
+\\frac{1}{2004!} | \\frac{1}{2006!}
+\\pi | 3.14159265358979323846 | \\frac{22}{7} | \\pi + 10^{-60}
+1 + \\frac{1}{\\mathrm{e}} | 1 - \\frac{1}{\\mathrm{e}}
+1, 3, 5, \\ldots, 2n-1 | 1, 2, \\ldots, n
+(0,1) | [0,1) | (0,1] | [0,1] | \\{0,1\\} | (1,0)
+x > 3 | x < 3 | x \\ge 3 | t > 3
+29 | 29 thousand | 29 dozen | 29k | 29x | 29 or 30 | not 29 | at least 29 | 2 9 | 29^2
+5 \\text{ cents} | 5 \\text{ dollars}
+15\\text{ cm}^2 | 15\\text{ m}^2 | 15\\text{ cm}^3
+52_8 | 52_7 | 528
+3R^2 | 3r^2
+x_1 | x_2 | x1
+y = 2x | y = 3x | 2x = 3
+i^2 | 1
+\\text{listen} | \\text{silent}
+\\log_8(4) = \\frac{2}{3} | \\log_{18}(4) = \\frac{2}{3}
+6:00 \\text{ PM} | 6:00 AM
+17\\% | 1.7
+"""
+
+
+def lines(text):
+    return [
+        [part.strip() for part in line.split(" | ")]
+        for line in text.strip().replace("|\n", "| ").splitlines()
+    ]
+
+
+@pytest.mark.parametrize("forms", lines(SAME), ids=str)
+def test_the_same_answer_in_other_hands_is_right_both_ways(forms):
+    pairs = [pair for form in forms for pair in ((form, forms[0]), (forms[0], form))]
+    assert [pair for pair in pairs if not score("math", *pair)["correct"]] == []
+
+
+@pytest.mark.parametrize("forms", lines(DIFFERENT), ids=str)
+def test_other_answers_that_look_alike_are_wrong_both_ways(forms):
+    pairs = [(a, b) for a, b in itertools.permutations(forms, 2) if score("math", a, b)["correct"]]
+    assert pairs == []
+
+
+def expression(rng, depth=3):
+    """A random rational expression as (LaTeX, value)."""
+    if not depth or rng.random() < 0.2:
+        n = rng.randint(1, 12)
+        return str(n), Fraction(n)
+    (a, x), (b, y) = expression(rng, depth - 1), expression(rng, depth - 1)
+    made = [(f"{a} + {b}", x + y), (f"{a} - ({b})", x - y), (f"({a})\\cdot({b})", x * y)]
+    made += [(f"\\left({a}\\right)^{{2}}", x * x), (f"\\left({a}\\right)({b})", x * y)]
+    made += [(f"\\frac{{{a}}}{{{b}}}", x / y)] if y else []
+    return rng.choice(made)
+
+
+def test_expressions_have_the_value_of_exact_arithmetic():
+    rng = random.Random(0)
+    for _ in range(300):
+        latex, value = expression(rng)
+        assert score("math", latex, str(value))["correct"], latex
+        assert score("math", str(value), latex)["correct"], latex
+        assert not score("math", latex, str(value + Fraction(1, 10**12)))["correct"], latex
+
+
+HOSTILE = ["(" * 3000, "9^{9^{9^{9}}}", "9" * 5000, "3000!" * 200, "\\frac{" * 300, "1," * 3000]
+HOSTILE += ["\\sqrt{" * 400 + "2" + "}" * 400, "(2^{29999})" * 90, "\\exp(" * 99 + "9" + ")" * 99]
+HOSTILE += [
+    "x!" * 400,
+    "|" * 1999,
+    "1±" * 900,
+    "a=b" * 400,
+    "1e999" * 99,
+    "@quad(9)",
+    "\\text{" * 900,
+]
+HOSTILE += [
+    "½" * 900,
+    "²" * 900,
+    "0.\\overline{" + "3" * 900 + "}",
+    "1,000" * 300,
+    "1/" * 400 + "1",
+]
+
+
+@pytest.mark.parametrize("pred", HOSTILE, ids=range(len(HOSTILE)))
+def test_no_answer_holds_a_scorer_up(pred):
+    began = time.process_time()
+    for scorer, gold in itertools.product(scorers.SCORERS, ("5", "\\frac{1}{2}", "1,2,3", "x^2+1")):
+        assert not score(scorer, pred, gold)["correct"]
+    score("math", pred, pred)
+    assert time.process_time() - began < 5
+
+
+# --------------------------------------------------------------------------------------------------
+# LaTeX and markdown around answers, numbers of GAIA, choices
+
+
+@pytest.mark.parametrize("scorer", ["hotpotqa", "2wiki", "musique", "bamboogle", "gaia"])
+@pytest.mark.parametrize(
+    "pred, gold",
+    [
+        ("\\text{Paris}", "Paris"),
+        ("$\\textbf{Barack Obama}$", "Barack Obama"),
+        ("**St. Petersburg**.", "St. Petersburg"),
+        ("\\text{AT\\&T}", "AT&T"),
+        ("`f(x)`", "f(x)"),
+        ("Beyonc\\'{e}", "Beyoncé"),
+        (unicodedata.normalize("NFD", "Beyoncé"), "Beyoncé"),
+        ("Beyoncé", unicodedata.normalize("NFD", "Beyoncé")),
+        ("\\boxed{\\emph{Rome}}", "Rome"),
+        ("\\$17", "$17"),
+    ],
+)
+def test_latex_and_markdown_are_taken_off_before_words_are_compared(scorer, pred, gold):
+    assert score(scorer, pred, gold)["correct"]
 
 
 @pytest.mark.parametrize(
-    "pred, right", [("B", True), ("(b)", True), ("B. Paris", True), ("Banana", False), ("A", False)]
+    "pred, gold, right",
+    [
+        ("\\$17", "17", True),
+        ("17\\%", "17", True),
+        ("12,345", "12345", True),
+        ("1,2", "12", False),
+        ("12,34", "1234", False),
+        ("9007199254740993", "9007199254740992", False),
+        ("anything", "inf", False),
+        ("1e999999999", "1", False),
+        ("\\text{a, b, c}", "a,b,c", True),
+        ("b, a", "a, b", False),
+        ("2.0, 3", "2, 3", True),
+    ],
 )
-def test_multiple_choice(pred, right):
-    assert score("choice", pred, "B")["correct"] is right
+def test_numbers_and_lists_of_gaia(pred, gold, right):
+    assert score("gaia", pred, gold)["correct"] is right
+
+
+CHOSEN = """
+B | (b) | **B** | \\textbf{(B)} | [B] | B. | B) Paris | B: Paris | Option B |
+The answer is (B) Paris. | Answer: **B** | the correct option is B | (b) because A is wrong |
+B is correct | I choose B. | $B$
+B. Paris | Paris | B | (B) Paris | \\text{Paris} | B. Vitamin C deficiency is another matter
+"""
+NOT_CHOSEN = """
+A | A, B, C, D | A or B | A and B | A/B | none of A, B, C | A good guess would be C | not A | AB |
+A is wrong, so B | A) is wrong | It is not A but C | A) one B) two | (A) (B) | The answer is B |
+E
+B. Paris | C | B. Rome | London | A. Paris
+"""
+
+
+@pytest.mark.parametrize("gold, preds", [(line[0], line[1:]) for line in lines(CHOSEN)], ids=str)
+def test_a_choice_is_one_letter_or_the_words_of_the_option(gold, preds):
+    wrong = [pred for pred in preds if not score("choice", pred, gold)["correct"]]
+    assert wrong == [pred for pred in preds if "Vitamin" in pred]  # other words than the option's
+
+
+@pytest.mark.parametrize("gold, preds", [(x[0], x[1:]) for x in lines(NOT_CHOSEN)], ids=str)
+def test_several_letters_or_other_words_are_no_choice(gold, preds):
+    assert [pred for pred in preds if score("choice", pred, gold)["correct"]] == []
+
+
+# --------------------------------------------------------------------------------------------------
+# answers written otherwise
+
+MATHS = """
+7 | -3 | 1,234 | \\$18.90 | \\frac{3}{4} | -\\frac{7}{3} | 3\\sqrt{5} | 1,-2 | (3,4] | (2,\\infty) |
+x^2+3x-6 | \\text{even} | \\frac{\\pi}{6} | 6+9i | 52_8 | \\left( 2, \\frac{\\pi}{3} \\right) |
+10,\\!080 | 90^\\circ | 1 \\pm \\sqrt{19} | (0,9) \\cup (9,36) | y = 2x + 3 | 15\\mbox{ cm}^2 |
+\\begin{pmatrix} -2 \\\\ 5 \\end{pmatrix}
+"""
+OWN = {
+    "math500": lines(MATHS)[0],
+    "gsm8k": ["42", "1,080", "5", "25000"],
+    "hotpotqa": [["Ada Lovelace"], ["the Nile"], ["1843", "in 1843"], ["São Paulo"], ["AT&T Inc."]],
+    "xbench": ["北京大学", "3.5亿元"],
+}
+
+
+def test_of_rewritten_golds_none_is_scored_against_its_truth():
+    counts, fell = reformatted.fallen(reformatted.pairs_of(OWN))
+    assert fell == [] and sum(n for (_, what), n in counts.items() if what == "pairs") > 2000
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the public sets are not here")
+def test_of_rewritten_golds_of_the_public_sets_none_is_scored_against_its_truth():
+    pairs = list(reformatted.pairs_of(reformatted.golds_of(SHARED)))
+    assert reformatted.fallen(random.Random(1).sample(pairs, 4000))[1] == []
 
 
 def test_an_unknown_scorer_is_an_error():
