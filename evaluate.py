@@ -40,6 +40,7 @@ from reagent.config import (
 )
 from reagent.engines import EngineConfig
 from reagent.folder import claim, read_json, refuse_code, write_whole
+from reagent.memory import check_shares
 from reagent.reward_model import RewardModelConfig, check_rrm_row
 from reagent.rows import JsonlRows, check_rl_row
 from reagent.scorers import SCORER_OF_KIND, rule_reward, score, unknown
@@ -55,7 +56,7 @@ from tools import Toolbox
 # the data sets and the knobs
 
 
-AT_WORK = EngineConfig(sleep=False, max_live_chains=64)
+AT_WORK = EngineConfig(sleep=False, memory_share=0.85, max_live_chains=64)
 
 
 @dataclass
@@ -548,6 +549,8 @@ def run_missing(
     asked.
     """
     tp = cfg.engine.tensor_parallel
+    if cfg.refine and not cfg.model.startswith("http"):
+        check_shares(cfg.engine, cfg.rrm)
     agent = served_agent(cfg, runner) if cfg.model.startswith("http") else local_agent(cfg, group)
     critic = None
     if cfg.refine:
@@ -710,6 +713,7 @@ def agent_at_work(cfg, folder: str):
             [rows[i] for i in range(min(cfg.limit or len(rows), len(rows)))],
             runner.run,
         )
+    engines.close(engine)
     toolbox.close()
 
 
@@ -764,13 +768,15 @@ def report_rrm(cfg: ReportConfig) -> None:
                 f"{source} is no folder, so lengths need a tokenizer: give --agent=FOLDER"
             )
         chat = load_chat(folder, tools=False)
-        config = dataclasses.replace(cfg.rrm, source=source)
+        share = cfg.engine.memory_share  # alone on the card
+        config = dataclasses.replace(cfg.rrm, source=source, memory_share=share)
         judge = reward_model.make_judge(config, chat, engine=cfg.engine)
         asked = (
             judge(row["question"], row["trajectory"], (cfg.seed, i)) for i, row in enumerate(rows)
         )
         with asyncio.Runner() as runner:
             judged.append(runner.run(engines.run_together(asked, cfg.engine.max_live_chains)))
+        engines.close(judge.engine)
         lengths = [len(chat.text(j.think + j.critique)) for j in judged[-1] if j]
         found[source] = judgment_report(judged[-1], rows, lengths)
         print(f"\n{source} on {len(rows)} trajectories of {cfg.eval_data}")
@@ -779,6 +785,7 @@ def report_rrm(cfg: ReportConfig) -> None:
     if cfg.against:
         own |= paired_bootstrap(judged[1], judged[0], rows)
     if cfg.agent:
+        check_shares(cfg.engine, cfg.rrm)
         with agent_at_work(cfg, cfg.agent) as (setup, questions, run):
             judge = reward_model.make_judge(cfg.rrm, setup.chat, engine=cfg.engine)
             own |= critique_lift(setup, judge, questions, run, cfg.seed)

@@ -33,6 +33,7 @@ from reagent import engines, reward_model
 from reagent.chat import Chat
 from reagent.config import check_choices, check_numbers, parse_config, prompt_facts, read_prompt
 from reagent.engines import EngineConfig
+from reagent.memory import plan_memory
 from reagent.policy import (
     Sequence,
     backward,
@@ -43,7 +44,6 @@ from reagent.policy import (
     load_chat,
     load_policy,
     make_optimizer,
-    memory_of,
     shard,
 )
 from reagent.reward_model import RewardModelConfig
@@ -474,6 +474,8 @@ def main(cfg: Config) -> None:
 
     # ---------------------------------------------------------------- processes, policy, optimizer
     run = Run(cfg, MAY_CHANGE)
+    rrm = cfg.rrm if cfg.variant != "rule" else None
+    plan_memory(cfg, run, longest=cfg.max_context, engine=cfg.engine, rrm=rrm)
     place, n_engines, tp_group = engine_places(cfg.engine.tensor_parallel, run)
     engine = engines.make_engine(  # before the policy: it reseeds
         cfg.engine, cfg.model, chat.stop_ids, max_context=cfg.max_context, tp_group=tp_group
@@ -558,7 +560,7 @@ def main(cfg: Config) -> None:
     attempts = cfg.group_size * (2 if cfg.variant == "u" else 1)
     run.begin(
         f"variant {cfg.variant}: {cfg.prompts_per_step} questions x {attempts} attempts a step, "
-        f"{n_engines} engine(s), about {memory_of(policy, cfg):.1f} GB a rank to train"
+        f"{n_engines} engine(s)"
     )
     if eval_rows and not start:
         run.write({"step": 0, **evaluate_policy(0)}, quiet=True)

@@ -16,6 +16,7 @@ import torch
 
 from reagent.chat import Chat, check_messages
 from reagent.config import check_numbers, parse_config
+from reagent.memory import plan_memory
 from reagent.policy import (
     Sequence,
     backward,
@@ -25,7 +26,6 @@ from reagent.policy import (
     load_chat,
     load_policy,
     make_optimizer,
-    memory_of,
     shard,
 )
 from reagent.rows import JsonlRows, batch_indices, sft_messages, sft_tools
@@ -145,6 +145,7 @@ def main(cfg: Config) -> None:
 
     # ---------------------------------------------------------------- processes, policy, optimizer
     run = Run(cfg, MAY_CHANGE)
+    plan_memory(cfg, run, longest=cfg.max_tokens_per_row)
     torch.manual_seed(cfg.seed)
     policy = load_policy(cfg.model, cfg.checkpoint_activations)
     policy = shard(policy, run.device, cfg.shard_ranks, cfg.cpu_offload)
@@ -155,7 +156,7 @@ def main(cfg: Config) -> None:
     start = run.resume(policy, optimizer)
     run.begin(
         f"{len(rows)} rows, {cfg.rows_per_step} a step on {run.world} ranks, from step {start} of "
-        f"{cfg.steps}, about {memory_of(policy, cfg):.1f} GB a rank"
+        f"{cfg.steps}"
     )
 
     # ---------------------------------------------------------------- loop

@@ -33,6 +33,7 @@ from reagent.chat import Chat
 from reagent.config import check_choices, check_numbers, parse_config
 from reagent.critiques import MOST_WORDS, leaks, name_agreement, names, prose
 from reagent.engines import EngineConfig, make_engine, rest, run_together
+from reagent.memory import plan_memory
 from reagent.policy import (
     Sequence,
     backward,
@@ -43,7 +44,6 @@ from reagent.policy import (
     load_chat,
     load_policy,
     make_optimizer,
-    memory_of,
     shard,
 )
 from reagent.reward_model import (
@@ -356,7 +356,9 @@ def main(cfg: Config) -> None:
 
     # ---------------------------------------------------------------- processes, policy, optimizer
     run, engine = Run(cfg, MAY_CHANGE), None
-    if cfg.stage == "grpo" or eval_rows:  # before the policy: it reseeds
+    samples = cfg.stage == "grpo" or bool(eval_rows)
+    plan_memory(cfg, run, longest=cfg.max_context, engine=cfg.engine if samples else None)
+    if samples:  # before the policy: it reseeds
         engine = make_engine(cfg.engine, cfg.model, chat.stop_ids, max_context=cfg.max_context)
     rest(engine)  # until the first sync: the policy is loaded meanwhile
     torch.manual_seed(cfg.seed)
@@ -398,7 +400,7 @@ def main(cfg: Config) -> None:
         sync()  # also at the start: an engine that slept has no weights
     run.begin(
         f"{cfg.stage}: {len(rows)} judged trajectories, {cfg.judgments_per_step} a step, from step "
-        f"{start} of {cfg.steps}, about {memory_of(policy, cfg):.1f} GB a rank"
+        f"{start} of {cfg.steps}"
     )
 
     # ---------------------------------------------------------------- loop

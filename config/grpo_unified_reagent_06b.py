@@ -1,5 +1,4 @@
-# Reagent-U on one GPU of 80 GB with Qwen3-0.6B. About 13.4 GB to train; the engine keeps its
-# weights and has 40 % of the GPU. Untried: no GPU was at hand.
+# Reagent-U on one GPU of 80 GB with Qwen3-0.6B; the engine stays awake beside the training.
 model = "out/sft_06b/step-003476"
 prompts_per_step = 16
 prompts_per_minibatch = 4

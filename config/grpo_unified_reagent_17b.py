@@ -1,5 +1,5 @@
-# Reagent-U on one GPU of 80 GB with Qwen3-1.7B. About 34.0 GB to train; the engine keeps its
-# weights and has 45 % of the GPU. Untried: no GPU was at hand.
+# Reagent-U on one GPU of 80 GB with Qwen3-1.7B; the engine stays awake beside the training.
+# Untried: no GPU was at hand.
 model = "out/sft_17b/step-003476"
 prompts_per_step = 16
 prompts_per_minibatch = 4

@@ -1,7 +1,7 @@
 # Reagent-U as the released script has it, where it differs from the paper (and from our defaults):
 # lr 5e-6, 32 questions a step, pools of all-zero or all-full rewards dropped. Its limits and its
 # clipping (0.2 / 0.34) are our defaults; its sampling (top_p 0.95) and dual clip (3.0) are not
-# taken over. About 40.9 GB to train on each of 8 GPUs, beside an engine that sleeps meanwhile.
+# taken over. For 8 GPUs of 80 GB.
 lr = 5e-6
 prompts_per_step = 32
 drop = "release"

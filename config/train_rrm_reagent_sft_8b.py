@@ -1,5 +1,5 @@
 # Stage 2a at the paper's size: SFT of the reward model on 28K judgments, 2 epochs of batches of 32,
-# lr as the agent's SFT. About 40.9 GB to train on each of 8 GPUs.
+# lr as the agent's SFT. For 8 GPUs of 80 GB.
 stage = "sft"
 model = "Qwen/Qwen3-8B"
 data = "data/reagent/rrm_sft.jsonl"

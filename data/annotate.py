@@ -103,9 +103,14 @@ def annotate(cfg: AnnotateConfig) -> None:
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     chat = load_chat(cfg.agents.split(",")[0])
-    # is the teacher up? Asked before any work
-    teacher = reward_model.make_judge(cfg.teacher, chat, engine=cfg.engine)
+    share = cfg.engine.memory_share  # agents and teacher have the card one after the other
+    asked = dataclasses.replace(cfg.teacher, memory_share=share)
+    in_turn = Path(cfg.teacher.source).is_dir()
+    if not in_turn:  # is the teacher up? Asked before any work
+        teacher = reward_model.make_judge(asked, chat, engine=cfg.engine)
     sampled = sample_trajectories(cfg, out.with_suffix(".trajectories.jsonl"))
+    if in_turn:
+        teacher = reward_model.make_judge(asked, chat, engine=cfg.engine)
     chosen = thinned(sampled, cfg.share_correct, cfg.seed)
     judged = {row["id"]: row for row in read_appended(out.with_suffix(".judgments.jsonl"))}
     missing = [row for row in chosen if row["id"] not in judged]

@@ -42,7 +42,7 @@ class EngineConfig:
 
     kind: str = "vllm"  # vllm | hf (transformers, for laptops) | path/to/file.py:Class
     tensor_parallel: int = 1  # adjacent ranks that share an engine
-    memory_share: float = 0.85  # of the GPU
+    memory_share: float = 0.6  # of the GPU
     sleep: bool = True  # it gives its memory back while the policy trains
     max_live_chains: int = 0  # at a time on one engine, bounds its KV cache; 0: all
 
@@ -584,3 +584,9 @@ def rest(engine: Engine | None) -> None:
     """Puts an engine to sleep whose class can; `load_weights` wakes it."""
     if hasattr(engine, "sleep"):
         engine.sleep()
+
+
+def close(engine: Engine) -> None:
+    """Frees an engine whose class can: another may have its memory."""
+    if hasattr(engine, "close"):
+        engine.close()

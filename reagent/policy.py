@@ -206,7 +206,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             logps[part] = logits.gather(1, targets[part, None])[:, 0] - norm[part]
             probs = (logits - norm[part, None]).exp_()
             entropy[part] = norm[part] - torch.linalg.vecdot(probs, logits)
-            if _keeps(len(targets), len(weight)):
+            if keeps_softmax(len(targets), len(weight)):
                 kept.append(probs)
         ctx.save_for_backward(hidden, weight, targets, norm, *kept)
         ctx.temperature = temperature
@@ -239,7 +239,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
-def _keeps(tokens: int, vocab: int) -> bool:
+def keeps_softmax(tokens: int, vocab: int) -> bool:
+    """Whether the head's softmax of so many tokens is kept for backward."""
     return tokens * vocab <= HEAD_KEPT
 
 
@@ -307,6 +308,11 @@ def _read(loader, folder: str, what: str, **options):
     except (OSError, ValueError) as error:
         text = str(error).strip().splitlines()[0]
         raise SystemExit(f"no {what} in {folder}: {text}") from error
+
+
+def load_config(folder: str):
+    """The shapes of a language model, or of the one inside a model of several kinds."""
+    return _read(AutoConfig, folder, "model").get_text_config()
 
 
 def load_tokenizer(folder: str):
@@ -494,57 +500,3 @@ def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, torc
         value = value.detach().to(dtype)  # cast the shard, then gather: half the bytes
         whole = value.full_tensor() if isinstance(value, DTensor) else value.clone()
         yield name, whole
-
-
-# --------------------------------------------------------------------------------------------------
-# memory
-
-
-def memory_estimate(
-    config, ranks: int, tokens: int, checkpoint_activations: bool, width: int
-) -> dict[str, float]:
-    """Bytes on one rank at the peak of a training step of a Llama-like model, by what they are for,
-    and their total.
-
-    config: of transformers; ranks share the parameters; tokens of a micro-batch, all of them in the
-    loss; width: bytes of a computed number (2: bf16, 4: fp32). Parameters, gradients and Adam's two
-    moments are fp32 shards.
-    """
-    hidden, inner, layers, vocab = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_hidden_layers,
-        config.vocab_size,
-    )
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    block = 2 * hidden * (queries + keys) + 3 * hidden * inner
-    table = vocab * hidden
-    total = layers * block + table * (1 if config.tie_word_embeddings else 2)
-    # what backward needs of a block, a token: both norms, the projections before and after norm and
-    # rotation, the MLP
-    saved = width * (6 * hidden + 4 * queries + 5 * keys + 4 * inner) + 4 * (
-        4 * hidden + 2 * queries + 2 * keys
-    )
-    kept = layers * width * hidden + saved if checkpoint_activations else layers * saved
-    parts = {
-        "shards": 16.0 * total / ranks,
-        "gathered": float(width * (2 * block + total - layers * block) + 4 * block)
-        if ranks > 1
-        else 0.0,
-        "activations": float(tokens * (kept + 4 * width * hidden)),
-        "head": 4.0
-        * (3 * HEAD_CHUNK * vocab + table + (tokens * vocab if _keeps(tokens, vocab) else 0)),
-    }
-    return parts | {"total": sum(parts.values())}
-
-
-def memory_of(policy: Policy, cfg) -> float:
-    """The estimate for a trainer's config, in GB."""
-    ranks, width = cfg.shard_ranks or dist.get_world_size(), 2 if torch.cuda.is_available() else 4
-    return (
-        memory_estimate(
-            policy.hf.config, ranks, cfg.tokens_per_microbatch, cfg.checkpoint_activations, width
-        )["total"]
-        / 1e9
-    )

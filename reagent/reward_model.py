@@ -43,6 +43,7 @@ class RewardModelConfig:
     model: str = ""  # its name on the servers; "": the first that each lists
     prompt_file: str = ""  # another system prompt; an empty file: no system turn
     request_file: str = ""  # another form of the request, with {question} and {trajectory} in it
+    memory_share: float = 0.3  # of the GPU, for a folder
     max_context: int = 32_768  # tokens; longer trajectories are shortened inside tool results
     max_tokens: int = 1400  # of a judgment, its thoughts included
     temperature: float = 0.3
@@ -188,6 +189,7 @@ class Judge:
     def __init__(self, ask: Callable[..., Awaitable[str]], *, size=len, room=1_000_000, retries=3):
         self.ask, self.size, self.room, self.retries = ask, size, room, retries
         self.asked = self.failed = self.invalid_replies = 0
+        self.engine = None  # of a reward model in this process; who is done with it may close it
 
     async def __call__(self, question: str, messages: list[dict], key: tuple) -> Judgment | None:
         """Judges one attempt (paper section 3.4) without the gold answer; None: no valid judgment
@@ -273,7 +275,9 @@ def engine_judge(
         return chat.opened + chat.decode([i for i in sample.ids if i != chat.closer_id])
 
     overhead = len(judge_prompt(chat, "", "", prompt)) + max_new_tokens
-    return Judge(ask, size=lambda text: len(chat.outside(text)), room=max_context - overhead)
+    judge = Judge(ask, size=lambda text: len(chat.outside(text)), room=max_context - overhead)
+    judge.engine = engine
+    return judge
 
 
 def judge_prompt(chat, question: str, trajectory: str, prompt=RRMPrompt()) -> list[int]:
@@ -400,7 +404,8 @@ def make_judge(config: RewardModelConfig, chat, *, engine: EngineConfig) -> Judg
     from reagent.policy import load_chat
 
     judge_chat = load_chat(source, tools=False)
-    alone = replace(engine, sleep=False, tensor_parallel=1)
+    share = config.memory_share
+    alone = replace(engine, sleep=False, tensor_parallel=1, memory_share=share)
     own = make_engine(alone, source, judge_chat.stop_ids, max_context=config.max_context)
     new = min(config.max_tokens, config.max_context // 4)
     return engine_judge(

@@ -101,9 +101,7 @@ def test_demonstrations_read_only_what_was_shown_and_are_sft_rows(rows):
         for message in row["messages"]:
             if message["role"] == "tool":
                 shown += message["content"]
-            for (
-                name
-            ) in NAMES:  # what a call names was on a page, or asked about
+            for name in NAMES:  # what a call names was on a page, or asked about
                 if message["role"] == "assistant" and f'["{name}"]' in message["content"]:
                     assert name in shown
             shown += message["content"] if message["role"] == "user" else ""

@@ -1,0 +1,160 @@
+"""The memory plan of a trainer: what a rank's card and its host hold, phase by phase, by parts;
+printed before anything is loaded, refused where it cannot fit.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from reagent.policy import HEAD_CHUNK, keeps_softmax, load_config
+
+# of a card: CUDA's context, its libraries, and what an engine keeps asleep (graphs, buffers);
+# measured on one H200 with vLLM 0.25, without the buffers of NCCL
+CONTEXT = 2.5e9
+CURES = {
+    "rollout": "lower engine.memory_share or rrm.memory_share, or serve the reward model elsewhere",
+    "training": "lower tokens_per_microbatch, set checkpoint_activations or take more ranks",
+    "update": "take more ranks",
+    "host": "take more memory or fewer ranks a host",
+}
+
+
+def model_sizes(config) -> tuple[int, int, int]:
+    """Parameters of a block, of an embedding table, and of the whole Llama-like model."""
+    hidden, head = config.hidden_size, getattr(config, "head_dim", None)
+    head = head or hidden // config.num_attention_heads
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
+    block = hidden * (heads * head + 3 * config.intermediate_size)
+    table = config.vocab_size * hidden
+    tables = table if config.tie_word_embeddings else 2 * table
+    return block, table, config.num_hidden_layers * block + tables
+
+
+def step_parts(config, ranks: int, tokens: int, checkpoint_activations: bool, width: int) -> dict:
+    """Bytes that the forward and backward of a micro-batch add to what is resident, by part.
+
+    tokens: all of them in the loss; width: bytes of a computed number (2: bf16 on a card, 4: fp32
+    on a CPU). fp32 copies that norms make are counted where numbers are computed in bf16.
+    """
+    block, table, total = model_sizes(config)
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    # of a token in a block, what backward reads: of both norms input (fp32), normed and scaled; of
+    # queries and keys before their norm (fp32), after it and after rotation; values; attention's
+    # output; gate, its activation, up and their product
+    saved = 4 * (2 * hidden + queries + keys) + width * (4 * hidden + 3 * (queries + keys))
+    saved += 4 * width * inner
+    kept = layers * width * hidden + saved if checkpoint_activations else layers * saved
+    # two blocks and the tables whole, a block's gradient in fp32; one CPU rank has them anyway
+    gathered = width * (2 * block + total - layers * block) + 4 * block
+    chunks = 3 * HEAD_CHUNK * config.vocab_size
+    softmax = tokens * config.vocab_size if keeps_softmax(tokens, config.vocab_size) else 0
+    return {
+        "gradients": 4 * total / ranks,
+        "gathered": 0 if ranks == 1 and width == 4 else gathered,
+        "activations": tokens * (kept + 4 * width * hidden),
+        "head": 4 * (chunks + softmax + table),
+    }
+
+
+def memory_plan(
+    config,
+    *,
+    ranks: int,
+    tokens: int,
+    checkpoint_activations: bool,
+    width: int,
+    engine: float = 0.0,
+    rrm: float = 0.0,
+    sleep: bool = True,
+    reference: bool = False,
+    offload: bool = False,
+) -> dict[str, dict[str, float]]:
+    """phase of a step -> part -> bytes on the card of one of the `ranks` that share parameters.
+
+    engine, rrm: bytes that the policy's engine has in a rollout and with `sleep` only there, and
+    that a reward model in this process has always. reference: a second policy, for forwards only.
+    offload: parameters, gradients and moments stay on the host.
+    """
+    total = model_sizes(config)[2]
+    resident = {} if offload else {"shards": 4 * total / ranks, "moments": 8 * total / ranks}
+    resident |= {"reward model": rrm, "reference": width * total / ranks if reference else 0}
+    resident |= {"context": CONTEXT if width == 2 else 0}
+    awake = resident if sleep else resident | {"engine": engine}
+    parts = step_parts(config, ranks, tokens, checkpoint_activations, width)
+    if offload:
+        parts["gradients"] = 0
+    plan = {"rollout": {"engine": engine} | resident} if engine else {}
+    plan["training"] = awake | parts
+    if width == 2 and not offload:  # Adam over all parameters at once makes a copy of their size
+        gradients = parts["gradients"]
+        plan["update"] = awake | {"gradients": gradients, "temporaries": gradients}
+    return plan
+
+
+def too_large(plan: dict, room: dict[str, float]) -> str:
+    """The sentence that says which phase does not fit; "": all do. room: phase -> bytes, "card" for
+    all that are not named.
+    """
+    for phase, parts in plan.items():
+        need, there = sum(parts.values()), room.get(phase, room["card"])
+        if there and need > there:
+            where = "memory" if phase == "host" else "the card"
+            has = f"{where} has {there / 1e9:.1f} GB free"
+            return f"{phase} needs {need / 1e9:.1f} GB ({told(parts)}), {has}: {CURES[phase]}"
+    return ""
+
+
+def told(parts: dict[str, float]) -> str:
+    return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
+
+
+def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None) -> None:
+    """Prints the plan of a trainer's `cfg` and ends the program where it cannot fit.
+
+    longest: tokens of a row that stands alone. engine, rrm: the EngineConfig and RewardModelConfig
+    of what runs beside the policy.
+    """
+    config, cuda = load_config(cfg.model), torch.cuda.is_available()
+    free, card = torch.cuda.mem_get_info() if cuda else (0, 0)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks, offload = cfg.shard_ranks or run.world, getattr(cfg, "cpu_offload", False)
+    total = model_sizes(config)[2]
+    options = dict(tokens=max(cfg.tokens_per_microbatch, longest), width=2 if cuda else 4)
+    if engine and cuda:
+        weights = 2 * total / engine.tensor_parallel
+        vllm = engine.kind == "vllm"
+        options |= dict(engine=engine.memory_share * card if vllm else weights, sleep=engine.sleep)
+        if options["engine"] < weights:
+            share = f"engine.memory_share = {engine.memory_share} of {card / 1e9:.1f} GB"
+            raise SystemExit(f"{share} does not hold its weights, {weights / 1e9:.1f} GB: raise it")
+    if rrm and cuda and Path(rrm.source).is_dir():
+        options["rrm"] = rrm.memory_share * card
+    plan = memory_plan(
+        config,
+        ranks=ranks,
+        checkpoint_activations=cfg.checkpoint_activations,
+        reference=bool(getattr(cfg, "kl_coef", 0)),
+        offload=offload,
+        **options,
+    )
+    here = 16 * total / ranks * local if offload else 0
+    if not cuda:  # the ranks themselves are on the host
+        here = local * max(sum(parts.values()) for parts in plan.values())
+    plan["host"] = {"ranks": here, "rank 0 reads the model": 4 * total if run.rank < local else 0}
+    if run.rank == 0:
+        lines = [f"{phase} {sum(p.values()) / 1e9:.1f} = {told(p)}" for phase, p in plan.items()]
+        print("memory of a rank, GB: " + "; ".join(lines), flush=True)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if why := too_large(plan, {"card": free, "host": memory}):
+        raise SystemExit(f"it cannot fit: {why}")
+
+
+def check_shares(engine, rrm) -> None:
+    """Two engines in one process, an agent's and a reward model's: their shares must leave room."""
+    both = engine.memory_share + rrm.memory_share
+    if torch.cuda.is_available() and Path(rrm.source).is_dir() and both > 0.95:
+        shares = f"engine.memory_share = {engine.memory_share}, rrm.memory_share = "
+        raise SystemExit(f"{shares}{rrm.memory_share}: more than 0.95 of the card together")
