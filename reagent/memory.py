@@ -12,6 +12,7 @@ from reagent.policy import HEAD_CHUNK, keeps_softmax, load_config
 # of a card: CUDA's context, its libraries, and what an engine keeps asleep (graphs, buffers);
 # measured on one H200 with vLLM 0.25, without the buffers of NCCL
 CONTEXT = 2.5e9
+DENSE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 CURES = {
     "rollout": "lower engine.memory_share or rrm.memory_share, or serve the reward model elsewhere",
     "training": "lower tokens_per_microbatch, set checkpoint_activations or take more ranks",
@@ -118,6 +119,9 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None) -> None:
     of what runs beside the policy.
     """
     config, cuda = load_config(cfg.model), torch.cuda.is_available()
+    if not all(hasattr(config, name) for name in DENSE) or getattr(config, "num_experts", 0):
+        print(f"no memory plan for a model of the kind {config.model_type}", flush=True)
+        return
     free, card = torch.cuda.mem_get_info() if cuda else (0, 0)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     ranks, offload = cfg.shard_ranks or run.world, getattr(cfg, "cpu_offload", False)

@@ -362,7 +362,8 @@ def check_forward(config) -> None:
     rows = [Sequence(row.tolist(), [0] + [1] * (len(row) - 1)) for row in ids]
     try:
         with torch.random.fork_rng(devices=[]):  # a run's own random numbers stay as they are
-            hf = AutoModelForCausalLM.from_config(_small(config), attn_implementation="eager")
+            exact = dict(attn_implementation="eager", dtype=torch.float32)
+            hf = AutoModelForCausalLM.from_config(_small(config), **exact)
         for weight in hf.eval().parameters():  # so large that softcaps bite
             weight.data.normal_(0, 4 / weight.shape[-1] ** 0.5, generator=generator)
             weight.data += float(weight.dim() == 1)

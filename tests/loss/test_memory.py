@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from transformers import Qwen3Config
+from transformers import GPT2Config, Qwen3Config
 
 from reagent.config import parse_config
 from reagent.engines import EngineConfig
@@ -215,6 +215,12 @@ def test_a_reward_model_in_the_process_has_a_share_of_its_own(card, monkeypatch,
     with pytest.raises(SystemExit, match="rollout needs .*reward model 25.5"):
         planned(monkeypatch, "grpo_unified.py", [folder], "8b", 8)
     planned(monkeypatch, "grpo_unified.py", [folder, "--engine.memory_share=0.4"], "8b", 8)
+
+
+def test_a_model_whose_shapes_are_not_understood_has_no_plan_and_runs(monkeypatch, capsys):
+    monkeypatch.setattr("reagent.memory.load_config", lambda folder: GPT2Config())
+    plan_memory(parse_config(load("sft.py").Config, []), Ranks(1), longest=10)
+    assert "no memory plan for a model of the kind gpt2" in capsys.readouterr().out
 
 
 def test_a_share_that_does_not_hold_the_weights_is_refused(card, monkeypatch):
