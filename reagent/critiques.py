@@ -1,5 +1,4 @@
-"""What a critique is worth before anybody reads it: does it state the answer, does it name a thing
-of its trajectory, is it too short, does it repeat itself?
+"""What a critique is worth unread: does it leak the answer, name a thing, say enough, repeat?
 
 Texts are compared as the scorers compare answers: case, accents, punctuation and articles do not
 count, numbers are equal by value.
@@ -10,6 +9,7 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 
 # --------------------------------------------------------------------------------------------------
 # a text as pieces: words, numbers by value, signs; a sign of a script without spaces is a piece
@@ -40,9 +40,7 @@ _TRIVIAL = {"yes", "no", "true", "false", "none"}
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a text. `spaced`: white space stands before it; `glued`: nothing does, and it goes
-    on a word or number, as the km of 5km.
-    """
+    """`spaced`: after white space; `glued`: after nothing, on a word or number, as km in 5km."""
 
     text: str
     kind: str
@@ -95,13 +93,9 @@ def _value(number: str) -> str:
 
 
 def holds(text: list[Piece], sought: list[Piece]) -> bool:
-    """Whether `sought` stands in the text, as whole words. A word may be written apart by letters
-    (P a r i s, U.S.A.) and words may be written together.
-    """
-    target, breaks, at = "".join(p.text for p in sought), set(), 0
-    for piece in sought:
-        breaks.add(at)
-        at += len(piece.text)
+    """Whether `sought` stands in the text as whole words, also spelt (U.S.A.) or run together."""
+    target = "".join(p.text for p in sought)
+    breaks = set(accumulate((len(p.text) for p in sought), initial=0))
     ends = {i for i in range(len(text) + 1) if i == len(text) or not text[i].glued}
     for start in ends - {len(text)}:
         joined, gaps, end = "", set(), start
@@ -169,9 +163,7 @@ _OTHER_NAME = re.compile(rf"\d[\d.,]*\d|(?=([{_ALONE}]{{4}}))")  # numbers, four
 
 
 def prose(text: str, most: int = 10_000) -> float:
-    """Share of what a text of this kind can be worth, from 0 to 1: 1 with FEWEST_WORDS to `most`
-    words that do not repeat themselves.
-    """
+    """What a text can be worth, 0 to 1: 1 from FEWEST_WORDS to `most` that do not repeat."""
     words = [piece.text for piece in pieces(text)]
     triples = list(zip(words, words[1:], words[2:])) or words
     if not triples:
@@ -182,9 +174,8 @@ def prose(text: str, most: int = 10_000) -> float:
 
 @lru_cache(256)
 def names(text: str) -> frozenset[str]:
-    """Names in a question and a trajectory: words with a capital inside a sentence that stand
-    nowhere without one, numbers, and, of scripts without capitals, all runs of four signs.
-    """
+    """Words that have a capital inside a sentence and everywhere, numbers, runs of four signs of
+    scripts without capitals."""
     inside = re.findall(rf"(?<!\n)(?<![.!?]\s)\b{_CAPITALISED}", "\n" + text)
     plain = {word for word in re.findall(_CAPITALISED, text) if not word[0].isupper()}
     capital = {word for word in inside if word[0].isupper() and word.lower() not in plain}
@@ -202,9 +193,7 @@ def _other_names(text: str) -> set[str]:
 
 
 def name_agreement(critique: str, annotated: str | None, trail: frozenset[str]) -> float:
-    """F1 of the names of the trail that a critique names against those of the annotated one; where
-    that names none, whether the critique names any.
-    """
+    """F1 of the names of the trail in two critiques; where the second has none: has the first?"""
     own, wanted = named(critique, trail), named(annotated or "", trail)
     if not wanted:
         return float(bool(own))

@@ -1,10 +1,7 @@
-"""Rows in, tokens out: the config parser, JSONL files, and the append-only renderer of
-conversations. No torch at import.
-"""
+"""JSONL files, what rows of each kind hold, and the order in which a run takes them. No torch."""
 
 import hashlib
 import json
-import os
 import random
 import re
 from array import array
@@ -14,24 +11,18 @@ from pathlib import Path
 
 # --------------------------------------------------------------------------------------------------
 # JSONL
-
-
 MAX_DEPTH = 64  # of nested JSON that is copied and written again
 _SURROGATE = re.compile("[\ud800-\udfff\0]")  # no file name or seed takes halves of characters
 _decode = json.JSONDecoder().decode  # json.loads guesses the encoding first, which takes as long
 
 
 class JsonlRows:
-    """A JSONL file by byte offsets: every line is checked at opening, none is kept; `rows[i]` reads
-    one.
+    """A JSONL file by byte offsets: lines are checked at opening, not kept; `rows[i]` reads one.
 
-    `check(row)` returns an error text or None. SystemExit names file and line, also where
-    two rows have one id.
+    `check(row)` returns an error text or None. SystemExit names file and line, also of equal ids.
     """
 
-    def __init__(
-        self, path: str, check: Callable[[dict], str | None] | None = None, hint: str = ""
-    ):
+    def __init__(self, path: str, check: Callable | None = None, hint: str = ""):
         self.path, self.offsets = str(path), array("q")
         if not Path(path).is_file():
             raise SystemExit(f"no file {path}" + (f": {hint}" if hint else ""))
@@ -56,9 +47,8 @@ class JsonlRows:
         except (ValueError, RecursionError) as error:
             raise SystemExit(f"{self.path}:{number}: not a JSON line ({error})") from error
         if not isinstance(row, dict):
-            raise SystemExit(
-                f"{self.path}:{number}: a row is a JSON object, not {type(row).__name__}"
-            )
+            what = f"a row is a JSON object, not {type(row).__name__}"
+            raise SystemExit(f"{self.path}:{number}: {what}")
         return row
 
     def _check_unique(self, keys: array) -> None:
@@ -87,17 +77,13 @@ class JsonlRows:
 
 
 def read_appended(path: str | Path) -> list[dict]:
-    """The rows of a file that only grows; [] if there is none. A last line that a kill cut short is
-    cut off.
-    """
+    """The rows of a file that only grows, none without it; a last line that a kill cut goes."""
     drop_cut_line(Path(path))
     return list(whole_rows(path))
 
 
 def whole_rows(path: str | Path) -> Iterator[dict]:
-    """The rows of a file that may be growing at this moment, none if there is none; a last line
-    without its end is left out.
-    """
+    """The rows of a file that may be growing, none without it; a line without its end is none."""
     if Path(path).is_file():
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -112,25 +98,13 @@ def drop_cut_line(path: Path) -> None:
     """Cuts off the last line of a file that only grows, if a kill left it without its end."""
     if path.is_file():
         with open(path, "rb+") as file:
-            at = end = file.seek(0, os.SEEK_END)
-            while at > 0:  # back to the last line end
-                start = max(0, at - (1 << 16))
-                file.seek(start)
-                found = file.read(at - start).rfind(b"\n")
-                if found >= 0:
-                    at = start + found + 1
-                    break
-                at = start
-            if at < end:
-                file.truncate(at)
+            file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
 
 
 def batch_indices(step: int, batch: int, n: int, seed: int) -> list[int]:
-    """Rows of a step: the stream of seeded permutations of n rows, cut in batches. No state, so
-    resume is exact.
+    """Rows of a step, of a stream of seeded permutations of n rows: no state, resume is exact.
 
-    A batch at the seam of two epochs (or larger than n) takes rows from both, so it can hold a row
-    twice.
+    A batch at the seam of two epochs, or one larger than n, can hold a row twice.
     """
     picked: list[int] = []
     at = step * batch
@@ -286,9 +260,7 @@ def without_nulls(value):
 
 
 def seed_of(*parts) -> int:
-    """A seed below 2^62 from (run seed, step, sibling, task, stage, turn, role, retry): all
-    different, repeatable.
-    """
+    """A seed below 2^62 of (run seed, step, sibling, task, stage, turn, role, retry); all differ."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2
 

@@ -27,15 +27,12 @@ def auc(scores, labels) -> float:
     positives, negatives = labels.sum(), (~labels).sum()
     if not positives or not negatives:
         return math.nan
-    return float(
-        (_ranks(scores)[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives)
-    )
+    above = _ranks(scores)[labels].sum() - positives * (positives + 1) / 2
+    return float(above / (positives * negatives))
 
 
 def judgment_report(judgments: list, rows: list[dict], lengths: list[int]) -> dict:
-    """Figures of judgments (None: not valid) of rows: share valid, agreement with annotated scores
-    and correctness, leaks, critiques, calibration by tenths. "unknown": no row says it.
-    """
+    """Figures of judgments (None: not valid) of rows; "unknown" where no row says it."""
     pairs = [(j, row) for j, row in zip(judgments, rows) if j is not None]
     scored = [(j.score, s) for j, row in pairs if (s := annotation(row)[0]) is not None]
     labelled = [(j.score, row["correct"]) for j, row in pairs if row.get("correct") is not None]
@@ -67,10 +64,8 @@ def judgment_report(judgments: list, rows: list[dict], lengths: list[int]) -> di
 
 
 def critique_report(pairs: list) -> dict:
-    """Figures of the critiques of (judgment, row): what share names something of its trajectory and
-    of the next row's (a critique that would fit any names nothing, or the same in both), F1 of the
-    names against the annotated critique, prose (reagent/critiques.py).
-    """
+    """Critiques of (judgment, row): what share names something of its trajectory, and of the next
+    row's (one that fits any names the same in both), F1 of names against the annotated, prose."""
     trails = [names(row["question"] + "\n" + row_trajectory(row)) for _, row in pairs]
     critiques, annotated = [j.critique for j, _ in pairs], [annotation(row)[1] for _, row in pairs]
     told = [each for each in zip(critiques, annotated, trails) if each[1]]
@@ -93,21 +88,18 @@ def report_table(report: dict) -> str:
     tenths = [
         {"score": key[12:] + "+", "share correct": value[0], "judgments": value[1]}
         for key, value in report.items()
-        if key.startswith("calibration")
+        if key not in figures
     ]
     return "\n".join(table([figures]) + (table(tenths) if tenths else [])).strip()
 
 
 def paired_bootstrap(judged_a: list, judged_b: list, rows: list[dict], draws: int = 2000) -> dict:
-    """b minus a over trajectories that both judged: [difference, low, high] of MAE and AUC with
-    95 % intervals. Questions are drawn: the trajectories of one stand or fall together.
+    """b minus a where both judged: [difference, low, high] of MAE and AUC with 95 % intervals.
+
+    Questions are drawn: the trajectories of one stand or fall together.
     """
-    result = {}
-    for name, key, figure in (
-        ("mae", "score", mean_error),
-        ("auc/correct", "correct", auc),
-        ("auc/grounded", "grounded", auc),
-    ):
+    result, aucs = {}, [(f"auc/{key}", key, auc) for key in ("correct", "grounded")]
+    for name, key, figure in [("mae", "score", mean_error), *aucs]:
         clusters: dict[str, list] = {}
         for a, b, row in zip(judged_a, judged_b, rows):
             if a and b and row.get(key) is not None:
