@@ -112,8 +112,7 @@ class Config:
     timeout_s: float = 86_400.0  # how long ranks wait for each other
 
 
-# these change neither questions nor answers, so a resumed run may change them; rows are keyed by
-# set, id and rollout
+# these change no answers, so a resumed run may change them; rows are keyed by set, id and rollout
 MAY_CHANGE = {
     "dataset",
     "data_dir",
@@ -305,9 +304,7 @@ def prompt_tokens(task: Task, agent: Agent, toolbox, system: str) -> int:
 
 
 def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
-    """(tools, seconds) -> Toolbox, one for all sets that share them; says before the start what
-    search would lack.
-    """
+    """{(tools, seconds): Toolbox}; SystemExit before the start for what search or rows lack."""
     from tools import Toolbox
 
     boxes = {}
@@ -510,9 +507,7 @@ def write_reports(cfg: Config, tasks: list[Task], journal: Journal, judge: str, 
 
 
 def check_resume(out: Path, cfg: Config) -> None:
-    """A folder holds the answers of one agent: a changed key that changes the answers is refused by
-    name.
-    """
+    """Refuses, by name, a key that changes the answers: a folder holds those of one agent."""
     path, now = out / "run.json", json.loads(json.dumps(dataclasses.asdict(cfg)))
     if path.is_file():
         before = read_json(path, "config")["config"]
@@ -525,9 +520,7 @@ def check_resume(out: Path, cfg: Config) -> None:
 
 
 def stopping(critic: reward_model.Judge) -> reward_model.Judge:
-    """A reward model that is down stops the run: its chains would keep their first answer and count
-    as finished.
-    """
+    """A reward model that is down stops the run: its chains would count their first answer."""
     from reagent.served import ServerDown
 
     ask = critic.ask
@@ -545,9 +538,7 @@ def stopping(critic: reward_model.Judge) -> reward_model.Judge:
 def run_missing(
     cfg: Config, tasks, toolboxes, journal: Journal, runner, rank: int, world: int, group
 ) -> str:
-    """Builds the agent and runs this process's share of what is missing; returns how the agent is
-    asked.
-    """
+    """Runs this process's share of what is missing; returns how the agent is asked."""
     tp = cfg.engine.tensor_parallel
     if cfg.refine and not cfg.model.startswith("http"):
         check_shares(cfg.engine, cfg.rrm)
@@ -577,9 +568,7 @@ def run_missing(
 
 
 def join_ranks(cfg: Config, rank: int, world: int, stack):
-    """(the group of this rank's engine or None, a function in which all ranks meet); left when
-    `stack` closes.
-    """
+    """(the group of this rank's engine or None, a function in which all ranks meet)."""
     if world == 1:
         return None, lambda phase: None
     import torch.distributed as dist
@@ -687,9 +676,7 @@ class ReportConfig(Common):
 
 @contextlib.contextmanager
 def agent_at_work(cfg, folder: str):
-    """-> (Setup without a judge, rows, run): an agent's engine and tools; `run(coroutine)`
-    runs chains.
-    """
+    """-> (Setup without a judge, rows, run): an agent at work; `run(coroutine)` runs its chains."""
     from reagent.policy import load_chat
 
     rows = JsonlRows(
@@ -718,9 +705,7 @@ def agent_at_work(cfg, folder: str):
 
 
 def critique_lift(setup, judge, rows: list[dict], run, seed: int) -> dict:
-    """How many answers refinement fixes and breaks with the judge's own critique, another
-    question's, an empty one.
-    """
+    """What refinement fixes and breaks with the judge's own critique, another question's, none."""
     setup = dataclasses.replace(setup, judge=judge)
     episodes = run(rollout.run_chains([(row, (seed, "lift", 0)) for row in rows], setup))
     pairs = [
@@ -752,9 +737,7 @@ def critique_lift(setup, judge, rows: list[dict], run, seed: int) -> dict:
 
 
 def report_rrm(cfg: ReportConfig) -> None:
-    """A judge on held-out judgments, beside another one, and what its critiques do for an agent;
-    table and log.jsonl.
-    """
+    """A judge on held-out judgments, beside another, for an agent: a table and log.jsonl."""
     from reagent.policy import load_chat
 
     if not cfg.rrm.source:

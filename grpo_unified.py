@@ -145,9 +145,7 @@ IMPORTANCE_CAP = 2.0  # of pi_old / pi of the sampler, where old log-probs are r
 
 
 def set_rewards(episodes: list, rrm_weight: float, scored: bool) -> None:
-    """R = R_rule + lambda * s (paper equation 6). Without a valid judgment, or in a dropped chain:
-    no reward.
-    """
+    """R = R_rule + lambda * s (paper equation 6); None in a dropped chain or without a judgment."""
     for episode in episodes:
         for attempt in episode.attempts:
             attempt.reward = None
@@ -160,9 +158,7 @@ def set_rewards(episodes: list, rrm_weight: float, scored: bool) -> None:
 
 
 def reward_tensor(episodes: list, group: int, read) -> torch.Tensor:
-    """(N, 2, G) of read(attempt), NaN where an attempt has no reward; episodes come question by
-    question.
-    """
+    """(N, 2, G) of read(attempt), NaN where an attempt has no reward; episodes by question."""
     table = torch.full((len(episodes) // group, 2, group), math.nan, dtype=torch.float64)
     for i, episode in enumerate(episodes):
         for stage, attempt in enumerate(episode.attempts):
@@ -515,9 +511,7 @@ def main(cfg: Config) -> None:
         engine.load_weights(full_weights(policy, run.sampler_dtype))
 
     def sample(jobs: list, version: int, what: str) -> list:
-        """Runs this engine's share of the jobs [(row, key)], group by group; returns all episodes,
-        in the order of the jobs.
-        """
+        """Runs this engine's share of the jobs [(row, key)]; returns all episodes, in order."""
         now = dataclasses.replace(setup, policy_version=version)
         share = [job for i, job in enumerate(jobs) if i // cfg.group_size % n_engines == place]
         bar = tqdm(desc=what, total=len(jobs), leave=False, disable=not run.has_bar)
@@ -651,9 +645,7 @@ def main(cfg: Config) -> None:
 
 
 def engine_places(tensor_parallel: int, run: Run) -> tuple[int | None, int, object]:
-    """(the number of the engine that this rank leads or None, how many engines there are, the gloo
-    group of its tensor-parallel ranks or None).
-    """
+    """(number of the engine that this rank leads or None, of how many, gloo group of its ranks)."""
     if run.world % tensor_parallel:
         raise SystemExit(
             f"engine.tensor_parallel = {tensor_parallel} does not divide {run.world} ranks"

@@ -41,9 +41,7 @@ LEFT_OUT = "[result left out: no room]"
 
 @dataclass
 class Attempt:
-    """One attempt of a chain. `span` and `messages` are [a, b) ranges of the episode's ids and
-    messages.
-    """
+    """One attempt. `span` and `messages` are [a, b) ranges of the episode's ids and messages."""
 
     span: tuple[int, int]
     messages: tuple[int, int]
@@ -67,9 +65,7 @@ TOKEN_ARRAYS = ("ids", "mask", "logps")
 
 @dataclass
 class Episode:
-    """One chain: token ids, mask (1 = sampled by the policy), the sampler's logps at the sampled
-    tokens, attempts.
-    """
+    """A chain: ids, mask (1 = sampled by the policy), the sampler's logps at the 1s, attempts."""
 
     id: str
     question: str
@@ -92,9 +88,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one attempt; tokens count everything after the attempt's prompt, tool results
-    included.
-    """
+    """Limits of one attempt; tokens count everything after its prompt, tool results included."""
 
     max_turns: int = 13
     max_new_tokens_per_turn: int = 4096
@@ -110,9 +104,7 @@ class Limits:
 
 @dataclass
 class Setup:
-    """All that chains of one phase share. `rule_reward(row, answer) -> (reward, correct)` is
-    evaluate.rule_reward.
-    """
+    """All that chains of one phase share. `rule_reward(row, answer) -> (reward, correct)`."""
 
     engine: object
     chat: object
@@ -130,9 +122,7 @@ class Setup:
 
 
 async def run_chain(row: dict, setup: Setup, key: tuple) -> Episode:
-    """One chain: o1 ~ pi(.|q), (c, s1), o2 ~ pi(.|q, o1, c), s2 (paper section 3.5); `key` = (run
-    seed, step, sibling).
-    """
+    """One chain: o1 ~ pi(.|q), (c, s1), o2 ~ pi(.|q, o1, c), s2; `key`: run seed, step, sibling."""
     gold = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
     question = shown_question(row)
     messages, ids = opening(setup.chat, setup.system_prompt, question, setup.toolbox.schemas)
@@ -155,18 +145,15 @@ async def run_chain(row: dict, setup: Setup, key: tuple) -> Episode:
 
 
 def opening(chat, system: str, question: str, schemas: list[dict]) -> tuple[list[dict], list[int]]:
-    """The turns before the first attempt and their ids. An empty system prompt is no turn; one that
-    holds the schemas as <tools>, like those of the release, gets no second copy of them.
-    """
+    """Turns before the first attempt and their ids. An empty system prompt is no turn; one with
+    the schemas as <tools>, like those of the release, gets no second copy of them."""
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": question})
     return messages, list(chat.prompt(messages, [] if "<tools>" in system else schemas))
 
 
 async def refine(episode: Episode, row: dict, setup: Setup, critique: str, key: tuple) -> None:
-    """Stage 2 goes on with the conversation: a user turn with the critique only, the refined
-    attempt, its score.
-    """
+    """Stage 2 of the conversation: a user turn with the critique, another attempt, its score."""
     message = {"role": "user", "content": setup.refine_prompt.replace("{critique}", critique)}
     if not append_fragment(
         episode, setup, [message], room=setup.limits.max_context - setup.limits.final_tokens - 1
@@ -190,9 +177,7 @@ async def judge_attempt(episode: Episode, setup: Setup, key: tuple) -> None:
 
 
 async def run_attempt(episode: Episode, row: dict, setup: Setup, key: tuple) -> None:
-    """Turns of the policy and of its tools until an answer or a limit; appends the Attempt to the
-    episode.
-    """
+    """Turns of the policy and its tools until an answer or a limit; appends the Attempt."""
     limits, begin = setup.limits, len(episode.ids)
     attempt = Attempt((begin, begin), (len(episode.messages),) * 2, None, "", seed_of(*key))
     end = min(begin + limits.max_tokens_per_attempt, limits.max_context)  # where the ids must end
@@ -248,9 +233,7 @@ def _full(end: int, limits: Limits) -> str:
 
 
 def _append_results(episode, setup, results, limit, end) -> tuple[str, bool]:
-    """Appends tool results, and at a limit the call for a final answer; returns (the limit or "",
-    another turn?).
-    """
+    """Appends results, at a limit the call for an answer; -> (the limit or "", another turn?)."""
     force = setup.limits.force_answer
     if not limit and append_fragment(episode, setup, results, end - setup.limits.final_tokens):
         return "", True
@@ -266,9 +249,7 @@ def _append_results(episode, setup, results, limit, end) -> tuple[str, bool]:
 async def observe(
     calls: list[Call], row: dict, setup: Setup, attempt: Attempt, turn: int
 ) -> list[dict]:
-    """Runs the calls of a turn side by side; the results come back in call order, whoever finished
-    first.
-    """
+    """Runs the calls of a turn side by side; the results come back in call order."""
 
     async def one(call):
         if call.problem:
@@ -337,9 +318,7 @@ async def run_chains(jobs, setup: Setup, max_live: int = 0, on_done=None) -> lis
 
 
 async def refine_with(episodes, rows, critiques, setup: Setup, key: tuple) -> list[Episode]:
-    """Stage 2 from the first stage of finished episodes, with critiques of one's choice (own,
-    shuffled, empty).
-    """
+    """Stage 2 after the first of finished episodes, with critiques of one's choice."""
 
     async def one(episode, row, critique):
         first = episode.attempts[0]

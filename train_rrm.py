@@ -143,9 +143,7 @@ SHOWN += ("eval/valid", "eval/mae", "eval/auc/grounded")
 
 
 def judgment_reward(judgment, row: dict, cfg: Config) -> float:
-    """Reward in [0, 1] of one judgment (None = broken format), over the parts its row allows; see
-    the top of the file.
-    """
+    """Reward in [0, 1] of a judgment (None: broken), over the parts its row allows (see top)."""
     if judgment is None:
         return 0.0
     (score, critique), transcript = annotation(row), row_trajectory(row)
@@ -163,9 +161,7 @@ def judgment_reward(judgment, row: dict, cfg: Config) -> float:
 
 
 def critique_worth(judgment, annotated: str | None, trail: frozenset[str]) -> float:
-    """From 0 to 1: prose of analysis and critique, half of it for naming what the annotated
-    critique names of the trail.
-    """
+    """From 0 to 1: prose, half of it for naming what the annotated critique names of the trail."""
     written = prose(judgment.think) * prose(judgment.critique, MOST_WORDS)
     return written * (1 + name_agreement(judgment.critique, annotated, trail)) / 2
 
@@ -175,9 +171,8 @@ def critique_worth(judgment, annotated: str | None, trail: frozenset[str]) -> fl
 
 
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """(N, G) -> (N, G): (R - mean of its group) / (std of these over the step + eps); 0 in groups
-    whose max - min is under 1e-6, which count nowhere.
-    """
+    """(N, G) -> (N, G): (R - mean of its group) / (std of these over the step + eps); groups whose
+    max - min is under 1e-6 get 0 and count nowhere."""
     rewards = rewards.double()
     spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)
     centred = torch.where(spread >= 1e-6, rewards - rewards.mean(1, keepdim=True), 0.0)
@@ -186,9 +181,7 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
 
 
 def clipped_loss(logps, columns: dict, clip_low: float, clip_high: float) -> torch.Tensor:
-    """-sum_t w_t min(r_t A_t, clip(r_t) A_t), r = pi / pi of the sampler; all (M,), the weights
-    hold the denominator.
-    """
+    """-sum_t w_t min(r_t A_t, clip(r_t) A_t), r = pi / the sampler's, w normalised; all (M,)."""
     ratio = (logps - columns["sampler_logps"]).exp()
     plain = ratio * columns["advantage"]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * columns["advantage"]
@@ -199,9 +192,7 @@ def clipped_loss(logps, columns: dict, clip_low: float, clip_high: float) -> tor
 
 
 def judge_ids(chat: Chat, row: dict, cfg) -> list[int] | None:
-    """Prompt ids of a row, its tool results shortened where it does not fit; None where that is not
-    enough.
-    """
+    """Prompt ids of a row, its tool results shortened to fit; None where that is not enough."""
     prompt = reward_model.read_rrm_prompt(cfg.prompt_file, cfg.request_file)
     room = (
         cfg.max_context

@@ -17,8 +17,7 @@ MAX_CALLS = 64  # of one turn
 
 @dataclass(frozen=True)
 class Call:
-    """A tool call of a turn. `problem` is what the agent is told in place of a result, "" if
-    none."""
+    """A tool call. `problem` is what the agent is told in place of a result, "" if none."""
 
     name: str = ""
     arguments: object = field(default_factory=dict)
@@ -115,8 +114,7 @@ _STOP = re.compile(r"</tool_call>|(?=<tool_call>)|\Z")
 
 @dataclass(frozen=True)
 class CallFormat:
-    """How a template writes calls. `write` gives a call's text; `read` reads what follows a
-    <tool_call>, gives the call and where it ends."""
+    """How a template writes calls: `write` a call, `read` one behind <tool_call>, and its end."""
 
     lead: str = "\n"  # between what a turn says and its first call
     between: str = "\n"  # between two calls
@@ -178,8 +176,7 @@ _LITERALS = {"True": "true", "False": "false", "None": "null"}  # some templates
 
 
 class XmlCalls(CallFormat):
-    """<function=…><parameter=…>: Qwen3-Coder, Qwen3.5, Nemotron 3. Texts stand as they are, all
-    else is JSON; the schema says which."""
+    """<function=…><parameter=…>: Qwen3-Coder, Qwen3.5, Nemotron 3. The schema says what is JSON."""
 
     form = (
         "<tool_call>\n<function=name>\n<parameter=name>\nvalue\n</parameter>\n</function>\n"
@@ -214,8 +211,7 @@ class XmlCalls(CallFormat):
 
 
 def _typed(value: str, kinds: dict | None, key: str):
-    """The value of a parameter as its schema has it; without a schema a list or an object is
-    read, all else is a text."""
+    """A parameter's value by its schema; without one lists and objects are read, others texts."""
     kind = (kinds or {}).get(key)
     if kind == "string" or isinstance(kind, list) and "string" in kind:
         return value
@@ -272,8 +268,7 @@ def made_up_result(text: str, form: CallFormat) -> int | None:
 
 
 def _scan(text: str, form: CallFormat, kinds: dict):
-    """-> (calls, their spans, the text outside of thoughts and calls, whether one stands in
-    thoughts)."""
+    """-> (calls, their spans, text outside of thoughts and calls, does one stand in thoughts?)."""
     calls, spans, said, at, begin = [], [], [], 0, 0
     thinking = tagged = rehearsed = False
     tries = 0  # reading one may take time in proportion to the turn

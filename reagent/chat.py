@@ -126,8 +126,7 @@ class Chat:
         raise ValueError(f"{self.name}: its chat template {why}")
 
     def _find_anchor(self) -> tuple[str, list[int]]:
-        """What each text is encoded behind, and its ids, which are cut off: SentencePiece puts a
-        piece before whatever begins a text."""
+        """What texts are encoded behind, and its ids: SentencePiece begins with a piece."""
         parts = ("a", " b", "\n", "c")
         for anchor in ("", _MARK[0]):
             self._anchor, self._head = "", []
@@ -138,8 +137,7 @@ class Chat:
         raise ValueError(f"{self.name}: its tokenizer changes texts that are encoded one by one")
 
     def _find_closer(self) -> int:
-        """The control token that ends an assistant turn, whatever follows it. The turn begins as
-        the template lets one begin, thoughts and white space apart."""
+        """The control token that ends an assistant turn, whatever follows it or begins the turn."""
         user = [{"role": "user", "content": "x"}]
         closers = dict.fromkeys(tuple(self.fragment(turns)[:1]) for turns in ([], user))
         shown = " or ".join(repr(self.decode(ids)) for ids in closers)
@@ -184,8 +182,7 @@ class Chat:
         return [dict(name=call.name, arguments=call.arguments) for call in whole], turn.spans
 
     def _turn_with(self, calls: list[dict]) -> tuple[str, str]:
-        """What the template makes of an assistant turn with these calls, after its content; and of
-        the result that follows."""
+        """What the template makes of a turn with calls, after its content, and of a result."""
         listed = [
             dict(type="function", id=f"probe{i:04d}", function=call) for i, call in enumerate(calls)
         ]
@@ -214,9 +211,7 @@ class Chat:
         return self.tokenizer.encode(text, **options)[len(self._head) :]
 
     def text(self, text: str) -> list[int]:
-        """Assistant (or our own) text: <think> and <tool_call> keep their tokens, <|im_end|> does
-        not become one.
-        """
+        """Text of the assistant: <think> and <tool_call> keep their tokens, not <|im_end|>."""
         return self._encode(text, split=True)
 
     def outside(self, text: str) -> list[int]:
@@ -237,9 +232,7 @@ class Chat:
         raise ValueError(f"{self.name}: its tokenizer makes control tokens of {text[:80]!r}")
 
     def broken(self, text: str) -> str:
-        """The text with a zero-width space inside each control string, also for a judge behind a
-        URL.
-        """
+        """The text with a zero-width space in control strings, also for a judge behind a URL."""
         text = _utf8(text)
         if any(control in text for control in self._controls):
             for control in self._controls:
@@ -294,9 +287,7 @@ class Chat:
         return ids
 
     def fragment(self, messages: list[dict]) -> list[int]:
-        """What follows an assistant turn: its closer, these turns, and the start of the next
-        assistant turn.
-        """
+        """What follows an assistant turn: its closer, these turns, the start of the next one."""
         roles = _roles(messages, ("user", "tool"))
         first, *pieces = self._frame(("user", "assistant", *roles), "[]", True)[2:]
         ids = list(self._inside(first))
@@ -344,9 +335,7 @@ class Chat:
         return ids, mask
 
     def sampled(self, text: str) -> str:
-        """What of an assistant turn the policy writes itself, where the template has opened <think>
-        for it.
-        """
+        """What the policy writes of a turn, where the template has opened <think> for it."""
         if not self.opened:
             return text
         if not text.startswith("<think>"):

@@ -260,7 +260,7 @@ def without_nulls(value):
 
 
 def seed_of(*parts) -> int:
-    """A seed below 2^62 of (run seed, step, sibling, task, stage, turn, role, retry); all differ."""
+    """A seed below 2^62 of (run seed, step, sibling, task, stage, turn, role, retry); they vary."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2
 
