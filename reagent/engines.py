@@ -1,6 +1,4 @@
-"""Engines: generate(ids, …) and load_weights(pairs), by transformers and by vLLM in this
-process.
-"""
+"""Engines: generate(ids, …) and load_weights(pairs), by transformers and vLLM in this process."""
 
 import asyncio
 import atexit
@@ -27,9 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """What an engine returns: sampled ids, their log-probs under the sampling distribution,
-    stop|length|abort.
-    """
+    """Sampled ids, their log-probs under the sampling distribution, stop|length|abort."""
 
     ids: list[int]
     logps: list[float]
@@ -50,8 +46,7 @@ class EngineConfig:
 class Engine(Protocol):
     """What the loop needs of a sampler; `sleep`, `close`, `follow` and `finish` are optional.
 
-    A class of your own is made as Class(folder, stop_ids, config=EngineConfig, max_context=tokens,
-    tp_group=None).
+    Yours is made as Class(folder, stop_ids, config=EngineConfig, max_context=n, tp_group=None).
     """
 
     async def generate(
@@ -106,9 +101,7 @@ class Rounds:
 
 
 class HFEngine:
-    """transformers as the sampler, for machines without vLLM: batches in rounds, so a run can be
-    repeated to the bit.
-    """
+    """transformers as the sampler, without vLLM: in rounds, so a run can be repeated to the bit."""
 
     max_batch = 64
     made = 0
@@ -204,9 +197,7 @@ class HFEngine:
 
 
 def _sample(logits, requests, draws):
-    """logits (B, V) -> token ids and log-probs; inverse CDF on one uniform draw a row; temperature
-    0 takes the best.
-    """
+    """logits (B, V) -> ids, log-probs; inverse CDF of one uniform draw a row, greedy at 0."""
     import torch
 
     temperature = torch.tensor([r.temperature or 1.0 for r in requests], device=logits.device)[
@@ -231,9 +222,7 @@ def _sample(logits, requests, draws):
 
 
 def _all_names(pairs, expected: set[str]):
-    """Passes the pairs through; a missing or unknown name is an error: a stale tensor raises
-    nothing by itself.
-    """
+    """Passes the pairs through; missing and unknown names are errors: a stale tensor tells none."""
     seen = set()
     for name, value in pairs:
         seen.add(name)
@@ -535,9 +524,7 @@ def _vllm_sample(output) -> Sample:
 
 
 async def run_together(coroutines, max_live: int = 0, on_done=None) -> list:
-    """Runs chains side by side, at most `max_live` at a time (0: all); results in the order
-    given.
-    """
+    """Runs chains side by side, at most `max_live` at a time (0: all); results in their order."""
     coroutines, rounds = list(coroutines), Rounds.here()
     slots = asyncio.Semaphore(max_live or max(len(coroutines), 1))
 

@@ -35,9 +35,7 @@ HEAD_KEPT = 1 << 26  # numbers (M V) up to which a softmax is kept for backward:
 
 @dataclass
 class Sequence:
-    """One token row. `mask` is 1 at trained tokens (never at the first); `columns` hold one number
-    for each of them.
-    """
+    """A token row. `mask` is 1 at trained tokens (not the first); `columns`: a number for each."""
 
     ids: list[int]
     mask: list[int]
@@ -94,9 +92,7 @@ def _first_fit(rows: list[Sequence], room: int) -> list[list[Sequence]]:
 
 
 def collate(rows: list[Sequence], columns: tuple[str, ...], device: torch.device) -> Batch:
-    """Packs rows into one (1, T) sequence. Without rows: two tokens that carry no loss, to keep
-    step with the others.
-    """
+    """Packs rows into a (1, T) sequence; without rows two tokens without loss, to keep step."""
     ids, positions, index = [], [], []
     for row in rows or [Sequence([0, 0], [0, 0])]:
         assert not row.mask[0] and len(row.ids) == len(row.mask), (
@@ -183,18 +179,14 @@ AttentionInterface.register("varlen", varlen_attention)
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(m, H) x (V, H) -> (m, V) in fp32; bf16 inputs are multiplied as they are and accumulated in
-    fp32.
-    """
+    """(m, H) x (V, H) -> (m, V) in fp32; bf16 is multiplied as it is and accumulated in fp32."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     return (hidden @ weight.t()).float()
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Log-probs of the targets and the entropy, HEAD_CHUNK tokens at a time; backward computes
-    large logits once more.
-    """
+    """Log-probs of targets and entropy, HEAD_CHUNK tokens at a time; backward repeats them."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
@@ -249,9 +241,7 @@ def _parts(n: int) -> list[slice]:
 
 
 class ChunkedHead(torch.nn.Module):
-    """Stands where the model had its lm_head, with the same parameter: (M, H) -> log-probs and
-    entropy (M,).
-    """
+    """In place of lm_head, with its parameter: (M, H) -> log-probs and entropy (M,)."""
 
     def __init__(self, weight: torch.nn.Parameter):
         super().__init__()
@@ -262,9 +252,7 @@ class ChunkedHead(torch.nn.Module):
 
 
 class Policy(torch.nn.Module):
-    """A causal language model that returns log-probs of the trained tokens, never the full (T, V)
-    logits.
-    """
+    """A causal LM that returns log-probs of the trained tokens, never the full (T, V) logits."""
 
     def __init__(self, hf):
         super().__init__()
@@ -293,8 +281,7 @@ class Policy(torch.nn.Module):
 
 
 def _read(loader, folder: str, what: str, **options):
-    # a folder, or a name of the hub; an error of the library is shortened to what a person can act
-    # on
+    # a folder or a hub's name; a library's error is shortened to what a person can act on
     path = Path(folder)
     if path.exists() and not (path / "config.json").is_file():
         raise SystemExit(f"{folder} is not a model folder: it has no config.json")
@@ -461,9 +448,7 @@ def _receive(unit: torch.nn.Module, device: torch.device) -> None:
 def make_optimizer(
     policy: Policy, *, lr: float, weight_decay: float, betas=(0.9, 0.999)
 ) -> torch.optim.AdamW:
-    """AdamW whose moments exist from the start: their memory is taken before the first rollout, not
-    in the first step.
-    """
+    """AdamW whose moments exist from the start: their memory is taken before the first rollout."""
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=lr, betas=betas, weight_decay=weight_decay
     )
@@ -478,9 +463,7 @@ def make_optimizer(
 
 
 def backward(loss: torch.Tensor) -> None:
-    """Backward of this rank's share of a loss whose denominator counts all ranks: FSDP averages, so
-    undo the mean.
-    """
+    """Backward of this rank's share of a loss over all ranks' tokens: FSDP's mean is undone."""
     (loss * dist.get_world_size()).backward()
 
 

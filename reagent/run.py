@@ -45,9 +45,7 @@ def local_device() -> torch.device:
 
 
 def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
-    """Joins torchrun's process group, or starts a job of one; returns (rank, world size,
-    device).
-    """
+    """Joins torchrun's process group or starts one of one; (rank, world size, device)."""
     device = local_device()
     cuda = device.type == "cuda"
     if cuda:
@@ -84,9 +82,7 @@ def meet(phase: str, group, timeout_s: float, error: BaseException | None = None
 
 @contextmanager
 def phase(name: str, meet_all):
-    """A collective that fails because a peer died or hung says so by no name: all that live meet,
-    who is missing is named.
-    """
+    """A collective that fails says no name: all that live meet, and who is missing is named."""
     try:
         yield
     except RuntimeError as error:
@@ -258,9 +254,7 @@ class PlainPlanner(DefaultLoadPlanner):
 
 
 def check_resume(saved: dict, config: dict, may_change: set[str], folder) -> None:
-    """Refuses to resume when a key that changes the math differs, naming it; nested keys are
-    dotted, and servers may have moved to other addresses.
-    """
+    """Refuses a changed key that changes the math, by name; servers may have moved."""
     saved, config = flat(saved), flat(config)
     changed = []
     for key, now in config.items():
@@ -276,9 +270,7 @@ def check_resume(saved: dict, config: dict, may_change: set[str], folder) -> Non
 
 
 def prune(folder, keep_last: int, best_step: int | None) -> None:
-    """Deletes all but the newest `keep_last` checkpoints and the best one, and what a killed save
-    left behind.
-    """
+    """Deletes all but the newest `keep_last` checkpoints and the best, and what a kill left."""
     for path in checkpoints(folder)[:-keep_last] if keep_last else []:
         if best_step is None or path.name != f"step-{best_step:06d}":
             shutil.rmtree(path)

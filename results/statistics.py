@@ -13,9 +13,7 @@ F1_SCORERS = ("hotpotqa", "2wiki", "musique", "bamboogle")
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Unbiased estimate of P(at least one of k samples is right) from n samples (Chen et al.
-    2021).
-    """
+    """Unbiased P(at least one of k samples is right) from n samples (Chen et al. 2021)."""
     return 1.0 - comb(n - right, k) / comb(n, k) if k <= n else float("nan")
 
 
@@ -46,9 +44,7 @@ def vote_key(answer: str, scorer: str) -> str:
 
 
 def majority(chains: list["Chain"], scorer: str) -> bool:
-    """Whether the answer with the most votes is right; of equals the first given wins. No answer
-    has no vote.
-    """
+    """Is the answer with most votes right? Of equals the first given wins; none has no vote."""
     votes: dict[str, list[bool]] = {}
     for chain in chains:
         answer = chain.entry.answers[-1] if chain.entry and chain.entry.answers else None
@@ -154,9 +150,7 @@ def counts(task, chains: list[Chain], journal: Journal) -> dict:
 
 
 def by_meta(task, grid: list[list[Chain]]) -> dict:
-    """{"level": {"1": {"questions", "all"}}}: accuracy over all rows, for what a set publishes
-    about its questions.
-    """
+    """{"level": {"1": {"questions", "all"}}}: accuracy over all rows by what a set publishes."""
     found = {}
     for name in ("level", "difficulty_level", "type", "hops", "lang"):
         groups: dict[str, list[float]] = {}
@@ -178,9 +172,7 @@ REFINED = ("fixed", "broken", "refined", "not_refined")  # counts of chains
 
 
 def refine_figures(grid: list[list[Chain]]) -> dict:
-    """Reagent-C: o1 and o2 over all rows, and what refinement changed; a chain without o2 keeps
-    o1.
-    """
+    """Reagent-C: o1 and o2 over all rows, and what changed; a chain without o2 keeps o1."""
     flat = [chain for chains in grid for chain in chains]
 
     def share(of):
@@ -198,9 +190,7 @@ def refine_figures(grid: list[list[Chain]]) -> dict:
 
 
 def question_means(path: str) -> dict[tuple, float]:
-    """Mean correctness by (dataset, id) of a result file with rows {"dataset"?, "id", "correct"},
-    one a chain.
-    """
+    """Mean correctness by (dataset, id) of result rows {"dataset"?, "id", "correct"}."""
     seen: dict[tuple, list[float]] = {}
     names = []
 

@@ -90,9 +90,7 @@ class Target:
 
 
 def checked(url: str, allow=frozenset(), resolve=socket.getaddrinfo) -> Target:
-    """A URL of the model, judged; ToolError says why it stays closed. `allow`: host:port beyond the
-    public web.
-    """
+    """A URL of the model, judged, or ToolError; `allow`: host:port beyond the public web."""
     url = url.strip()
     if len(url) > 4000 or re.search(r"[\x00-\x1f\x7f\\]", url):
         raise ToolError("The address is too long or has characters that no address has.")
@@ -175,9 +173,7 @@ def fetch(
     allow=frozenset(),
     resolve=socket.getaddrinfo,
 ) -> Page:
-    """Opens a page, `seconds` for all of it; every redirect is checked as the URL itself is.
-    ToolError | ToolFault.
-    """
+    """Opens a page in `seconds`, each redirect checked as the URL is. ToolError | ToolFault."""
     deadline, hops = time.monotonic() + seconds, []
     headers = {
         "User-Agent": "Mozilla/5.0 (compatible; Reagent)",
@@ -261,9 +257,7 @@ def api(
 
 
 def text_of(page: Page, seconds: float) -> tuple[str, str]:
-    """(title, text) of a page, by what it is and not by what it claims; ToolError for what has no
-    text.
-    """
+    """(title, text) of a page, by what it is, not what it claims; ToolError without text."""
     named = re.search(r"charset=[\"']?([\w.:-]{1,40})", page.content_type, re.I)
     return page_to_text(
         page.body,
@@ -327,9 +321,7 @@ KEYS = "a provider needs one of " + ", ".join(row[0] for row in PROVIDERS.values
 
 
 def provider_search(name: str, environ, query: str, top_k: int, seconds: float) -> list[list[str]]:
-    """Hits as [title, URL, text]; ToolFault if the provider fails, ToolError if it does not take
-    the query.
-    """
+    """Hits as [title, URL, text]; ToolFault if it fails, ToolError if the query is refused."""
     key, base, method, path, headers_of, request_of, way, (title, address, text) = PROVIDERS[name]
     url, body = (
         (environ.get(f"{name.upper()}_URL") or base).rstrip("/") + path,
@@ -366,9 +358,7 @@ def provider_search(name: str, environ, query: str, top_k: int, seconds: float) 
 
 
 class Blocklist:
-    """Addresses that must not be seen, such as mirrors of a benchmark: a domain or part of a URL on
-    each line.
-    """
+    """Addresses that must not be seen, as mirrors: on each line a domain or a part of a URL."""
 
     def __init__(self, path: str):
         self.count, self.lock = 0, threading.Lock()
@@ -379,8 +369,7 @@ class Blocklist:
             )
         lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
         parts = [self.normal(line) for line in lines if line.strip() and not line.startswith("#")]
-        # bounded on the left, and a bare domain on the right too: evil.org is not in devil.org nor
-        # in evil.org.uk
+        # bounded left, a bare domain right too: evil.org is not in devil.org nor in evil.org.uk
         each = [
             r"(?<![\w-])" * p[0].isalnum() + re.escape(p) + r"(?![\w-]|\.\w)" * ("/" not in p)
             for p in parts
@@ -486,9 +475,7 @@ SUMMARY_PROMPT = (
 
 
 class Web:
-    """Search and pages as the environment, the allowed hosts, the block list and the cache of a run
-    say.
-    """
+    """Search and pages by the environment, the allowed hosts, block list and cache of a run."""
 
     def __init__(
         self,
