@@ -19,9 +19,11 @@ from evaluate import Common, agent_at_work
 from reagent import engines, reward_model
 from reagent.config import parse_config
 from reagent.critiques import leaks
+from reagent.folder import read_json, write_whole
 from reagent.policy import load_chat
 from reagent.reward_model import RewardModelConfig, row_trajectory
 from reagent.rows import read_appended, seed_of
+from reagent.run import check_resume
 
 
 @dataclass
@@ -31,6 +33,32 @@ class AnnotateConfig(Common):
     samples_per_question: int = 4  # of each agent
     share_correct: float = 0.5  # of the rows written; the larger class is thinned
     out: str = "data/reagent/rrm_annotated.jsonl"
+
+
+# what may change between two calls for the same file: more of the same, and how it is computed
+MAY_CHANGE = {
+    "agents",
+    "limit",
+    "samples_per_question",
+    "share_correct",
+    "out",
+    "files_dir",
+    "engine.memory_share",
+    "engine.sleep",
+    "engine.max_live_chains",
+    "teacher.seconds",
+    "teacher.patience",
+}
+
+
+def check_settings(cfg: AnnotateConfig, path: Path, teacher: str) -> None:
+    """Trajectories and judgments of one file come from one teacher and one setting: what changed is
+    refused by name. `teacher`: the model behind an address, which may have moved.
+    """
+    settings = dataclasses.asdict(cfg) | {"teacher.serves": teacher}
+    if path.is_file():
+        check_resume(read_json(path), settings, MAY_CHANGE, path)
+    write_whole(path, json.dumps(settings, indent=1))
 
 
 def sample_trajectories(cfg: AnnotateConfig, path: Path) -> list[dict]:
@@ -60,6 +88,7 @@ def sample_trajectories(cfg: AnnotateConfig, path: Path) -> list[dict]:
                 attempt = episode.attempts[0]
                 done[name] = {
                     "id": name,
+                    "agent": folder,
                     "question": episode.question,
                     "answer": episode.gold,
                     "trajectory": episode.messages[slice(*attempt.messages)],
@@ -74,18 +103,32 @@ def sample_trajectories(cfg: AnnotateConfig, path: Path) -> list[dict]:
 
 
 def thinned(rows: list[dict], share_correct: float, seed: int) -> list[dict]:
-    """The largest part of the rows in which `share_correct` are correct; who stays is drawn by a
-    hash of the id.
+    """The largest part of the rows in which `share_correct` of each agent's trajectories at each
+    question are correct, so that neither agent nor question tells the label; 0 keeps all. Who stays
+    is drawn by a hash of the id.
+
+    Fractions of a row are carried over to the next question of the agent. A question at which an
+    agent was always right, or never, is left out.
     """
-    order = sorted(rows, key=lambda row: seed_of(seed, "thin", row["id"]))
-    right, wrong = [r for r in order if r["correct"]], [r for r in order if not r["correct"]]
-    if 0 < share_correct < 1:
-        total = int(min(len(right) / share_correct, len(wrong) / (1 - share_correct)) + 1e-9)
-        right, wrong = (
-            right[: round(total * share_correct)],
-            wrong[: round(total * (1 - share_correct))],
-        )
-    return sorted(right + wrong, key=lambda row: row["id"])
+    if not 0 < share_correct < 1:
+        return sorted(rows, key=by_id)
+    cells: dict[tuple, tuple[list, list]] = {}
+    for row in sorted(rows, key=lambda row: seed_of(seed, "thin", row["id"])):
+        name = (str(row.get("agent")), row.get("question"))
+        cells.setdefault(name, ([], []))[bool(row["correct"])].append(row)
+    kept, owed = [], {}
+    for (agent, _), cell in sorted(cells.items(), key=lambda item: seed_of(seed, *item[0])):
+        total = min(len(cell[1]) / share_correct, len(cell[0]) / (1 - share_correct))
+        for label, share in enumerate((1 - share_correct, share_correct)):
+            due = owed.get((agent, label), 0.0) + total * share
+            count = min(len(cell[label]), int(due + 1e-9))
+            owed[agent, label] = due - count
+            kept += cell[label][:count]
+    return sorted(kept, key=by_id)
+
+
+def by_id(row: dict) -> str:
+    return row["id"]
 
 
 def annotate(cfg: AnnotateConfig) -> None:
@@ -106,12 +149,19 @@ def annotate(cfg: AnnotateConfig) -> None:
     share = cfg.engine.memory_share  # agents and teacher have the card one after the other
     asked = dataclasses.replace(cfg.teacher, memory_share=share)
     in_turn = Path(cfg.teacher.source).is_dir()
+    teacher = None
     if not in_turn:  # is the teacher up? Asked before any work
         teacher = reward_model.make_judge(asked, chat, engine=cfg.engine)
+    check_settings(cfg, out.with_suffix(".settings.json"), getattr(teacher, "name", ""))
     sampled = sample_trajectories(cfg, out.with_suffix(".trajectories.jsonl"))
     if in_turn:
         teacher = reward_model.make_judge(asked, chat, engine=cfg.engine)
     chosen = thinned(sampled, cfg.share_correct, cfg.seed)
+    if not chosen:
+        raise SystemExit(
+            f"none of {len(sampled)} trajectories is chosen: at no question was an agent right and "
+            "wrong. Raise --samples_per_question or --limit, or keep all with --share_correct=0"
+        )
     judged = {row["id"]: row for row in read_appended(out.with_suffix(".judgments.jsonl"))}
     missing = [row for row in chosen if row["id"] not in judged]
     before, leaking = len(judged), 0  # `before` is in the seeds: the next call asks afresh

@@ -379,6 +379,22 @@ def rrm_test_row(rng: random.Random, i: int) -> dict:
     return judged(world, messages, f"rrm-test-{i}")
 
 
+def texts_of(row: dict) -> set[str]:
+    """What a judge reads in a row, and what it is to write: {request, judgment}."""
+    read = json.dumps([row["question"], row["trajectory"]])
+    return {read, judgment_text(row["think"], row["critique"], row["score"])}
+
+
+def unseen_rows(make, rng: random.Random, count: int, seen: set[str]) -> list[dict]:
+    """`count` rows of make(rng, i) of which neither the request nor the judgment is in `seen`."""
+    rows = []
+    while len(rows) < count:
+        row = make(rng, len(rows))
+        if not texts_of(row) & seen:
+            rows.append(row)
+    return rows
+
+
 # --------------------------------------------------------------------------------------------------
 # tokenizer and model
 
@@ -589,9 +605,15 @@ def main() -> None:
     if not args.hard:  # there the rule annotator is the judge
         source |= {"rrm_sft": rrm_row, "rrm_rl": rrm_row, "rrm_test": rrm_test_row}
     sizes = dict(sft=20_000, rl_train=2000, rl_test=256, rrm_sft=20_000, rrm_rl=4000, rrm_test=512)
+    trained: set[str] = set()  # no judgment of the test set stands there
     for name, make in source.items():
         draw = rng(name)
-        rows = (make(draw, i) for i in range(sizes[name]))
+        if name == "rrm_test":
+            rows = unseen_rows(make, draw, sizes[name], trained)
+        else:
+            rows = [make(draw, i) for i in range(sizes[name])]
+        if name in ("rrm_sft", "rrm_rl"):
+            trained = trained.union(*map(texts_of, rows))
         print(f"{name:14} {write(out / f'{name}.jsonl', rows):,} rows")
 
 

@@ -3,6 +3,7 @@ phrase is one token.
 """
 
 import asyncio
+import json
 import random
 import re
 
@@ -247,6 +248,17 @@ def test_judged_rows_are_what_the_annotator_says_in_phrases_and_no_critique_stat
         )
         stumbled = any("The tool call" in message["content"] for message in row["trajectory"])
         assert len(ids) < 250 and (stumbled or not stray_bytes(ids + CHAT.text(text)))
+
+
+def test_no_judgment_of_the_test_set_stands_in_training():
+    trained, rng = set(), random.Random(0)
+    for i in range(300):
+        trained |= toy.texts_of(toy.rrm_row(rng, i))
+    again = toy.unseen_rows(toy.rrm_row, random.Random(0), 50, trained)  # the same draws at first
+    assert len(again) == 50 and [row["id"] for row in again] == [f"rrm-{i}" for i in range(50)]
+    for row in again:
+        text = toy.judgment_text(row["think"], row["critique"], row["score"])
+        assert not {json.dumps([row["question"], row["trajectory"]]), text} & trained
 
 
 def test_every_phrase_is_one_token():

@@ -117,6 +117,43 @@ def test_the_larger_class_is_thinned_to_the_share_asked_for(right, wrong, share,
     assert thin == annotation.thinned(rows[::-1], share, 0)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.3])
+def test_neither_agent_nor_question_tells_the_label(share):
+    """A strong and a weak agent, easy and hard questions, four trajectories of each."""
+    rng, rows = random.Random(0), []
+    for agent, skill in (("strong", 0.9), ("weak", 0.2)):
+        for q in range(300):
+            chance = min(max(skill + (q % 3 - 1) * 0.2, 0.05), 0.95)
+            for g in range(4):
+                row = {"id": f"{agent}/{q}/{g}", "agent": agent, "question": f"q{q}"}
+                rows.append(row | {"correct": rng.random() < chance})
+    thin = annotation.thinned(rows, share, 0)
+    shares = {"agent": {}, "question": {}}
+    for row in thin:
+        for key, of in shares.items():
+            of.setdefault(row[key], []).append(row["correct"])
+    assert all(abs(sum(of) / len(of) - share) < 0.01 for of in shares["agent"].values())
+    if share == 0.5:  # pairs: no fraction of a row is carried over to another question
+        assert {sum(of) / len(of) for of in shares["question"].values()} == {0.5}
+    assert len(thin) > 500
+
+
+def test_a_question_that_is_always_right_is_left_out_and_none_left_is_told(world, tmp_path):
+    rows = [{"id": f"{i}", "agent": "a", "question": "q", "correct": True} for i in range(4)]
+    assert annotation.thinned(rows, 0.5, 0) == []
+    with judge_server() as (url, _), pytest.raises(SystemExit, match="none of 12 trajectories"):
+        annotate(world, tmp_path, url, "--share_correct=0.5")
+
+
+def test_a_changed_setting_is_refused_by_name_and_more_of_the_same_is_taken(world, tmp_path):
+    with judge_server() as (url, seen):
+        assert len(annotate(world, tmp_path, url, "--limit=2")) == 4
+        for change in ("--temperature=0.9", "--teacher.temperature=0.9", "--teacher.model=other"):
+            with pytest.raises(SystemExit, match=change[2:].partition("=")[0]):
+                annotate(world, tmp_path, url, change)
+        assert len(annotate(world, tmp_path, url)) == len(seen) == 12
+
+
 def test_critique_lift_counts_each_kind_of_critique(world):
     """The judge answers over HTTP; the counts are those of the refined attempts themselves."""
     from reagent import reward_model
