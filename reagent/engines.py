@@ -69,11 +69,9 @@ class Request:
 
 
 class Rounds:
-    """The chains that live on an event loop, and how many of them wait for an HFEngine, which
-    computes when all of them do.
+    """The chains of an event loop and how many wait for an HFEngine, which computes when all do.
 
-    The engine that was made first goes first: the agent's before the reward model's, so that
-    judgments come in few large batches.
+    The engine made first goes first, the agent's: judgments then come in few large batches.
     """
 
     _of_loop: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
@@ -145,27 +143,22 @@ class HFEngine:
         import torch
         from transformers import DynamicCache
 
-        width = max(len(r.ids) for r in requests)
-        ids = torch.tensor(
-            [[0] * (width - len(r.ids)) + list(r.ids) for r in requests], device=self.device
-        )
-        attention = torch.tensor(
-            [[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in requests], device=self.device
-        )
+        width, device = max(len(r.ids) for r in requests), self.device
+        pads = [[0] * (width - len(r.ids)) for r in requests]
+        ids = torch.tensor([p + list(r.ids) for p, r in zip(pads, requests)], device=device)
+        attention = [p + [1] * len(r.ids) for p, r in zip(pads, requests)]
+        attention = torch.tensor(attention, device=device)
         position = (attention.cumsum(1) - 1).clamp(min=0)
-        generators = [torch.Generator().manual_seed(r.seed) for r in requests]
+        rngs = [torch.Generator().manual_seed(r.seed) for r in requests]
         samples = [Sample([], [], "length") for _ in requests]
         alive, cache = list(range(len(requests))), DynamicCache(config=self.model.config)
         with torch.inference_mode():
             while alive:
                 step = dict(input_ids=ids, attention_mask=attention, position_ids=position)
                 out = self.model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                draws = torch.tensor(
-                    [torch.rand((), generator=generators[i], dtype=torch.float64) for i in alive]
-                )
-                tokens, logps = _sample(
-                    out.logits[:, -1].float(), [requests[i] for i in alive], draws
-                )
+                draws = [torch.rand((), generator=rngs[i], dtype=torch.float64) for i in alive]
+                asked, logits = [requests[i] for i in alive], out.logits[:, -1].float()
+                tokens, logps = _sample(logits, asked, torch.stack(draws))
                 keep = []
                 for row, i in enumerate(alive):
                     samples[i].ids.append(tokens[row])
@@ -175,11 +168,9 @@ class HFEngine:
                     elif len(samples[i].ids) < requests[i].max_new_tokens:
                         keep.append(row)
                 if len(keep) < len(alive):
-                    cache.batch_select_indices(
-                        torch.tensor(keep, dtype=torch.long, device=self.device)
-                    )
+                    cache.batch_select_indices(torch.tensor(keep, dtype=torch.long, device=device))
                 alive = [alive[row] for row in keep]
-                ids = torch.tensor([[tokens[row]] for row in keep], device=self.device)
+                ids = torch.tensor([[tokens[row]] for row in keep], device=device)
                 attention = torch.cat([attention[keep], attention.new_ones(len(keep), 1)], 1)
                 position = position[keep][:, -1:] + 1
         return samples
@@ -200,22 +191,17 @@ def _sample(logits, requests, draws):
     """logits (B, V) -> ids, log-probs; inverse CDF of one uniform draw a row, greedy at 0."""
     import torch
 
-    temperature = torch.tensor([r.temperature or 1.0 for r in requests], device=logits.device)[
-        :, None
-    ]
+    temperature = torch.tensor([[r.temperature or 1.0] for r in requests], device=logits.device)
     logps = torch.log_softmax(logits / temperature, -1)
     probs = logps.double().exp()
-    top_p = torch.tensor([r.top_p for r in requests], device=logits.device, dtype=torch.float64)[
-        :, None
-    ]
+    top_p = torch.tensor([[r.top_p] for r in requests], device=logits.device, dtype=torch.float64)
     if (top_p < 1).any():
         ordered, order = probs.sort(-1, descending=True)
         beyond = (ordered.cumsum(-1) - ordered) >= top_p
         probs = probs.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), 0.0)
     cumulative = probs.cumsum(-1)
-    drawn = torch.searchsorted(
-        cumulative, draws.to(logits.device)[:, None] * cumulative[:, -1:], right=True
-    )[:, 0]
+    below = draws.to(logits.device)[:, None] * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, below, right=True)[:, 0]
     greedy = torch.tensor([not r.temperature for r in requests], device=logits.device)
     tokens = torch.where(greedy, logits.argmax(-1), drawn.clamp(max=logits.shape[-1] - 1))
     return tokens.tolist(), logps.gather(1, tokens[:, None])[:, 0].tolist()
@@ -234,8 +220,7 @@ def _all_names(pairs, expected: set[str]):
 
 
 class EngineThread(threading.Thread):
-    """The one thread of this process that touches vLLM: it builds engines, steps them, loads
-    weights, puts to sleep and wakes.
+    """The one thread of this process that touches vLLM: builds, steps, loads, puts to sleep.
 
     CUDA's current device and stream belong to a thread: a new one is on device 0. vLLM captures its
     graphs on the stream of the thread that builds it and keeps the stream of its first step for
@@ -379,10 +364,8 @@ class VLLMEngine:
             raise RuntimeError("the engine sleeps or is closed: load_weights comes before requests")
         options = dict(max_tokens=max_new_tokens, temperature=temperature, seed=seed, top_p=top_p)
         self.count += 1
-        request, loop = (
-            NamedRequest(str(self.count), list(ids), options),
-            asyncio.get_running_loop(),
-        )
+        request = NamedRequest(str(self.count), list(ids), options)
+        loop = asyncio.get_running_loop()
         done = loop.create_future()
         self.thread.jobs.put(functools.partial(self._join, request, loop, done))
         return await done
@@ -427,27 +410,23 @@ class VLLMEngine:
         return finished
 
     def _tell(self, message) -> None:
-        # every rank of a tensor-parallel group schedules for itself: the leader tells the others
-        # what it adds
+        """Every tensor-parallel rank schedules for itself: the leader says what it adds."""
         if self.group is not None:
-            import torch.distributed as dist
+            self._broadcast([message])
 
-            dist.broadcast_object_list(
-                [message], src=dist.get_global_rank(self.group, 0), group=self.group
-            )
+    def _broadcast(self, message: list) -> None:
+        import torch.distributed as dist
+
+        dist.broadcast_object_list(message, dist.get_global_rank(self.group, 0), self.group)
 
     def follow(self) -> None:
         """A tensor-parallel rank that does not lead: repeats the leader's steps until `finish`."""
         self.thread.call(self._follow)
 
     def _follow(self) -> None:
-        import torch.distributed as dist
-
         while True:
             message = [None]
-            dist.broadcast_object_list(
-                message, src=dist.get_global_rank(self.group, 0), group=self.group
-            )
+            self._broadcast(message)
             if message[0] is None:
                 return
             self._step(message[0])
@@ -479,9 +458,7 @@ class VLLMEngine:
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError(
-                "vLLM kept its prefix cache after a weight sync: are requests still running?"
-            )
+            raise RuntimeError("vLLM kept its prefix cache after a weight sync: requests still run")
 
     def close(self) -> None:
         """Frees the engine; process groups stay, which the trainer or another engine may share."""

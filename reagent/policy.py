@@ -1,5 +1,4 @@
-"""What the trainers share and a test must pin: pack rows, load and shard the policy, log-probs,
-gradients.
+"""What the trainers share and a test must pin: packing, loading, sharding, log-probs, gradients.
 
 Letters in shapes: B rows, T tokens of a packed micro-batch, M tokens in the loss, H hidden size, V
 vocabulary. A packed row is one sequence (1, T) that holds several rows end to end; position ids
@@ -54,11 +53,8 @@ class Batch:
     columns: dict[str, torch.Tensor]
 
 
-def balance(
-    rows: list[Sequence], ranks: int, tokens_per_microbatch: int
-) -> list[list[list[Sequence]]]:
-    """Deals rows to ranks for equal work, then into micro-batches: result[rank][microbatch] is a
-    list of rows.
+def balance(rows: list[Sequence], ranks: int, tokens_per_microbatch: int) -> list[list[list]]:
+    """Deals rows to ranks for equal work, then into micro-batches: result[rank][microbatch][row].
 
     Longest first to the rank with the fewest tokens; then first fit. Every rank gets the same
     number of micro-batches (FSDP would hang otherwise), so some may be empty. Deterministic: the
@@ -95,17 +91,15 @@ def collate(rows: list[Sequence], columns: tuple[str, ...], device: torch.device
     """Packs rows into a (1, T) sequence; without rows two tokens without loss, to keep step."""
     ids, positions, index = [], [], []
     for row in rows or [Sequence([0, 0], [0, 0])]:
-        assert not row.mask[0] and len(row.ids) == len(row.mask), (
-            "the first token of a row has nothing before it"
-        )
+        fits = not row.mask[0] and len(row.ids) == len(row.mask)
+        assert fits, "the first token of a row has nothing before it"
         index += [len(ids) + t - 1 for t, trained in enumerate(row.mask) if trained]
         positions += range(len(row.ids))
         ids += row.ids
     values = {name: [x for row in rows for x in row.columns[name]] for name in columns}
     for name, column in values.items():
-        assert len(column) == len(index), (
-            f"column {name}: {len(column)} numbers for {len(index)} trained tokens"
-        )
+        told = f"column {name}: {len(column)} numbers for {len(index)} trained tokens"
+        assert len(column) == len(index), told
 
     def tensor(data, dtype=torch.long):
         return torch.tensor(data, dtype=dtype).to(device, non_blocking=True)
@@ -126,16 +120,7 @@ def collate(rows: list[Sequence], columns: tuple[str, ...], device: torch.device
 
 
 def varlen_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    sliding_window=None,
-    lengths=None,
-    cu_seqlens=None,
-    **more,
+    module, query, key, value, _, scaling=None, sliding_window=None, lengths=None, **more
 ):
     """Causal attention within each row of a packed sequence, over the last `sliding_window` tokens
     if given; query (1, heads, T, D) -> (1, T, heads, D).
@@ -154,12 +139,12 @@ def varlen_attention(
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
         n, window = max(lengths), (sliding_window - 1 if sliding_window else -1, 0)
         options = dict(scale=scaling, window_size=window, enable_gqa=True)
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, n, n, **options)[None], None
+        ends = more["cu_seqlens"]
+        return varlen_attn(q, k, v, ends, ends, n, n, **options)[None], None
     runs = [(len(list(run)), length) for length, run in groupby(lengths)]
+    sizes = [count * length for count, length in runs]
     # split, not slices: the backward of a slice fills a tensor of all T with zeros
-    parts = [
-        x[0].split([count * length for count, length in runs], dim=1) for x in (query, key, value)
-    ]
+    parts = [x[0].split(sizes, dim=1) for x in (query, key, value)]
     out, options = [], dict(scale=scaling, enable_gqa=True)
     for run, *qkv in zip(runs, *parts):
         # (heads, count * L, D) -> (count, heads, L, D)
@@ -212,17 +197,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for part, probs in zip_longest(_parts(len(targets)), kept):
             if probs is None:
-                probs = (
-                    _logits(hidden[part], weight)
-                    .div_(ctx.temperature)
-                    .sub_(norm[part, None])
-                    .exp_()
-                )
+                logits = _logits(hidden[part], weight).div_(ctx.temperature)
+                probs = logits.sub_(norm[part, None]).exp_()
             scale = grad_logps[part, None] / ctx.temperature
-            grad = (probs * -scale).scatter_add_(
-                1, targets[part, None], scale
-            )  # one-hot minus softmax
-            grad = grad.to(hidden.dtype)
+            # one-hot minus softmax
+            grad = (probs * -scale).scatter_add_(1, targets[part, None], scale).to(hidden.dtype)
             grad_hidden[part] = grad @ weight
             if hidden.dtype == torch.float32:
                 grad_weight.addmm_(grad.t(), hidden[part])
@@ -286,9 +265,7 @@ def _read(loader, folder: str, what: str, **options):
     if path.exists() and not (path / "config.json").is_file():
         raise SystemExit(f"{folder} is not a model folder: it has no config.json")
     if not path.exists() and len(path.parts) > 2:
-        raise SystemExit(
-            f"no model in {folder}: run the stage that makes it first (README, stages)"
-        )
+        raise SystemExit(f"no model in {folder}: run the stage that makes it (README, stages)")
     refuse_code(path)
     try:
         return loader.from_pretrained(folder, trust_remote_code=False, **options)
@@ -390,29 +367,22 @@ def _small(config):
     return small
 
 
-def shard(
-    policy: Policy, device: torch.device, shard_ranks: int = 0, cpu_offload: bool = False
-) -> Policy:
-    """FSDP2: fp32 shards, bf16 compute on a GPU (fp32 on a CPU), fp32 reduction; each block is a
-    unit, then the root.
+def shard(policy: Policy, device: torch.device, shard_ranks: int = 0, cpu_offload=False) -> Policy:
+    """FSDP2: fp32 shards and reduction, bf16 compute on a GPU; a unit each block, then the root.
 
-    `shard_ranks` > 0: HSDP, parameters sharded over that many adjacent ranks and replicated over
-    the rest.
+    `shard_ranks` > 0: HSDP, parameters sharded over so many adjacent ranks, replicated over others.
     """
     world = dist.get_world_size()
     inner = shard_ranks or world
     if world % inner:
         raise SystemExit(f"shard_ranks = {inner} does not divide {world} ranks")
-    shape, names = (
-        ((world // inner, inner), ("replicate", "shard"))
-        if inner < world
-        else ((world,), ("shard",))
-    )
+    shape, names = (world,), ("shard",)
+    if inner < world:
+        shape, names = (world // inner, inner), ("replicate", "shard")
     options = dict(mesh=init_device_mesh(device.type, shape, mesh_dim_names=names))
     if device.type == "cuda":
-        options["mp_policy"] = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
-        )
+        dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        options["mp_policy"] = MixedPrecisionPolicy(**dtypes)
         if cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy()
     base, head = policy.hf.model, policy.hf.lm_head
@@ -425,8 +395,7 @@ def shard(
 
 def _receive(unit: torch.nn.Module, device: torch.device) -> None:
     """Puts rank 0's values on `device` of every rank, of all in `unit` that is not sharded yet: no
-    rank but 0 ever holds more than a unit.
-    """
+    rank but 0 ever holds more than a unit."""
     made: dict[int, tuple] = {}  # by the id of what stood there (kept, so that ids stay): ties stay
     for module in unit.modules():
         for slots in (module._parameters, module._buffers):
@@ -434,10 +403,8 @@ def _receive(unit: torch.nn.Module, device: torch.device) -> None:
                 if old is None or isinstance(old, DTensor):
                     continue
                 if id(old) not in made:
-                    whole = old.detach()
-                    whole = (
-                        torch.empty_like(whole, device=device) if old.is_meta else whole.to(device)
-                    )
+                    own = old.detach()
+                    whole = torch.empty_like(own, device=device) if old.is_meta else own.to(device)
                     dist.broadcast(whole, src=0)
                     if isinstance(old, torch.nn.Parameter):
                         whole = torch.nn.Parameter(whole, old.requires_grad)
@@ -445,14 +412,11 @@ def _receive(unit: torch.nn.Module, device: torch.device) -> None:
                 slots[name] = made[id(old)][1]
 
 
-def make_optimizer(
-    policy: Policy, *, lr: float, weight_decay: float, betas=(0.9, 0.999)
-) -> torch.optim.AdamW:
+def make_optimizer(policy: Policy, *, lr: float, weight_decay: float, betas=(0.9, 0.999)):
     """AdamW whose moments exist from the start: their memory is taken before the first rollout."""
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=lr, betas=betas, weight_decay=weight_decay
-    )
-    for parameter in policy.parameters():
+    weights = list(policy.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=lr, betas=betas, weight_decay=weight_decay)
+    for parameter in weights:
         moments = dict(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
         optimizer.state[parameter] = dict(step=torch.tensor(0.0), **moments)
     return optimizer
@@ -474,11 +438,9 @@ def clip_gradients(policy: Policy, max_norm: float) -> float:
 
 
 def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole tensor) for every name of the state dict, a tied lm_head included; all ranks
-    must walk it together.
+    """(name, whole tensor) of the state dict, a tied lm_head included; all ranks walk it together.
 
-    One tensor at a time is materialised, in memory of its own: vLLM keeps references until a fused
-    weight is whole.
+    Each in memory of its own: vLLM keeps references until a fused weight is whole.
     """
     for name, value in policy.hf.state_dict().items():
         value = value.detach().to(dtype)  # cast the shard, then gather: half the bytes
