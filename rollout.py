@@ -7,16 +7,18 @@ for nobody but the tools and the judge they called. Tokens in, tokens out: ids a
 mask is written when a token is appended, history is never rendered again.
 """
 
+import argparse
 import asyncio
 import copy
+import json
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from reagent.calls import Call, Turn, made_up_result, read_turn
+from reagent.calls import HERMES, Call, Turn, made_up_result, read_turn
 from reagent.engines import Sample, run_together
-from reagent.reward_model import Judge
-from reagent.rows import seed_of, shown_question
+from reagent.reward_model import Judge, parse_judgment
+from reagent.rows import JsonlRows, seed_of, shown_question
 
 SYSTEM_PROMPT = (
     "You answer questions with the help of tools. Think before you act, call a tool whenever a "
@@ -333,3 +335,61 @@ async def refine_with(episodes, rows, critiques, setup: Setup, key: tuple) -> li
         return fresh
 
     return await run_together(one(*job) for job in zip(episodes, rows, critiques))
+
+
+# --------------------------------------------------------------------------------------------------
+# to see what is read
+
+
+JUDGMENT_KEYS = ("content", "reasoning_content", "reasoning")
+
+
+def check_reply(row: dict) -> str | None:
+    """A row of `rollout.py read`: one sampled turn, a judge's reply or a reward model's message."""
+    keys = next(((key,) for key in ("turn", "reply") if key in row), JUDGMENT_KEYS)
+    given = [row[key] for key in keys if row.get(key) is not None]
+    if not given or not all(isinstance(text, str) for text in given):
+        return f"a row has 'turn', 'reply' or 'content' with a text; found the keys {sorted(row)}"
+
+
+def read_reply(row: dict, chat=None) -> dict:
+    """What the loop reads in a turn (under the chat format of `chat`), a judgment or a verdict."""
+    from results.verdicts import parse_verdict
+    from tools import TOOLS, schema_of
+
+    if "turn" in row:
+        opened, form = (chat.opened, chat.calls) if chat else ("", HERMES)
+        text = row["turn"] if row["turn"].startswith("<think>") else opened + row["turn"]
+        said = read_turn(text, form, [schema_of(tool) for tool in TOOLS.values()])
+        calls = [dict(name=c.name, arguments=c.arguments) for c in said.calls if not c.problem]
+        errors = [call.problem for call in said.calls if call.problem]
+        return dict(calls=calls, errors=errors, answer=None if said.calls else said.answer)
+    if "reply" in row:
+        return {"verdict": parse_verdict(row["reply"])}
+    content, *thoughts = (row.get(key) for key in JUDGMENT_KEYS)
+    thoughts = next(filter(None, thoughts), "")
+    judgment = parse_judgment((f"<think>{thoughts}</think>" if thoughts else "") + (content or ""))
+    return {"judgment": judgment and vars(judgment)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prints what is read in each row of a file.")
+    parser.add_argument("command", choices=["read"])
+    parser.add_argument("file", help="JSONL: {turn}, {content, reasoning_content} or {reply}")
+    parser.add_argument("--model", help="a folder or name: the chat format of its turns")
+    args = parser.parse_args()
+    chat = None
+    if args.model:
+        from reagent.policy import load_chat
+
+        chat = load_chat(args.model)
+    try:
+        rows = JsonlRows(args.file, check_reply)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    for row in rows:
+        print(json.dumps(read_reply(row, chat)))
+
+
+if __name__ == "__main__":
+    main()

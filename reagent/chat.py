@@ -127,7 +127,7 @@ class Chat:
 
     def _find_anchor(self) -> tuple[str, list[int]]:
         """What texts are encoded behind, and its ids: SentencePiece begins with a piece."""
-        parts = ("a", " b", "\n", "c")
+        parts = (" a", "b", "\n", "c")
         for anchor in ("", _MARK[0]):
             self._anchor, self._head = "", []
             self._anchor, self._head = anchor, self._encode(anchor, split=True)
@@ -170,7 +170,8 @@ class Chat:
             form = replace(form, between=two[spans[0][1] : spans[-1][0]])
             if (form.lead + form.between + form.trail).strip():
                 break
-            if self.decode(self.fragment([_PROBE_RESULT])) != result:
+            framed = self._frame(("user", "assistant", "tool"), "[]", True)[2:]
+            if _PROBE_RESULT["content"].join(framed) != result:
                 self._refuse(f"frames a tool result that follows a call otherwise: {result!r}")
             return form
         known = "JSON or <function=...> in <tool_call>"

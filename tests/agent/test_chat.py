@@ -2,11 +2,15 @@
 
 import json
 import random
+import re
 
 import pytest
+from tokenizers import normalizers
 
+from reagent.calls import FORMATS, HERMES
 from reagent.chat import Chat, assistant_text, check_messages
 from reagent.engines import Sample
+from reagent.policy import load_chat
 from rollout import Episode, append_sample
 from tests.helpers import templates
 from tests.helpers.templates import CONTROL, OPENED, PLAIN, TAGS, THINKING, make_tokenizer
@@ -247,6 +251,185 @@ def test_a_painted_row_shows_the_trained_tokens_in_green(chat):
     assert chat.paint(ids, mask).endswith(
         f"assistant\n\033[32m{ANSWERS['content']}<|im_end|>\033[0m"
     )
+
+
+# ---------------------------------------------------------------- the template's format of calls
+
+
+KNOWN = {
+    "tool_turns": templates.TOOL_TURNS,
+    "thinking": THINKING,
+    "default_system": templates.DEFAULT_SYSTEM,
+    "opened": OPENED,
+    "xml": templates.XML,
+    "xml_trail": templates.XML_TRAIL,
+    "wants_tools": templates.WANTS_TOOLS,
+}
+PROBLEMS = {
+    "plain": (PLAIN, "shows no tools: .*--chat_template=FILE"),
+    "deaf": (templates.TOOL_TURNS.replace("m.tool_calls", "none"), "shows no tool calls"),
+    **{name: (text, "no format known here") for name, text in templates.FOREIGN.items()},
+    "channels": (templates.CHANNELS, "lets a turn begin with .*<.final.>"),
+    "no_closer": (templates.NO_CLOSER, "no token that ends an assistant turn.*<.user.>"),
+    "framed": (
+        THINKING.replace("<tool_response>\n", "<tool_response>{{ messages[1].tool_calls }}\n"),
+        "frames a tool result that follows a call otherwise",
+    ),
+    "raises": ("{{ raise_exception('never') }}", "does not render .*never"),
+}
+
+
+def without_thoughts(text: str) -> str:
+    return re.sub(r"</?think>\n*", "", text).rstrip("\n")
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_row_with_calls_is_what_the_template_renders(name):
+    chat = Chat(make_tokenizer(KNOWN[name]))
+    call = {"type": "function", "function": {"name": "search", "arguments": {"queries": ["a"]}}}
+    said = "" if name == "wants_tools" else "so"  # it drops what is said beside a call
+    messages = [
+        *START,
+        {"role": "assistant", "content": said, "tool_calls": [call, call]},
+        *RESULTS,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        RESULTS[0],
+        {"role": "assistant", "content": "\\boxed{6650}"},
+        CRITIQUE,
+        {"role": "assistant", "content": "done"},
+    ]
+    whole = chat.tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False)
+    row = chat.decode(chat.row(messages, TOOLS)[0])
+    assert without_thoughts(row) == without_thoughts(whole)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_template_whose_calls_are_not_known_is_refused_with_what_was_seen(name):
+    template, problem = PROBLEMS[name]
+    with pytest.raises(ValueError, match=problem):
+        Chat(make_tokenizer(template))
+
+
+def test_a_reward_model_needs_no_calls_but_turns_that_end_and_begin_as_the_template_says():
+    for template in (PLAIN, *templates.FOREIGN.values()):
+        assert Chat(make_tokenizer(template), tools=False).closer_id
+    for template in (templates.CHANNELS, templates.NO_CLOSER):
+        with pytest.raises(ValueError):
+            Chat(make_tokenizer(template), tools=False)
+
+
+def test_without_a_system_turn_its_text_begins_the_first_user_turn():
+    chat = Chat(make_tokenizer(templates.NO_SYSTEM), tools=False)
+    attacked = {"role": "user", "content": "<tool_call>"}
+    text = chat.decode(chat.prompt([{"role": "system", "content": "In <think>."}, attacked], None))
+    assert text == (
+        "<|im_start|>user\nIn <think>.\n\n<\u200btool_call><|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_template_of_ones_own_comes_from_a_file_and_goes_with_the_checkpoint(tmp_path):
+    make_tokenizer(PLAIN).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen3"}')
+    (tmp_path / "own.jinja").write_text(THINKING)
+    with pytest.raises(SystemExit, match="model: its chat template shows no tools"):
+        load_chat(str(tmp_path / "model"))
+    with pytest.raises(SystemExit, match="chat_template = .*none.jinja"):
+        load_chat(str(tmp_path / "model"), str(tmp_path / "none.jinja"))
+    chat = load_chat(str(tmp_path / "model"), str(tmp_path / "own.jinja"))
+    chat.tokenizer.save_pretrained(tmp_path / "model")
+    assert load_chat(str(tmp_path / "model")).calls == chat.calls == HERMES
+
+
+def test_one_template_of_several_is_that_for_tools(tmp_path):
+    chat = Chat(make_tokenizer({"default": PLAIN, "tool_use": THINKING}))
+    assert "<tools>" in chat.decode(chat.prompt(START, TOOLS))
+
+
+@pytest.mark.parametrize(("name", "form"), [("xml", FORMATS[1]), ("thinking", FORMATS[0])])
+def test_calls_that_a_row_writes_in_another_format_are_translated(name, form):
+    chat, other = Chat(make_tokenizer(KNOWN[name])), FORMATS[FORMATS.index(form) - 1]
+    for text in ("<think>\n{}\n</think>\n\nso\n{}\n{}", "{}"):
+        calls = [{"queries": ["a"]}, {"code": "</think>"}, {"code": "b"}]
+        said, expected = (
+            text.format(*(f.write("search", call) for call in calls)) for f in (other, form)
+        )
+        expected = expected.replace(form.write("search", calls[0]), other.write("search", calls[0]))
+        expected = expected if "think" in text else form.write("search", calls[0])
+        ids, mask = chat.row([QUESTION, {"role": "assistant", "content": said}])
+        assert chat.decode([i for i, m in zip(ids, mask) if m]) == expected + "<|im_end|>"
+    broken = {"role": "assistant", "content": "<tool_call>{</tool_call>"}
+    assert broken["content"] in chat.decode(chat.row([QUESTION, broken])[0])
+
+
+def test_a_turn_that_is_marked_is_not_trained(chat):
+    first, second = THINKS | {"trained": False}, ANSWERS | {"trained": True}
+    ids, mask = chat.row([QUESTION, first, RESULTS[0], second])
+    assert ids == chat.row([QUESTION, THINKS, RESULTS[0], ANSWERS])[0]
+    trained = chat.decode([i for i, m in zip(ids, mask) if m])
+    assert trained == ANSWERS["content"] + "<|im_end|>"
+
+
+def test_turns_in_an_order_that_the_template_refuses_are_told_before_they_are_drawn():
+    once = "{% if messages[1] and messages[0].role == messages[1].role %}"
+    chat = Chat(make_tokenizer(once + "{{ raise_exception('twice') }}{% endif %}" + THINKING))
+    assert chat.check([*START, THINKS, RESULTS[0], ANSWERS], TOOLS) is None
+    assert "twice" in chat.check([QUESTION, QUESTION, ANSWERS], TOOLS)
+    assert "no assistant" in chat.check(START)
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_a_tokenizer_that_puts_a_piece_before_every_text_is_encoded_as_one_text(scheme):
+    tokenizer = templates.make_sentencepiece(THINKING, scheme)
+    chat = Chat(tokenizer)
+    for text in ("a b", " a", "the\n\na", "ü"):
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+        whole = tokenizer.apply_chat_template(messages[:1], tokenize=False)
+        whole += f"<|im_start|>assistant\n{text}<|im_end|>"
+        ids = tokenizer.encode(whole, add_special_tokens=False)
+        assert chat.row(messages)[0] == ids
+        assert chat.decode(chat.text(text)) == text
+
+
+def test_a_tokenizer_that_changes_texts_is_refused():
+    with pytest.raises(ValueError, match="changes texts"):
+        Chat(make_tokenizer(THINKING, normalizer=normalizers.Replace(" ", "")))
+
+
+FOLDS = {
+    "look-alikes": normalizers.NFKC(),
+    "look-alikes, and drops": normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace("\u200b", ""), normalizers.Replace("\xad", "")]
+    ),
+    "capitals": normalizers.Lowercase(),
+}
+WIDE = str.maketrans("<>|/_", "＜＞｜／＿")
+
+
+@pytest.mark.parametrize("name", FOLDS)
+def test_text_from_outside_stays_text_where_the_tokenizer_folds_it(name):
+    chat = Chat(make_tokenizer(THINKING, normalizer=FOLDS[name]))
+    for control in (*CONTROL, *TAGS):
+        soft = control[:2] + "\xad" + control[2:]
+        for attack in (
+            control,
+            control.translate(WIDE),
+            control.upper(),
+            soft,
+            soft.translate(WIDE),
+        ):
+            for text in (attack, f"a{attack}{attack} b", attack[:2] + attack + attack[2:]):
+                ids = chat.outside(text)
+                assert controls(chat, ids) == []
+                assert not any(tag in chat.decode(ids) for tag in TAGS[:6])
+
+
+def test_a_tokenizer_that_folds_whatever_breaks_a_control_string_is_refused():
+    worst = [normalizers.Replace("\u200b", ""), normalizers.Replace("?", "<")]
+    with pytest.raises(ValueError, match="its tokenizer makes control tokens of"):
+        Chat(make_tokenizer(THINKING, normalizer=normalizers.Sequence(worst)))
 
 
 # ---------------------------------------------------------------- errors

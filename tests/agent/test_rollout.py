@@ -4,19 +4,23 @@ engine plays the policy.
 
 import asyncio
 import json
+import subprocess
+import sys
 import time
 
 import pytest
 
 import rollout
 from reagent import engines, reward_model
+from reagent.calls import FORMATS
 from reagent.chat import Chat
 from reagent.engines import Sample
 from reagent.reward_model import Judge
 from reagent.rows import seed_of
 from reagent.served import TextChat
 from rollout import Episode, Limits, Setup, append_sample, run_chain, run_chains
-from tests.helpers.tiny import toy
+from tests.helpers import templates
+from tests.helpers.tiny import ROOT, toy
 from tools import TOOLS, Toolbox
 
 CHAT = Chat(toy.make_tokenizer([]))
@@ -416,3 +420,50 @@ def test_where_the_template_opens_the_thoughts_a_call_in_them_is_none(monkeypatc
     episode = episode_of(f"so {CALL}", f"so {CALL}</think>\\boxed{{here}}")
     told = [m["content"] for m in episode.messages if m["role"] == "tool"]
     assert len(told) == 1 and "thoughts" in told[0] and episode.attempts[0].answer == "here"
+
+
+def read(tmp_path, *rows, model=None):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "rollout.py", "read", str(file)]
+    command += [f"--model={model}"] if model else []
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_the_command_read_prints_what_is_read(tmp_path):
+    rows = [{"turn": CALL}, {"turn": "<tool_call>{"}, {"turn": "<think>a</think>\\boxed{é}"}]
+    rows += [{"content": JUDGMENT}, {"reasoning": "a", "content": JUDGMENT[23:]}]
+    rows += [{"content": None, "reasoning_content": "a"}, {"reply": "VERDICT: INCORRECT"}]
+    printed = [json.loads(line) for line in read(tmp_path, *rows).stdout.splitlines()]
+    call = {"name": "search", "arguments": {"queries": ["Ada"], "top_k": 1}}
+    assert printed[0] == {"calls": [call], "errors": [], "answer": None}
+    assert printed[1]["calls"] == [] and "no closing" in printed[1]["errors"][0]
+    assert printed[2] == {"calls": [], "errors": [], "answer": "é"}
+    assert [row["judgment"] and row["judgment"]["score"] for row in printed[3:6]] == [
+        0.5,
+        0.5,
+        None,
+    ]
+    assert printed[6] == {"verdict": False}
+
+
+def test_the_command_read_reads_by_the_template_of_a_model(tmp_path):
+    opened = "assistant{{ '\\n<think>\\n' }}{% endif %}"
+    xml = templates.XML.replace("assistant{{ '\\n' }}{% endif %}", opened)
+    tokenizer = templates.make_tokenizer(xml)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    xml = FORMATS[1].write("search", {"queries": ["a"], "top_k": 2})
+    rows = [{"turn": f"so</think>{xml}"}, {"turn": f"so {xml}"}, {"turn": CALL[11:-12]}]
+    printed = [
+        json.loads(line) for line in read(tmp_path, *rows, model=tmp_path).stdout.splitlines()
+    ]
+    assert printed[0]["calls"][0]["arguments"] == {"queries": ["a"], "top_k": 2}
+    assert [len(row["errors"]) for row in printed] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("row", [{}, {"turn": 1}, {"content": None}, {"reply": None}, {"x": "y"}])
+def test_the_command_read_names_a_row_that_is_none(tmp_path, row):
+    done = read(tmp_path, {"turn": ""}, row)
+    assert done.returncode == 1 and "rows.jsonl:2: a row has" in done.stderr
+    assert "Traceback" not in done.stderr

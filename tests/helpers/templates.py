@@ -149,12 +149,13 @@ TEXT = """The river Nile is 6650 km long.\n\nSo the answer is \\boxed{6650}.
 Results for "Nile":\n1. Nile (doc:Nile)\n<p>A river in Africa.</p>\n</div>\n>\n<\n"""
 
 
-def make_tokenizer(template: str | None, eos: str = "<|im_end|>"):
-    """As Qwen's: byte-level BPE; control tokens are special, the tags are added but not special."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+def make_tokenizer(template: str | None, eos: str = "<|im_end|>", normalizer=None):
+    """As Qwen's: byte-level BPE; control tokens are special, the tags are added but not special.
+    With a normalizer they are looked for in the text that it made."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -162,10 +163,32 @@ def make_tokenizer(template: str | None, eos: str = "<|im_end|>"):
         vocab_size=400, min_frequency=1, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([TEXT, "assistant user system tool response think"] * 2, trainer)
-    tokenizer.add_special_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in CONTROL]
-    )
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in TAGS])
+    return _with_controls(tokenizer, template, eos, normalizer is not None)
+
+
+def make_sentencepiece(template: str, scheme: str = "always"):
+    """As Llama 2's and Mistral's: a piece for a space begins every text that is encoded alone."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    pieces = ["<unk>", "\u2581", *(f"<0x{i:02X}>" for i in range(256)), *map(chr, range(33, 127))]
+    pieces += ["\u2581a", "\u2581the", "\u2581search"]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    merges = [("\u2581", "a")]
+    model = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return _with_controls(tokenizer, template, "<|im_end|>", False)
+
+
+def _with_controls(tokenizer, template: str | None, eos: str, normalized: bool):
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    for names, special in ((CONTROL, True), (TAGS, False)):
+        added = [AddedToken(text, special=special, normalized=normalized) for text in names]
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=eos, chat_template=template
     )
