@@ -29,7 +29,7 @@ def _name_and_arguments(call: dict) -> tuple[str, dict]:
     name, arguments = function["name"], function["arguments"]
     arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise TypeError("a call has a name and an object of arguments")
+        raise ValueError("a call has a name and an object of arguments")
     return name, arguments
 
 
