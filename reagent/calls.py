@@ -48,7 +48,7 @@ _FENCE = re.compile(r"\s*```\w*(.*?)```\s*", re.S)
 def read_json(text: str) -> tuple[object, bool]:
     """(the value, whether a slip was mended): raw line ends and tabs in strings, bad escapes, a
     trailing comma, a fence. Else a ValueError that says what strict JSON lacks."""
-    if _depth(text) > MAX_DEPTH:
+    if max((depth for _, depth in _depths(text)), default=0) > MAX_DEPTH:
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
     try:
         return _load(text), False
@@ -73,20 +73,18 @@ def _mended(match: re.Match) -> str:
     return _ESCAPE.sub(lambda escape: escape[0] if escape[1] else r"\\", match[0])
 
 
-def _depth(text: str) -> int:
-    depth = most = 0
-    for token in _JSON.finditer(text):
+def _depths(text: str, at: int = 0):
+    """The strings, brackets and tags after `at`, each with how many brackets are open behind it."""
+    depth = 0
+    for token in _JSON.finditer(text, at):
         depth += (token[0] in "[{") - (token[0] in "]}")
-        most = max(most, depth)
-    return most
+        yield token, depth
 
 
 def _json_end(text: str, at: int) -> int:
     """Where the first object or list after `at` ends, its strings skipped; `at` if none does."""
-    depth = 0
-    for token in _JSON.finditer(text, at):
-        depth += (token[0] in "[{") - (token[0] in "]}")
-        if token[0] in ("<tool_call>", "</tool_call>"):
+    for token, depth in _depths(text, at):
+        if token[0][0] == "<":
             break
         if depth <= 0 and token[0] in "]}":
             return token.end()

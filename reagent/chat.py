@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 from functools import lru_cache
 
-from reagent.calls import FORMATS, HERMES, CallFormat, read_turn
+from reagent.calls import FORMATS, HERMES, Call, CallFormat, read_turn
 
 
 def tool_call_text(name: str, arguments: dict) -> str:
@@ -56,22 +56,13 @@ _TAGS = tuple(
 )
 
 # what a template is tried with before a run
-_PROBE = {
-    "name": "probe_tool",
-    "description": "Tries the template.",
-    "parameters": {
-        "type": "object",
-        "properties": {
-            "texts": {"type": "array", "items": {"type": "string"}, "description": "texts"},
-            "note": {"type": "string", "description": "a note"},
-        },
-        "required": ["texts"],
-    },
-}
+_KINDS = {"texts": {"type": "array", "items": {"type": "string"}}, "note": {"type": "string"}}
+_PARAMETERS = {"type": "object", "properties": _KINDS, "required": ["texts"]}
+_PROBE = {"name": "probe_tool", "description": "A tool.", "parameters": _PARAMETERS}
 _PROBE_TOOLS = [{"type": "function", "function": _PROBE}]
 _PROBE_CALLS = [
-    {"name": "probe_tool", "arguments": {"texts": ['a "b"', "ü <c>"], "note": "d\ne"}},
-    {"name": "probe_tool", "arguments": {"texts": ["f"], "note": "7"}},
+    Call(_PROBE["name"], {"texts": ['a "b"', "ü <c>"], "note": "d\ne"}),
+    Call(_PROBE["name"], {"texts": [], "note": "7"}),
 ]
 _PROBE_RESULT = {"role": "tool", "content": "x", "tool_call_id": "probe0000"}
 _CURE = "give one that does with --chat_template=FILE"
@@ -99,24 +90,21 @@ class Chat:
         self._frame = lru_cache(maxsize=256)(self._render)
         self._inside = lru_cache(maxsize=1024)(lambda text: tuple(self._encode(text, split=False)))
         self._anchor, self._head = self._find_anchor()
+        self._control_ids, self._controls = set(), dict.fromkeys(_TAGS)
         # all_special_tokens lacks those without a name, such as <|im_start|>
-        added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
-        self._control_ids = {
-            i
-            for i, token in tokenizer.added_tokens_decoder.items()
-            if token.special or added[i] in _TAGS or (added[i][0], added[i][-1]) == ("<", ">")
-        }
-        self._controls = tuple(dict.fromkeys([*_TAGS, *(added[i] for i in self._control_ids)]))
+        for i, token in tokenizer.added_tokens_decoder.items():
+            if token.special or (str(token)[0], str(token)[-1]) == ("<", ">"):
+                self._control_ids.add(i)
+                self._controls[str(token)] = None
         self.closer_id = self._find_closer()
         self.takes_system = self._takes_system()
         self.calls = self._find_calls() if tools else HERMES
         begun = self._frame(("user",), "[]", True)[-1]
         # how the template itself begins every turn
         self.opened = begun[begun.rindex("<think>") :] if begun.rstrip()[-7:] == "<think>" else ""
-        eos = tokenizer.eos_token_id
-        response = self._inside("<tool_response>")
-        self.stop_ids = tuple(dict.fromkeys([self.closer_id, *([eos] if eos is not None else [])]))
-        self.stop_ids += response if len(response) == 1 else ()
+        stops, response = [self.closer_id, tokenizer.eos_token_id], self._inside("<tool_response>")
+        stops += response if len(response) == 1 else ()
+        self.stop_ids = tuple(dict.fromkeys(i for i in stops if i is not None))
         wide = str.maketrans("<>|/_", "\uff1c\uff1e\uff5c\uff0f\uff3f")
         self.outside("".join(c + self.broken(c) + c.translate(wide) for c in self._controls))
 
@@ -161,36 +149,30 @@ class Chat:
         if _PROBE["name"] not in text + result:
             self._refuse(f"shows no tool calls: {_CURE}")
         for form in FORMATS:
-            calls, spans = self._read_probe(text, form)
-            if calls != _PROBE_CALLS[:1]:
+            one = read_turn(text, form, _PROBE_TOOLS)
+            if one.calls != _PROBE_CALLS[:1]:
                 continue
-            ((start, end),) = spans
-            _, spans = self._read_probe(two := self._turn_with(_PROBE_CALLS)[0], form)
-            form = replace(form, lead=text[:start], trail=text[end:])
-            form = replace(form, between=two[spans[0][1] : spans[-1][0]])
-            if (form.lead + form.between + form.trail).strip():
-                break
             framed = self._frame(("user", "assistant", "tool"), "[]", True)[2:]
             if _PROBE_RESULT["content"].join(framed) != result:
                 self._refuse(f"frames a tool result that follows a call otherwise: {result!r}")
-            return form
+            two = self._turn_with(_PROBE_CALLS)[0]
+            ends = [end for span in read_turn(two, form).spans for end in span]
+            lead, between, trail = two[: ends[0]], two[ends[1] : ends[-2]], two[ends[-1] :]
+            if not (lead + between + trail).strip():
+                return replace(form, lead=lead, between=between, trail=trail)
         known = "JSON or <function=...> in <tool_call>"
         self._refuse(f"writes a call as {(text + result)[:200]!r}, no format known here ({known})")
 
-    def _read_probe(self, text: str, form: CallFormat):
-        turn = read_turn(text, form, _PROBE_TOOLS)
-        whole = [call for call in turn.calls if not call.problem and not call.repaired]
-        return [dict(name=call.name, arguments=call.arguments) for call in whole], turn.spans
-
-    def _turn_with(self, calls: list[dict]) -> tuple[str, str]:
+    def _turn_with(self, calls: list[Call]) -> tuple[str, str]:
         """What the template makes of a turn with calls, after its content, and of a result."""
-        listed = [
-            dict(type="function", id=f"probe{i:04d}", function=call) for i, call in enumerate(calls)
-        ]
         user, said = ({"role": role, "content": _MARK.format(role)} for role in ("user", "said"))
-        messages = [user, said | {"role": "assistant", "tool_calls": listed}, _PROBE_RESULT]
-        text = self._apply(messages, _PROBE_TOOLS, True).partition(user["content"])[2]
-        before, mark, after = text.partition(said["content"])
+        said |= {"role": "assistant", "tool_calls": []}
+        for i, call in enumerate(calls):
+            function = dict(name=call.name, arguments=call.arguments)
+            said["tool_calls"].append(dict(type="function", id=f"probe{i:04}", function=function))
+        text = self._apply([user, said, _PROBE_RESULT], _PROBE_TOOLS, True)
+        text = text.partition(user["content"])[2]
+        after = text.partition(said["content"])[2]
         if _PROBE["name"] not in after:  # some drop what is said, or put it behind
             after = text.removeprefix(self._frame(("user", "assistant"), "[]", True)[1])
         turn, closer, result = after.partition(self.decode([self.closer_id]))

@@ -237,7 +237,7 @@ def _message(turn: dict) -> dict:
 
 def sft_tools(row: dict) -> list[dict]:
     """The schemas of a row: a list or its JSON text, each wrapped as a function or bare."""
-    tools = row.get("tools") or []
+    tools = row.get("tools") or row.get("functions") or []
     try:
         tools = json.loads(tools) if isinstance(tools, str) else tools
         tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools or []]
