@@ -6,6 +6,7 @@ leaves the meaning unambiguous is read and counted; anything else is told to the
 
 import contextlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -62,9 +63,8 @@ def read_json(text: str) -> tuple[object, bool]:
 
 
 def _load(text: str, **options):
-    return json.loads(
-        text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, **options
-    )
+    options |= dict(parse_constant=_no_constant, parse_float=_finite)
+    return json.loads(text, object_pairs_hook=_no_duplicates, **options)
 
 
 def _mended(match: re.Match) -> str:
@@ -100,6 +100,10 @@ def _no_duplicates(pairs):
 
 def _no_constant(name):
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(number: str) -> float:
+    return float(number) if math.isfinite(float(number)) else _no_constant(number)
 
 
 # --------------------------------------------------------------------------------------------------

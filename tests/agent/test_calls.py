@@ -124,6 +124,8 @@ def test_a_call_without_arguments_has_none(text):
         (call("{'code': 1}"), "not valid JSON"),
         (call('{"code": "print("a")"}'), "not valid JSON"),
         (call('{"code": NaN}'), "not valid JSON"),
+        (call('{"code": 1e999}'), "1e999 is not JSON"),
+        (call('{"code": ' + "9" * 5000 + "}"), "not valid JSON"),
         (call('{"code": 1, "code": 2}'), "appears twice"),
         (call('{"code": "a",,}'), "not valid JSON"),
         (call('{"code": "a"}').replace("}}", "}"), "not valid JSON"),
