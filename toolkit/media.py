@@ -23,7 +23,7 @@ from urllib3.filepost import encode_multipart_formdata
 
 from toolkit.files import opened, read, running
 from toolkit.sandbox import ToolError, ToolFault
-from toolkit.web import api
+from toolkit.web import api, bearer
 
 MOST_IMAGE_BYTES, MOST_PIXELS = 20 << 20, 50_000_000
 MOST_AUDIO_BYTES, MOST_AUDIO_SECONDS = 100 << 20, 7200
@@ -257,7 +257,7 @@ def asked(name: str, path: str, given: dict, deadline: float):
     if not url.startswith(("http://", "https://")) or not model:
         settings = f"set {name}_URL and {name}_MODEL (and {name}_API_KEY)"
         raise ToolFault(f"no endpoint for this tool: {settings}")
-    body, headers = given | {"model": model}, {"Authorization": f"Bearer {key}"} if key else {}
+    body, headers = given | {"model": model}, bearer(key)
     if "file" in body:
         body, headers["Content-Type"] = encode_multipart_formdata(body)
     url, what = url.rstrip("/") + path, f"the {name.lower()} endpoint"
