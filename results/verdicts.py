@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 
 from reagent.served import _CONTROL, Line, Refused, ServerDown, only_choice
-from toolkit.text import after_thoughts, capped
+from toolkit.text import after_thoughts, capped, clean
 
 JUDGE_PROMPT = """You decide whether an agent's answer to a question agrees with the reference.
 Go by the reference alone: do not solve the question and do not correct the reference.
@@ -36,15 +36,30 @@ PROMPT_VERSION = hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()[:8]
 
 ANSWER_CHARS = 8000  # a longer answer is cut in its middle
 
-_VERDICT = re.compile(r"VERDICT: (CORRECT|INCORRECT)")
+# every form of a verdict has one of these words; inside what is quoted they are broken
+_KEY = re.compile(r"v(?=erdict)|c(?=orrect)|j(?=udge?ment)", re.I)
+_SIDES = r"[^\w.,;!?]{0,12}"  # marks between a key and its value: colons, quotes, stars, brackets
+_HEDGE = r"(not|in part|part(?:ial)?ly|mostly|almost|nearly|half|neither|either|un\w+)?"
+_VALUE = r"(?:in)?correct|right|wrong|yes|no|true|false"
+_OTHER = rf"(\W{{0,4}}(?:(?:[/|]|or\b)\W{{0,3}}(?:{_VALUE})|(?:in )?part|\?))?"
+_VERDICT = re.compile(
+    rf"(?<![a-z])(?:(?:verdict|judge?ment){_SIDES}(?:is\b)?{_SIDES}"
+    r"|(?<!not )(?:is_)?correct[\s\"'*`]{0,4}[:：=][\s\"'*`]{0,4})"
+    rf"{_HEDGE}[^\w.,;!?]{{0,3}}({_VALUE})(?![a-z]){_OTHER}",
+    re.I,
+)
+
+
+def broken(text: str) -> str:
+    """The text with a zero-width space in each word of a verdict and in each control string:
+    whoever quotes it writes no verdict.
+    """
+    return _CONTROL.sub("<\u200b", _KEY.sub(lambda key: key[0] + "\u200b", text))
 
 
 def judge_request(question: str, golds: list[str], answer: str) -> str:
-    """The judge's prompt. The mark is a hash of all it encloses, so no text can hold it; "verdict"
-    and control strings inside the answer are broken by a zero-width space, so that quoting it never
-    writes a verdict."""
-    answer = re.sub("(?i)v(?=erdict)", lambda v: v[0] + "\u200b", capped(answer, ANSWER_CHARS))
-    answer = _CONTROL.sub("<\u200b", answer)
+    """The judge's prompt. The mark is a hash of all it encloses, so no text can hold it."""
+    question, answer, *golds = map(broken, (question, capped(answer, ANSWER_CHARS), *golds))
     reference = "\n".join(f"- {gold}" for gold in golds) if len(golds) > 1 else golds[0]
     whole = json.dumps([question, golds, answer])
     mark = f"=====[{hashlib.sha256(whole.encode()).hexdigest()[:16]}]====="
@@ -53,14 +68,15 @@ def judge_request(question: str, golds: list[str], answer: str) -> str:
 
 
 def parse_verdict(text: str) -> bool | None:
-    """The last line, after any thoughts, is exactly one of the two verdicts and no other line is;
-    else None.
+    """What a reply says after its thoughts: "VERDICT: CORRECT" or "correct: yes", in whatever
+    marks, JSON too, with a note behind it. None where nothing is said, where it is hedged
+    ("partially", "not correct", "correct or incorrect") or said both ways.
     """
-    lines = [line.strip() for line in after_thoughts(text).splitlines() if line.strip()]
-    verdicts = [match[1] for line in lines if (match := _VERDICT.fullmatch(line))]
-    if len(verdicts) != 1 or not _VERDICT.fullmatch(lines[-1]):
-        return None
-    return verdicts[0] == "CORRECT"
+    said = set()
+    for hedge, value, other in _VERDICT.findall(after_thoughts(text)):
+        right = value.lower() in ("correct", "right", "yes", "true")
+        said.add(None if hedge or other else right)
+    return said.pop() if len(said) == 1 else None
 
 
 def open_verdicts(cache: str) -> sqlite3.Connection:
@@ -85,8 +101,8 @@ class AnswerJudge:
     falls back to a rule.
 
     The cache (sqlite, "": none) is keyed by judge, prompt version, question, reference and answer.
-    Where a reply has no strict verdict, another is asked for, `retries` times in all. Once the
-    server is down, the rest is unscored.
+    Where a reply has no verdict or does not come to its end, another is asked for, `retries` times
+    in all; waiting for a server is the line's business. Once it is down, the rest is unscored.
     """
 
     def __init__(
@@ -124,6 +140,9 @@ class AnswerJudge:
                 return None
             reply = await self._reply(judge_request(question, golds, answer), retry)
             correct = None if reply is None else parse_verdict(reply)
+            if reply is not None and correct is None:
+                shown = "not shown: the question is sealed" if secret else repr(clean(reply)[-200:])
+                self.problem = f"no verdict in the judge's reply, {shown}"
             if correct is not None:
                 row = (key, int(correct), self.model, "" if secret else reply)
                 self.db.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", row)
@@ -158,5 +177,4 @@ class AnswerJudge:
         if choice.finish_reason != "stop":
             self.problem = f"the judge's reply ended by {choice.finish_reason}"
             return None
-        self.problem = "the judge's reply has no verdict as its last line"
         return choice.message.content or ""
