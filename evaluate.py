@@ -22,6 +22,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ from results.benchmarks import DATASETS, DataSet, Task, load_tasks
 from results.journal import SEALED, Journal, about, sealed, write_results
 from results.judging import judgment_report, paired_bootstrap, report_table
 from results.runs import write_folder_page, write_run_page
-from results.statistics import compare, markdown, question_means, summarise
+from results.statistics import compare, markdown, outcomes, summarise
 from results.verdicts import open_verdicts
 from tools import Toolbox
 
@@ -476,27 +477,40 @@ async def judge_answers(tasks: list[Task], journal: Journal, judge) -> int:
 # what a run leaves
 
 
-def write_reports(cfg: Config, tasks: list[Task], journal: Journal, judge: str, how: str) -> str:
-    """results.jsonl, summary.json, report.md and report.html; returns report.md."""
+def report_facts(cfg: Config, tasks: list[Task], judge: str, how: str, search: str) -> list[str]:
+    """What the numbers depend on, a line each."""
+    commit = read_json(Path(cfg.out_dir) / "run.json", "git")["git"] or "unknown"
+    facts = [
+        f"model {cfg.model} ({how})",
+        f"{time.strftime('%Y-%m-%d', time.gmtime())}, commit {commit[:12]}",
+        f"temperature {cfg.temperature}, top_p {cfg.top_p}, seed {cfg.seed}",
+    ]
+    for task in tasks:
+        facts.append(f"{task.name}: rows of {task.revision}; tools {task.spec.tools}")
+        if task.limits:
+            facts[-1] += (
+                f", {task.limits.max_tokens_per_attempt} tokens an attempt, "
+                f"{task.limits.max_context} positions, {task.limits.max_turns} turns with calls"
+            )
+    prompts = prompt_facts(cfg).items()
+    facts += [f"{key} {told}" for key, told in prompts if cfg.refine or key == "prompt_file"]
+    if any("search" in task.spec.tools for task in tasks):
+        facts.append(f"search: {search}")
+    if any(task.spec.scorer == "judge" for task in tasks):
+        facts.append(f"judge of answers: {judge or 'none named, verdicts of earlier runs count'}")
+    if cfg.refine:
+        facts.append(f"refined after critiques of {cfg.rrm.source}: pass@1 is of refined answers")
+    return facts
 
+
+def write_reports(
+    cfg: Config, tasks: list[Task], journal: Journal, judge: str, how: str, search: str = ""
+) -> str:
+    """results.jsonl, summary.json, report.md and report.html; returns report.md."""
     out = Path(cfg.out_dir)
     write_results(out, tasks, journal, judge)
     summaries = [summarise(task, journal, judge, cfg.refine) for task in tasks]
-    facts = [
-        f"model {cfg.model} ({how})",
-        f"temperature {cfg.temperature}, top_p {cfg.top_p}, seed {cfg.seed}",
-    ]
-    facts += [
-        f"{t.name}: tools {t.spec.tools}, {t.limits.max_tokens_per_attempt} tokens an attempt, "
-        f"{t.limits.max_context} positions, {t.limits.max_turns} turns with calls"
-        for t in tasks
-        if t.limits
-    ]
-    prompts = prompt_facts(cfg).items()
-    facts += [f"{key} {told}" for key, told in prompts if cfg.refine or key == "prompt_file"]
-    facts += [f"local pages {cfg.corpus}"] * bool(cfg.corpus)
-    facts += [f"refined after critiques of {cfg.rrm.source}"] * cfg.refine
-    text = markdown(summaries, facts)
+    text = markdown(summaries, report_facts(cfg, tasks, judge, how, search))
     (out / "report.md").write_text(text, encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summaries, indent=1), encoding="utf-8")
     write_run_page(out, dataclasses.asdict(cfg))
@@ -634,7 +648,9 @@ def main(cfg: Config) -> None:
         judge = make_answer_judge(cfg, runner) if asks else None
         if judge:
             runner.run(judge_answers(judged, journal, judge))
-        print(write_reports(cfg, tasks, journal, judge.name if judge else "", how))
+        web = next(iter(toolboxes.values())).web.settings["search"] or "no provider"
+        search = f"local pages {cfg.corpus}" if cfg.corpus else web
+        print(write_reports(cfg, tasks, journal, judge.name if judge else "", how, search))
         left = sum(not journal.done(key, row) for task in tasks for key, row in task.keys())
         if left:
             print(
@@ -814,7 +830,7 @@ def command(argv: list[str]) -> None:
         elif name == "page":
             write_folder_page(*paths)
         else:
-            a, b = map(question_means, paths)
+            a, b = map(outcomes, paths)
             print(json.dumps(compare(a, b), indent=1))
     except ValueError as error:  # names file and line
         raise SystemExit(str(error)) from error

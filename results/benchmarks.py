@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from reagent.folder import read_json
 from reagent.rows import JsonlRows, check_rl_row, shown_question
 from results.journal import unsealed
 
@@ -61,6 +62,7 @@ class Task:
     rollouts: int
     canaries: dict[str, str]  # id -> key of an encrypted row
     longest: list[str]  # its longest questions, with those beyond --limit: the room for prompts
+    revision: str = ""  # where the rows are from
     limits: object = None  # rollout.Limits
 
     @property
@@ -108,7 +110,19 @@ def load_task(name: str, cfg) -> Task:
         rows = [row for row in rows if row["id"] in cfg.ids]
     rows = rows[: cfg.limit] if cfg.limit else rows
     check_files(rows, spec, path, cfg.files_dir)
-    return Task(name, spec, rows, cfg.rollouts or spec.rollouts, canaries, longest)
+    rollouts = cfg.rollouts or spec.rollouts
+    return Task(name, spec, rows, rollouts, canaries, longest, revision=revision_of(path))
+
+
+def revision_of(path: str) -> str:
+    """The publisher's revision as the preparation wrote it down, else the digest of the file."""
+    digest, meta = hashlib.sha256(Path(path).read_bytes()).hexdigest(), Path(path)
+    meta = meta.with_suffix(".meta.json")
+    if not meta.is_file():
+        return f"{path}, sha256 {digest[:12]}"
+    told = read_json(meta, "revision", "sha256")
+    changed = "" if told["sha256"] == digest else ", changed since"
+    return told["revision"] + changed
 
 
 def read_rows(path: str, hint: str = "") -> tuple[list[dict], dict[str, str]]:

@@ -141,8 +141,12 @@ class Journal:
 
     def verdict(self, key: tuple, attempt: int, judge: str) -> bool | None:
         """What this judge said, or, where no judge is named, the last one; None: unscored."""
+        return self.said(key, attempt, judge)[1]
+
+    def said(self, key: tuple, attempt: int, judge: str) -> tuple[str, bool | None]:
+        """(who judged, what was said); ("none", None): unscored."""
         said = self.verdicts.get((*key, attempt, about(self.entries[key], attempt)), [])
-        return next((correct for name, correct in reversed(said) if judge in ("", name)), None)
+        return next((one for one in reversed(said) if judge in ("", one[0])), ("none", None))
 
     def close(self) -> None:
         self.file.close()
@@ -169,7 +173,7 @@ def final_line(journal: Journal, key: tuple, row: dict, judge: str) -> dict | No
     line = opened(kept)
     for i, attempt in enumerate(line["attempts"]):
         if entry.correct[i] is None:
-            attempt["correct"] = journal.verdict(key, i, judge)
+            line["judge"], attempt["correct"] = journal.said(key, i, judge)
         for call in attempt["calls"]:
             call.pop("seconds", None)
     line["correct"] = line["attempts"][-1]["correct"] if line["attempts"] else False

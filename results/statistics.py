@@ -6,7 +6,7 @@ from math import comb
 import numpy as np
 
 from reagent.rows import JsonlRows
-from reagent.scorers import math_answer, normalize, plain_latex
+from reagent.scorers import SCORER_OF_KIND, score
 from results.journal import Entry, Journal
 
 F1_SCORERS = ("hotpotqa", "2wiki", "musique", "bamboogle")
@@ -26,31 +26,48 @@ def bootstrap_interval(values, seed: int = 0, draws: int = 10_000) -> tuple[floa
     return float(low), float(high)
 
 
-def mean_interval(values) -> list[float] | None:
+Z2 = 1.96**2
+
+
+def interval(values: list[float], signed: bool = False) -> tuple[float, float]:
+    """95 % interval of the mean over questions: by bootstrap, and where all are right or all wrong
+    (`signed`: nothing moved), so that a bootstrap has no width, Wilson's.
+    """
+    n, value = len(values), float(values[0])
+    if value not in (-1.0, 0.0, 1.0) or any(v != value for v in values):
+        return bootstrap_interval(values)
+    width = Z2 / (n + Z2)
+    return max(value - width, -1.0 if signed else 0.0), min(value + width, 1.0)
+
+
+def mean_interval(values, signed: bool = False) -> list[float] | None:
     """[mean, low, high]; None of nothing."""
     values = list(values)
-    return (
-        [round(x, 4) for x in (sum(values) / len(values), *bootstrap_interval(values))]
-        if values
-        else None
-    )
+    if not values:
+        return None
+    return [round(x, 4) for x in (sum(values) / len(values), *interval(values, signed))]
 
 
-def vote_key(answer: str, scorer: str) -> str:
-    """What counts as the same answer in a vote."""
-    return (
-        plain_latex(math_answer(answer)) if scorer == "math" else normalize(answer)
-    ) or answer.strip()
+def same_answer(a: str, b: str, scorer: str) -> bool:
+    """Whether two answers are one: to the scorer, either is right where the other is gold."""
+    return a == b or score(scorer, a, b)["correct"] or score(scorer, b, a)["correct"]
 
 
 def majority(chains: list["Chain"], scorer: str) -> bool:
-    """Is the answer with most votes right? Of equals the first given wins; none has no vote."""
-    votes: dict[str, list[bool]] = {}
+    """Whether the answer with the most votes is right; of equals the first given wins. No answer
+    has no vote.
+    """
+    votes: list[list[tuple]] = []  # (answer, right) of those that gave one answer
     for chain in chains:
         answer = chain.entry.answers[-1] if chain.entry and chain.entry.answers else None
-        if answer is not None:
-            votes.setdefault(vote_key(answer, scorer), []).append(chain.last is True)
-    return bool(votes) and any(max(votes.values(), key=len))
+        if answer is None:
+            continue
+        those = next((of for of in votes if same_answer(answer, of[0][0], scorer)), None)
+        if those is None:
+            votes.append(those := [])
+        those.append((answer, chain.last))
+    most = max(votes, key=len, default=[])
+    return next((right for _, right in most if right is not None), False)
 
 
 @dataclass
@@ -84,6 +101,8 @@ def summarise(task, journal: Journal, judge: str = "", refine: bool = False) -> 
     counts as wrong; `scored`: over the scored rows. Intervals are over questions."""
     grid, k, scorer = chains_of(task, journal, judge), task.rollouts, task.spec.scorer or "rule"
     flat = [chain for chains in grid for chain in chains]
+    kinds = [SCORER_OF_KIND[row["kind"]] for row in task.rows]
+    rules = kinds if scorer in ("judge", "rule") else [scorer for _ in grid]  # of equal answers
     scored = [[bool(c.last) for c in chains if c.last is not None] for chains in grid]
     rights = [sum(c.last is True for c in chains) for chains in grid]
     figures = {
@@ -95,11 +114,12 @@ def summarise(task, journal: Journal, judge: str = "", refine: bool = False) -> 
         "judge": judges_of(task, journal, judge),
         "all": mean_interval(right / k for right in rights),
         "scored": mean_interval(sum(values) / len(values) for values in scored if values),
+        "scored_rows": sum(map(len, scored)),
         "pass_at": {
             n: mean_interval(pass_at_k(k, right, n) for right in rights)
             for n in sorted({1, k, *powers(k)})
         },
-        "majority": mean_interval(majority(chains, scorer) for chains in grid),
+        "majority": mean_interval(map(majority, grid, rules)),
         "counts": counts(task, flat, journal),
         "by": by_meta(task, grid),
     }
@@ -175,13 +195,13 @@ def refine_figures(grid: list[list[Chain]]) -> dict:
     """Reagent-C: o1 and o2 over all rows, and what changed; a chain without o2 keeps o1."""
     flat = [chain for chains in grid for chain in chains]
 
-    def share(of):
-        return mean_interval(sum(of(c) for c in chains) / len(chains) for chains in grid)
+    def share(of, signed=False):
+        return mean_interval((sum(map(of, chains)) / len(chains) for chains in grid), signed)
 
     return {
         "o1": share(lambda c: c.first is True),
         "o2": share(lambda c: c.last is True),
-        "gain": share(lambda c: (c.last is True) - (c.first is True)),
+        "gain": share(lambda c: (c.last is True) - (c.first is True), signed=True),
         "fixed": sum(c.last is True and c.first is False for c in flat),
         "broken": sum(c.first is True and c.last is False for c in flat),
         "refined": sum(c.entry is not None and len(c.entry.answers) > 1 for c in flat),
@@ -189,39 +209,66 @@ def refine_figures(grid: list[list[Chain]]) -> dict:
     }
 
 
-def question_means(path: str) -> dict[tuple, float]:
-    """Mean correctness by (dataset, id) of result rows {"dataset"?, "id", "correct"}."""
-    seen: dict[tuple, list[float]] = {}
-    names = []
+@dataclass
+class Outcome:
+    """What a result file says of one question: by chain, right, wrong or None (unscored)."""
+
+    right: list[bool | None]
+    rows: set[str | None]  # digests of the rows that were asked
+    judges: set[str]
+
+
+def outcomes(path: str) -> dict[tuple, Outcome]:
+    """By (dataset, id), of a file with rows {"dataset"?, "id", "correct", "row"?, "judge"?}, one a
+    chain.
+    """
+    found: dict[tuple, Outcome] = {}
 
     def check(row):
         if not {"id", "correct"} <= set(row):
             return "a result row needs 'id' and 'correct'"
-        names.append(
-            (row.get("dataset", ""), str(row.pop("id")), bool(row["correct"]))
-        )  # an id stands there k times
+        key = row.get("dataset", ""), str(row.pop("id"))  # an id stands there k times
+        outcome = found.setdefault(key, Outcome([], set(), set()))
+        outcome.right.append(None if row["correct"] is None else bool(row["correct"]))
+        outcome.rows.add(row.get("row"))
+        outcome.judges.add(row.get("judge", "rule"))
 
     JsonlRows(path, check, "compare takes two results.jsonl")
-    for dataset, name, correct in names:
-        seen.setdefault((dataset, name), []).append(float(correct))
-    return {key: sum(values) / len(values) for key, values in seen.items()}
+    return found
 
 
-def compare(a: dict[tuple, float], b: dict[tuple, float]) -> dict:
-    """Paired comparison over the questions that both have: b minus a."""
+def compare(a: dict[tuple, Outcome], b: dict[tuple, Outcome]) -> dict:
+    """Paired comparison, b minus a, over the questions that both have scored in full. What is left
+    out is named; answers to which different judges were put are not compared at all.
+    """
     both = sorted(set(a) & set(b), key=str)
+    judges = [", ".join(sorted(set().union(*(of[q].judges for q in both)))) for of in (a, b)]
+    if judges[0] != judges[1]:
+        raise SystemExit(f"not comparable: judged by {judges[0]} in a, by {judges[1]} in b")
+    other = [q for q in both if len(a[q].rows | b[q].rows) > 1]
+    unscored = [q for q in both if q not in other and None in a[q].right + b[q].right]
+    both = [q for q in both if q not in {*other, *unscored}]
+    left_out = {
+        "only_in_a": [q for q in a if q not in b],
+        "only_in_b": [q for q in b if q not in a],
+        "other_rows": other,
+        "unscored": unscored,
+    }
+    counts = {name: len(of) for name, of in left_out.items()}
     if not both:
-        raise SystemExit("the two files have no question in common")
-    differences = [b[q] - a[q] for q in both]
-    low, high = bootstrap_interval(differences)
+        told = ", ".join(f"{name} {n}" for name, n in counts.items())
+        raise SystemExit(f"the two files have no question in common that can be compared: {told}")
+    means = [[sum(of[q].right) / len(of[q].right) for q in both] for of in (a, b)]
+    differences = [y - x for x, y in zip(*means)]
     return {
         "questions": len(both),
-        "only_in_a": len(a) - len(both),
-        "only_in_b": len(b) - len(both),
-        "a": sum(a[q] for q in both) / len(both),
-        "b": sum(b[q] for q in both) / len(both),
+        **counts,
+        "left_out": {name: [" ".join(q).strip() for q in of[:20]] for name, of in left_out.items()},
+        "judge": judges[0],
+        "a": sum(means[0]) / len(both),
+        "b": sum(means[1]) / len(both),
         "difference": sum(differences) / len(both),
-        "interval_95": [round(low, 4), round(high, 4)],
+        "interval_95": [round(x, 4) for x in interval(differences, signed=True)],
         "gained": sum(d > 0 for d in differences),
         "lost": sum(d < 0 for d in differences),
     }
@@ -276,7 +323,8 @@ def name(s: dict) -> dict:
 
 def main_figures(s: dict, most: int) -> dict:
     figures = {"questions": s["questions"], "pass@1, all rows": percent(s["all"])}
-    figures |= {"pass@1, scored rows": percent(s["scored"]), "F1": percent(s.get("f1"))}
+    figures |= {"scored rows": s["scored_rows"], "pass@1, scored rows": percent(s["scored"])}
+    figures |= {"F1": percent(s.get("f1"))}
     own = s["k"] == most
     many = {f"pass@{most}": percent(s["pass_at"][most] if own else None)}
     many[f"majority@{most}"] = percent(s["majority"] if own else None)

@@ -3,6 +3,7 @@ hand-worked case or an oracle.
 """
 
 import asyncio
+import hashlib
 import itertools
 import json
 import random
@@ -337,11 +338,13 @@ def chain(answer, correct, first=None):
             "math",
             True,
         ),
-        (
-            [chain("the", False), chain("a", False), chain("x", True), chain("x", True)],
-            "hotpotqa",
-            True,
-        ),
+        # the scorer's own equality: signs and values of numbers, not their text
+        ([chain("-3", False), chain("-3", False), chain("3", True)], "gaia", False),
+        ([chain("3", False), chain("2.0", True), chain("2", True)], "gaia", True),
+        ([chain("3", False), chain("1,2", True), chain("2, 1", True)], "math", True),
+        ([chain("C", False), chain("(b)", True), chain("B. Rome", True)], "choice", True),
+        # what a judge left unscored votes, and a scored one of its group decides
+        ([chain("Rome", None), chain("rome", True), chain("Bonn", False)], "hotpotqa", True),
         ([chain(None, False), Chain()], "hotpotqa", False),
     ],
 )
@@ -380,9 +383,10 @@ def test_figures_of_a_hand_worked_set(tmp_path):
         2: pytest.approx(2 / 3, abs=1e-4),
     }
     assert figures["by"]["level"] == {
-        "0": {"questions": 1, "all": [1.0, 1.0, 1.0]},
+        "0": {"questions": 1, "all": [1.0, 0.2065, 1.0]},
         "1": {"questions": 2, "all": [0.25, 0.0, 0.5]},
     }
+    assert figures["scored_rows"] == 4
     counts = figures["counts"]
     assert [counts[key] for key in ("rows", "right", "wrong", "unscored", "missing")] == [
         6,
@@ -397,25 +401,76 @@ def test_figures_of_a_hand_worked_set(tmp_path):
     journal.close()
 
 
+@pytest.mark.parametrize("n", [1, 20, 500])
+def test_all_right_and_all_wrong_have_wilson_intervals(n):
+    low = n / (n + 1.96**2)
+    assert statistics.mean_interval([1.0] * n) == [1.0, pytest.approx(low, abs=1e-4), 1.0]
+    assert statistics.mean_interval([0.0] * n) == [0.0, 0.0, pytest.approx(1 - low, abs=1e-4)]
+    none = [0.0, pytest.approx(low - 1, abs=1e-4), pytest.approx(1 - low, abs=1e-4)]
+    assert statistics.mean_interval([0.0] * n, signed=True) == none
+
+
+def results_of(tmp_path, name, *chains, **more):
+    """A result file of (id, correct) chains, read."""
+    rows = [dict(dataset="d", id=i, correct=c, row=f"r{i}") | more for i, c in chains]
+    toy.write(tmp_path / name, rows)
+    return statistics.outcomes(f"{tmp_path}/{name}")
+
+
 def test_comparing_reads_several_rollouts_of_a_question(tmp_path):
-    toy.write(
-        tmp_path / "a.jsonl",
-        [dict(dataset="d", id="1", correct=c) for c in (True, False)]
-        + [dict(dataset="d", id="2", correct=None)],
-    )
-    toy.write(
-        tmp_path / "b.jsonl", [dict(dataset="d", id=i, correct=True) for i in ("1", "2", "3")]
-    )
-    a, b = (statistics.question_means(f"{tmp_path}/{name}.jsonl") for name in "ab")
-    assert a == {("d", "1"): 0.5, ("d", "2"): 0.0}
+    a = results_of(tmp_path, "a", ("1", True), ("1", False), ("2", False), ("3", True))
+    b = results_of(tmp_path, "b", ("1", True), ("2", True), ("3", False), ("4", True))
     found = statistics.compare(a, b)
-    assert (
-        found["questions"],
-        found["only_in_b"],
-        found["difference"],
-        found["gained"],
-        found["lost"],
-    ) == (2, 1, 0.75, 2, 0)
+    assert (found["questions"], found["only_in_a"], found["only_in_b"]) == (3, 0, 1)
+    assert (found["a"], found["b"]) == (0.5, pytest.approx(2 / 3))
+    assert (found["difference"], found["gained"], found["lost"]) == (pytest.approx(1 / 6), 2, 1)
+
+
+def test_comparing_leaves_out_and_names_what_is_unscored_or_of_another_row(tmp_path):
+    a = results_of(tmp_path, "a", ("1", True), ("2", None), ("3", True), ("4", True))
+    b = results_of(tmp_path, "b", ("1", True), ("2", True), ("4", None), ("4", True))
+    b |= {("d", "3"): statistics.Outcome([False], {"another"}, {"rule"})}
+    found = statistics.compare(a, b)
+    assert (found["questions"], found["unscored"], found["other_rows"]) == (1, 2, 1)
+    assert found["left_out"]["unscored"] == ["d 2", "d 4"]
+    assert found["left_out"]["other_rows"] == ["d 3"]
+    assert found["difference"] == 0 and found["interval_95"][0] < -0.5  # one question
+    with pytest.raises(SystemExit, match="only_in_a 0, only_in_b 0, other_rows 0, unscored 1"):
+        statistics.compare({("d", "2"): a["d", "2"]}, {("d", "2"): b["d", "2"]})
+
+
+def test_answers_before_different_judges_are_not_compared(tmp_path):
+    a = results_of(tmp_path, "a", ("1", True), judge="m/1")
+    with pytest.raises(SystemExit, match="not comparable: judged by m/1 in a, by m/2 in b"):
+        statistics.compare(a, results_of(tmp_path, "b", ("1", True), judge="m/2"))
+    with pytest.raises(SystemExit, match="judged by m/1 in a, by rule in b"):
+        statistics.compare(a, results_of(tmp_path, "b", ("1", True)))
+
+
+def test_a_row_of_the_results_names_who_judged_it(tmp_path):
+    task = task_of(tmp_path, [row_of("1"), row_of("2")], scorer="judge")
+    log = Journal(tmp_path / "out")
+    for key, row in task.keys():
+        log.append(line_of(task, row, 0, ["a"], [None]))
+    name = dict(dataset="rows", id="1", rollout=0, attempt=0)
+    said = name | {"judge": "j/1", "verdict": True, "about": about(log.entries["rows", "1", 0], 0)}
+    log.append(said)
+    journal.write_results(tmp_path, [task], log, "")
+    rows = [json.loads(line) for line in open(tmp_path / "results.jsonl")]
+    assert [(row["judge"], row["correct"]) for row in rows] == [("j/1", True), ("none", None)]
+    log.close()
+
+
+def test_a_task_names_the_revision_of_its_rows(tmp_path):
+    toy.write(tmp_path / "rows.jsonl", [row_of("1")])
+    path = f"{tmp_path}/rows.jsonl"
+    assert re.fullmatch(rf"{path}, sha256 [0-9a-f]{{12}}", benchmarks.revision_of(path))
+    digest = hashlib.sha256((tmp_path / "rows.jsonl").read_bytes()).hexdigest()
+    meta = {"revision": "owner/name @ 0123", "sha256": digest}
+    (tmp_path / "rows.meta.json").write_text(json.dumps(meta))
+    assert benchmarks.load_task(path, config()).revision == "owner/name @ 0123"
+    toy.write(tmp_path / "rows.jsonl", [row_of("2")])
+    assert benchmarks.revision_of(path) == "owner/name @ 0123, changed since"
 
 
 def test_every_number_of_the_report_stands_beside_subset_judge_and_k(tmp_path):

@@ -106,8 +106,12 @@ def test_a_served_model_is_asked_with_token_ids_that_only_grow(world, tmp_path):
         "token ids in and out" in report
         and "75.0 [25.0, 100.0]" in report
         and "prompt_file our own" in report
-        and "| level | 3 | 1 | 0.0 [0.0, 0.0] |" in report
+        and "| level | 3 | 1 | 0.0 [0.0, 79.3] |" in report  # one question tells little
     )
+    assert re.search(r"- \d{4}-\d\d-\d\d, commit ([0-9a-f]{12}|unknown)\n", report)
+    assert re.search(r"rows of \S+, sha256 [0-9a-f]{12}; tools search", report)
+    assert re.search(r"- search: (no provider|local pages|\w+)", report)
+    assert "| scored rows |" in report and "| 8 | 75.0 [25.0, 100.0] |" in report
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
@@ -308,7 +312,10 @@ def test_refinement_counts_what_it_fixes_and_breaks(world, tmp_path):
     assert [r["correct"] for r in rows] == [True, True, False, True] and all(
         len(r["attempts"]) == 2 for r in rows
     )
-    assert len(judged) == 8 and "| 2 | 1 | 4 | 0 |" in (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
+    assert len(judged) == 8 and "| 2 | 1 | 4 | 0 |" in report
+    assert f"refined after critiques of {rrm}: pass@1 is of refined answers" in report
+    assert "rrm.request_file our own" in report
 
 
 def test_invalid_critiques_leave_the_first_answer_and_a_dead_reward_model_stops_the_run(
@@ -382,6 +389,7 @@ def test_answers_without_a_judge_are_judged_later_and_the_model_is_not_asked_aga
             assert len(judged) == 4
     figures = json.load(open(tmp_path / "summary.json"))[0]
     assert figures["judge"].startswith("another/") and figures["scored"][0] == 1.0
+    assert "- judge of answers: another/" in (tmp_path / "report.md").read_text()
 
 
 def test_087_a_judge_that_is_down_leaves_answers_unscored(world, tmp_path, capfd):

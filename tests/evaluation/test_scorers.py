@@ -14,7 +14,7 @@ import pytest
 
 from reagent import scorers
 from reagent.scorers import rule_reward, score
-from results.statistics import bootstrap_interval, compare, pass_at_k
+from results.statistics import bootstrap_interval, pass_at_k
 from tests.evaluation import reformatted
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -341,15 +341,3 @@ def test_pass_at_k_counts_draws():
 
 def test_bootstrap_interval_of_a_constant_is_the_constant():
     assert bootstrap_interval([0.5] * 20) == (0.5, 0.5)
-
-
-def test_comparison_counts_gained_and_lost():
-    a, b = {("", i): float(i < 2) for i in range(4)}, {("", i): float(i > 0) for i in range(5)}
-    got = compare(a, b)
-    assert (got["questions"], got["only_in_b"], got["gained"], got["lost"], got["difference"]) == (
-        4,
-        1,
-        2,
-        1,
-        0.25,
-    )
