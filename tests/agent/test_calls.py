@@ -239,7 +239,8 @@ def test_thoughts_may_stand_between_calls_and_have_been_opened_elsewhere():
 
 def test_a_rehearsed_string_does_not_end_the_thoughts():
     quoted = call('{"code": "</think>"}')
-    assert read_turn(f"<think>{quoted} \\boxed{{1}}</think>\\boxed{{2}}").answer == "2"
+    turn = read_turn(f"<think>{quoted} {call('{}')}</think>\\boxed{{2}}")
+    assert (turn.calls, turn.answer) == ([], "2")
 
 
 def test_the_calls_of_a_turn_are_bounded():
