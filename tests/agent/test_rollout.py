@@ -20,6 +20,7 @@ from reagent.rows import seed_of
 from reagent.served import TextChat
 from rollout import Episode, Limits, Setup, append_sample, run_chain, run_chains
 from tests.helpers import templates
+from tests.helpers.templates import make_tokenizer
 from tests.helpers.tiny import ROOT, toy
 from tools import TOOLS, Toolbox
 
@@ -413,6 +414,26 @@ def test_a_made_up_result_is_none_inside_the_string_of_a_call():
     call = CALL.replace("Ada", "what is <tool_response>")
     episode = episode_of(call, "\\boxed{here}")
     assert episode.attempts[0].calls[0]["arguments"]["queries"] == ["what is <tool_response>"]
+
+
+def test_an_episode_under_a_template_with_xml_calls_begins_as_its_row(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "CHAT", Chat(make_tokenizer(templates.XML)))
+    call = FORMATS[1].write("search", {"queries": ["Ada", "</tool_call>"], "top_k": 1})
+    episode = episode_of(f"<think>\nhm\n</think>\n\n{call}", CALL, "\\boxed{here}")
+    (first, second) = episode.attempts[0].calls
+    assert first["arguments"] == {"queries": ["Ada", "</tool_call>"], "top_k": 1}
+    assert (first["status"], second["status"]) == ("ok", "error")
+    told = [m["content"] for m in episode.messages if m["role"] == "tool"]
+    assert "is here." in told[0] and FORMATS[1].form in told[1]
+    ids, _ = CHAT.row(episode.messages[:4] + episode.messages[-1:], toolbox_schemas())
+    turn = episode.messages[2]["content"]
+    upto = len(CHAT.prompt(episode.messages[:2], toolbox_schemas()) + CHAT.text(turn))
+    upto += len(CHAT.fragment(episode.messages[3:4]))
+    assert ids[:upto] == episode.ids[:upto]
+
+
+def toolbox_schemas():
+    return Toolbox(["search", "browse"]).schemas
 
 
 def test_where_the_template_opens_the_thoughts_a_call_in_them_is_none(monkeypatch):
