@@ -41,16 +41,16 @@ from reagent.config import (
 )
 from reagent.engines import EngineConfig
 from reagent.folder import claim, read_json, refuse_code, write_whole
-from reagent.memory import check_shares
 from reagent.reward_model import RewardModelConfig, check_rrm_row
 from reagent.rows import JsonlRows, check_rl_row
 from reagent.scorers import SCORER_OF_KIND, rule_reward, score, unknown
 from results.benchmarks import DATASETS, DataSet, Task, load_tasks
-from results.journal import SEALED, Journal, about, sealed, write_results
+from results.journal import SEALED, Journal, about, check_served, sealed, write_results
 from results.judging import judgment_report, paired_bootstrap, report_table
 from results.runs import write_folder_page, write_run_page
 from results.statistics import compare, markdown, outcomes, summarise
-from results.verdicts import open_verdicts
+from results.verdicts import open_judge, open_verdicts
+from toolkit.http import Refused, Unavailable
 from tools import Toolbox
 
 # --------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ MAY_CHANGE |= {
     "engine.max_live_chains",
     "engine.tensor_parallel",
     "rrm.seconds",
-    "rrm.patience",
+    "rrm.in_flight",
     "out_dir",
     "retries",
 }
@@ -155,6 +155,7 @@ def check_config(cfg: Config) -> None:
             "--refine needs the reward model whose critique is read: --rrm=http://…/v1 or "
             "--rrm=FOLDER"
         )
+    cfg.rrm.check(cfg.timeout_s)
     if cfg.rrm.source and not cfg.refine:
         raise SystemExit("--rrm is read by --refine alone")
     if not cfg.dataset:
@@ -213,15 +214,15 @@ class Agent:
     chat: object
     positions: int  # tokens that a chain may have
     how: str  # how it is asked, for the report
+    served: str = ""  # the model behind a URL
 
 
 def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
-    from reagent.served import ChatEngine, Line, ServedEngine, TextChat, look_up
+    from reagent.served import ChatEngine, ServedEngine, TextChat, endpoint_of, look_up
 
-    line = Line(
-        cfg.model, "MODEL_API_KEY", patience_s=cfg.patience_s, most=cfg.engine.max_live_chains
-    )
-    found = runner.run(look_up(line, cfg.served_model, cfg.endpoint))
+    endpoint = endpoint_of(cfg.model, "MODEL_API_KEY", cfg.engine.max_live_chains)
+    patience = cfg.patience_s
+    found = runner.run(look_up(endpoint, cfg.served_model, cfg.endpoint, patience))
     if found.kind == "chat":
         print(
             f"{cfg.model} takes messages only: it renders the history again at every turn, limits "
@@ -234,7 +235,7 @@ def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
             "counts estimated"
         )
         chat = TextChat()
-        return Agent(ChatEngine(line, found, chat), chat, positions, how)
+        return Agent(ChatEngine(endpoint, found, chat, patience), chat, positions, how, found.name)
     from reagent.policy import load_chat
 
     folder = cfg.tokenizer or found.root
@@ -250,7 +251,7 @@ def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
     if found.kind == "text":
         how = f"{found.model} by completions, token ids in, text out: each turn is encoded again"
     positions = found.max_context or cfg.max_context or positions_of(folder)
-    return Agent(ServedEngine(line, found, chat), chat, positions, how)
+    return Agent(ServedEngine(endpoint, found, chat, patience), chat, positions, how, found.name)
 
 
 def local_agent(cfg: Config, tp_group) -> Agent:
@@ -331,7 +332,7 @@ def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
 # running and judging
 
 
-def setup_of(cfg: Config, task: Task, agent: Agent, toolbox, critic) -> rollout.Setup:
+def setup_of(cfg: Config, task: Task, agent: Agent, toolbox, rrm) -> rollout.Setup:
     system = read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
     task.limits = limits = limits_of(cfg, task, agent, prompt_tokens(task, agent, toolbox, system))
     print(
@@ -348,7 +349,7 @@ def setup_of(cfg: Config, task: Task, agent: Agent, toolbox, critic) -> rollout.
         toolbox,
         limits,
         lambda row, answer: (None, None),  # record_of scores
-        critic,
+        rrm,
         cfg.refine,
         cfg.temperature,
         cfg.top_p,
@@ -411,22 +412,6 @@ def progress(what: str, total: int, done: int, rank: int = 0):
 
     pause = 1.0 if sys.stderr.isatty() else 30.0  # seconds
     return tqdm(desc=what, total=total, initial=done, disable=rank > 0, mininterval=pause)
-
-
-def make_answer_judge(cfg: Config, runner: asyncio.Runner):
-    """The judge of answers, or None; it is looked up only when answers wait for it."""
-    from reagent.served import Line, ServerDown, look_up
-    from results.verdicts import AnswerJudge
-
-    line = Line(cfg.judge, "JUDGE_API_KEY", patience_s=cfg.patience_s, request_s=300.0, most=16)
-    model = cfg.judge_model
-    if not model:
-        try:
-            model = runner.run(look_up(line, "", "chat")).model
-        except ServerDown as down:
-            print(f"judge: {down}", file=sys.stderr)
-            return None
-    return AnswerJudge(line, model, cfg.judge_cache)
 
 
 async def judge_answers(tasks: list[Task], journal: Journal, judge) -> int:
@@ -522,31 +507,12 @@ def write_reports(
 
 def check_resume(out: Path, cfg: Config) -> None:
     """Refuses, by name, a key that changes the answers: a folder holds those of one agent."""
-    path, now = out / "run.json", json.loads(json.dumps(dataclasses.asdict(cfg)))
+    from reagent import run
+
+    path = out / "run.json"
     if path.is_file():
-        before = read_json(path, "config")["config"]
-        served = all(str(c["model"]).startswith("http") for c in (before, now))  # a server may move
-        free = MAY_CHANGE | ({"model"} if served else set())
-        changed = [key for key in now if key not in free and before.get(key) != now[key]]
-        if changed:
-            what = ", ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in changed)
-            raise SystemExit(f"{out} holds another run ({what}): give another --out_dir")
-
-
-def stopping(critic: reward_model.Judge) -> reward_model.Judge:
-    """A reward model that is down stops the run: its chains would count their first answer."""
-    from reagent.served import ServerDown
-
-    ask = critic.ask
-
-    async def asked(*args):
-        try:
-            return await ask(*args)
-        except reward_model.JudgeDown as down:
-            raise ServerDown(f"the reward model is away: {down}") from down
-
-    critic.ask = asked
-    return critic
+        before, now = read_json(path, "config")["config"], dataclasses.asdict(cfg)
+        run.check_resume(before, json.loads(json.dumps(now)), MAY_CHANGE, out)
 
 
 def run_missing(
@@ -555,24 +521,28 @@ def run_missing(
     """Runs this process's share of what is missing; returns how the agent is asked."""
     tp = cfg.engine.tensor_parallel
     if cfg.refine and not cfg.model.startswith("http"):
+        from reagent.memory import check_shares
+
         check_shares(cfg.engine, cfg.rrm)
     agent = served_agent(cfg, runner) if cfg.model.startswith("http") else local_agent(cfg, group)
-    critic = None
+    rrm = None
     if cfg.refine:
-        critic = stopping(reward_model.make_judge(cfg.rrm, agent.chat, engine=cfg.engine))
+        rrm = reward_model.open_rrm(cfg.rrm, agent.chat, engine=cfg.engine)
+        rrm.must_answer = True  # else chains would keep their first answer and count as finished
     if rank == 0:
-        facts = run_facts(cfg) | {
-            "agent": agent.how,
-            "subsets": {task.name: task.subset for task in tasks},
-        }
-        write_whole(Path(cfg.out_dir) / "run.json", json.dumps(facts, indent=1))
+        path, served = Path(cfg.out_dir) / "run.json", {"model": agent.served}
+        served |= {"rrm": rrm.name} if rrm else {}
+        check_served(path, served)
+        facts = run_facts(cfg) | {"agent": agent.how, "served": served}
+        facts["subsets"] = {task.name: task.subset for task in tasks}
+        write_whole(path, json.dumps(facts, indent=1))
     if rank % tp:  # a tensor-parallel rank that does not lead
         agent.engine.follow()
         return agent.how
     try:
         for task in tasks:
             setup = setup_of(
-                cfg, task, agent, toolboxes[task.spec.tools, task.spec.seconds_per_call], critic
+                cfg, task, agent, toolboxes[task.spec.tools, task.spec.seconds_per_call], rrm
             )
             runner.run(run_task(cfg, task, setup, agent, journal, rank // tp, world // tp))
     finally:  # also after an error: those that follow would wait for ever
@@ -604,8 +574,6 @@ def join_ranks(cfg: Config, rank: int, world: int, stack):
 
 def main(cfg: Config) -> None:
     # -------------------- everything that can be wrong, before work starts
-    from reagent.served import ServerDown
-
     check_config(cfg)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     tasks = load_tasks(cfg)
@@ -631,7 +599,7 @@ def main(cfg: Config) -> None:
         # ------------------------------------------------------------ chains
         try:
             how = run_missing(cfg, tasks, toolboxes, journal, runner, rank, world, group)
-        except ServerDown as down:
+        except (Unavailable, Refused) as down:
             keys = [(key, row) for task in tasks for key, row in task.keys()]
             done = sum(journal.done(key, row) for key, row in keys)
             text = (
@@ -645,7 +613,7 @@ def main(cfg: Config) -> None:
 
         # ------------------------------------------------------------ judge, results, report
         journal.read_other_ranks()
-        judge = make_answer_judge(cfg, runner) if asks else None
+        judge = open_judge(cfg, runner) if asks else None
         if judge:
             runner.run(judge_answers(judged, journal, judge))
         web = next(iter(toolboxes.values())).web.settings["search"] or "no provider"
@@ -685,7 +653,7 @@ class Common:
 class ReportConfig(Common):
     rrm: RewardModelConfig = RewardModelConfig()
     against: str = ""  # another source, for a paired comparison
-    eval_data: str = "data/toy/rrm_test.jsonl"  # RRM rows
+    eval_data: str = "data/reagent/rrm_rl.jsonl"  # RRM rows, such as were held out
     agent: str = ""  # a folder: its answers before and after refinement (critique lift) on `data`
     out_dir: str = "out/rrm_report"
 
@@ -695,9 +663,7 @@ def agent_at_work(cfg, folder: str):
     """-> (Setup without a judge, rows, run): an agent at work; `run(coroutine)` runs its chains."""
     from reagent.policy import load_chat
 
-    rows = JsonlRows(
-        cfg.data, check_rl_row, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)"
-    )
+    rows = JsonlRows(cfg.data, check_rl_row)
     chat = load_chat(folder)
     toolbox = Toolbox(cfg.tools.split(","), corpus=cfg.corpus, files_dir=cfg.files_dir)
     toolbox.check_rows(rows, cfg.data)
@@ -720,9 +686,11 @@ def agent_at_work(cfg, folder: str):
     toolbox.close()
 
 
-def critique_lift(setup, judge, rows: list[dict], run, seed: int) -> dict:
-    """What refinement fixes and breaks with the judge's own critique, another question's, none."""
-    setup = dataclasses.replace(setup, judge=judge)
+def critique_lift(setup, rrm, rows: list[dict], run, seed: int) -> dict:
+    """What refinement fixes and breaks with the reward model's own critique, another question's,
+    none.
+    """
+    setup = dataclasses.replace(setup, rrm=rrm)
     episodes = run(rollout.run_chains([(row, (seed, "lift", 0)) for row in rows], setup))
     pairs = [
         (e, row)
@@ -741,7 +709,7 @@ def critique_lift(setup, judge, rows: list[dict], run, seed: int) -> dict:
         ("shuffled", own[1:] + own[:1]),
         ("empty", [""] * len(own)),
     ):
-        setup.judge = None
+        setup.rrm = None
         refined = run(rollout.refine_with(*zip(*pairs), critiques, setup, (seed, name)))
         moves = [(bool(e.attempts[0].correct), bool(e.attempts[-1].correct)) for e in refined]
         lift |= {
@@ -769,13 +737,13 @@ def report_rrm(cfg: ReportConfig) -> None:
         chat = load_chat(folder, tools=False)
         share = cfg.engine.memory_share  # alone on the card
         config = dataclasses.replace(cfg.rrm, source=source, memory_share=share)
-        judge = reward_model.make_judge(config, chat, engine=cfg.engine)
+        rrm = reward_model.open_rrm(config, chat, engine=cfg.engine)
         asked = (
-            judge(row["question"], row["trajectory"], (cfg.seed, i)) for i, row in enumerate(rows)
+            rrm(row["question"], row["trajectory"], (cfg.seed, i)) for i, row in enumerate(rows)
         )
         with asyncio.Runner() as runner:
             judged.append(runner.run(engines.run_together(asked, cfg.engine.max_live_chains)))
-        engines.close(judge.engine)
+        engines.close(rrm.engine)
         lengths = [len(chat.text(j.think + j.critique)) for j in judged[-1] if j]
         found[source] = judgment_report(judged[-1], rows, lengths)
         print(f"\n{source} on {len(rows)} trajectories of {cfg.eval_data}")
@@ -784,10 +752,12 @@ def report_rrm(cfg: ReportConfig) -> None:
     if cfg.against:
         own |= paired_bootstrap(judged[1], judged[0], rows)
     if cfg.agent:
+        from reagent.memory import check_shares
+
         check_shares(cfg.engine, cfg.rrm)
         with agent_at_work(cfg, cfg.agent) as (setup, questions, run):
-            judge = reward_model.make_judge(cfg.rrm, setup.chat, engine=cfg.engine)
-            own |= critique_lift(setup, judge, questions, run, cfg.seed)
+            rrm = reward_model.open_rrm(cfg.rrm, setup.chat, engine=cfg.engine)
+            own |= critique_lift(setup, rrm, questions, run, cfg.seed)
     for name, value in own.items():
         if name.startswith(("difference", "lift")):
             print(f"{name:24} {value}")

@@ -66,7 +66,7 @@ class Config:
     rrm_weight: float = 0.3  # lambda
     prompt_file: str = ""  # another system prompt
     fixed_critique: str = (
-        ""  # ablation: every refinement reads this instead of the judge's critique
+        ""  # ablation: every refinement reads this instead of the reward model's critique
     )
     tools: str = "search,browse,python"
     corpus: str = ""  # local pages for rows without docs
@@ -121,7 +121,7 @@ MAY_CHANGE = {
     "engine.sleep",
     "engine.max_live_chains",
     "rrm.seconds",
-    "rrm.patience",
+    "rrm.in_flight",
 }
 MAY_CHANGE |= {
     "tokens_per_microbatch",
@@ -394,8 +394,11 @@ def step_metrics(episodes: list, rewards, rules, advantages, kept) -> dict:
             }
     attempts = [a for e in episodes for a in e.attempts]
     line |= {f"ended/{why}": n for why, n in Counter(a.termination for a in attempts).items()}
-    line["score/right"] = _mean(a.score for a in attempts if a.correct)
-    line["score/wrong"] = _mean(a.score for a in attempts if a.correct is False)
+    for name, right in (("right", True), ("wrong", False)):
+        part = [a for a in attempts if a.correct is right]
+        line[f"score/{name}"] = _mean(a.score for a in part)
+        line[f"judge/invalid/{name}"] = _mean(a.unread for a in part)
+    line["judge/invalid"] = sum(a.unread for a in attempts)
     line["attempts"] = int((~rewards.isnan()).sum())
     line["left_out/chains"] = sum(bool(e.dropped) for e in episodes)
     line["left_out/attempts"] = sum(a.reward is None for a in attempts)
@@ -445,8 +448,10 @@ def check_config(cfg: Config) -> None:
             f"prompts_per_minibatch = {cfg.prompts_per_minibatch} does not divide "
             f"{cfg.prompts_per_step}"
         )
-    judged_here = cfg.variant != "rule" and not cfg.rrm.source.startswith("http")
-    if cfg.engine.tensor_parallel > 1 and judged_here:
+    scored = cfg.variant != "rule"
+    if scored:
+        cfg.rrm.check(cfg.timeout_s)
+    if cfg.engine.tensor_parallel > 1 and scored and cfg.rrm.in_process:
         raise SystemExit(
             f"engine.tensor_parallel = {cfg.engine.tensor_parallel}: serve the reward model "
             f"{cfg.rrm.source} (--rrm=http://…/v1), an engine of its own beside a tensor-parallel "
@@ -457,11 +462,7 @@ def check_config(cfg: Config) -> None:
 def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data
     check_config(cfg)
-    rows = JsonlRows(
-        cfg.data,
-        check_rl_row,
-        hint="run python data/reagent/prepare.py (or data/toy/prepare.py)",
-    )
+    rows = JsonlRows(cfg.data, check_rl_row)
     eval_rows = JsonlRows(cfg.eval_data, check_rl_row) if cfg.eval_data else []
     chat = load_chat(cfg.model, cfg.chat_template)
     toolbox = Toolbox(cfg.tools.split(","), corpus=cfg.corpus, files_dir=cfg.files_dir)
@@ -470,16 +471,15 @@ def main(cfg: Config) -> None:
 
     # ---------------------------------------------------------------- processes, policy, optimizer
     run = Run(cfg, MAY_CHANGE)
-    rrm = cfg.rrm if cfg.variant != "rule" else None
-    plan_memory(cfg, run, longest=cfg.max_context, engine=cfg.engine, rrm=rrm)
+    scored = cfg.variant != "rule"
+    beside = cfg.rrm if scored else None
+    plan_memory(cfg, run, longest=cfg.max_context, engine=cfg.engine, rrm=beside)
     place, n_engines, tp_group = engine_places(cfg.engine.tensor_parallel, run)
     engine = engines.make_engine(  # before the policy: it reseeds
         cfg.engine, cfg.model, chat.stop_ids, max_context=cfg.max_context, tp_group=tp_group
     )
     engines.rest(engine)  # until the first sync: the policy is loaded meanwhile
-    judge = None
-    if cfg.variant != "rule":
-        judge = reward_model.make_judge(cfg.rrm, chat, engine=cfg.engine)
+    rrm = reward_model.open_rrm(cfg.rrm, chat, engine=cfg.engine) if scored else None
     torch.manual_seed(cfg.seed)
     policy = shard(load_policy(cfg.model, cfg.checkpoint_activations), run.device, cfg.shard_ranks)
     optimizer = make_optimizer(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -500,7 +500,7 @@ def main(cfg: Config) -> None:
             final_tokens=min(512, cfg.max_new_tokens_per_turn),
         ),
         rule_reward=rule_reward,
-        judge=judge,
+        rrm=rrm,
         refine=cfg.variant == "u",
         temperature=cfg.temperature,
         system_prompt=read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT),
@@ -572,20 +572,20 @@ def main(cfg: Config) -> None:
         for place_in_step, i in enumerate(picked):
             row = rows[i]
             jobs += [(row, (cfg.seed, step, place_in_step, g)) for g in range(cfg.group_size)]
-        asked, failed = (judge.asked, judge.failed) if judge else (0, 0)
+        asked, failed = (rrm.asked, rrm.failed) if rrm else (0, 0)
         began_rollout = time.perf_counter()
         episodes = sample(jobs, step, f"step {step + 1}")
-        if judge:
-            asked, failed = run.sum([judge.asked - asked, judge.failed - failed])
+        if rrm:
+            asked, failed = run.sum([rrm.asked - asked, rrm.failed - failed])
             line |= {"judge/asked": int(asked), "judge/failed": int(failed)}
-            check_failures(step, asked, failed, cfg.rrm)
+            check_failures(step, asked, failed, cfg.rrm, run.gather(rrm.problem))
         engines.rest(engine)
         if run.gives_up(step, policy, optimizer, chat.tokenizer):
             break
         began_train = time.perf_counter()
 
         # ------------------------------------------------------------ rewards, pools, advantages
-        set_rewards(episodes, cfg.rrm_weight, judge is not None)
+        set_rewards(episodes, cfg.rrm_weight, rrm is not None)
         rewards = reward_tensor(episodes, cfg.group_size, lambda attempt: attempt.reward)
         rules = reward_tensor(episodes, cfg.group_size, lambda attempt: attempt.rule_reward)
         kept = kept_pools(rewards, rules, cfg.drop)
@@ -662,12 +662,17 @@ def engine_places(tensor_parallel: int, run: Run) -> tuple[int | None, int, obje
     return None if member else number, run.world // tensor_parallel, own
 
 
-def check_failures(step: int, asked: float, failed: float, rrm: RewardModelConfig) -> None:
-    """Stops the run where too many judgments of a step failed: a thinned pool is a biased one."""
+def check_failures(
+    step: int, asked: float, failed: float, rrm: RewardModelConfig, problems: list[str]
+) -> None:
+    """Stops the run where too many judgments of a step failed: a thinned pool is a biased one.
+    `problems`: the first of each rank.
+    """
     if failed > rrm.max_failures * asked:
         raise SystemExit(
             f"step {step + 1}: {failed:.0f} of {asked:.0f} judgments failed, more than "
-            f"rrm.max_failures = {rrm.max_failures}: is the reward model {rrm.source} up and sound?"
+            f"rrm.max_failures = {rrm.max_failures}: is the reward model {rrm.source} up and "
+            f"sound? The first problem: {next(filter(None, problems), 'unknown')}"
         )
 
 

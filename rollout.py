@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from reagent.calls import HERMES, Call, Turn, made_up_result, read_turn
 from reagent.engines import Sample, run_together
-from reagent.reward_model import Judge, parse_judgment
+from reagent.reward_model import RewardModel, read_judgment
 from reagent.rows import JsonlRows, seed_of, shown_question
 
 SYSTEM_PROMPT = (
@@ -59,6 +59,7 @@ class Attempt:
     score: float | None = None
     think: str | None = None
     critique: str | None = None
+    unread: int = 0  # replies of the reward model in which no judgment could be read
     reward: float | None = None  # None: not in the pool
 
 
@@ -113,13 +114,13 @@ class Setup:
     toolbox: object
     limits: Limits
     rule_reward: Callable[[dict, str | None], tuple[float, bool]]
-    judge: Judge | None = None
+    rrm: RewardModel | None = None
     refine: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
     system_prompt: str = SYSTEM_PROMPT
     refine_prompt: str = REFINE_PROMPT
-    fixed_critique: str = ""  # used in place of the judge's, for the ablation
+    fixed_critique: str = ""  # used in place of the reward model's, for the ablation
     policy_version: int = 0
 
 
@@ -137,7 +138,7 @@ async def run_chain(row: dict, setup: Setup, key: tuple) -> Episode:
         episode.dropped = "prompt_too_long"
         return episode
     await run_attempt(episode, row, setup, (*key, 1))
-    if setup.judge and not episode.dropped:
+    if setup.rrm and not episode.dropped:
         await judge_attempt(episode, setup, (*key, 1))
         if setup.refine and episode.attempts[0].critique is not None:
             await refine(
@@ -162,14 +163,15 @@ async def refine(episode: Episode, row: dict, setup: Setup, critique: str, key: 
     ):
         return
     await run_attempt(episode, row, setup, (*key, 2))
-    if setup.judge and not episode.dropped:
+    if setup.rrm and not episode.dropped:
         await judge_attempt(episode, setup, (*key, 2))
 
 
 async def judge_attempt(episode: Episode, setup: Setup, key: tuple) -> None:
     """Stage 2 is judged on (q, o2) alone: the request holds neither o1 nor its critique."""
     attempt = episode.attempts[-1]
-    judgment = await setup.judge(episode.question, episode.messages[slice(*attempt.messages)], key)
+    turns = episode.messages[slice(*attempt.messages)]
+    judgment, attempt.unread = await setup.rrm.judge(episode.question, turns, key)
     if judgment:
         attempt.think, attempt.critique, attempt.score = (
             judgment.think,
@@ -341,14 +343,17 @@ async def refine_with(episodes, rows, critiques, setup: Setup, key: tuple) -> li
 # to see what is read
 
 
-JUDGMENT_KEYS = ("content", "reasoning_content", "reasoning")
+JUDGMENT_KEYS = {"content", "reasoning_content", "reasoning"}
 
 
 def check_reply(row: dict) -> str | None:
     """A row of `rollout.py read`: one sampled turn, a judge's reply or a reward model's message."""
-    keys = next(((key,) for key in ("turn", "reply") if key in row), JUDGMENT_KEYS)
-    given = [row[key] for key in keys if row.get(key) is not None]
-    if not given or not all(isinstance(text, str) for text in given):
+    texts = [row[key] for key in ("turn", "reply") if key in row]
+    if (
+        not all(isinstance(text, str) for text in texts)
+        or not texts
+        and not JUDGMENT_KEYS & set(row)
+    ):
         return f"a row has 'turn', 'reply' or 'content' with a text; found the keys {sorted(row)}"
 
 
@@ -366,9 +371,7 @@ def read_reply(row: dict, chat=None) -> dict:
         return dict(calls=calls, errors=errors, answer=None if said.calls else said.answer)
     if "reply" in row:
         return {"verdict": parse_verdict(row["reply"])}
-    content, *thoughts = (row.get(key) for key in JUDGMENT_KEYS)
-    thoughts = next(filter(None, thoughts), "")
-    judgment = parse_judgment((f"<think>{thoughts}</think>" if thoughts else "") + (content or ""))
+    judgment = read_judgment(row)
     return {"judgment": judgment and vars(judgment)}
 
 

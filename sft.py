@@ -135,11 +135,7 @@ def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data
     check_numbers(cfg, BOUNDS)
     chat = load_chat(cfg.model, cfg.chat_template)
-    rows = JsonlRows(
-        cfg.data,
-        partial(check_row, chat=chat),
-        hint="run python data/reagent/prepare.py (or data/toy/prepare.py)",
-    )
+    rows = JsonlRows(cfg.data, partial(check_row, chat=chat))
     if cfg.show:
         return show(chat, rows, cfg.show)
 

@@ -50,6 +50,7 @@ from reagent.reward_model import (
     annotation,
     check_judged_row,
     check_rrm_row,
+    check_weighted_row,
     golds_of,
     row_trajectory,
     target_text,
@@ -80,7 +81,7 @@ class Config:
     leak_penalty: float = 0.5  # share of the reward that a leak costs
     max_judgment_tokens: int = 1400  # length bound: a judgment cut by it has a broken format
     verdict_weight: float = (
-        1.0  # sft: weight of the tokens that carry found value, verdict and score
+        1.0  # sft: weight of the tokens from the row's `verdict_at` on, a place in its text
     )
     # sampling
     judgments_per_step: int = 32  # rows a step
@@ -197,14 +198,12 @@ def judge_ids(chat: Chat, row: dict, cfg) -> list[int] | None:
     room = (
         cfg.max_context
         - cfg.max_judgment_tokens
-        - len(reward_model.judge_prompt(chat, row["question"], "", prompt))
+        - len(reward_model.prompt_ids(chat, row["question"], "", prompt))
     )
-    text = row["trajectory"]
-    if not isinstance(text, str):
-        text = reward_model.fit_trajectory(text, room, lambda t: len(chat.outside(t)))
-    if text is None or len(chat.outside(text)) > room:
+    text = reward_model.fit_trajectory(row["trajectory"], room, lambda t: len(chat.outside(t)))
+    if text is None:
         return None
-    return reward_model.judge_prompt(chat, row["question"], text, prompt)
+    return reward_model.prompt_ids(chat, row["question"], text, prompt)
 
 
 def sft_row(chat: Chat, row: dict, cfg) -> Sequence | None:
@@ -213,8 +212,12 @@ def sft_row(chat: Chat, row: dict, cfg) -> Sequence | None:
     target = [*chat.text(text), chat.closer_id]
     if prompt is None or len(prompt) + len(target) > cfg.max_tokens_per_row:
         return None
-    cut = text.find(" Found ") if cfg.verdict_weight != 1.0 else -1
-    plain = len(chat.text(text[:cut])) if cut > 0 else len(target)
+    plain = len(target)
+    if (
+        cfg.verdict_weight != 1.0
+    ):  # counted in the whole text, of which the template may open a part
+        cut = row["verdict_at"] - len(target_text(row)) + len(text)
+        plain = len(chat.text(text[: max(cut, 0)]))
     weights = [1.0] * plain + [cfg.verdict_weight] * (len(target) - plain)
     return Sequence(prompt + target, [0] * len(prompt) + [1] * len(target), {"weight": weights})
 
@@ -338,10 +341,10 @@ def main(cfg: Config) -> None:
     check_numbers(cfg, BOUNDS)
     check_choices(cfg, stage="sft grpo")
     reward_model.read_rrm_prompt(cfg.prompt_file, cfg.request_file)  # before any work
-    check = check_judged_row if cfg.stage == "sft" else check_rrm_row
-    rows = JsonlRows(
-        cfg.data, check, hint="run python data/reagent/prepare.py (or data/toy/prepare.py)"
-    )
+    check = check_rrm_row
+    if cfg.stage == "sft":
+        check = check_judged_row if cfg.verdict_weight == 1.0 else check_weighted_row
+    rows = JsonlRows(cfg.data, check)
     eval_rows = list(JsonlRows(cfg.eval_data, check_rrm_row)) if cfg.eval_data else []
     chat = load_chat(cfg.model, tools=False)
 
@@ -378,7 +381,9 @@ def main(cfg: Config) -> None:
         prompts = [judge_ids(chat, row, cfg) for row in eval_rows]
         fitting = [i for i, prompt in enumerate(prompts) if prompt]
         seeds = [seed_of(cfg.seed, "eval", i) for i in fitting]
-        samples = sample([prompts[i] for i in fitting], seeds, reward_model.JUDGE_TEMPERATURE)
+        samples = sample(
+            [prompts[i] for i in fitting], seeds, reward_model.RewardModelConfig.temperature
+        )
         judgments = [read_judgment(chat, each) for each in samples]
         lengths = [len(each.ids) for each in samples]
         figures = judgment_report(judgments, [eval_rows[i] for i in fitting], lengths)

@@ -3,7 +3,8 @@
 model = "out/toy/sft/step-000250"
 data = "data/toy/rl_train.jsonl"
 eval_data = "data/toy/rl_test.jsonl"
-rrm = dict(source="out/toy/rrm/step-000030", max_context=1024)  # "toy" is the rule annotator
+# --rrm=data/toy/prepare.py is the rule annotator
+rrm = dict(source="out/toy/rrm/step-000030", max_context=1024, max_tokens=256, seconds=120.0)
 tools = "search"
 prompts_per_step = 8
 prompts_per_minibatch = 8

@@ -21,7 +21,7 @@ from reagent.config import parse_config
 from reagent.critiques import leaks
 from reagent.folder import read_json, write_whole
 from reagent.policy import load_chat
-from reagent.reward_model import RewardModelConfig, row_trajectory
+from reagent.reward_model import RewardModelConfig, check_judged_row, row_trajectory
 from reagent.rows import read_appended, seed_of
 from reagent.run import check_resume
 
@@ -47,7 +47,7 @@ MAY_CHANGE = {
     "engine.sleep",
     "engine.max_live_chains",
     "teacher.seconds",
-    "teacher.patience",
+    "teacher.in_flight",
 }
 
 
@@ -151,11 +151,11 @@ def annotate(cfg: AnnotateConfig) -> None:
     in_turn = Path(cfg.teacher.source).is_dir()
     teacher = None
     if not in_turn:  # is the teacher up? Asked before any work
-        teacher = reward_model.make_judge(asked, chat, engine=cfg.engine)
+        teacher = reward_model.open_rrm(asked, chat, engine=cfg.engine)
     check_settings(cfg, out.with_suffix(".settings.json"), getattr(teacher, "name", ""))
     sampled = sample_trajectories(cfg, out.with_suffix(".trajectories.jsonl"))
     if in_turn:
-        teacher = reward_model.make_judge(asked, chat, engine=cfg.engine)
+        teacher = reward_model.open_rrm(asked, chat, engine=cfg.engine)
     chosen = thinned(sampled, cfg.share_correct, cfg.seed)
     if not chosen:
         raise SystemExit(
@@ -164,6 +164,7 @@ def annotate(cfg: AnnotateConfig) -> None:
         )
     judged = {row["id"]: row for row in read_appended(out.with_suffix(".judgments.jsonl"))}
     missing = [row for row in chosen if row["id"] not in judged]
+    unusable: list[str] = []
     before, leaking = len(judged), 0  # `before` is in the seeds: the next call asks afresh
     bar = tqdm(total=len(missing), desc="judgments", disable=not sys.stderr.isatty())
     with open(out.with_suffix(".judgments.jsonl"), "a") as file, asyncio.Runner() as runner:
@@ -179,7 +180,11 @@ def annotate(cfg: AnnotateConfig) -> None:
             if leaks(judgment.critique, row["answer"], row["question"], row_trajectory(row)):
                 leaking += 1
                 return
-            judged[row["id"]] = {**row, **dataclasses.asdict(judgment)}
+            whole = {**row, **dataclasses.asdict(judgment)}
+            if check_judged_row(whole):  # such as one without thoughts: nothing to learn from
+                unusable.append(row["id"])
+                return
+            judged[row["id"]] = whole
             file.write(json.dumps(judged[row["id"]]) + "\n")
             file.flush()
 
@@ -194,11 +199,10 @@ def annotate(cfg: AnnotateConfig) -> None:
     right = sum(row["correct"] for row in sampled)
     print(
         f"{len(sampled)} trajectories ({right} right), {len(chosen)} chosen, {teacher.failed} "
-        "without a valid judgment, "
-        f"{leaking} leak the answer, {len(rows)} rows ({sum(row['correct'] for row in rows)} "
-        f"right) -> {out}"
+        f"without a valid judgment, {len(unusable)} with one that is no target, {leaking} leak the "
+        f"answer, {len(rows)} rows ({sum(row['correct'] for row in rows)} right) -> {out}"
     )
-    if teacher.failed or leaking:
+    if teacher.failed or leaking or unusable:
         print("call it again to ask for the missing judgments once more")
 
 

@@ -1,55 +1,73 @@
 """Agent-RRM from both sides: its prompt, its request, reading a judgment, leaks, the client."""
 
 import asyncio
-import importlib.util
-import os
+import inspect
 import re
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
-from reagent.config import read_prompt
+from reagent.config import load_script, read_prompt
 from reagent.engines import EngineConfig, make_engine
 from reagent.rows import seed_of
+from reagent.served import endpoint_of, named_model, served_name, turn_text, without_control
+from toolkit.http import Refused, Unavailable, complete, insist, now
+from toolkit.text import spoken
+
+LEAST_ROOM = 64  # tokens: less holds no question with a trajectory
+
+CHECK_S = 2.0  # seconds that a server may be away when a run starts
 
 RRM_PROMPT = (
     "You review the work of an agent that answers questions with tools. Judge how it worked: the "
-    "reasoning, the choice "
-    "and the use of tools, and whether the answer follows from what the tools returned. Never "
-    "state the correct answer "
-    "yourself.\nReply with exactly three blocks:\n<think>your analysis of the trajectory, step by "
-    "step</think>\n"
+    "reasoning, the choice and the use of tools, and whether the answer follows from what the "
+    "tools returned. Never state the correct answer yourself.\n"
+    "Each turn stands under a line with its role, such as [tool]; a line of a turn's own that "
+    "looks like one has a backslash in front.\n"
+    "Reply with exactly three blocks:\n"
+    "<think>your analysis of the trajectory, step by step</think>\n"
     "<critique>a short review that the agent will read: what was wrong or missing, what to do "
     "better</critique>\n"
     "<score>a number from 0 to 1 for the quality of the trajectory</score>"
 )
 
-JUDGE_REQUEST = "Question:\n{question}\n\nTrajectory of the agent:\n{trajectory}"
-
-JUDGE_TEMPERATURE = 0.3  # of a judge at work, also in its report
-
-
-REST_S = 10.0  # seconds that a server which failed is left alone
+RRM_REQUEST = "Question:\n{question}\n\nTrajectory of the agent:\n{trajectory}"
 
 
 @dataclass(frozen=True)
 class RewardModelConfig:
     """A reward model at work; `--rrm=URL` is short for `--rrm.source=URL`."""
 
-    source: str = ""  # URL[,URL] of servers | a folder (in this process) | toy
-    model: str = ""  # its name on the servers; "": the first that each lists
+    source: str = ""  # URL[,URL] of servers | a folder (in this process) | FILE.py with annotate()
+    model: str = ""  # its name on the servers; "": the only one that each lists
     prompt_file: str = ""  # another system prompt; an empty file: no system turn
     request_file: str = ""  # another form of the request, with {question} and {trajectory} in it
     memory_share: float = 0.3  # of the GPU, for a folder
     max_context: int = 32_768  # tokens; longer trajectories are shortened inside tool results
-    max_tokens: int = 1400  # of a judgment, its thoughts included
+    max_tokens: int = 4096  # of a judgment, its thoughts included
     temperature: float = 0.3
-    seconds: float = 60.0  # for one request to a server
-    patience: float = 120.0  # seconds a judgment waits for servers that are down
+    top_p: float = 1.0
+    seconds: float = 600.0  # for a judgment of a server, turns and tries included
+    in_flight: int = 64  # requests at a time to each server, of one rank; 0: all
     max_failures: float = 0.2  # share of the judgments of a step that may fail before a run stops
+
+    @property
+    def served(self) -> bool:
+        return self.source.startswith(("http://", "https://"))
+
+    @property
+    def in_process(self) -> bool:
+        return not self.served and not self.source.endswith(".py")
+
+    def check(self, timeout_s: float) -> None:
+        """A chain waits for two judgments while the other ranks wait for it."""
+        if self.served and 2 * self.seconds > timeout_s:
+            raise SystemExit(
+                f"rrm.seconds = {self.seconds:g}: two judgments of a chain must fit timeout_s = "
+                f"{timeout_s:g}, so at most {timeout_s / 2:g}"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,7 @@ class RRMPrompt:
     """What a reward model reads around an attempt."""
 
     system: str = RRM_PROMPT  # "": no system turn
-    request: str = JUDGE_REQUEST
+    request: str = RRM_REQUEST
 
     def messages(self, question: str, trajectory: str) -> list[dict]:
         parts = {"{question}": question, "{trajectory}": trajectory}
@@ -68,10 +86,13 @@ class RRMPrompt:
 
 def read_rrm_prompt(prompt_file: str, request_file: str) -> RRMPrompt:
     """The prompt in these files, ours where none is given. A form without its places is refused."""
-    request = read_prompt(request_file, JUDGE_REQUEST)
+    request = read_prompt(request_file, RRM_REQUEST)
     if any(request.count(mark) != 1 for mark in ("{question}", "{trajectory}")):
         raise SystemExit(f"{request_file}: {{question}} and {{trajectory}} stand in it once each")
     return RRMPrompt(read_prompt(prompt_file, RRM_PROMPT), request)
+
+
+OURS = RRMPrompt()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -117,6 +138,39 @@ def parse_judgment(text: str) -> Judgment | None:
     return Judgment(think, critique, float(match[2]))
 
 
+_NUMBER = re.compile(r"[\s*_`\"']*(0?\.\d{1,20}|0\.?|1(?:\.0{0,20})?)[\s*_`\"']*")
+
+
+def read_judgment(message: dict) -> Judgment | None:
+    """The judgment in the message of a chat reply, read at work by what it holds; None: unreadable.
+
+    After the thoughts, wherever they stand (a field of their own, one or several blocks, without
+    their opener), one critique and one score; text around them and code fences do no harm. In
+    training the format reward goes by `parse_judgment`.
+    """
+    text, thoughts = spoken(message)
+    if "</critique>" not in text and "</score>" not in text:  # a server that took all for thoughts
+        text, thoughts = thoughts, ""
+    text = text.encode("utf-8", "replace").decode().rstrip()
+    while text.endswith("</think>"):  # a closer after everything closes nothing
+        text = text.removesuffix("</think>").rstrip()
+    head, _, rest = text.rpartition("</think>")
+    blocks = [_blocks(name, rest.partition("<think>")[0]) for name in ("critique", "score")]
+    number = _NUMBER.fullmatch(blocks[1])
+    if len(text) > 100_000 or not number or not blocks[0]:
+        return None
+    said = [piece.strip() for piece in re.split("</?think>", head)]
+    think = next(filter(None, reversed(said)), thoughts.strip())
+    return Judgment(think, blocks[0], float(number[1]))
+
+
+def _blocks(name: str, text: str) -> str:
+    """What stands between <name> and </name>; "" unless there is exactly one of each."""
+    alone = text.count(f"<{name}>") == text.count(f"</{name}>") == 1
+    inside, closer, _ = text.partition(f"<{name}>")[2].partition(f"</{name}>")
+    return inside.strip() if alone and closer else ""
+
+
 # --------------------------------------------------------------------------------------------------
 # rows of judgments
 
@@ -136,8 +190,7 @@ def annotation(row: dict) -> tuple[float | None, str | None]:
 
 
 def row_trajectory(row: dict) -> str:
-    trajectory = row["trajectory"]
-    return trajectory if isinstance(trajectory, str) else trajectory_text(trajectory)
+    return trajectory_text(row["trajectory"])
 
 
 def check_rrm_row(row: dict) -> str | None:
@@ -147,6 +200,10 @@ def check_rrm_row(row: dict) -> str | None:
         or not row["trajectory"]
     ):
         return f"an RRM row needs 'question' and 'trajectory'; found the keys {sorted(row)}"
+    try:
+        plain_turns(row["trajectory"])
+    except ValueError as error:
+        return str(error)
     if row.get("score") is None and row.get("correct") is None and "judgment" not in row:
         return "an RRM row needs 'score', 'correct' or both"
     score = row.get("score")
@@ -177,237 +234,300 @@ def check_judged_row(row: dict) -> str | None:
     )
 
 
+def check_weighted_row(row: dict) -> str | None:
+    """What weighting the verdict needs beyond check_judged_row: where in its text it begins."""
+    at = row.get("verdict_at")
+    problem = check_judged_row(row)
+    if not problem and (not isinstance(at, int) or not 0 <= at < len(target_text(row))):
+        return f"'verdict_at' is {at!r}: the place in the judgment's text where its verdict begins"
+    return problem
+
+
 # --------------------------------------------------------------------------------------------------
 # the client
 
 
-class Judge:
-    """The client of a reasoning reward model: asks, parses strictly, retries at a fresh seed,
-    counts, gives up.
+class RewardModel:
+    """The client of a reasoning reward model: asks, reads, asks again at a fresh seed, counts.
+
+    `ask(question, trajectory, its transcript, seed, seconds)` -> a choice {"message",
+    "finish_reason"} of a chat completion, or Unavailable | Refused. `size` counts what `room`
+    limits: question and transcript. `name`: what answers. Where it `must_answer`, Unavailable stops
+    the run instead of costing a judgment.
     """
 
-    def __init__(self, ask: Callable[..., Awaitable[str]], *, size=len, room=1_000_000, retries=3):
-        self.ask, self.size, self.room, self.retries = ask, size, room, retries
-        self.asked = self.failed = self.invalid_replies = 0
+    def __init__(
+        self, ask, *, size=len, room=1_000_000, seconds=600.0, name="", must_answer=False, tries=3
+    ):
+        if room < LEAST_ROOM:
+            raise SystemExit(
+                "the reward model's context is too small for any judgment: its prompt and "
+                f"rrm.max_tokens leave {max(room, 0)} tokens for a question and its trajectory"
+            )
+        self.ask, self.size, self.room = ask, size, room
+        self.seconds, self.name, self.must_answer, self.tries = seconds, name, must_answer, tries
+        self.asked = self.failed = self.unread = 0
+        self.problem = ""  # the first reply that could not be read, or the first failure
+        self.answered = False  # has any request been?
+        self.pending = self.refusals = 0  # judgments under way, and those that were refused
+        self.settled = asyncio.Event()  # something was answered, or all under way were refused
         self.engine = None  # of a reward model in this process; who is done with it may close it
 
-    async def __call__(self, question: str, messages: list[dict], key: tuple) -> Judgment | None:
+    async def __call__(self, question: str, trajectory, key: tuple) -> Judgment | None:
         """Judges one attempt (paper section 3.4) without the gold answer; None: no valid judgment
         was to be had.
         """
+        return (await self.judge(question, trajectory, key))[0]
+
+    async def judge(self, question: str, trajectory, key: tuple) -> tuple[Judgment | None, int]:
+        """(the judgment or None, how many replies could not be read)."""
         self.asked += 1
-        trajectory = fit_trajectory(messages, self.room - self.size(question), self.size)
-        for retry in range(self.retries if trajectory is not None else 0):
+        self.pending += 1
+        try:
+            judgment, unread = await self._judge(question, trajectory, key)
+        finally:
+            self.pending -= 1
+            self._settle()
+        self.failed += judgment is None
+        self.unread += unread
+        return judgment, unread
+
+    async def _judge(self, question, trajectory, key) -> tuple[Judgment | None, int]:
+        text = fit_trajectory(trajectory, self.room - self.size(question), self.size)
+        if text is None:
+            self._note(f"a trajectory does not fit {self.room} tokens")
+            return None, 0
+        until = time.monotonic() + self.seconds
+        for unread in range(self.tries):
+            left, seed = until - time.monotonic(), seed_of(*key, "judge", unread)
             try:
-                judgment = parse_judgment(
-                    await self.ask(question, messages, trajectory, seed_of(*key, "judge", retry))
-                )
-            except JudgeDown as down:
-                print(f"judge: {down}", file=sys.stderr)
-                break
+                choice = await self.ask(question, trajectory, text, seed, left)
+            except Refused as refused:
+                if refused.hopeless or not await self._was_answered():
+                    raise
+                self._note(f"refused: {refused}")
+                return None, unread
+            except Unavailable as away:
+                if self.must_answer:
+                    raise
+                self._note(str(away))
+                return None, unread
+            self.answered = True
+            self._settle()
+            judgment = read_judgment(choice["message"]) if _ended(choice) else None
             if judgment:
-                return judgment
-            self.invalid_replies += 1
-        self.failed += 1
-        return None
+                return judgment, unread
+            said = "".join(spoken(choice["message"]))[-200:]
+            self._note(f"no judgment in a reply ({choice.get('finish_reason')}) that ends {said!r}")
+        return None, self.tries
+
+    async def _was_answered(self) -> bool:
+        """Known once any request was answered, or once all that are under way were refused."""
+        self.refusals += 1
+        self._settle()
+        await self.settled.wait()
+        self.refusals -= 1
+        return self.answered
+
+    def _settle(self) -> None:
+        if self.answered or self.pending == self.refusals > 0:
+            self.settled.set()
+
+    def _note(self, problem: str) -> None:
+        if not self.problem:
+            print(f"reward model: {problem}", file=sys.stderr)
+        self.problem = self.problem or problem
 
 
-class JudgeDown(Exception):
-    """No judge answered in time; its attempt leaves the pool."""
+def _ended(choice: dict) -> bool:
+    """Whether a reply came to its end: one that was cut may have gone on with another score."""
+    return choice.get("finish_reason") not in ("length", "content_filter", "abort")
 
 
-def trajectory_text(messages: list[dict], cap: int | None = None) -> str:
-    """The transcript a judge reads. `cap`: tool results longer than that many characters are cut in
-    their middle.
+# the start of a line of a turn that could be taken for the head of another turn, by a reader who
+# sees no difference between line ends, cases, spaces and brackets: brackets around a role, or
+# around a few words that have the line to themselves
+_ENDS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
+_ROLES = (
+    "system|developer|user|human|assistant|agent|model|ai|tool|function|observation|environment"
+)
+_HEADER = re.compile(
+    rf"(\A|[{_ENDS}])([^\w{_ENDS}\[\uff3b\u3010\\]*)(\\*[\[\uff3b\u3010]"
+    rf"(?=[\W_]{{0,20}}(?:{_ROLES})"
+    rf"|[^][=\d\\{_ENDS}]{{1,40}}[]\uff3d\u3011][^\w{_ENDS}]{{0,20}}(?:\Z|[{_ENDS}])))",
+    re.I,
+)
+
+
+def plain_turns(trajectory: str | list[dict]) -> list[dict]:
+    """A trajectory as turns of {"role", "content"} with whole texts: calls stand in the turn that
+    made them, parts are joined. A trajectory that is one text is a turn without a role.
+    ValueError for what is no conversation.
+    """
+    if isinstance(trajectory, str):
+        return [{"role": "", "content": trajectory}]
+    turns = []
+    for i, message in enumerate(trajectory):
+        role = message.get("role") if isinstance(message, dict) else None
+        role = {"function": "tool", "developer": "system"}.get(role, role)
+        if role not in ("system", "user", "assistant", "tool"):
+            raise ValueError(f"message {i} of the trajectory has the role {role!r}")
+        if role == "assistant":
+            content = turn_text(message)
+        else:
+            content, _ = spoken(message)
+        turns.append({"role": role, "content": content})
+    return turns
+
+
+def trajectory_text(trajectory: str | list[dict], cap: int | None = None) -> str:
+    """The transcript that a reward model reads: each turn under a line [role]. A line of a turn's
+    own that looks like one gets a backslash, so nobody can speak in another's name. `cap`: tool
+    results longer than that many characters are cut in their middle.
     """
     parts = []
-    for message in messages:
-        text = message["content"]
-        if message["role"] == "tool" and cap is not None and len(text) > cap:
+    for turn in plain_turns(trajectory):
+        text = turn["content"]
+        if turn["role"] == "tool" and cap is not None and len(text) > cap:
             half = cap // 2
             text = (
                 f"{text[:half]}\n[… {len(text) - 2 * half:,} characters left out "
                 f"…]\n{text[len(text) - half :]}"
             )
-        parts.append(f"[{message['role']}]\n{text}")
+        head = f"[{turn['role']}]\n" if turn["role"] else ""
+        parts.append(head + (_HEADER.sub(r"\1\2\\\3", text) if head else text))
     return "\n".join(parts)
 
 
-def fit_trajectory(messages: list[dict], room: int, size: Callable[[str], int]) -> str | None:
+def fit_trajectory(
+    trajectory: str | list[dict], room: int, size: Callable[[str], int]
+) -> str | None:
     """Shortens long tool results until size(text) <= room; the end is never cut. None: it cannot
     fit.
     """
-    cap = max((len(m["content"]) for m in messages if m["role"] == "tool"), default=0)
-    text = trajectory_text(messages)
+    turns = plain_turns(trajectory)
+    cap = max((len(turn["content"]) for turn in turns if turn["role"] == "tool"), default=0)
+    text = trajectory_text(trajectory)
     while size(text) > room:
         cap //= 2
         if cap < 32:
             return None
-        text = trajectory_text(messages, cap)
+        text = trajectory_text(trajectory, cap)
     return text
 
 
-def toy_judge(annotate) -> Judge:
-    """The toy's rule annotator behind the judge's interface."""
+def scripted_rrm(path: str, seconds: float) -> RewardModel:
+    """The reward model is a Python file: annotate(question, turns) writes the three blocks."""
+    annotate = getattr(load_script(path), "annotate", None)
+    if not callable(annotate):
+        raise SystemExit(f"{path} has no annotate(question, messages)")
 
-    async def ask(question, messages, trajectory, seed):
-        return annotate(question, messages)
+    async def ask(question, trajectory, text, seed, seconds):
+        said = annotate(question, plain_turns(trajectory))
+        if inspect.isawaitable(said):
+            try:
+                said = await asyncio.wait_for(said, seconds)
+            except TimeoutError as error:
+                raise Unavailable(f"{path} took too long", late=True) from error
+        return {"message": {"content": said}}
 
-    return Judge(ask)
+    return RewardModel(ask, seconds=seconds, name=path)
 
 
-def engine_judge(
-    engine,
-    chat,
-    *,
-    prompt=RRMPrompt(),
-    temperature=JUDGE_TEMPERATURE,
-    max_context=32_768,
-    max_new_tokens=1400,
-) -> Judge:
-    """A reward model in this process, behind the same engine classes as the policy."""
+def rrm_in_process(
+    config: RewardModelConfig, engine: EngineConfig, prompt: RRMPrompt
+) -> RewardModel:
+    """The reward model of a folder, on an engine of its own in this process."""
+    from reagent.policy import load_chat
 
-    async def ask(question, messages, trajectory, seed):
-        ids = judge_prompt(chat, question, trajectory, prompt)
-        sample = await engine.generate(
-            ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    if not Path(config.source).is_dir():
+        raise SystemExit(
+            f"no reward model in {config.source}: train one with train_rrm.py, or give a URL "
+            "(--rrm=http://…/v1) or a FILE.py with annotate(question, messages)"
         )
-        return chat.opened + chat.decode([i for i in sample.ids if i != chat.closer_id])
-
-    overhead = len(judge_prompt(chat, "", "", prompt)) + max_new_tokens
-    judge = Judge(ask, size=lambda text: len(chat.outside(text)), room=max_context - overhead)
-    judge.engine = engine
-    return judge
-
-
-def judge_prompt(chat, question: str, trajectory: str, prompt=RRMPrompt()) -> list[int]:
-    return chat.prompt(prompt.messages(question, trajectory), None)
+    chat = load_chat(config.source, tools=False)
+    share = config.memory_share
+    alone = replace(engine, sleep=False, tensor_parallel=1, memory_share=share)
+    own = make_engine(alone, config.source, chat.stop_ids, max_context=config.max_context)
+    return engine_rrm(own, chat, config, prompt)
 
 
-def served_judge(
-    urls: list[str],
-    *,
-    model="",
-    prompt=RRMPrompt(),
-    temperature=JUDGE_TEMPERATURE,
-    max_context=32_768,
-    max_new_tokens=1400,
-    seconds=60.0,
-    patience_s=120.0,
-    rest_s=None,
-    break_tags=lambda text: text,
-) -> Judge:
-    """OpenAI-compatible servers: the least busy one is asked; one that fails rests for `rest_s` and
-    is tried again.
+def engine_rrm(engine, chat, config: RewardModelConfig, prompt: RRMPrompt = OURS) -> RewardModel:
+    """The client of a reward model behind an engine."""
+    most = config.max_tokens
+    options = dict(max_new_tokens=most, temperature=config.temperature, top_p=config.top_p)
+
+    async def ask(question, trajectory, text, seed, seconds):
+        ids = prompt_ids(chat, question, text, prompt)
+        sample = await engine.generate(ids, seed=seed, **options)
+        said = chat.opened + chat.decode([i for i in sample.ids if i != chat.closer_id])
+        return {"message": {"content": said}, "finish_reason": sample.finish_reason}
+
+    room = config.max_context - len(prompt_ids(chat, "", "", prompt)) - most
+    name = config.source
+    rrm = RewardModel(ask, size=lambda text: len(chat.outside(text)), room=room, name=name)
+    rrm.engine = engine
+    return rrm
+
+
+def prompt_ids(chat, question: str, transcript: str, prompt: RRMPrompt = OURS) -> list[int]:
+    return chat.prompt(prompt.messages(question, transcript), None)
+
+
+def served_rrm(
+    config: RewardModelConfig, prompt: RRMPrompt = OURS, broken: Callable[[str], str] = str
+) -> RewardModel:
+    """The client of OpenAI-compatible servers (key: RRM_API_KEY), asked here what they serve.
+    `broken` breaks the control strings of a text.
     """
-    from openai import AsyncOpenAI, OpenAIError
+    cards = {}
+    for url in config.source.split(","):
+        endpoint = endpoint_of(url, "RRM_API_KEY", config.in_flight)
+        listed = named_model(
+            endpoint, config.model, "--rrm.model", request_s=30.0, patience_s=CHECK_S
+        )
+        try:
+            cards[endpoint] = now(listed)
+        except (Unavailable, Refused) as problem:
+            hint = "start one with `vllm serve <RRM folder> --port …`"
+            raise SystemExit(f"no reward model answers at {url} ({problem}): {hint}") from problem
 
-    key = os.environ.get("RRM_API_KEY", "none")
-    clients = [
-        AsyncOpenAI(base_url=url, api_key=key, timeout=seconds, max_retries=0) for url in urls
-    ]
-    rest_s = REST_S if rest_s is None else rest_s
-    busy, rests_until, names = [0] * len(urls), [0.0] * len(urls), [model] * len(urls)
-
-    async def ask_one(i, request, seed):
-        if not names[i]:
-            names[i] = (await clients[i].models.list()).data[0].id
-        reply = await clients[i].chat.completions.create(
-            model=names[i],
-            messages=request,
-            temperature=temperature,
-            max_tokens=max_new_tokens,
+    async def ask(question, trajectory, text, seed, seconds):
+        messages = prompt.messages(question, text)
+        messages[-1]["content"] = without_control(broken(messages[-1]["content"]))
+        body = dict(
+            messages=messages,
+            temperature=config.temperature,
+            top_p=config.top_p,
             seed=seed % 2**31,
         )
-        message = reply.choices[0].message
-        analysis = getattr(message, "reasoning_content", None) or getattr(
-            message, "reasoning", None
-        )
-        return (f"<think>{analysis}</think>" if analysis else "") + (message.content or "")
 
-    async def ask(question, messages, trajectory, seed):
-        request = prompt.messages(question, trajectory)
-        request[-1]["content"] = break_tags(request[-1]["content"])
-        deadline, problem = time.monotonic() + patience_s, None
-        while time.monotonic() < deadline:
-            awake = [i for i in range(len(urls)) if rests_until[i] <= time.monotonic()]
-            if not awake:
-                await asyncio.sleep(min(0.5, rest_s))
-                continue
-            i = min(awake, key=lambda i: busy[i])
-            busy[i] += 1
-            try:
-                return await ask_one(i, request, seed)
-            except (OpenAIError, IndexError) as error:
-                problem, rests_until[i] = error, time.monotonic() + rest_s
-            finally:
-                busy[i] -= 1
-        raise JudgeDown(f"no answer from {', '.join(urls)} for {patience_s:.0f} s: {problem}")
+        async def once(endpoint, left):
+            named = body | {"model": cards[endpoint]["id"]}
+            return await complete(endpoint, named, config.max_tokens, seconds=left)
 
-    overhead = (len(prompt.system) + len(prompt.request)) // 3 + max_new_tokens
-    return Judge(ask, size=lambda text: len(text) // 3, room=max_context - overhead)
+        wait = dict(seconds=seconds, request_s=seconds, patience_s=seconds)
+        return await insist(list(cards), once, **wait)
+
+    overhead = len((prompt.system + prompt.request).encode()) // 3 + config.max_tokens
+    held = [card.get("max_model_len") for card in cards.values()]
+    return RewardModel(
+        ask,
+        # no tokenizer is at hand: three bytes are at most a token, or nearly so
+        size=lambda text: len(text.encode()) // 3,
+        room=min([config.max_context, *(n for n in held if isinstance(n, int))]) - overhead,
+        seconds=config.seconds,
+        name=", ".join(sorted({served_name(card) for card in cards.values()})),
+    )
 
 
-def check_served(urls: list[str]) -> None:
-    """Health check before the first step: every URL must list a model."""
-    from openai import OpenAI, OpenAIError
-
-    for url in urls:
-        try:
-            OpenAI(
-                base_url=url,
-                api_key=os.environ.get("RRM_API_KEY", "none"),
-                timeout=10,
-                max_retries=1,
-            ).models.list()
-        except OpenAIError as error:
-            hint = "start one with `vllm serve <RRM folder> --port …`"
-            raise SystemExit(f"no judge answers at {url} ({error}): {hint}") from error
-
-
-@cache
-def toy_script():
-    """data/toy/prepare.py as a module: the toy's world, its words and its rule annotator."""
-    path = Path(__file__).parents[1] / "data" / "toy" / "prepare.py"
-    found = importlib.util.spec_from_file_location("toy_prepare", path)
-    toy = importlib.util.module_from_spec(found)
-    found.loader.exec_module(toy)
-    return toy
-
-
-def make_judge(config: RewardModelConfig, chat, *, engine: EngineConfig) -> Judge:
+def open_rrm(config: RewardModelConfig, chat, *, engine: EngineConfig) -> RewardModel:
     """The client of the reward model that `config` names; `chat` breaks control strings for
     servers, `engine` runs a folder.
     """
-    source, prompt = config.source, read_rrm_prompt(config.prompt_file, config.request_file)
-    if source == "toy":
-        return toy_judge(toy_script().annotate)
-    if source.startswith("http"):
-        urls = source.split(",")
-        check_served(urls)
-        return served_judge(
-            urls,
-            model=config.model,
-            prompt=prompt,
-            temperature=config.temperature,
-            max_context=config.max_context,
-            max_new_tokens=config.max_tokens,
-            seconds=config.seconds,
-            patience_s=config.patience,
-            break_tags=chat.broken,
-        )
-    if not Path(source).is_dir():
-        raise SystemExit(
-            f"no reward model in {source}: train one with train_rrm.py, or give a URL "
-            "(--rrm=http://…/v1)"
-        )
-    from reagent.policy import load_chat
-
-    judge_chat = load_chat(source, tools=False)
-    share = config.memory_share
-    alone = replace(engine, sleep=False, tensor_parallel=1, memory_share=share)
-    own = make_engine(alone, source, judge_chat.stop_ids, max_context=config.max_context)
-    new = min(config.max_tokens, config.max_context // 4)
-    return engine_judge(
-        own, judge_chat, prompt=prompt, max_context=config.max_context, max_new_tokens=new
-    )
+    prompt = read_rrm_prompt(config.prompt_file, config.request_file)
+    if config.served:
+        return served_rrm(config, prompt, chat.broken)
+    if config.in_process:
+        return rrm_in_process(config, engine, prompt)
+    return scripted_rrm(config.source, config.seconds)

@@ -24,6 +24,8 @@ class JsonlRows:
 
     def __init__(self, path: str, check: Callable | None = None, hint: str = ""):
         self.path, self.offsets = str(path), array("q")
+        script = Path(path).with_name("prepare.py")
+        hint = hint or (f"run python {script}" if script.is_file() else "")
         if not Path(path).is_file():
             raise SystemExit(f"no file {path}" + (f": {hint}" if hint else ""))
         keys, offset = array("q"), 0  # of the ids: 8 bytes, however long they are

@@ -264,7 +264,7 @@ def check_resume(saved: dict, config: dict, may_change: set[str], folder) -> Non
             changed.append(f"{key}: {before!r} -> {now!r}")
     if changed:
         raise SystemExit(
-            f"{folder} was trained with other settings ({', '.join(changed)}): start a new "
+            f"{folder} holds a run with other settings ({', '.join(changed)}): give another "
             "--out_dir or restore them"
         )
 

@@ -3,117 +3,57 @@ judges of answers.
 
 The policy is asked through /v1/completions with token ids, so that history is never rendered again.
 Where a server has only /v1/chat/completions, `ChatEngine` sends the conversation as messages; a
-report must say so. Proxies of the environment are not used for these URLs. Keys: MODEL_API_KEY and
-JUDGE_API_KEY of the environment, if set.
+report must say so. Keys: MODEL_API_KEY and JUDGE_API_KEY of the environment, if set.
 """
 
-import asyncio
 import json
 import os
 import re
 import sys
-import time
 from dataclasses import dataclass
 
 from reagent.calls import HERMES
 from reagent.chat import assistant_text
 from reagent.engines import Sample
+from toolkit.http import Endpoint, Refused, Unavailable, choice_of, complete, insist, models_of
+from toolkit.text import spoken
 
 # --------------------------------------------------------------------------------------------------
-# the line to a server
+# what is served
 
 
-class ServerDown(Exception):
-    """No request was answered for as long as the run may wait."""
+def endpoint_of(url: str, key_name: str, most: int = 64) -> Endpoint:
+    """The endpoint of an address that the user gave; its key stands in the environment."""
+    try:
+        return Endpoint(url, os.environ.get(key_name, ""), most)
+    except Refused as refused:
+        raise SystemExit(str(refused)) from refused
 
 
-class Refused(Exception):
-    """The server is up and does not take this request."""
-
-    status = 0
-
-
-class Line:
-    """The line to one server: at most `most` requests at a time; it waits while the server is away.
-
-    Away: no connection, a timeout, HTTP 408, 409, 425, 429 or 5xx, or a reply that is no reply.
-    Pauses grow up to 15 s. After `patience_s` without any answer: ServerDown; where other requests
-    were answered meanwhile: Refused.
+async def named_model(endpoint: Endpoint, model: str, option: str, **patience) -> dict:
+    """The card of the model to ask for: `model`, or the only one that the server lists. A server
+    without a list is taken at its user's word.
     """
 
-    def __init__(
-        self,
-        url: str,
-        key_name: str,
-        *,
-        patience_s: float = 600.0,
-        request_s: float = 1800.0,
-        most=64,
-    ):
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+    async def listed(endpoint, seconds):
+        return await models_of(endpoint, seconds=seconds)
 
-        key = os.environ.get(key_name) or "none"
-        http = DefaultAsyncHttpxClient(trust_env=False)
-        self.client = AsyncOpenAI(
-            base_url=url, api_key=key, timeout=request_s, max_retries=0, http_client=http
-        )
-        self.url, self.patience_s, self.slots = url, patience_s, asyncio.Semaphore(most)
-        self.answered, self.told = (
-            -1.0,
-            False,
-        )  # time.monotonic() of the last answer; was "waiting" printed?
-
-    async def ask(self, request):
-        """What the coroutine function `request(client)` returns. Raises ServerDown or Refused."""
-        pause, failing_since = 0.25, None
-        while True:
-            try:
-                async with self.slots:
-                    reply = await request(self.client)
-            except Exception as error:  # sorted out in _after
-                failing_since = failing_since or time.monotonic()
-                self._after(error, failing_since)
-            else:
-                if self.told:
-                    print(f"{self.url} answers again", file=sys.stderr)
-                self.answered, self.told = time.monotonic(), False
-                return reply
-            await asyncio.sleep(
-                min(pause, max(0.05, failing_since + self.patience_s - time.monotonic()))
-            )
-            pause = min(2 * pause, 15.0)
-
-    def _after(self, error: Exception, failing_since: float) -> None:
-        """Returns if the request should be made again; else raises."""
-        from openai import APIConnectionError, APIStatusError
-
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        status = error.status_code if isinstance(error, APIStatusError) else 0
-        if 400 <= status < 500 and status not in (408, 409, 425, 429):
-            refused = Refused(what)
-            refused.status = status
-            raise refused from error
-        if not isinstance(error, (APIConnectionError, APIStatusError, ValueError)):
-            raise error
-        if time.monotonic() - failing_since >= self.patience_s:
-            if self.answered > failing_since:
-                raise Refused(what) from error
-            raise ServerDown(
-                f"no answer from {self.url} for {self.patience_s:.0f} s ({what})"
-            ) from error
-        if not self.told:
-            print(f"waiting for {self.url}: {what}", file=sys.stderr)
-            self.told = True
+    try:
+        cards = await insist([endpoint], listed, **patience)
+    except Refused as refused:
+        if model and refused.status in (404, 405):
+            return {"id": model}
+        raise
+    if model not in cards and (model or len(cards) > 1):
+        problem = f"no model {model!r}" if model else f"which model? {option}=NAME"
+        raise SystemExit(f"{problem} at {endpoint.url}: it serves {', '.join(cards)}")
+    return cards[model or next(iter(cards))]
 
 
-def only_choice(reply):
-    """The one choice of a reply; a ValueError where the server sent something else (an error page,
-    an empty list).
-    """
-    choices = getattr(reply, "choices", None)
-    if not choices:
-        raise ValueError(f"not a completion: {str(reply)[:200]!r}")
-    return choices[0]
+def served_name(card: dict) -> str:
+    """The model behind a card: its name and the folder it was started with, if the server tells."""
+    root = card.get("root") or card["id"]
+    return card["id"] if root == card["id"] else f"{card['id']} ({root})"
 
 
 @dataclass(frozen=True)
@@ -127,41 +67,33 @@ class Served:
     root: str  # the folder or the name it was started with
     max_context: int | None
 
+    @property
+    def name(self) -> str:
+        return served_name({"id": self.model, "root": self.root})
 
-async def look_up(line: Line, model: str, endpoint: str) -> Served:
-    """Asks which model is served and how it can be asked; `endpoint` = auto | completions |
-    chat.
-    """
 
-    async def listed(client):
-        cards = getattr(await client.models.list(), "data", None)
-        if not cards:
-            raise ValueError("it lists no model")
-        return cards
+async def look_up(endpoint: Endpoint, model: str, how: str, patience_s: float = 600.0) -> Served:
+    """Asks which model is served and how it can be asked; `how` = auto | completions | chat."""
+    card = await named_model(endpoint, model, "--served_model", patience_s=patience_s)
+    name, most = card["id"], card.get("max_model_len")
+    root, most = str(card.get("root") or name), most if isinstance(most, int) else None
+    if how == "chat":
+        return Served(name, "chat", root, most)
+    probe = {"model": name, "prompt": [1], "max_tokens": 1, "temperature": 0.0}
 
-    cards = {card.id: card for card in await line.ask(listed)}
-    if model and model not in cards:
-        raise SystemExit(f"no model {model!r} at {line.url}: it serves {', '.join(cards)}")
-    card = cards[model] if model else next(iter(cards.values()))
-    root, most = getattr(card, "root", None) or card.id, getattr(card, "max_model_len", None)
-    if endpoint == "chat":
-        return Served(card.id, "chat", root, most)
-
-    async def probe(client):
-        options = dict(max_tokens=1, temperature=0.0, extra_body={"return_token_ids": True})
-        return only_choice(await client.completions.create(model=card.id, prompt=[1], **options))
+    async def probed(endpoint, seconds):
+        body = {**probe, "return_token_ids": True}
+        return choice_of(await endpoint.ask("/completions", body, seconds=seconds))
 
     try:
-        choice = await line.ask(probe)
+        choice = await insist([endpoint], probed, patience_s=patience_s)
     except Refused as refused:
-        if endpoint == "completions":
+        if how == "completions":
             raise SystemExit(
-                f"{line.url}/completions does not take token ids: {refused}"
+                f"{endpoint.url}/completions does not take token ids: {refused}"
             ) from refused
-        return Served(card.id, "chat", root, most)
-    return Served(
-        card.id, "text" if getattr(choice, "token_ids", None) is None else "ids", root, most
-    )
+        return Served(name, "chat", root, most)
+    return Served(name, "text" if choice.get("token_ids") is None else "ids", root, most)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -176,50 +108,63 @@ class ServedEngine:
     still never change.
     """
 
-    def __init__(self, line: Line, served: Served, chat):
-        self.line, self.served, self.chat, self.refused = line, served, chat, 0
+    def __init__(self, endpoint: Endpoint, served: Served, chat, patience_s: float = 600.0):
+        self.endpoint, self.served, self.chat = endpoint, served, chat
+        self.patience_s, self.refused = patience_s, 0
 
     async def generate(self, ids, *, max_new_tokens, temperature, seed, top_p=1.0) -> Sample:
         # the server must add nothing of its own: no generation_config, no stop but ours (as
         # VLLMEngine)
-        extra = dict(
-            return_token_ids=True,
-            stop_token_ids=list(self.chat.stop_ids),
-            ignore_eos=True,
-            top_k=-1,
-        )
-        extra |= dict(
-            min_p=0.0,
-            repetition_penalty=1.0,
-            skip_special_tokens=False,
-            spaces_between_special_tokens=False,
-        )
-        options = dict(
+        body = dict(
+            model=self.served.model,
+            prompt=list(ids),
             max_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             seed=seed % 2**31,
             logprobs=0,
+            return_token_ids=True,
+            stop_token_ids=list(self.chat.stop_ids),
+            ignore_eos=True,
+            top_k=-1,
+            min_p=0.0,
+            repetition_penalty=1.0,
+            skip_special_tokens=False,
+            spaces_between_special_tokens=False,
         )
 
-        async def request(client):
-            made = client.completions.create(
-                model=self.served.model, prompt=list(ids), **options, extra_body=extra
-            )
-            return only_choice(await made)
+        async def once(endpoint, seconds):
+            return _sampled(await endpoint.ask("/completions", body, seconds=seconds))
 
         try:
-            choice = await self.line.ask(request)
+            ids, logps, text, reason = await insist(
+                [self.endpoint], once, patience_s=self.patience_s
+            )
         except Refused as refused:
             return _aborted(self, refused)
-        reason = choice.finish_reason if choice.finish_reason in ("stop", "length") else "abort"
         if self.served.kind == "ids":
-            if choice.token_ids is None:
-                return _aborted(self, "the reply has no token_ids")
-            logps = getattr(choice.logprobs, "token_logprobs", None) or []
-            return Sample(list(choice.token_ids), [float(x) for x in logps], reason)
-        new = self.chat.text(choice.text)[: max_new_tokens - 1]
+            return (
+                Sample(ids, logps, reason) if ids else _aborted(self, "a reply without token_ids")
+            )
+        new = self.chat.text(text)[: max_new_tokens - 1]
         return Sample(new + [self.chat.closer_id] * (reason == "stop"), [], reason)
+
+
+def _sampled(reply) -> tuple[list[int], list[float], str, str]:
+    """(token ids, log-probs, text, stop | length | abort) of a completion; Unavailable where it
+    holds something else.
+    """
+    choice = choice_of(reply)
+    reason, ids, text = (choice.get(key) for key in ("finish_reason", "token_ids", "text"))
+    logps = choice["logprobs"] if isinstance(choice.get("logprobs"), dict) else {}
+    try:
+        ids = [int(i) for i in ids or []]
+        logps = [float(x) for x in logps.get("token_logprobs") or []]
+        if not isinstance(text, str):
+            raise TypeError
+    except (TypeError, ValueError) as error:
+        raise Unavailable(f"a completion without a text: {str(choice)[:200]}", 200) from error
+    return ids, logps, text, reason if reason in ("stop", "length") else "abort"
 
 
 def _aborted(engine, why) -> Sample:
@@ -227,7 +172,7 @@ def _aborted(engine, why) -> Sample:
     marked as answered.
     """
     if not engine.refused:
-        print(f"{engine.line.url} refused a request: {why}", file=sys.stderr)
+        print(f"{engine.endpoint.url} refused a request: {why}", file=sys.stderr)
     engine.refused += 1
     return Sample([], [], "abort")
 
@@ -235,6 +180,11 @@ def _aborted(engine, why) -> Sample:
 _ROLES = ("system", "user", "assistant")
 
 _CONTROL = re.compile(r"<(?=\|[^<>|]{1,40}\|>|/?(?:tool_call|tool_response|think)>)")
+
+
+def without_control(text: str) -> str:
+    """The text with a zero-width space inside each control string of common chat formats."""
+    return _CONTROL.sub("<\u200b", text.encode("utf-8", "replace").decode())
 
 
 class TextChat:
@@ -263,7 +213,7 @@ class TextChat:
 
     def broken(self, text: str) -> str:
         """The text with a zero-width space inside each control string."""
-        return _CONTROL.sub("<\u200b", text.encode("utf-8", "replace").decode())
+        return without_control(text)
 
     def decode(self, ids: list[int]) -> str:
         whole = (i - self._first for i in ids if i >= self._first)
@@ -333,44 +283,46 @@ class ChatEngine:
     turn.
     """
 
-    def __init__(self, line: Line, served: Served, chat: TextChat):
-        self.line, self.served, self.chat, self.refused = line, served, chat, 0
+    def __init__(self, endpoint: Endpoint, served: Served, chat: TextChat, patience_s=600.0):
+        self.endpoint, self.served, self.chat = endpoint, served, chat
+        self.patience_s, self.refused = patience_s, 0
 
     async def generate(self, ids, *, max_new_tokens, temperature, seed, top_p=1.0) -> Sample:
-        options = dict(
-            max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed % 2**31
+        body = dict(
+            model=self.served.model,
+            messages=self.chat.messages_of(ids),
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed % 2**31,
         )
-        messages = self.chat.messages_of(ids)
 
-        async def request(client):
-            made = client.chat.completions.create(
-                model=self.served.model, messages=messages, **options
-            )
-            return only_choice(await made)
+        async def once(endpoint, seconds):
+            return await complete(endpoint, body, max_new_tokens, seconds=seconds)
 
         try:
-            choice = await self.line.ask(request)
+            choice = await insist([self.endpoint], once, patience_s=self.patience_s)
         except Refused as refused:
             return _aborted(self, refused)
-        text = turn_text(choice.message)
-        whole = choice.finish_reason != "length"
-        return Sample(
-            self.chat.text(text) + [self.chat.closer_id] * whole, [], "stop" if whole else "length"
-        )
+        ids = self.chat.text(turn_text(choice["message"]))
+        if choice.get("finish_reason") == "length":
+            return Sample(ids, [], "length")
+        return Sample([*ids, self.chat.closer_id], [], "stop")
 
 
-def turn_text(message) -> str:
+def turn_text(message: dict) -> str:
     """The raw text of a chat reply: a separate reasoning field and parsed tool calls are joined
     back.
     """
-    calls = [
-        dict(name=call.function.name, arguments=call.function.arguments)
-        for call in message.tool_calls or []
-    ]
-    thoughts = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-    turn = {"content": message.content, "reasoning_content": thoughts, "tool_calls": calls}
+    text, thoughts = spoken(message)
+    calls = message.get("tool_calls") or [message.get("function_call")]
+    calls = [call.get("function") or call for call in calls if isinstance(call, dict)]
+    turn = {"content": text, "reasoning_content": thoughts, "tool_calls": calls}
     try:
         return assistant_text(turn)
-    except ValueError:  # arguments that are not JSON: the loop tells the model so
-        broken = "".join(f"\n<tool_call>\n{call['arguments']}\n</tool_call>" for call in calls)
-        return assistant_text(turn | {"tool_calls": []}) + broken
+    except (AttributeError, KeyError, TypeError, ValueError):
+        # arguments that are not JSON stay as they are: the agent loop tells the model so
+        for call in calls:
+            name = json.dumps(call.get("name"), ensure_ascii=False)
+            inside = f'{{"name": {name}, "arguments": {call.get("arguments")}}}'
+            text += f"\n<tool_call>\n{inside}\n</tool_call>"
+        return assistant_text(turn | {"content": text, "tool_calls": []})

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-from reagent.folder import claim
+from reagent.folder import claim, read_json
 from reagent.rows import drop_cut_line
 
 # --------------------------------------------------------------------------------------------------
@@ -181,6 +181,19 @@ def final_line(journal: Journal, key: tuple, row: dict, judge: str) -> dict | No
         texts = json.dumps({name: line.pop(name) for name in SEALED})
         line["sealed"] = sealed(texts, line["canary"])
     return line
+
+
+def check_served(path: Path, served: dict[str, str]) -> None:
+    """A server may move, but what it serves may not change in mid-run: the answers of two models
+    would stand under the name of one.
+    """
+    before = read_json(path, "config").get("served", {}) if path.is_file() else {}
+    changed = [key for key in served if before.get(key, served[key]) != served[key]]
+    if changed:
+        what = ", ".join(f"{key}: {before[key]} -> {served[key]}" for key in changed)
+        raise SystemExit(
+            f"{path.parent} holds answers of other models ({what}): give another --out_dir"
+        )
 
 
 def write_results(out: Path, tasks: list, journal: Journal, judge: str) -> None:

@@ -1,13 +1,16 @@
 """Judges of answers: an LLM that compares an answer with the reference."""
 
+import asyncio
 import hashlib
 import json
 import re
 import sqlite3
+import sys
 from pathlib import Path
 
-from reagent.served import _CONTROL, Line, Refused, ServerDown, only_choice
-from toolkit.text import after_thoughts, capped, clean
+from reagent.served import _CONTROL, endpoint_of, named_model, served_name
+from toolkit.http import Endpoint, Refused, Unavailable, complete, insist
+from toolkit.text import after_thoughts, capped, clean, spoken
 
 JUDGE_PROMPT = """You decide whether an agent's answer to a question agrees with the reference.
 Go by the reference alone: do not solve the question and do not correct the reference.
@@ -33,6 +36,8 @@ or
 VERDICT: INCORRECT"""
 
 PROMPT_VERSION = hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()[:8]
+
+REQUEST_S = 300.0  # for one reply
 
 ANSWER_CHARS = 8000  # a longer answer is cut in its middle
 
@@ -106,14 +111,19 @@ class AnswerJudge:
     """
 
     def __init__(
-        self, line: Line, model: str, cache: str, retries: int = 4, max_new_tokens: int = 4096
+        self,
+        endpoint: Endpoint,
+        model: str,
+        cache: str,
+        *,
+        served: str = "",
+        retries: int = 4,
+        max_new_tokens: int = 4096,
+        patience_s: float = 600.0,
     ):
-        self.line, self.model, self.retries, self.max_new_tokens = (
-            line,
-            model,
-            retries,
-            max_new_tokens,
-        )
+        self.endpoint, self.model, self.patience_s = endpoint, model, patience_s
+        self.served = served or model  # what stands behind that name
+        self.retries, self.max_new_tokens = retries, max_new_tokens
         self.asked = self.cached = 0
         self.problem = ""  # why the last unscored answer is unscored
         self.down = False
@@ -122,7 +132,7 @@ class AnswerJudge:
     @property
     def name(self) -> str:
         """What stands beside every number."""
-        return f"{self.model}/{PROMPT_VERSION}"
+        return f"{self.served}/{PROMPT_VERSION}"
 
     async def __call__(
         self, question: str, golds: list[str], answer: str, secret: bool = False
@@ -130,7 +140,7 @@ class AnswerJudge:
         """`secret`: the reply is not kept on disk (it may quote a question that must not lie there
         in the open).
         """
-        whole = json.dumps([self.model, PROMPT_VERSION, question, golds, answer])
+        whole = json.dumps([self.served, PROMPT_VERSION, question, golds, answer])
         key = hashlib.sha256(whole.encode()).hexdigest()
         if kept := self.db.execute("SELECT correct FROM verdicts WHERE key = ?", (key,)).fetchone():
             self.cached += 1
@@ -144,37 +154,54 @@ class AnswerJudge:
                 shown = "not shown: the question is sealed" if secret else repr(clean(reply)[-200:])
                 self.problem = f"no verdict in the judge's reply, {shown}"
             if correct is not None:
-                row = (key, int(correct), self.model, "" if secret else reply)
+                row = (key, int(correct), self.served, "" if secret else reply)
                 self.db.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", row)
                 return correct
         return None
 
     async def _reply(self, text: str, retry: int) -> str | None:
         """One reply that came to its end, or None with `problem` set."""
-        options = dict(
-            temperature=0.0 if not retry else 0.5, max_tokens=self.max_new_tokens, seed=retry
+        body = dict(
+            model=self.model,
+            messages=[{"role": "user", "content": text}],
+            temperature=0.0 if not retry else 0.5,
+            seed=retry,
         )
-        messages = [{"role": "user", "content": text}]
 
-        async def request(client):
-            made = client.chat.completions.create(model=self.model, messages=messages, **options)
-            return only_choice(await made)
+        async def once(endpoint, seconds):
+            return await complete(endpoint, body, self.max_new_tokens, seconds=seconds)
 
         self.asked += 1
         try:
-            choice = await self.line.ask(request)
-        except ServerDown as down:
-            self.down, self.problem = True, str(down)
+            choice = await insist(
+                [self.endpoint], once, request_s=REQUEST_S, patience_s=self.patience_s
+            )
+        except Unavailable as away:
+            self.down, self.problem = True, str(away)
             return None
         except Refused as refused:
-            self.down = refused.status in (
-                401,
-                403,
-                404,
-            )  # the key or the name is wrong: so will all others be
-            self.problem = f"{self.line.url} refused a request: {refused}"
+            self.down = refused.hopeless
+            self.problem = f"{self.endpoint.url} refused a request: {refused}"
             return None
-        if choice.finish_reason != "stop":
-            self.problem = f"the judge's reply ended by {choice.finish_reason}"
+        if choice.get("finish_reason") != "stop":
+            self.problem = f"the judge's reply ended by {choice.get('finish_reason')}"
             return None
-        return choice.message.content or ""
+        return spoken(choice["message"])[0]
+
+
+def open_judge(cfg, runner: asyncio.Runner) -> AnswerJudge | None:
+    """The judge at `cfg.judge`, or None where it cannot be asked; it is looked up only when answers
+    wait for it.
+    """
+    endpoint = endpoint_of(cfg.judge, "JUDGE_API_KEY", 16)
+    patience = 2.0 if cfg.judge_model else cfg.patience_s  # for the list alone
+    try:
+        listed = named_model(endpoint, cfg.judge_model, "--judge_model", patience_s=patience)
+        card = runner.run(listed)
+    except (Unavailable, Refused, SystemExit) as problem:
+        if not cfg.judge_model or isinstance(problem, SystemExit):
+            print(f"judge: {problem}", file=sys.stderr)
+            return None
+        card = {"id": cfg.judge_model}
+    cache, served = cfg.judge_cache, served_name(card)
+    return AnswerJudge(endpoint, card["id"], cache, served=served, patience_s=cfg.patience_s)

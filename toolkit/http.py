@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import ssl
 import sys
 import time
@@ -31,6 +32,9 @@ MOST_PAUSE_S = 15.0  # between tries of one request
 SHARE = 0.75  # of the time that is left, for one try where a deadline holds them all
 AGAIN = (408, 409, 425, 429)  # of 4xx, those that pass
 HOPELESS = (401, 402, 403, 404, 405, 410)  # the key, the account or the address: no request works
+
+
+CONNECT_S = 5.0  # for one of several addresses of a host
 
 
 class Unavailable(Exception):
@@ -57,6 +61,8 @@ class Refused(Exception):
 # --------------------------------------------------------------------------------------------------
 # one exchange
 
+ANY_FAILURE = (OSError, EOFError, UnicodeError, h11.RemoteProtocolError, asyncio.LimitOverrunError)
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -82,8 +88,14 @@ async def exchange(
     parts = _split(url)
     try:
         async with asyncio.timeout(max(0.0, seconds)):
-            reader, writer, target = await _connected(parts, addresses)
+            proxy = None if addresses else _proxy(parts)
+            reader, writer = await _connected(parts, proxy, addresses)
             try:
+                target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+                if proxy and parts.scheme == "https":
+                    await _tunnel(parts, reader, writer)
+                elif proxy:
+                    target = f"http://{parts.netloc}{target}"
                 sent = {"Host": parts.netloc, "Accept-Encoding": "identity", "Connection": "close"}
                 request = h11.Request(
                     method=method, target=target, headers=[*(sent | headers).items()]
@@ -95,7 +107,7 @@ async def exchange(
         raise Unavailable(f"{parts.hostname} took too long to answer", late=True) from error
     except (ssl.SSLCertVerificationError, h11.LocalProtocolError) as error:
         raise Refused(f"{parts.hostname}: {_named(error)}") from error
-    except (OSError, EOFError, UnicodeError, h11.RemoteProtocolError) as error:
+    except ANY_FAILURE as error:
         raise Unavailable(f"{parts.hostname} cannot be read: {_named(error)}") from error
 
 
@@ -110,33 +122,31 @@ def _split(url: str) -> urllib.parse.SplitResult:
     return parts
 
 
-async def _connected(parts, addresses: tuple[str, ...]):
-    """(reader, writer, what the request asks for): a line to the host, through a proxy if asked."""
-    secure, proxy = parts.scheme == "https", None if addresses else _proxy(parts)
-    target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+async def _connected(parts, proxy: str | None, addresses: tuple[str, ...]):
+    """(reader, writer) of a line to the host or, where one is asked for, to the proxy."""
     at = urllib.parse.urlsplit(proxy) if proxy else parts
     port = at.port or {"http": 80, "https": 443}.get(at.scheme, 80)
-    tls = dict(ssl=_tls(), server_hostname=parts.hostname) if secure and not proxy else {}
-    problem = None
-    for address in addresses or (at.hostname,):
-        try:
-            line = await asyncio.open_connection(address, port, happy_eyeballs_delay=0.25, **tls)
-            break
-        except OSError as error:
-            problem = error
-    else:
-        raise problem
-    if not proxy or not secure:
-        return *line, urllib.parse.urlunsplit(parts[:4] + ("",)) if proxy else target
-    reader, writer = line
+    greeting = parts.scheme == "https" and not proxy
+    tls = dict(ssl=_tls(), server_hostname=parts.hostname) if greeting else {}
+    if not addresses:
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(at.hostname, port, type=socket.SOCK_STREAM)
+        addresses = tuple(dict.fromkeys(each[4][0] for each in found))
+    for number, address in enumerate(addresses, 1):
+        last = number == len(addresses)
+        with contextlib.suppress(*([] if last else [OSError])):  # the next one may answer
+            async with asyncio.timeout(None if last else CONNECT_S):
+                return await asyncio.open_connection(address, port, **tls)
+
+
+async def _tunnel(parts, reader, writer) -> None:
+    """Has a proxy open the line to a host, then greets that host by TLS."""
     home = f"{parts.hostname}:{parts.port or 443}"
     writer.write(f"CONNECT {home} HTTP/1.1\r\nHost: {home}\r\n\r\n".encode())
     opened = await reader.readuntil(b"\r\n\r\n")
     if opened.split(maxsplit=2)[1:2] != [b"200"]:
-        writer.transport.abort()
         raise ConnectionError(f"the proxy does not open {home}: {opened[:WORDS]!r}")
     await writer.start_tls(_tls(), server_hostname=parts.hostname)
-    return reader, writer, target
 
 
 def _proxy(parts) -> str | None:
@@ -249,11 +259,12 @@ def _without_keys(text: str, headers: dict) -> str:
 
 
 class Endpoint:
-    """A server that a run is configured to ask, its key, at most `most` requests at a time."""
+    """A server that a run is configured to ask, its key, at most `most` requests at a time
+    (0: all)."""
 
     def __init__(self, url: str, key: str = "", most: int = 64):
         _split(url)
-        self.url, self.slots = url.rstrip("/"), asyncio.Semaphore(most)
+        self.url, self.slots = url.rstrip("/"), asyncio.Semaphore(most or 1 << 20)
         self.headers = {"Authorization": f"Bearer {key.strip()}"} if key.strip() else {}
         self.asking = 0  # requests in flight and those that wait for their turn
         self.rests_until = 0.0  # time.monotonic(): it failed, others are asked before it
@@ -323,19 +334,21 @@ async def insist(
                     endpoint._failed(error)
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since >= patience_s:
-                    if any(e.answered > failing_since for e in endpoints):
-                        raise Refused(str(problem), problem.status or 500)
                     break
                 if all(e.rests_until > time.monotonic() or e is endpoint for e in endpoints):
                     left = failing_since + patience_s - time.monotonic()
+                    if seconds is not None:
+                        left = min(left, (began + seconds - time.monotonic()) / 2)
                     wait = min(max(pause, problem.wait_s), MOST_PAUSE_S, max(0.05, left))
                     await asyncio.sleep(wait)
                     pause *= 2
     except TimeoutError:
         pass
+    if any(e.answered > began for e in endpoints):
+        raise Refused(str(problem), problem.status or 500)
     urls = ", ".join(e.url for e in endpoints)
     waited = time.monotonic() - began
-    raise Unavailable(f"no answer from {urls} for {waited:.0f} s: {problem}", problem.status)
+    raise Unavailable(f"no answer from {urls} for {waited:.0f} s ({problem})", problem.status)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -368,8 +381,11 @@ async def complete(endpoint: Endpoint, body: dict, most_tokens: int, *, seconds:
         reply = await endpoint.ask("/chat/completions", {**body, other: most_tokens}, seconds=left)
         endpoint.limit_key = other
     choice = choice_of(reply)
-    if not isinstance(choice.get("message"), dict):
-        raise Unavailable(f"a completion without a message: {_words(json.dumps(reply).encode())}")
+    message = choice.get("message")
+    if not isinstance(message, dict) or not isinstance(
+        message.get("content"), (str, list, type(None))
+    ):
+        raise Unavailable(f"a completion without a message: {str(choice)[:WORDS]}", 200)
     return choice
 
 
@@ -378,5 +394,5 @@ def choice_of(reply) -> dict:
     choices = reply.get("choices") if isinstance(reply, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, dict):
-        raise Unavailable(f"not a completion: {_words(json.dumps(reply).encode())[:WORDS]}", 200)
+        raise Unavailable(f"not a completion: {str(reply)[:WORDS]}", 200)
     return choice

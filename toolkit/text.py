@@ -149,3 +149,28 @@ def plain(text: str) -> str:
     text = re.sub(r"\\[,;: ]|(?<=\w)~(?=\w)|\\\\", " ", text)
     text = re.sub(r"\\[()\[\]]|\\([&%$#_{}])", lambda m: m[1] or "", text)
     return unicodedata.normalize("NFC", unwrapped(text))
+
+
+def spoken(message: dict) -> tuple[str, str]:
+    """(text, thoughts) of a message in a chat. The text is one string or parts (an image is named
+    only); thoughts stand in `reasoning_content`, in `reasoning` or in parts of their own.
+    """
+    thoughts = next(
+        (
+            t
+            for key in ("reasoning_content", "reasoning")
+            if isinstance(t := message.get(key), str) and t
+        ),
+        "",
+    )
+    content, text = message.get("content"), ""
+    if isinstance(content, str):
+        return content, thoughts
+    for part in content if isinstance(content, list) else []:
+        part = part if isinstance(part, dict) else {"text": part}
+        inner = part.get("thinking", part.get("reasoning"))
+        if inner is not None:
+            thoughts += inner if isinstance(inner, str) else spoken({"content": inner})[0]
+        else:
+            text += part["text"] if isinstance(part.get("text"), str) else f"({part.get('type')})"
+    return text, thoughts

@@ -33,7 +33,7 @@ from pathlib import Path
 from toolkit import http
 from toolkit.files import page_to_text
 from toolkit.sandbox import ToolError, ToolFault
-from toolkit.text import after_thoughts
+from toolkit.text import after_thoughts, spoken
 
 MOST_BYTES = 10 << 20  # of a page, before and after decompression
 MOST_REDIRECTS = 5
@@ -459,14 +459,10 @@ class Web:
                     what="the summariser",
                     share=1.0,
                 )
-                said = got["choices"][0]["message"]["content"]
+                said, _ = spoken(http.choice_of(got)["message"])
                 return after_thoughts(said).strip() or "(nothing)"
-            except (
-                ToolError,
-                LookupError,
-                TypeError,
-                AttributeError,
-            ) as error:  # never the model's doing
+            except (ToolError, http.Unavailable, LookupError, AttributeError) as error:
+                # never the model's doing
                 raise ToolFault(f"the summariser failed: {error}") from error
 
         return self._through("answer", {"url": url, "query": query}, ask)

@@ -1,7 +1,7 @@
 """The ablation on the toy: what each part of Reagent-U is worth. `make ablation` runs it after
 `make demo`.
 
-    python data/toy/ablation.py [--seeds=5] [--sft=FOLDER] [--rrm=toy|FOLDER] [--out=FOLDER]
+    python data/toy/ablation.py [--seeds=5] [--sft=FOLDER] [--rrm=FOLDER|FILE.py] [--out=FOLDER]
 
 All runs of a world start from the same agent and have the same judge, by default the rule
 annotator: the toy, and its harder form (prepare.py --hard). Every run is a process of its own on
@@ -257,7 +257,7 @@ def main(argv: list[str]) -> None:
         "seeds": "5",
         "out": "out/toy/ablation",
         "sft": "out/toy/sft/step-000250",
-        "rrm": "toy",
+        "rrm": "data/toy/prepare.py",
     }
     given = dict(arg.removeprefix("--").partition("=")[::2] for arg in argv)
     if set(given) - set(options):

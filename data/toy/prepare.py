@@ -360,6 +360,7 @@ def judged(world: dict, messages: list[dict], name: str) -> dict:
     seen = read_attempt(question, messages)
     row = {"id": name, "question": question, "trajectory": messages, "answer": [world["code"]]}
     row |= blocks(annotate(question, messages))
+    row["verdict_at"] = reward_model.target_text(row).index(" Found ")  # weighted up in training
     return row | {"correct": seen["answer"] == world["code"], "grounded": seen["grounded"]}
 
 
@@ -428,7 +429,7 @@ def toy_phrases() -> list[str]:
     p, r = rollout, reward_model
     before, _, after = CALL.replace("{{", "{").replace("}}", "}").partition("{name}")
     refine = p.REFINE_PROMPT.partition("{critique}")
-    request = re.split(r"\{question\}|\{trajectory\}", r.JUDGE_REQUEST)
+    request = re.split(r"\{question\}|\{trajectory\}", r.RRM_REQUEST)
     open_tag, close_tag = "<tool_call>", "</tool_call>"
     question = re.split(r"\{hops\}|\{start\}", QUESTION)
     phrases = [

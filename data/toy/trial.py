@@ -1,7 +1,7 @@
 """Tries agents on held-out toy questions: first attempts, refined ones, and what the critique is
 worth.
 
-    python data/toy/trial.py out/toy/sft/step-000250 out/toy/u/step-000040 [--rrm=FOLDER]
+    python data/toy/trial.py out/toy/sft/step-000250 out/toy/u/step-000040 [--rrm=FOLDER|FILE.py]
         [--data=FILE] [--tools=search] [--out=FOLDER]
 
 No reward model is used for the first attempts. `shuffled` refines with the critique of another
@@ -37,7 +37,7 @@ def grounded(episode, stage: int) -> bool:
 
 def trial(
     folder: str,
-    rrm: str = "toy",
+    rrm: str = str(Path(__file__).with_name("prepare.py")),
     seed: int = 0,
     data: str = str(Path(__file__).parent / "rl_test.jsonl"),
     tools: str = "search",
@@ -46,20 +46,20 @@ def trial(
     rows = list(JsonlRows(data))
     chat = load_chat(folder)
     engine = engines.HFEngine(folder, chat.stop_ids)
-    judge = reward_model.make_judge(
-        reward_model.RewardModelConfig(rrm, max_context=1024),
+    client = reward_model.open_rrm(
+        reward_model.RewardModelConfig(rrm, max_context=1024, max_tokens=256),
         chat,
         engine=engines.EngineConfig("hf"),
     )
     limits = rollout.Limits(8, 12, 400, 1024, final_tokens=12)
     with contextlib.closing(Toolbox(tools.split(","))) as toolbox:
-        setup = rollout.Setup(engine, chat, toolbox, limits, rule_reward, judge, refine=True)
+        setup = rollout.Setup(engine, chat, toolbox, limits, rule_reward, client, refine=True)
         episodes = asyncio.run(
             rollout.run_chains([(row, (seed, "trial", 0)) for row in rows], setup)
         )
         critiques = [e.attempts[0].critique or "" for e in episodes]
         moved = critiques[1:] + critiques[:1]
-        setup.judge = None
+        setup.rrm = None
         shuffled = asyncio.run(
             rollout.refine_with(episodes, rows, moved, setup, (seed, "shuffled"))
         )

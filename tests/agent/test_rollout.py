@@ -15,7 +15,7 @@ from reagent import engines, reward_model
 from reagent.calls import FORMATS
 from reagent.chat import Chat
 from reagent.engines import Sample
-from reagent.reward_model import Judge
+from reagent.reward_model import RewardModel
 from reagent.rows import seed_of
 from reagent.served import TextChat
 from rollout import Episode, Limits, Setup, append_sample, run_chain, run_chains
@@ -56,14 +56,14 @@ class Script:
         return Sample(new, [-0.5] * len(new), "length" if cut else "stop")
 
 
-def episode_of(*turns, judge=None, refine=False, row=ROW, engine=None, **limits):
+def episode_of(*turns, rrm=None, refine=False, row=ROW, engine=None, **limits):
     limits = Limits(**{"max_turns": 4, "max_context": 4000, "final_tokens": 150, **limits})
 
     def reward(row, answer):
         return (float(answer == "here"), answer == "here")
 
     setup = Setup(
-        engine or Script(*turns), CHAT, Toolbox(["search", "browse"]), limits, reward, judge, refine
+        engine or Script(*turns), CHAT, Toolbox(["search", "browse"]), limits, reward, rrm, refine
     )
     return asyncio.run(run_chain(row, setup, (0, 0, 0)))
 
@@ -81,15 +81,15 @@ def test_an_empty_system_prompt_is_no_turn_and_schemas_in_it_are_not_given_twice
     assert asked[""][0] == [user] and asked["Look ."][0][1:] == [user]
 
 
-def judge_of(*replies, requests=None):
+def rrm_of(*replies, requests=None):
     replies = list(replies)
 
-    async def ask(question, messages, trajectory, seed):
+    async def ask(question, trajectory, text, seed, seconds):
         if requests is not None:
-            requests.append(trajectory)
-        return replies.pop(0)
+            requests.append(text)
+        return {"message": {"content": replies.pop(0)}}
 
-    return Judge(ask)
+    return RewardModel(ask)
 
 
 def sampled(episode):
@@ -109,13 +109,13 @@ def test_the_mask_marks_what_was_sampled_and_nothing_else():
 
 
 def test_an_sft_row_of_the_messages_has_the_ids_and_the_mask_of_the_episode():
-    judge = judge_of(JUDGMENT, JUDGMENT)
+    rrm = rrm_of(JUDGMENT, JUDGMENT)
     episode = episode_of(
         f"<think>\nhm\n</think>\n\n{CALL}",
         "\\boxed{no}",
         CALL,
         "\\boxed{here}",
-        judge=judge,
+        rrm=rrm,
         refine=True,
     )
     ids, mask = CHAT.row(episode.messages, Toolbox(["search", "browse"]).schemas)
@@ -133,7 +133,7 @@ def test_every_prompt_is_a_prefix_of_the_next():
 def test_all_seeds_differ_and_repeat():
     def seeds():
         engine = Script(CALL, "\\boxed{a}", CALL, "\\boxed{b}")
-        episode_of(engine=engine, judge=judge_of(JUDGMENT, JUDGMENT), refine=True)
+        episode_of(engine=engine, rrm=rrm_of(JUDGMENT, JUDGMENT), refine=True)
         return engine.seeds
 
     assert len(set(seeds())) == 4 and seeds() == seeds()
@@ -304,8 +304,8 @@ def test_078_a_made_up_result_spelled_in_several_tokens_is_cut_where_it_begins()
 
 def test_the_refined_attempt_reads_the_critique_and_is_judged_alone():
     requests = []
-    judge = judge_of(JUDGMENT, JUDGMENT.replace("0.5", "0.9"), requests=requests)
-    episode = episode_of("\\boxed{first}", "\\boxed{here}", judge=judge, refine=True)
+    rrm = rrm_of(JUDGMENT, JUDGMENT.replace("0.5", "0.9"), requests=requests)
+    episode = episode_of("\\boxed{first}", "\\boxed{here}", rrm=rrm, refine=True)
     assert "look again" in CHAT.decode(episode.ids)
     assert "look again" not in requests[1] and "first" not in requests[1] and "here" in requests[1]
     assert [a.score for a in episode.attempts] == [0.5, 0.9]
@@ -314,18 +314,20 @@ def test_the_refined_attempt_reads_the_critique_and_is_judged_alone():
 def test_an_invalid_judgment_is_asked_again_at_a_fresh_seed():
     seeds = []
 
-    async def ask(question, messages, trajectory, seed):
+    async def ask(question, trajectory, text, seed, seconds):
         seeds.append(seed)
-        return "what?" if len(seeds) < 3 else JUDGMENT
+        return {"message": {"content": "what?" if len(seeds) < 3 else JUDGMENT}}
 
-    episode = episode_of("\\boxed{here}", judge=Judge(ask))
-    assert episode.attempts[0].score == 0.5 and len(set(seeds)) == 3
+    attempt = episode_of("\\boxed{here}", rrm=RewardModel(ask)).attempts[0]
+    assert (attempt.score, attempt.unread) == (0.5, 2) and len(set(seeds)) == 3
 
 
-def test_a_judge_that_stays_invalid_gives_no_score_and_no_second_stage():
-    judge = judge_of("no", "<score>1</score>", "")
-    episode = episode_of("\\boxed{here}", judge=judge, refine=True)
-    assert len(episode.attempts) == 1 and episode.attempts[0].score is None and judge.failed == 1
+def test_a_reward_model_that_stays_invalid_gives_no_score_and_no_second_stage():
+    rrm = rrm_of("no", "<score>1</score>", "")
+    episode = episode_of("\\boxed{here}", rrm=rrm, refine=True)
+    (attempt,) = episode.attempts
+    assert (attempt.score, attempt.unread) == (None, 3) and (rrm.failed, rrm.unread) == (1, 3)
+    assert "no judgment in a reply" in rrm.problem and "'no'" in rrm.problem
 
 
 def test_a_long_trajectory_is_shortened_inside_tool_results_never_at_the_end():
@@ -483,7 +485,7 @@ def test_the_command_read_reads_by_the_template_of_a_model(tmp_path):
     assert [len(row["errors"]) for row in printed] == [0, 1, 1]
 
 
-@pytest.mark.parametrize("row", [{}, {"turn": 1}, {"content": None}, {"reply": None}, {"x": "y"}])
+@pytest.mark.parametrize("row", [{}, {"turn": 1}, {"reply": None}, {"x": "y"}])
 def test_the_command_read_names_a_row_that_is_none(tmp_path, row):
     done = read(tmp_path, {"turn": ""}, row)
     assert done.returncode == 1 and "rows.jsonl:2: a row has" in done.stderr

@@ -11,7 +11,7 @@ import pytest
 
 from reagent.calls import read_turn
 from reagent.chat import Chat, check_messages
-from reagent.reward_model import JUDGE_REQUEST, RRM_PROMPT, parse_judgment, trajectory_text
+from reagent.reward_model import RRM_PROMPT, RRM_REQUEST, parse_judgment, trajectory_text
 from reagent.rows import check_rl_row
 from tests.helpers.tiny import toy
 from tools import Toolbox
@@ -240,7 +240,7 @@ def test_judged_rows_are_what_the_annotator_says_in_phrases_and_no_critique_stat
         text = toy.judgment_text(row["think"], row["critique"], row["score"])
         assert text == toy.annotate(row["question"], row["trajectory"])
         assert not re.search("|".join(toy.CODES), row["critique"])
-        request = JUDGE_REQUEST.format(
+        request = RRM_REQUEST.format(
             question=row["question"], trajectory=trajectory_text(row["trajectory"])
         )
         ids = CHAT.prompt(

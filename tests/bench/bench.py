@@ -55,7 +55,7 @@ from reagent.policy import (
 )
 from results import plots
 from results.plots import Panel, picture_svg, share_axes
-from tests.helpers.tiny import Alone
+from tests.helpers.tiny import Alone, toy
 from tools import Observation
 
 COLUMNS = ("advantage", "weight", "sampler_logps")
@@ -234,7 +234,6 @@ def make_model(folder: Path, vocab: int, hidden=256, layers=4, ff=256, heads=4, 
 
 def make_tokenizer():
     """The toy's word-level tokenizer."""
-    toy = reward_model.toy_script()
     return toy.make_tokenizer(toy.toy_phrases())
 
 
@@ -588,10 +587,10 @@ class Tools:
 
 
 def found(place: str) -> str:
-    return reward_model.toy_script().found({"docs": FACTS}, place)
+    return toy.found({"docs": FACTS}, place)
 
 
-def demonstration(toy, start: str) -> list[dict]:
+def demonstration(start: str) -> list[dict]:
     """Two lookups and an answer, a critique, the same again."""
     messages, code, _ = toy.lookups({"docs": FACTS}, start, len(FACTS))
     attempt = [
@@ -607,12 +606,11 @@ def demonstration(toy, start: str) -> list[dict]:
     return opening + attempt + [{"role": "user", "content": critique}] + attempt
 
 
-def judgment(toy, start: str) -> str:
+def judgment(start: str) -> str:
     return toy.judgment_text("Ada Bern Cleo Dune Elba Finn Gaza Hugo", f"{toy.DONE}{start}.", 0.55)
 
 
 def task_rows() -> list[dict]:
-    toy = reward_model.toy_script()
     return [
         {"id": s, "question": toy.QUESTION.format(hops=2, start=s), "answer": "17", "kind": "qa"}
         for s in STARTS
@@ -625,18 +623,18 @@ def learned_by_heart(folder: Path, most_steps=400) -> str:
     """
     if (folder / "config.json").is_file():
         return str(folder)
-    toy, tokenizer = reward_model.toy_script(), make_tokenizer()
+    tokenizer = make_tokenizer()
     chat, start = Chat(tokenizer), folder.with_name(folder.name + "-start")
     toy.make_model(start, tokenizer, 0)
     rows = []
     for name in STARTS:
-        messages = demonstration(toy, name)
+        messages = demonstration(name)
         rows.append(Sequence(*chat.row(messages, Tools.schemas)))
         for part in (messages[2:7], messages[8:]):
-            prompt = reward_model.judge_prompt(
+            prompt = reward_model.prompt_ids(
                 chat, messages[1]["content"], reward_model.trajectory_text(part)
             )
-            reply = [*chat.text(judgment(toy, name)), chat.closer_id]
+            reply = [*chat.text(judgment(name)), chat.closer_id]
             rows.append(Sequence(prompt + reply, [0] * len(prompt) + [1] * len(reply)))
     policy = load(str(start))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
@@ -691,9 +689,8 @@ class Agent:
         self.setup = rollout.Setup(
             self.engine, self.chat, Tools(delay), limits, reward, None, refine, temperature
         )
-        self.judge = reward_model.engine_judge(
-            self.engine, self.chat, max_context=1024, max_new_tokens=64
-        )
+        small = reward_model.RewardModelConfig(max_context=1024, max_tokens=64)
+        self.rrm = reward_model.engine_rrm(self.engine, self.chat, small)
         self.jobs = [(rows[i * len(rows) // cfg.rows], (0, "bench", i)) for i in range(cfg.rows)]
 
     async def metered(self, ids, **options):
@@ -701,8 +698,8 @@ class Agent:
         self.sampled += len(sample.ids)
         return sample
 
-    def chains(self, judge=None, jobs=None) -> list[rollout.Episode]:
-        self.setup.judge = judge
+    def chains(self, rrm=None, jobs=None) -> list[rollout.Episode]:
+        self.setup.rrm = rrm
 
         async def one(row, key):
             CHAIN.set(key)
@@ -714,7 +711,7 @@ class Agent:
         """The rest of chains whose first attempt stands: judgment, refined attempt, its
         judgment.
         """
-        self.setup.judge = self.judge
+        self.setup.rrm = self.rrm
 
         async def rest(episode, row, key):
             await rollout.judge_attempt(episode, self.setup, (*key, 1))
@@ -770,7 +767,7 @@ def bench_judge(cfg: Config) -> list[Line]:
     done = agent.judge_and_refine(first)
     asked = [
         len(
-            reward_model.judge_prompt(
+            reward_model.prompt_ids(
                 agent.chat, e.question, reward_model.trajectory_text(e.messages[slice(*a.messages)])
             )
         )
@@ -806,21 +803,21 @@ def bench_idle(cfg: Config) -> list[Line]:
         rng = draws.setdefault(CHAIN.get(), random.Random(repr(CHAIN.get())))
         return rng.lognormvariate(math.log(0.1), 0.5)
 
-    async def ask(question, messages, trajectory, seed):
+    async def ask(question, trajectory, text, seed, seconds):
         await asyncio.sleep(delay())
-        return judgment(toy, STARTS[0])
+        return {"message": {"content": judgment(STARTS[0])}}
 
-    agent, toy = Agent(cfg, delay), reward_model.toy_script()
-    judge, walls, busy, alone = reward_model.Judge(ask), [], [], []
-    agent.chains(judge)
+    agent = Agent(cfg, delay)
+    rrm, walls, busy, alone = reward_model.RewardModel(ask), [], [], []
+    agent.chains(rrm)
     for _ in range(cfg.repeats):
         draws.clear()
         before = agent.engine.busy_seconds
-        walls.append(wall_seconds(lambda: agent.chains(judge)))
+        walls.append(wall_seconds(lambda: agent.chains(rrm)))
         busy.append(agent.engine.busy_seconds - before)
     for job in agent.jobs[:: max(cfg.rows // 8, 1)]:
         draws.clear()
-        alone.append(wall_seconds(lambda: agent.chains(judge, [job])))  # noqa: B023 - called at once
+        alone.append(wall_seconds(lambda: agent.chains(rrm, [job])))  # noqa: B023 - called at once
     wall, work, slowest = statistics.median(walls), statistics.median(busy), max(alone)
     note = (
         f"wall is {wall / max(work, slowest):.2f} of the larger of engine busy {work:.2f} s and "
@@ -886,8 +883,8 @@ class GRPOStep:
     weight sync.
     """
 
-    def __init__(self, cfg: Config, agent: Agent, judge: reward_model.Judge | None):
-        self.agent, self.judge, self.policy, self.cfg = agent, judge, load(agent.folder), cfg
+    def __init__(self, cfg: Config, agent: Agent, rrm: reward_model.RewardModel | None):
+        self.agent, self.rrm, self.policy, self.cfg = agent, rrm, load(agent.folder), cfg
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6)
         self.settings = grpo_unified.Config(max_dlogp=math.inf, temperature=agent.setup.temperature)
         self.spent: dict[str, list[float]] = {"rollout": [], "update": [], "sync": []}
@@ -895,10 +892,10 @@ class GRPOStep:
 
     def __call__(self) -> None:
         clock = [time.perf_counter()]
-        self.episodes = self.agent.chains(self.judge)
+        self.episodes = self.agent.chains(self.rrm)
         clock.append(time.perf_counter())
         group = self.cfg.rows // len(STARTS)
-        grpo_unified.set_rewards(self.episodes, 0.3, self.judge is not None)
+        grpo_unified.set_rewards(self.episodes, 0.3, self.rrm is not None)
         rewards = grpo_unified.reward_tensor(self.episodes, group, lambda a: a.reward)
         advantages = grpo_unified.pooled_advantages(rewards)
         rows = grpo_unified.training_sequences(self.episodes, advantages, group, "seq_mean")
@@ -916,7 +913,7 @@ def bench_step(cfg: Config) -> list[Line]:
     whole.
     """
     agent = Agent(cfg, lambda: 0.05)
-    step = GRPOStep(cfg, agent, agent.judge)
+    step = GRPOStep(cfg, agent, agent.rrm)
     walls = alternate({"": step}, cfg.repeats, wall_seconds)[""]
     tokens = sum(len(e.ids) for e in step.episodes)
     lines = [Line(f"whole step, {cfg.rows} chains, {cfg.engine}, wall", walls, tokens)]

@@ -159,7 +159,7 @@ def test_trl_makes_the_same_update(folder):
 @pytest.mark.slow
 def test_the_agent_knows_its_tasks_by_heart(tmp_path):
     agent = bench.Agent(bench.Config(out_dir=str(tmp_path), rows=4), temperature=0.1)
-    episodes = agent.chains(agent.judge)
+    episodes = agent.chains(agent.rrm)
     assert [[len(a.calls) for a in e.attempts] for e in episodes] == [[2, 2]] * 4
     assert all(a.termination == "answered" and a.score == 1.0 for e in episodes for a in e.attempts)
     assert agent.sampled > sum(sum(e.mask) for e in episodes)  # judgments too

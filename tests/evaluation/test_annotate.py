@@ -12,7 +12,7 @@ import evaluate
 from data import annotate as annotation
 from reagent import reward_model
 from reagent.config import parse_config
-from reagent.reward_model import Judgment
+from reagent.reward_model import Judgment, RewardModelConfig
 from reagent.rows import read_appended
 from results import judging
 from tests.helpers.judge_server import hashed_judgment, judge_server
@@ -26,6 +26,7 @@ LIMITS = [
     "--max_tokens_per_attempt=200",
     "--max_context=600",
     "--teacher.max_context=4000",
+    "--teacher.max_tokens=1000",
     "--temperature=1.0",
 ]
 
@@ -102,7 +103,7 @@ def test_a_line_cut_by_a_kill_is_written_again(world, tmp_path):
 
 
 def test_a_teacher_that_is_not_there_is_named_before_any_work(world, tmp_path):
-    with pytest.raises(SystemExit, match="no judge answers at http://127.0.0.1:9/v1"):
+    with pytest.raises(SystemExit, match="no reward model answers at http://127.0.0.1:9/v1"):
         annotate(world, tmp_path, "http://127.0.0.1:9/v1")
     assert not (tmp_path / "rows.trajectories.jsonl").exists()
 
@@ -148,16 +149,16 @@ def test_a_question_that_is_always_right_is_left_out_and_none_left_is_told(world
 def test_a_changed_setting_is_refused_by_name_and_more_of_the_same_is_taken(world, tmp_path):
     with judge_server() as (url, seen):
         assert len(annotate(world, tmp_path, url, "--limit=2")) == 4
-        for change in ("--temperature=0.9", "--teacher.temperature=0.9", "--teacher.model=other"):
+        for change in ("--temperature=0.9", "--teacher.temperature=0.9", "--teacher.top_p=0.9"):
             with pytest.raises(SystemExit, match=change[2:].partition("=")[0]):
                 annotate(world, tmp_path, url, change)
+        with pytest.raises(SystemExit, match="no model 'other' at"):
+            annotate(world, tmp_path, url, "--teacher.model=other")
         assert len(annotate(world, tmp_path, url)) == len(seen) == 12
 
 
 def test_critique_lift_counts_each_kind_of_critique(world):
     """The judge answers over HTTP; the counts are those of the refined attempts themselves."""
-    from reagent import reward_model
-
     limits = [limit for limit in LIMITS if "teacher" not in limit]
     config = parse_config(evaluate.ReportConfig, [f"--data={world}/rl.jsonl", *limits])
     with (
@@ -168,7 +169,9 @@ def test_critique_lift_counts_each_kind_of_critique(world):
             0.0,
             len(answer or "") % 2 == 1,
         )  # a tiny model is never right by itself
-        lift = evaluate.critique_lift(setup, reward_model.served_judge([url]), rows, run, seed=0)
+        lift = evaluate.critique_lift(
+            setup, reward_model.served_rrm(RewardModelConfig(url)), rows, run, seed=0
+        )
     for name in ("own", "shuffled", "empty"):
         change = (lift[f"lift/{name}/fixed"] - lift[f"lift/{name}/broken"]) / lift["lift/questions"]
         assert lift[f"lift/{name}/refined"] == pytest.approx(lift["lift/first"] + change)
@@ -223,7 +226,10 @@ def test_paired_bootstrap_tells_a_better_judge_from_an_equal_one():
 
 def test_report_says_when_it_has_no_tokenizer_to_count_with(tmp_path):
     toy.write(tmp_path / "rrm.jsonl", [toy.rrm_row(random.Random(0), 0)])
-    with pytest.raises(SystemExit, match="toy is no folder.*--agent=FOLDER"):
+    with pytest.raises(SystemExit, match="prepare.py is no folder.*--agent=FOLDER"):
         evaluate.report_rrm(
-            parse_config(evaluate.ReportConfig, ["--rrm=toy", f"--eval_data={tmp_path}/rrm.jsonl"])
+            parse_config(
+                evaluate.ReportConfig,
+                ["--rrm=data/toy/prepare.py", f"--eval_data={tmp_path}/rrm.jsonl"],
+            )
         )

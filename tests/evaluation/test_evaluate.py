@@ -23,6 +23,7 @@ from results.journal import Entry, Journal, about
 from results.statistics import Chain
 from tests.helpers.chat_server import chat_server
 from tests.helpers.tiny import ROOT, load, toy
+from toolkit.http import Unavailable
 
 SHARED = ROOT.parent / "shared" / "data"
 CASES = ROOT.parent / "shared" / "cases" / "verdicts.jsonl"
@@ -98,7 +99,7 @@ def test_bad_rows_and_names_are_told_before_work_starts(tmp_path, args, told):
     [
         (["--engine=sglang"], "engine = 'sglang': vllm, hf or path/to/file.py:Class"),
         (["--refine"], "--refine needs the reward model"),
-        (["--rrm=toy"], "--rrm is read by --refine alone"),
+        (["--rrm=data/toy/prepare.py"], "--rrm is read by --refine alone"),
         (["--limit=-1"], "limit = -1: not below 0"),
         (["--rolouts=1"], "unknown key 'rolouts'"),
     ],
@@ -641,8 +642,9 @@ def judged(tmp_path, reply, asks, model="judge", patience_s=1.0, cache="cache.sq
     with chat_server(reply, model=model) as (url, seen), asyncio.Runner() as runner:
 
         async def all_of():
-            line = served.Line(url, "JUDGE_API_KEY", patience_s=patience_s)
-            judge = verdicts.AnswerJudge(line, model, str(tmp_path / cache) if cache else "")
+            endpoint = served.endpoint_of(url, "JUDGE_API_KEY")
+            kept = str(tmp_path / cache) if cache else ""
+            judge = verdicts.AnswerJudge(endpoint, model, kept, patience_s=patience_s)
             return [await judge(*ask) for ask in asks], judge
 
         decided, judge = runner.run(all_of())
@@ -710,56 +712,63 @@ def test_086_an_answer_that_is_none_or_blank_is_wrong_without_a_judge():
 
 
 # --------------------------------------------------------------------------------------------------
-# the line to a server
+# what a server serves
 
 
-def ask(reply, patience_s=1.0, times=1):
-    with chat_server(reply) as (url, seen), asyncio.Runner() as runner:
-
-        async def go():
-            line = served.Line(url, "MODEL_API_KEY", patience_s=patience_s)
-            messages = [{"role": "user", "content": "hi"}]
-
-            async def request(client):
-                return served.only_choice(
-                    await client.chat.completions.create(model="tiny", messages=messages)
-                )
-
-            return [(await line.ask(request)).message.content for _ in range(times)]
-
-        try:
-            return runner.run(go()), seen
-        except Exception as error:  # looked at by the test
-            return error, seen
+def look_up(name, how, **server):
+    """What is found out about a server, and what it was asked."""
+    with chat_server(None, **server) as (url, seen), asyncio.Runner() as runner:
+        endpoint = served.endpoint_of(url, "MODEL_API_KEY")
+        return runner.run(served.look_up(endpoint, name, how, patience_s=1.0)), seen
 
 
-def test_proxies_of_the_environment_are_not_used(monkeypatch):
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    assert ask(lambda text, request: "hello")[0] == ["hello"]
-
-
-def test_a_refused_request_is_made_once_and_an_absent_server_is_given_up_in_time():
-    import time
-
-    error, seen = ask(lambda text, request: 400)
-    assert isinstance(error, served.Refused) and error.status == 400 and len(seen) == 1
-    began = time.monotonic()
-    error, seen = ask(lambda text, request: None, patience_s=1.0)
-    assert (
-        isinstance(error, served.ServerDown)
-        and len(seen) > 1
-        and 0.9 < time.monotonic() - began < 6
-    )
+def test_the_only_model_is_asked_and_of_several_one_must_be_named():
+    assert look_up("", "chat")[0].model == "tiny" == look_up("tiny", "chat")[0].model
+    assert look_up("b", "chat", model=["a", "b"])[0].model == "b"
+    for name, told in (("", r"--served_model=NAME at http.*it serves a, b"), ("c", "no model 'c'")):
+        with pytest.raises(SystemExit, match=told):
+            look_up(name, "chat", model=["a", "b"])
 
 
 def test_the_key_of_a_server_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("MODEL_API_KEY", "k-17")
-    line = served.Line("http://127.0.0.1:9/v1", "MODEL_API_KEY")
-    assert (
-        line.client.api_key == "k-17"
-        and served.Line("http://x/v1", "JUDGE_API_KEY").client.api_key == "none"
-    )
+    endpoint = served.endpoint_of("http://127.0.0.1:9/v1", "MODEL_API_KEY")
+    assert endpoint.headers == {"Authorization": "Bearer k-17"}
+    assert served.endpoint_of("http://x/v1", "JUDGE_API_KEY").headers == {}
+    with pytest.raises(SystemExit, match="not an address"):
+        served.endpoint_of("http:/x", "JUDGE_API_KEY")
+
+
+def sample(reply, chat, kind="chat", patience_s=1.0):
+    """One turn of the policy behind a server that answers `reply`."""
+    with chat_server(lambda text, request: reply) as (url, seen), asyncio.Runner() as runner:
+        endpoint = served.endpoint_of(url, "MODEL_API_KEY")
+        found = served.Served("tiny", kind, "tiny", 4096)
+        engine = (served.ChatEngine if kind == "chat" else served.ServedEngine)(
+            endpoint, found, chat, patience_s
+        )
+        ids = chat.prompt([{"role": "user", "content": "hi"}], None)
+        options = dict(max_new_tokens=8, temperature=1.0, seed=1)
+        try:
+            return runner.run(engine.generate(ids, **options)), seen
+        except Unavailable as away:
+            return away, seen
+
+
+def test_a_request_that_is_refused_costs_its_chain_and_a_server_that_is_away_the_run():
+    chat = served.TextChat()
+    refused, seen = sample(400, chat)
+    assert refused.finish_reason == "abort" and len(seen) == 1
+    for reply in (500, b"<html>", b"[]", b'{"choices": [{"message": {"content": 5}}]}', None):
+        away, seen = sample(reply, chat, patience_s=0.4)
+        assert isinstance(away, Unavailable) and len(seen) > 1
+
+
+def test_a_completion_that_holds_no_text_is_no_turn():
+    chat = served.TextChat()
+    for choice in ({"text": 5}, {"text": "a", "token_ids": "b"}, {"finish_reason": "stop"}):
+        body = json.dumps({"choices": [choice]}).encode()
+        assert isinstance(sample(body, chat, "ids", patience_s=0.2)[0], Unavailable)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -818,15 +827,14 @@ def test_outside_text_cannot_open_a_turn_on_the_server():
 
 
 def test_thoughts_and_parsed_calls_of_a_chat_reply_are_joined_back():
-    from types import SimpleNamespace as N
-
-    call = N(function=N(name="search", arguments='{"queries": ["x"]}'))
-    text = served.turn_text(N(content=None, reasoning_content="hm", tool_calls=[call]))
+    call = {"function": {"name": "search", "arguments": '{"queries": ["x"]}'}}
+    text = served.turn_text({"content": None, "reasoning": "hm", "tool_calls": [call]})
     assert (
         text == "<think>\nhm\n</think>\n\n<tool_call>\n"
         '{"name": "search", "arguments": {"queries": ["x"]}}\n</tool_call>'
     )
-    broken = N(function=N(name="search", arguments='{"queries": ["x"'))
-    assert '<tool_call>\n{"queries": ["x"\n</tool_call>' in served.turn_text(
-        N(content="", tool_calls=[broken])
+    call["function"]["arguments"] = '{"queries": ["x"'
+    broken = served.turn_text({"content": "", "tool_calls": [call]})
+    assert broken.endswith(
+        '<tool_call>\n{"name": "search", "arguments": {"queries": ["x"}\n</tool_call>'
     )

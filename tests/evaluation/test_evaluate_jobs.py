@@ -124,7 +124,7 @@ def test_a_finished_run_asks_nothing_and_more_rollouts_only_what_is_missing(worl
         rows = run(world, tmp_path, *served(world, url), "--limit=3", "--rollouts=2")
     assert len(seen) == 12 and len(rows) == 6
     with pytest.raises(
-        SystemExit, match="holds another run .temperature: 0.6 -> 1.0.: give another --out_dir"
+        SystemExit, match="other settings .temperature: 0.6 -> 1.0.: give another --out_dir"
     ):
         run(world, tmp_path, *served(world, url), "--temperature=1.0")
 
@@ -162,6 +162,20 @@ def test_a_server_that_goes_away_stops_the_run_and_marks_no_row(world, tmp_path,
     assert (tmp_path / "a" / "results.jsonl").read_bytes() == (
         tmp_path / "b" / "results.jsonl"
     ).read_bytes()
+
+
+def test_a_server_that_serves_another_model_does_not_go_on_with_the_first_ones_answers(
+    world, tmp_path
+):
+    tokenizer = tokenizer_of(world)
+    with chat_server(knows, tokenizer) as (url, _):
+        run(world, tmp_path, *served(world, url), "--limit=1")
+    with chat_server(knows, tokenizer, model="another") as (url, seen):
+        with pytest.raises(SystemExit, match="other models .model: tiny -> another.: give another"):
+            run(world, tmp_path, *served(world, url))
+        assert seen == []
+    with chat_server(knows, tokenizer) as (url, _):  # at another port
+        assert len(run(world, tmp_path, *served(world, url))) == 4
 
 
 def test_a_server_that_comes_back_in_time_is_waited_for(world, tmp_path):
@@ -326,7 +340,7 @@ def test_invalid_critiques_leave_the_first_answer_and_a_dead_reward_model_stops_
             run(world, tmp_path / "a", *served(world, url), "--refine", f"--rrm={rrm}")
         figures = json.load(open(tmp_path / "a" / "summary.json"))[0]["refine"]
         assert figures["not_refined"] == 4 and figures["o1"] == figures["o2"]
-        with pytest.raises(SystemExit, match="no judge answers at http://127.0.0.1:9"):
+        with pytest.raises(SystemExit, match="no reward model answers at http://127.0.0.1:9"):
             run(
                 world,
                 tmp_path / "b",

@@ -33,14 +33,10 @@ def chat_server(
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            card = {
-                "id": model,
-                "object": "model",
-                "created": 0,
-                "owned_by": "test",
-                "max_model_len": max_model_len,
-            }
-            self.send({"object": "list", "data": [card]})
+            card = {"object": "model", "created": 0, "owned_by": "test"}
+            card["max_model_len"] = max_model_len
+            names = [model] if isinstance(model, str) else model
+            self.send({"object": "list", "data": [{"id": name, **card} for name in names]})
 
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

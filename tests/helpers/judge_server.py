@@ -36,7 +36,7 @@ def serving(handler, port=0):
 @contextmanager
 def judge_server(reply=hashed_judgment, whole=False):
     """Serves; yields (base URL, list of user texts, or of whole requests). `reply(text)` ->
-    content, or an int: that HTTP error."""
+    content, a message, an int: that HTTP error, or bytes: that body."""
     seen = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -55,6 +55,8 @@ def judge_server(reply=hashed_judgment, whole=False):
             content = reply(text)
             if isinstance(content, int):
                 return self.send({"error": {"message": "no"}}, content)
+            if isinstance(content, bytes):
+                return self.send(content)
             message = content if isinstance(content, dict) else {"content": content}
             choice = {
                 "index": 0,
@@ -72,7 +74,7 @@ def judge_server(reply=hashed_judgment, whole=False):
             )
 
         def send(self, body, status=200):
-            data = json.dumps(body).encode()
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))

@@ -371,9 +371,9 @@ def test_the_prompts_of_released_rows_are_what_the_judge_trains_on_and_is_asked_
     ids = train_rrm.judge_ids(CHAT, row, train_rrm.Config(**files))
     assert ids == CHAT.prompt(messages, None)
     with judge_server(whole=True) as (url, requests):
-        config = RewardModelConfig(url, max_context=4000, **files)
-        judge = reward_model.make_judge(config, CHAT, engine=EngineConfig("hf"))
-        assert asyncio.run(judge(row["question"], row["trajectory"], (0,)))
+        config = RewardModelConfig(url, max_tokens=400, max_context=4000, **files)
+        rrm = reward_model.open_rrm(config, CHAT, engine=EngineConfig("hf"))
+        assert asyncio.run(rrm(row["question"], row["trajectory"], (0,)))
     assert requests[0]["messages"] == messages
 
 

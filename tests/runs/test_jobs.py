@@ -134,6 +134,7 @@ GRPO = (
     "--max_dlogp=1e-3",
     "--checkpoint_activations=false",
     "--timeout_s=200",
+    "--rrm.seconds=20",
     "--lr=1e-3",
     "--keep_last=0",
     "--eval_interval=100",
@@ -271,10 +272,7 @@ def test_the_defaults_are_the_papers_recipe_and_what_is_missing_is_named_in_one_
     )
     assert (cfg.temperature, cfg.rrm_weight, cfg.max_turns, cfg.steps) == (0.7, 0.3, 13, 300)
     text = run("grpo_unified.py", ok=False).strip()
-    assert (
-        text == "no file data/reagent/rl_train.jsonl: run python data/reagent/prepare.py "
-        "(or data/toy/prepare.py)"
-    )
+    assert text == "no file data/reagent/rl_train.jsonl: run python data/reagent/prepare.py"
 
 
 @pytest.mark.parametrize(
@@ -288,7 +286,7 @@ def test_the_defaults_are_the_papers_recipe_and_what_is_missing_is_named_in_one_
             ["--rrm=nowhere", "--engine.tensor_parallel=2"],
             "engine.tensor_parallel = 2: serve the reward model nowhere",
         ),
-        (["--rrm=http://127.0.0.1:9/v1"], "no judge answers at http://127.0.0.1:9/v1"),
+        (["--rrm=http://127.0.0.1:9/v1"], "no reward model answers at http://127.0.0.1:9/v1"),
         (["--model=nowhere/at/all"], "no model in nowhere/at/all"),
     ],
 )
@@ -312,7 +310,7 @@ def run_main(args):
 
     cfg = parse_config(grpo_unified.Config, args)
     chat = Chat(load_tokenizer(cfg.model))
-    reward_model.make_judge(cfg.rrm, chat, engine=cfg.engine)
+    reward_model.open_rrm(cfg.rrm, chat, engine=cfg.engine)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +373,7 @@ def test_reagent_u_lifts_the_toy_from_lazy_to_grounded(tmp_path):
         "grpo_unified.py",
         "config/grpo_unified_toy_tiny.py",
         f"--model={tmp_path}/sft/step-000250",
-        "--rrm=toy",
+        "--rrm=data/toy/prepare.py",
         f"--out_dir={tmp_path}/u",
         timeout=2400,
     )

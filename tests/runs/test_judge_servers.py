@@ -105,6 +105,7 @@ def test_one_of_two_servers_killed_in_mid_run_loses_no_judgment(world, tmp_path)
                 "--max_tokens_per_attempt=100",
                 "--max_context=400",
                 "--rrm.max_context=4000",
+                "--rrm.max_tokens=400",
                 "--rrm.max_failures=1.0",
                 "--steps=6",
                 "--save_interval=100",

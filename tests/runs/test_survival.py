@@ -314,11 +314,8 @@ def workers(launcher):
 
 def test_a_rank_that_hangs_is_named_with_the_phase(world, tmp_path):
     with judge_server() as (url, _):
-        process = start(
-            two_ranks(
-                world, tmp_path / "run", url, "--steps=500", "--save_interval=1000", "--timeout_s=6"
-            )
-        )
+        more = ("--steps=500", "--save_interval=1000", "--timeout_s=6", "--rrm.seconds=3")
+        process = start(two_ranks(world, tmp_path / "run", url, *more))
         wait_for(tmp_path / "run" / "episodes" / "step-000001.jsonl", process)
         hung, text = workers(process)[1], ""
         os.kill(hung, signal.SIGSTOP)
@@ -415,7 +412,34 @@ def test_a_step_whose_judgments_fail_beyond_the_limit_stops_with_one_line(world,
         pytest.raises(SystemExit) as stopped,
     ):
         in_this_process(world, tmp_path, url, "--steps=2")
-    assert "4 of 4 judgments failed, more than rrm.max_failures = 0.2" in str(stopped.value)
+    text = str(stopped.value)
+    assert "4 of 4 judgments failed, more than rrm.max_failures = 0.2" in text
+    assert "The first problem: no judgment in a reply" in text and "no judgment today" in text
+
+
+def test_odd_and_unreadable_replies_of_the_reward_model_cost_nothing_and_are_counted(
+    world, tmp_path
+):
+    asked = []
+
+    def moody(text):
+        asked.append(text)
+        if len(asked) in (3, 4):
+            return "What a fine attempt!"
+        return b"<html>busy</html>" if len(asked) == 6 else hashed_judgment(text)
+
+    with judge_server(moody) as (url, _):
+        in_this_process(world, tmp_path, url, "--steps=1")
+    (line,) = (json.loads(line) for line in open(tmp_path / "log.jsonl"))
+    assert (line["judge/failed"], line["judge/invalid"]) == (0, 2)
+    wrong = line["judge/invalid/wrong"]  # all attempts of this tiny agent are
+    assert wrong == pytest.approx(2 / line["judge/asked"]) and "judge/invalid/right" not in line
+
+
+def test_a_wrong_key_for_the_reward_model_ends_the_run_with_the_servers_words(world, tmp_path):
+    with judge_server(lambda text: 401) as (url, seen), pytest.raises(SystemExit) as stopped:
+        in_this_process(world, tmp_path, url, "--steps=2")
+    assert "Refused: 401 " in str(stopped.value) and '"no"' in str(stopped.value)
 
 
 def test_the_kl_term_is_zero_at_the_start_and_holds_the_policy_back(world, tmp_path):

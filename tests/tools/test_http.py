@@ -219,6 +219,17 @@ def test_a_body_refused_before_it_is_read_gives_the_servers_words():
             http.now(endpoint.ask("/x", {"a": "b" * (30 << 20)}, seconds=5))
 
 
+def test_a_host_is_asked_at_its_next_address_where_the_first_is_closed(monkeypatch):
+    def found(host, port, *_, **__):
+        kinds = ("127.0.0.2", "127.0.0.1")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (kind, port)) for kind in kinds]
+
+    with web_server({"*": answer({"ok": 1})}) as server:
+        monkeypatch.setattr(socket, "getaddrinfo", found)
+        endpoint = Endpoint(f"http://endpoint.example:{server.host.split(':')[1]}")
+        assert http.now(endpoint.ask("/x", seconds=5)) == {"ok": 1}
+
+
 # --------------------------------------------------------------------------------------------------
 # insisting
 
