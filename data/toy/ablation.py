@@ -1,10 +1,11 @@
 """The ablation on the toy: what each part of Reagent-U is worth. `make ablation` runs it after
 `make demo`.
 
-    python data/toy/ablation.py [--seeds=5] [--sft=FOLDER] [--rrm=FOLDER|FILE.py] [--out=FOLDER]
+    python data/toy/ablation.py [--seeds=5] [--sft=FOLDER] [--out=FOLDER] [--blocks=toy,hard]
 
-All runs of a world start from the same agent and have the same judge, by default the rule
-annotator: the toy, and its harder form (prepare.py --hard). Every run is a process of its own on
+Four blocks: the toy and its harder form (prepare.py --hard), each with the rule annotator's score,
+which counts every look-up, and with one that says only right-and-grounded or not (verdict.py, same
+critique). All runs of a world start from the same agent. Every run is a process of its own on
 one core, two at a time; what is finished is not run again. Reagent-U samples twice the attempts of
 R and rule a step, so those two run twice the steps: "R" is at equal steps, "R, 2x steps" at equal
 attempts. Writes table.md and curves.svg into `out`.
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -38,16 +39,11 @@ ARMS = {
     "U, drop rule_equal": ["--drop=rule_equal"],
 }
 TWICE = ("rule", "rule, token mean", "R")  # one attempt a chain: these also run to 2 * STEPS
-COLUMNS = (
-    "first",
-    "grounded",
-    "refined",
-    "calls",
-    "steps to .9",
-    "attempts to .9",
-    "score of wrong",
-    "CPU-s",
-)
+# of the 0/1 score: what it leaves R and what the critique gives U
+VERDICT_ARMS = ("rule", "R", "U", "U, per-stage pools", "U, lambda 0", "U, fixed critique")
+TRIED = ("first", "first, T .3", "grounded", "refined", "calls")
+LEVELS = (0.5, 0.7, 0.9)
+COLUMNS = (*TRIED, *(f"steps to {x}" for x in LEVELS), "attempts to 0.7", "score of wrong", "CPU-s")
 
 
 def per_step(arm: str) -> int:
@@ -69,11 +65,18 @@ def cpu_seconds(command: list[str], log: Path) -> float:
 
 @dataclass(frozen=True)
 class World:
-    """Where a world's rows lie, the agent that all its runs start from, and the tools they have."""
+    """Where a block's rows lie, the agent that all its runs start from, their tools and reward
+    model.
+    """
 
     data: Path
     sft: str
     tools: str
+    rrm: str = "data/toy/prepare.py"
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return VERDICT_ARMS if self.rrm.endswith("verdict.py") else tuple(ARMS)
 
 
 def make_worlds(out: Path, sft: str) -> dict[str, World]:
@@ -98,28 +101,43 @@ def make_worlds(out: Path, sft: str) -> dict[str, World]:
             ],
             hard / "run.log",
         )
-    return {
+    blocks = {
         "toy": World(ROOT / "data/toy", sft, "search"),
         "hard": World(hard, str(end), "search,python"),
     }
+    for name in list(blocks):
+        blocks[f"{name} 0-1"] = replace(blocks[name], rrm="data/toy/verdict.py")
+    return blocks
 
 
-def try_out(world: World, judge: str, agents: list[str], out: Path) -> list[dict]:
-    """The figures of the agents on the world's held-out questions."""
+def try_out(world: World, agents: list[str], out: Path) -> list[dict]:
+    """The figures of the agents on the world's held-out questions, at temperatures 1 and .3."""
     command = [
         sys.executable,
-        "data/toy/trial.py",
-        *agents,
-        f"--rrm={judge}",
+        "data/trial.py",
+        "config/trial_toy.py",
+        f"--agents={','.join(agents)}",
+        f"--rrm={world.rrm}",
         f"--data={world.data}/rl_test.jsonl",
+        f"--tools={world.tools}",
     ]
-    if not (out / "trial.json").is_file():
-        cpu_seconds([*command, f"--tools={world.tools}", f"--out={out}"], out / "run.log")
-    figures = json.loads((out / "trial.json").read_text())
-    return [figures[agent] for agent in agents]
+    found = []
+    for name, temperature in (("warm", 1.0), ("cool", 0.3)):
+        folder = out / name
+        if not (folder / "trial.json").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            options = [f"--temperature={temperature}", f"--out={folder}"]
+            cpu_seconds([*command, *options], out / "run.log")
+        found.append(json.loads((folder / "trial.json").read_text()))
+    warm, cool = found
+    figures = []
+    for agent in agents:
+        one = {name: round(figure[0], 3) for name, figure in warm[agent].items()}
+        figures.append(one | {"first, T .3": round(cool[agent]["first"][0], 3)})
+    return figures
 
 
-def run(world: World, judge: str, arm: str, seed: int, out: Path) -> None:
+def run(world: World, arm: str, seed: int, out: Path) -> None:
     """One run of an arm and the trial of its checkpoints -> result.json in `out`."""
     if (out / "result.json").is_file():
         return
@@ -132,7 +150,7 @@ def run(world: World, judge: str, arm: str, seed: int, out: Path) -> None:
         "config/grpo_unified_toy_tiny.py",
         *ARMS[arm],
         f"--model={world.sft}",
-        f"--rrm={judge}",
+        f"--rrm={world.rrm}",
         f"--data={world.data}/rl_train.jsonl",
         "--eval_data=",
         f"--tools={world.tools}",
@@ -151,7 +169,7 @@ def run(world: World, judge: str, arm: str, seed: int, out: Path) -> None:
     # of a run that was stopped and went on, only the last process is known
     result = {
         "cpu_seconds": None if resumed else seconds,
-        "trials": try_out(world, judge, ends, out),
+        "trials": try_out(world, ends, out),
     }
     (out / "result.json").write_text(json.dumps(result))
 
@@ -175,12 +193,13 @@ def figures_of(folders: list[Path], arm: str, twice: bool) -> dict[str, list]:
             list(whole_rows(folder / "log.jsonl")),
         )
         log = log if twice else log[:STEPS]
-        tried, reached = result["trials"][twice], steps_to(log)
+        tried, reached = result["trials"][twice], {x: steps_to(log, x) for x in LEVELS}
         wrong = [line["score/wrong"] for line in log[-5:] if "score/wrong" in line]
-        for name in ("first", "grounded", "refined", "calls"):
+        for name in TRIED:
             values[name].append(tried[name])
-        values["steps to .9"].append(reached)
-        values["attempts to .9"].append(reached and reached * per_step(arm))
+        for level, step in reached.items():
+            values[f"steps to {level}"].append(step)
+        values["attempts to 0.7"].append(reached[0.7] and reached[0.7] * per_step(arm))
         values["score of wrong"].append(statistics.mean(wrong) if wrong else None)
         seconds = result["cpu_seconds"]
         values["CPU-s"].append(seconds and seconds * (1 if twice or arm not in TWICE else 0.5))
@@ -225,8 +244,10 @@ def write_results(out: Path, before: dict[str, dict], seeds: int) -> str:
             "|---" * (len(COLUMNS) + 1) + "|",
         ]
         text.append(
-            f"| SFT (refined: Reagent-C) | {start['first']} | {start['grounded']} | "
-            f"{start['refined']} | {start['calls']}" + " | -" * 4 + " |"
+            "| SFT (refined: Reagent-C) | "
+            + " | ".join(str(start[column]) for column in TRIED)
+            + " | -" * (len(COLUMNS) - len(TRIED))
+            + " |"
         )
         for arm in ARMS:
             folders = [
@@ -257,7 +278,7 @@ def main(argv: list[str]) -> None:
         "seeds": "5",
         "out": "out/toy/ablation",
         "sft": "out/toy/sft/step-000250",
-        "rrm": "data/toy/prepare.py",
+        "blocks": "",
     }
     given = dict(arg.removeprefix("--").partition("=")[::2] for arg in argv)
     if set(given) - set(options):
@@ -266,19 +287,20 @@ def main(argv: list[str]) -> None:
     out, seeds = Path(options["out"]), int(options["seeds"])
     if not Path(options["sft"]).is_dir():
         raise SystemExit(f"no {options['sft']}: run make demo first, or give --sft=FOLDER")
-    judge, before = options["rrm"], {}
-    worlds = make_worlds(out, options["sft"])
-    for name, world in worlds.items():
-        (out / name / "sft").mkdir(parents=True, exist_ok=True)
-        (before[name],) = try_out(world, judge, [world.sft], out / name / "sft")
+    worlds, before = make_worlds(out, options["sft"]), {}
+    chosen = options["blocks"].split(",") if options["blocks"] else list(worlds)
+    if unknown := set(chosen) - set(worlds):
+        raise SystemExit(f"--blocks: no {', '.join(unknown)}; there are {', '.join(worlds)}")
+    for name in chosen:
+        (before[name],) = try_out(worlds[name], [worlds[name].sft], out / name / "sft")
     with ThreadPoolExecutor(max_workers=2) as pool:
         jobs = [
             pool.submit(
-                run, world, judge, arm, seed, out / name / arm.replace(" ", "_") / str(seed)
+                run, worlds[name], arm, seed, out / name / arm.replace(" ", "_") / str(seed)
             )
             for seed in range(seeds)
-            for name, world in worlds.items()
-            for arm in ARMS
+            for name in chosen
+            for arm in worlds[name].arms
         ]
         for done, job in enumerate(jobs, 1):
             job.result()

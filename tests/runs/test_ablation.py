@@ -19,7 +19,7 @@ def test_a_cell_has_mean_and_deviation_and_tells_how_many_seeds_have_a_value():
 
 def finished(folder, first, steps):
     folder.mkdir(parents=True)
-    trial = {"first": first, "grounded": first, "refined": 1.0, "shuffled": 0.1, "calls": 4.0}
+    trial = {"first": first, "first, T .3": first, "grounded": first, "refined": 1.0, "calls": 4.0}
     (folder / "result.json").write_text(
         json.dumps({"cpu_seconds": 100.0, "trials": [trial, trial | {"first": 1.0}]})
     )
@@ -33,7 +33,7 @@ def finished(folder, first, steps):
 def test_equal_steps_and_equal_attempts_are_two_rows_of_one_run(tmp_path):
     for seed, first in enumerate((0.4, 0.6)):
         finished(tmp_path / "toy" / "R" / str(seed), first, 2 * ablation.STEPS)
-    before = {"toy": {"first": 0.1, "grounded": 0.0, "refined": 0.9, "calls": 1.5}}
+    before = {"toy": dict.fromkeys(ablation.TRIED, 0.9)}
     text = ablation.write_results(tmp_path, before, seeds=2).splitlines()
     rows = {
         line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in text if line.startswith("| ")
@@ -48,7 +48,5 @@ def test_equal_steps_and_equal_attempts_are_two_rows_of_one_run(tmp_path):
 def test_a_finished_run_is_not_run_again(tmp_path):
     finished(tmp_path / "run", 0.5, 3)
     before = (tmp_path / "run" / "result.json").read_bytes()
-    ablation.run(
-        ablation.World(tmp_path, "no model here", "search"), "toy", "U", 0, tmp_path / "run"
-    )
+    ablation.run(ablation.World(tmp_path, "no model here", "search"), "U", 0, tmp_path / "run")
     assert (tmp_path / "run" / "result.json").read_bytes() == before

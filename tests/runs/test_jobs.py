@@ -360,10 +360,16 @@ def test_reagent_u_lifts_the_toy_from_lazy_to_grounded(tmp_path):
     """One seed of the demo: at most 0.5 after SFT, refined by its own critique 0.15 above, by
     others' 0.05; 0.9 after U.
     """
-    trial = __import__("importlib").import_module("data.toy.trial").trial
+    from data import trial as trials
+
+    def trial(agent: str) -> dict:
+        given = ["config/trial_toy.py", "--rrm=data/toy/prepare.py"]
+        figures, _ = trials.trial(agent, parse_config(trials.Config, given))
+        return {name: mean for name, (mean, *_) in figures.items()}
+
     run("data/toy/prepare.py")
     torchrun("sft.py", "config/sft_toy_tiny.py", f"--out_dir={tmp_path}/sft", timeout=1200)
-    before, _ = trial(f"{tmp_path}/sft/step-000250")
+    before = trial(f"{tmp_path}/sft/step-000250")
     assert (
         before["first"] <= 0.5
         and before["refined"] >= before["first"] + 0.15
@@ -377,5 +383,5 @@ def test_reagent_u_lifts_the_toy_from_lazy_to_grounded(tmp_path):
         f"--out_dir={tmp_path}/u",
         timeout=2400,
     )
-    after, _ = trial(f"{tmp_path}/u/step-000040")
+    after = trial(f"{tmp_path}/u/step-000040")
     assert after["first"] >= 0.9 and after["grounded"] >= 0.9 and after["refined"] >= after["first"]

@@ -1,0 +1,16 @@
+"""The toy's rule annotator with a score that says only whether an attempt is right and grounded
+(1) or not (0); the critique is the same: `--rrm=data/toy/verdict.py`.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[2])]
+from data.toy import prepare
+
+
+def annotate(question: str, messages: list[dict]) -> str:
+    text = prepare.annotate(question, messages)
+    score = float(re.search(r"<score>(.*)</score>", text)[1])
+    return re.sub(r"<score>.*</score>", f"<score>{float(score == 1.0):.2f}</score>", text)

@@ -1,0 +1,124 @@
+"""Tries agents on held-out questions of any world: first attempts, refined ones, and what the
+critique is worth.
+
+    python data/trial.py config/trial_toy.py --agents=out/toy/sft/step-000250,out/toy/u/step-000040
+    python data/trial.py config/trial_atlas_135m.py --agents=FOLDER --closed_book
+
+`grounded`: right, and the answer stood in a tool result before it was given; `shuffled`: refined
+after the critique of another question; `limit`: first attempts that ended at a limit; `closed`:
+without tools. Each with its 95 % interval; the first column also by hops, where rows say how many.
+"""
+
+import json
+import random
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import rollout
+from evaluate import Common, agent_at_work
+from reagent.config import parse_config, read_prompt
+from reagent.reward_model import RewardModelConfig, open_rrm
+from results.statistics import mean_interval
+from tools import Toolbox
+
+
+@dataclass
+class Config(Common):
+    agents: str = ""  # folders, separated by commas
+    rrm: RewardModelConfig = RewardModelConfig()  # its critiques are read by the refined attempts
+    prompt_file: str = ""  # another system prompt
+    closed_book: bool = False  # also without tools
+    transcripts: int = 3  # printed of the first agent
+    out: str = ""  # folder of trial.json; "": the one that holds the last agent
+
+
+def grounded(episode) -> bool:
+    """The first attempt is right and its answer stood in a tool result before."""
+    attempt = episode.attempts[0]
+    if not attempt.correct:
+        return False
+    answer = re.compile(rf"(?<!\w){re.escape(attempt.answer)}(?!\w)")
+    results = [m for m in episode.messages[: attempt.messages[1]] if m["role"] == "tool"]
+    return any(answer.search(message["content"]) for message in results)
+
+
+def trial(folder: str, cfg: Config) -> tuple[dict, list]:
+    """-> ({column: [mean, low, high]}, episodes with the reward model's own critiques)."""
+    with agent_at_work(cfg, folder) as (setup, rows, run):
+        prompt = read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
+        rrm = open_rrm(cfg.rrm, setup.chat, engine=cfg.engine)
+        setup = replace(setup, system_prompt=prompt, rrm=rrm, refine=True)
+        jobs = [(row, (cfg.seed, "trial", 0)) for row in rows]
+        episodes = run(rollout.run_chains(jobs, setup))
+        own = [episode.attempts[0].critique or "" for episode in episodes]
+        setup = replace(setup, rrm=None)
+        moved = rollout.refine_with(
+            episodes, rows, own[1:] + own[:1], setup, (cfg.seed, "shuffled")
+        )
+        shuffled = run(moved)
+        closed = []
+        if cfg.closed_book:
+            alone = replace(setup, toolbox=Toolbox([]), refine=False)
+            closed = run(rollout.run_chains(jobs, alone))
+    firsts = [episode.attempts[0] for episode in episodes]
+    columns = {
+        "first": [attempt.correct for attempt in firsts],
+        "grounded": [grounded(episode) for episode in episodes],
+        "calls": [len(attempt.calls) for attempt in firsts],
+        "refined": [episode.attempts[-1].correct for episode in episodes],
+        "shuffled": [episode.attempts[-1].correct for episode in shuffled],
+        "limit": [attempt.termination.endswith("_limit") for attempt in firsts],
+        "closed": [episode.attempts[0].correct for episode in closed],
+    }
+    for episode, attempt in zip(episodes, firsts):
+        if hops := episode.meta.get("hops"):
+            columns.setdefault(f"{hops} hops", []).append(attempt.correct)
+    figures = {name: mean_interval(map(float, values)) for name, values in columns.items()}
+    return {name: figure for name, figure in figures.items() if figure}, episodes
+
+
+def transcript(episode) -> str:
+    """One chain for a terminal: attempt, critique, refined attempt."""
+    lines = [f"Question: {episode.question}   (answer: {', '.join(episode.gold)})"]
+    for stage, attempt in enumerate(episode.attempts):
+        lines.append(("FIRST ATTEMPT", "REFINED ATTEMPT")[stage])
+        for message in episode.messages[slice(*attempt.messages)]:
+            lines += [f"  {message['role']:9} {line}" for line in message["content"].splitlines()]
+        lines.append(f"  -> {'right' if attempt.correct else 'wrong'}, score {attempt.score}")
+        if stage == 0 and attempt.critique:
+            lines.append(f"CRITIQUE  {attempt.critique}")
+    return "\n".join(lines)
+
+
+def fixed_first(episodes: list, count: int) -> list:
+    """Episodes that refinement fixed, then others; which of them is drawn."""
+    whole = [episode for episode in episodes if len(episode.attempts) > 1]
+    random.Random(0).shuffle(whole)
+    fixed = [e for e in whole if not e.attempts[0].correct and e.attempts[1].correct]
+    return (fixed + [e for e in whole if e not in fixed])[:count]
+
+
+def main(cfg: Config) -> None:
+    folders = [folder for folder in cfg.agents.split(",") if folder]
+    if not folders or not cfg.rrm.source:
+        raise SystemExit("trial needs --agents=FOLDER[,FOLDER] and --rrm")
+    table = {folder: trial(folder, cfg) for folder in folders}
+    figures, episodes = table[folders[-1]]
+    for n, episode in enumerate(fixed_first(episodes, cfg.transcripts), 1):
+        print(f"\n--- transcript {n}: {folders[-1]}\n{transcript(episode)}")
+    print(f"\n{len(episodes)} held-out questions; ± half of the 95 % interval")
+    print(f"{'':32}" + "".join(f"{name:>14}" for name in figures))
+    for folder, (figures, _) in table.items():
+        cells = [f"{mean:.3f} ±{(high - low) / 2:.3f}" for mean, low, high in figures.values()]
+        print(f"{folder:32}" + "".join(f"{cell:>14}" for cell in cells))
+    out = Path(cfg.out or Path(folders[-1]).parent)
+    kept = {folder: figures for folder, (figures, _) in table.items()}
+    (out / "trial.json").write_text(json.dumps(kept, indent=1))
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, sys.argv[1:]))
