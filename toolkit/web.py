@@ -21,6 +21,7 @@ import random
 import re
 import socket
 import sqlite3
+import subprocess
 import threading
 import time
 import urllib.parse
@@ -37,6 +38,7 @@ from toolkit.text import after_thoughts, spoken
 
 MOST_BYTES = 10 << 20  # of a page, before and after decompression
 MOST_REDIRECTS = 5
+LOOK_UP_S = 10.0  # seconds for the address of a name
 MOST_CHARS = 500_000  # of a page's text
 PORTS = {"http": 80, "https": 443}
 IN_ADDRESSES = "%/:=&?~+!$,;'@()*[]"  # stay as they are when an address is quoted
@@ -84,7 +86,24 @@ class Target:
         return f"{self.scheme}://{host}{port}{self.path}"
 
 
-def checked(url: str, allow=frozenset(), resolve=socket.getaddrinfo) -> Target:
+def look_up(host: str, port: int, type: int, seconds: float = LOOK_UP_S) -> list:
+    """As socket.getaddrinfo, in a process that can be killed: a name server that the model chose
+    with the host may keep one waiting.
+    """
+    try:
+        command = ["getent", "ahosts", "--", host]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=max(seconds, 0))
+    except FileNotFoundError:  # not a GNU system
+        return socket.getaddrinfo(host, port, type=type)
+    except subprocess.TimeoutExpired as error:
+        raise ToolError(f"{host[:200]} took too long to look up.") from error
+    lines = [line.split() for line in said.stdout.splitlines()]
+    if not lines:
+        raise socket.gaierror(f"{host[:200]} is not known")
+    return [(0, type, 0, "", (line[0], port)) for line in lines if line[1] == "STREAM"]
+
+
+def checked(url: str, allow=frozenset(), resolve=look_up) -> Target:
     """A URL of the model, judged, or ToolError; `allow`: host:port beyond the public web."""
     url = url.strip()
     shown = repr(url[:200])
@@ -154,11 +173,13 @@ HEADERS["Accept"] = "text/html,application/pdf,*/*;q=0.5"
 
 
 def fetch(
-    url, *, seconds: float, most_bytes=MOST_BYTES, allow=frozenset(), resolve=socket.getaddrinfo
+    url, *, seconds: float, most_bytes=MOST_BYTES, allow=frozenset(), resolve=look_up
 ) -> Page:
     """Opens a page in `seconds`, each redirect checked as the URL is. ToolError | ToolFault."""
     deadline, hops = time.monotonic() + seconds, []
     while len(hops) <= MOST_REDIRECTS:
+        if time.monotonic() > deadline:
+            raise ToolError(f"{url[:300]} took too long to open.")
         target = checked(url, allow, resolve)
         hops.append(target.url)
         within = dict(seconds=deadline - time.monotonic(), most_bytes=most_bytes)

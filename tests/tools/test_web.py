@@ -5,6 +5,7 @@ on the tools.
 import gzip
 import itertools
 import json
+import os
 import socket
 import ssl
 import subprocess
@@ -12,6 +13,8 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -385,6 +388,30 @@ def test_a_certificate_is_checked_against_the_name_in_the_url(
             with pytest.raises(ToolError, match="(?i)certificate"):
                 ask()
     http._tls.cache_clear()
+
+
+def test_a_look_up_that_hangs_is_killed(tmp_path, monkeypatch):
+    (tmp_path / "getent").write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    (tmp_path / "getent").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    began = time.monotonic()
+    with pytest.raises(ToolError, match="took too long to look up"):
+        checked("http://a.org/", resolve=partial(web.look_up, seconds=0.5))
+    assert time.monotonic() - began < 5
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["localhost", "127.1", "2130706433", "::1", "no.such.invalid", "-x"]
+)
+def test_a_look_up_finds_what_the_library_finds(name):
+    def addresses(resolve):
+        try:
+            return {found[4][0] for found in resolve(name, 80, type=socket.SOCK_STREAM)}
+        except OSError:
+            return set()
+
+    assert addresses(web.look_up) == addresses(socket.getaddrinfo)
 
 
 def test_no_name_resolution_at_all_is_a_fault_and_one_unknown_name_an_error():

@@ -1,0 +1,57 @@
+"""requirements*.lock: everything that requirements*.txt bring, by version and hash."""
+
+import re
+from importlib import metadata
+
+import pytest
+
+from tests.helpers.tiny import ROOT
+
+LEFT_OUT = {"torch"}  # of the CPU locks: the build that the machine takes goes before them
+
+
+def names(path):
+    """{name: version} of a list of requirements, with those that it includes."""
+    found = {}
+    for line in path.read_text().splitlines():
+        if line.startswith("-r "):
+            found |= names(path.parent / line[3:])
+        elif match := re.match(r"([\w.-]+)==([^\s;\\]+)", line):
+            found[normal(match[1])] = match[2]
+    return found
+
+
+def normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("kind", ["", "-test", "-gpu"])
+def test_a_lock_holds_what_is_asked_for_at_its_version_with_hashes(kind):
+    lock = ROOT / f"requirements{kind}.lock"
+    locked, asked = names(lock), names(ROOT / f"requirements{kind}.txt")
+    left_out = set() if kind == "-gpu" else LEFT_OUT
+    missing = {name: version for name, version in asked.items() if locked.get(name) != version}
+    assert set(missing) <= left_out, "run make locks"
+    entries = re.split(r"\n(?=[\w.-]+==)", lock.read_text())[1:]
+    assert len(entries) == len(locked) and all("--hash=sha256:" in entry for entry in entries)
+
+
+def test_the_laptop_and_the_tests_have_the_same_versions():
+    laptop, tests = names(ROOT / "requirements.lock"), names(ROOT / "requirements-test.lock")
+    assert laptop.items() <= tests.items()
+
+
+@pytest.mark.parametrize("kind", ["", "-test"])
+def test_a_lock_leaves_nothing_to_be_resolved(kind):
+    """pip installs it with --no-deps: what the packages of the list need is in it too."""
+    locked = set(names(ROOT / f"requirements{kind}.lock")) | LEFT_OUT
+    locked |= {"torchvision", "torchaudio", "torchcodec"}  # their builds do not fit a CPU build
+    for name in locked:
+        try:
+            needs = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        for need in needs:
+            wanted, _, marker = need.partition(";")
+            if not marker:
+                assert normal(re.match(r"[\w.-]+", wanted)[0]) in locked, f"{name} needs {wanted}"
