@@ -51,9 +51,7 @@ def _utf8(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-_TAGS = tuple(
-    f"<{slash}{name}>" for name in ("tool_call", "tool_response", "think") for slash in ("", "/")
-)
+_TAGS = [f"<{x}>" for name in ("tool_call", "tool_response", "think") for x in (name, "/" + name)]
 
 # what a template is tried with before a run
 _KINDS = {"texts": {"type": "array", "items": {"type": "string"}}, "note": {"type": "string"}}
@@ -72,11 +70,9 @@ _MARK = "\ue000{}\ue001"
 
 
 class Chat:
-    """Renders turns with the model's own chat template, append-only: what was rendered once is
-    never rendered again.
+    """Renders turns with the model's own chat template; what was rendered once never is again.
 
-    Template text and text from outside are encoded apart: outside text can never become a control
-    token.
+    Text from outside is encoded apart from the template's: it can never become a control token.
     """
 
     def __init__(self, tokenizer, tools: bool = True):
@@ -289,32 +285,24 @@ class Chat:
                 problem = str(error)
         return problem
 
-    def row(
-        self, messages: list[dict], tools: list[dict] | None = None
-    ) -> tuple[list[int], list[int]]:
-        """An SFT row -> (ids, mask): as if the policy had sampled the assistant turns with their
-        closers.
+    def row(self, messages: list[dict], tools: list[dict] | None = None) -> tuple[list, list]:
+        """An SFT row -> (ids, mask), as if the policy had sampled the assistant turns and closers.
 
         Turns after the last assistant turn are left out: nothing in them is trained.
         """
         problem = check_messages(messages)
         if problem:
             raise ValueError(problem)
-        first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        ids = self.prompt(messages[:first], tools)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        ids = self.prompt(messages[: turns[0]], tools)
         mask = [0] * len(ids)
-        while first < len(messages):
-            text = translated(assistant_text(messages[first], self.calls), self.calls)
+        for at, then in zip(turns, [*turns[1:], None]):
+            text = translated(assistant_text(messages[at], self.calls), self.calls)
             turn = [*self.text(self.sampled(text)), self.closer_id]
-            then = next(
-                (i for i in range(first + 1, len(messages)) if messages[i]["role"] == "assistant"),
-                None,
-            )
-            between = self.fragment(messages[first + 1 : then])[1:] if then else []
+            between = self.fragment(messages[at + 1 : then])[1:] if then else []
             ids += turn + between
-            trained = int(messages[first].get("trained", True))
+            trained = int(messages[at].get("trained", True))
             mask += [trained] * len(turn) + [0] * len(between)
-            first = then or len(messages)
         return ids, mask
 
     def sampled(self, text: str) -> str:
@@ -339,10 +327,8 @@ class Chat:
 def _roles(messages: list[dict], allowed: tuple[str, ...]) -> tuple[str, ...]:
     for i, message in enumerate(messages):
         if message["role"] not in allowed:
-            raise ValueError(
-                f"message {i}: role {message['role']!r}, here only {' and '.join(allowed)} can "
-                "stand"
-            )
+            known = f"here only {' and '.join(allowed)} can stand"
+            raise ValueError(f"message {i}: role {message['role']!r}, {known}")
     return tuple(message["role"] for message in messages)
 
 
@@ -355,17 +341,14 @@ def check_messages(messages) -> str | None:
         if not isinstance(message, dict) or message.get("role") not in known:
             return f"message {i}: the role is system, user, assistant or tool"
         content = message.get("content")
-        if not isinstance(content, str) and not (
-            content is None and message["role"] == "assistant"
-        ):
+        silent = content is None and message["role"] == "assistant"
+        if not silent and not isinstance(content, str):
             return f"message {i}: 'content' is a text, not {type(content).__name__}"
         try:
             assistant_text(message)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            return (
-                f"message {i}: tool_calls or reasoning_content cannot be read "
-                f"({type(error).__name__}: {error})"
-            )
+            why = f"{type(error).__name__}: {error}"
+            return f"message {i}: tool_calls or reasoning_content cannot be read ({why})"
     roles = [m["role"] for m in messages]
     if not any(m["role"] == "assistant" and m.get("trained", True) for m in messages):
         return "no assistant turn to train on"

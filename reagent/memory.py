@@ -1,6 +1,4 @@
-"""The memory plan of a trainer: what a rank's card and its host hold, phase by phase, by parts;
-printed before anything is loaded, refused where it cannot fit.
-"""
+"""The memory plan of a trainer, by phase and part of a rank's card; printed before any loading."""
 
 import os
 from pathlib import Path
@@ -96,9 +94,7 @@ def memory_plan(
 
 
 def too_large(plan: dict, room: dict[str, float]) -> str:
-    """The sentence that says which phase does not fit; "": all do. room: phase -> bytes, "card" for
-    all that are not named.
-    """
+    """Says which phase does not fit, or "". room: phase -> bytes, "card" for those not named."""
     for phase, parts in plan.items():
         need, there = sum(parts.values()), room.get(phase, room["card"])
         if there and need > there:
@@ -136,14 +132,8 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None) -> None:
             raise SystemExit(f"{share} does not hold its weights, {weights / 1e9:.1f} GB: raise it")
     if rrm and cuda and Path(rrm.source).is_dir():
         options["rrm"] = rrm.memory_share * card
-    plan = memory_plan(
-        config,
-        ranks=ranks,
-        checkpoint_activations=cfg.checkpoint_activations,
-        reference=bool(getattr(cfg, "kl_coef", 0)),
-        offload=offload,
-        **options,
-    )
+    options |= dict(ranks=ranks, checkpoint_activations=cfg.checkpoint_activations, offload=offload)
+    plan = memory_plan(config, reference=bool(getattr(cfg, "kl_coef", 0)), **options)
     here = 16 * total / ranks * local if offload else 0
     if not cuda:  # the ranks themselves are on the host
         here = local * max(sum(parts.values()) for parts in plan.values())

@@ -19,10 +19,11 @@ _decode = json.JSONDecoder().decode  # json.loads guesses the encoding first, wh
 class JsonlRows:
     """A JSONL file by byte offsets: lines are checked at opening, not kept; `rows[i]` reads one.
 
-    `check(row)` returns an error text or None. SystemExit names file and line, also of equal ids.
+    `check(row)` returns an error text or None. SystemExit names file and line, also of equal ids
+    if they are to be `unique`.
     """
 
-    def __init__(self, path: str, check: Callable | None = None, hint: str = ""):
+    def __init__(self, path: str, check: Callable | None = None, hint="", unique=True):
         self.path, self.offsets = str(path), array("q")
         script = Path(path).with_name("prepare.py")
         hint = hint or (f"run python {script}" if script.is_file() else "")
@@ -36,7 +37,7 @@ class JsonlRows:
                     problem = check(row) if check else None
                     if problem:
                         raise SystemExit(f"{path}:{number}: {problem}")
-                    keys.append(hash(repr(row["id"]) if "id" in row else (number,)))
+                    keys.append(hash(repr(row["id"]) if unique and "id" in row else (number,)))
                     self.offsets.append(offset)
                 offset += len(line)
         if not self.offsets:

@@ -128,13 +128,7 @@ def revision_of(path: str) -> str:
 def read_rows(path: str, hint: str = "") -> tuple[list[dict], dict[str, str]]:
     """(rows, {id: canary} of the encrypted ones). A question that stands there twice is two rows:
     the second of two equal ids gets "#2" behind it (or the next number that is free)."""
-
-    def check(row):
-        problem = check_rl_row(row)
-        row.pop("id", None)  # JsonlRows would refuse the second
-        return problem
-
-    file = JsonlRows(path, check, hint)
+    file = JsonlRows(path, check_rl_row, hint, unique=False)
     rows, canaries, seen = [], {}, set()
     for row in file:
         base, copies = str(row["id"]), 1

@@ -105,6 +105,7 @@ def summarise(task, journal: Journal, judge: str = "", refine: bool = False) -> 
     rules = kinds if scorer in ("judge", "rule") else [scorer for _ in grid]  # of equal answers
     scored = [[bool(c.last) for c in chains if c.last is not None] for chains in grid]
     rights = [sum(c.last is True for c in chains) for chains in grid]
+    levels = sorted({k, *(2**i for i in range(k.bit_length()))})
     figures = {
         "dataset": task.name,
         "subset": task.subset,
@@ -115,25 +116,15 @@ def summarise(task, journal: Journal, judge: str = "", refine: bool = False) -> 
         "all": mean_interval(right / k for right in rights),
         "scored": mean_interval(sum(values) / len(values) for values in scored if values),
         "scored_rows": sum(map(len, scored)),
-        "pass_at": {
-            n: mean_interval(pass_at_k(k, right, n) for right in rights)
-            for n in sorted({1, k, *powers(k)})
-        },
+        "pass_at": {n: mean_interval(pass_at_k(k, r, n) for r in rights) for n in levels},
         "majority": mean_interval(map(majority, grid, rules)),
         "counts": counts(task, flat, journal),
         "by": by_meta(task, grid),
     }
-    f1 = [
-        [(c.entry.f1[-1] or 0.0) if c.entry and c.entry.f1 else 0.0 for c in chains]
-        for chains in grid
-    ]
-    if scorer in F1_SCORERS or any(sum(values) for values in f1):
-        figures["f1"] = mean_interval(sum(values) / k for values in f1)
+    f1 = [sum((c.entry.f1 or [0.0])[-1] or 0.0 for c in chains if c.entry) / k for chains in grid]
+    if scorer in F1_SCORERS or any(f1):
+        figures["f1"] = mean_interval(f1)
     return figures | ({"refine": refine_figures(grid)} if refine else {})
-
-
-def powers(k: int) -> list[int]:
-    return [2**i for i in range(k.bit_length()) if 2**i <= k]
 
 
 def judges_of(task, journal: Journal, judge: str) -> str:
@@ -176,15 +167,13 @@ def by_meta(task, grid: list[list[Chain]]) -> dict:
         groups: dict[str, list[float]] = {}
         for row, chains in zip(task.rows, grid):
             if name in row["meta"]:
-                groups.setdefault(str(row["meta"][name]), []).append(
-                    sum(c.last is True for c in chains) / len(chains)
-                )
+                share = sum(c.last is True for c in chains) / len(chains)
+                groups.setdefault(str(row["meta"][name]), []).append(share)
         if 1 < len(groups) <= 24:
-            figures = {
-                value: dict(questions=len(of), all=mean_interval(of))
-                for value, of in groups.items()
+            found[name] = {
+                value: dict(questions=len(shares), all=mean_interval(shares))
+                for value, shares in sorted(groups.items())
             }
-            found[name] = dict(sorted(figures.items()))
     return found
 
 
@@ -219,28 +208,24 @@ class Outcome:
 
 
 def outcomes(path: str) -> dict[tuple, Outcome]:
-    """By (dataset, id), of a file with rows {"dataset"?, "id", "correct", "row"?, "judge"?}, one a
-    chain.
-    """
+    """By (dataset, id), of rows {"dataset"?, "id", "correct", "row"?, "judge"?}, one a chain."""
     found: dict[tuple, Outcome] = {}
 
     def check(row):
-        if not {"id", "correct"} <= set(row):
-            return "a result row needs 'id' and 'correct'"
-        key = row.get("dataset", ""), str(row.pop("id"))  # an id stands there k times
+        return None if {"id", "correct"} <= set(row) else "a result row needs 'id' and 'correct'"
+
+    for row in JsonlRows(path, check, "compare takes two results.jsonl", unique=False):
+        key = row.get("dataset", ""), str(row["id"])
         outcome = found.setdefault(key, Outcome([], set(), set()))
         outcome.right.append(None if row["correct"] is None else bool(row["correct"]))
         outcome.rows.add(row.get("row"))
         outcome.judges.add(row.get("judge", "rule"))
-
-    JsonlRows(path, check, "compare takes two results.jsonl")
     return found
 
 
 def compare(a: dict[tuple, Outcome], b: dict[tuple, Outcome]) -> dict:
     """Paired comparison, b minus a, over the questions that both have scored in full. What is left
-    out is named; answers to which different judges were put are not compared at all.
-    """
+    out is named; answers that different judges saw are not compared at all."""
     both = sorted(set(a) & set(b), key=str)
     judges = [", ".join(sorted(set().union(*(of[q].judges for q in both)))) for of in (a, b)]
     if judges[0] != judges[1]:
@@ -293,14 +278,10 @@ def markdown(summaries: list[dict], facts: list[str]) -> str:
     """report.md: every number with its subset, its judge and k beside it."""
     most = max(s["k"] for s in summaries)
     text = ["# Evaluation", "", *(f"- {fact}" for fact in facts), ""]
-    text.append(
-        "Percent, with 95 % intervals over questions. All rows: whatever failed or is unscored "
-        "counts as wrong."
-    )
+    note = "All rows: whatever failed or is unscored counts as wrong."
+    text.append(f"Percent, with 95 % intervals over questions. {note}")
     text += table([name(s) | main_figures(s, most) for s in summaries])
-    between = [
-        n for n in sorted({n for s in summaries for n in s["pass_at"]}) if n not in (1, most)
-    ]
+    between = sorted({n for s in summaries for n in s["pass_at"]} - {1, most})
     if between:
         text += ["", "## pass@n, unbiased, over all rows"]
         shares = [{f"n = {n}": percent(s["pass_at"].get(n)) for n in between} for s in summaries]
