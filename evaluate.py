@@ -7,7 +7,6 @@ loop of training, with numbers that can be trusted.
     python evaluate.py compare A.jsonl B.jsonl
         # paired: difference, 95 % interval, questions gained and lost
     python evaluate.py page FOLDER  # report.html of a run again, or an index over runs
-    python evaluate.py rrm --rrm=FOLDER --eval_data=FILE [--against=OTHER] [--agent=FOLDER]
         # a reward model on held-out judgments
 
 A run appends every finished chain to OUT/journal-<rank>.jsonl, keyed (dataset, id, rollout), and
@@ -40,18 +39,16 @@ from reagent.config import (
     run_facts,
 )
 from reagent.engines import EngineConfig
-from reagent.folder import claim, read_json, refuse_code, write_whole
-from reagent.reward_model import RewardModelConfig, check_rrm_row
-from reagent.rows import JsonlRows, check_rl_row
-from reagent.scorers import SCORER_OF_KIND, rule_reward, score, unknown
+from reagent.folder import read_json, refuse_code, write_whole
+from reagent.reward_model import RewardModelConfig
+from reagent.rows import JsonlRows
+from reagent.scorers import SCORER_OF_KIND, score, unknown
 from results.benchmarks import DATASETS, DataSet, Task, load_tasks
 from results.journal import SEALED, Journal, about, check_served, sealed, write_results
-from results.judging import judgment_report, paired_bootstrap, report_table
 from results.runs import write_folder_page, write_run_page
 from results.statistics import compare, markdown, outcomes, summarise
 from results.verdicts import open_judge, open_verdicts
 from toolkit.http import Refused, Unavailable
-from tools import Toolbox
 
 # --------------------------------------------------------------------------------------------------
 # the data sets and the knobs
@@ -628,144 +625,7 @@ def main(cfg: Config) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# judging a judge
-
-
-@dataclass
-class Common:
-    """What annotate and report share: how the agent works."""
-
-    data: str = "data/reagent/rl_train.jsonl"  # RL rows that the agent works on
-    limit: int = 0  # rows; 0: all
-    tools: str = "search,browse,python"
-    corpus: str = ""  # local pages for rows without docs
-    files_dir: str = ""  # where the files of rows lie
-    engine: EngineConfig = AT_WORK
-    temperature: float = 0.7
-    max_turns: int = 13
-    max_new_tokens_per_turn: int = 4096
-    max_tokens_per_attempt: int = 11_000
-    max_context: int = 32_768  # tokens of a chain
-    seed: int = 0
-
-
-@dataclass
-class ReportConfig(Common):
-    rrm: RewardModelConfig = RewardModelConfig()
-    against: str = ""  # another source, for a paired comparison
-    eval_data: str = "data/reagent/rrm_rl.jsonl"  # RRM rows, such as were held out
-    agent: str = ""  # a folder: its answers before and after refinement (critique lift) on `data`
-    out_dir: str = "out/rrm_report"
-
-
-@contextlib.contextmanager
-def agent_at_work(cfg, folder: str):
-    """-> (Setup without a judge, rows, run): an agent at work; `run(coroutine)` runs its chains."""
-    from reagent.policy import load_chat
-
-    rows = JsonlRows(cfg.data, check_rl_row)
-    chat = load_chat(folder)
-    toolbox = Toolbox(cfg.tools.split(","), corpus=cfg.corpus, files_dir=cfg.files_dir)
-    toolbox.check_rows(rows, cfg.data)
-    engine = engines.make_engine(cfg.engine, folder, chat.stop_ids, max_context=cfg.max_context)
-    limits = rollout.Limits(
-        cfg.max_turns,
-        cfg.max_new_tokens_per_turn,
-        cfg.max_tokens_per_attempt,
-        cfg.max_context,
-        final_tokens=min(512, cfg.max_new_tokens_per_turn),
-    )
-    setup = rollout.Setup(engine, chat, toolbox, limits, rule_reward, temperature=cfg.temperature)
-    with asyncio.Runner() as runner:
-        yield (
-            setup,
-            [rows[i] for i in range(min(cfg.limit or len(rows), len(rows)))],
-            runner.run,
-        )
-    engines.close(engine)
-    toolbox.close()
-
-
-def critique_lift(setup, rrm, rows: list[dict], run, seed: int) -> dict:
-    """What refinement fixes and breaks with the reward model's own critique, another question's,
-    none.
-    """
-    setup = dataclasses.replace(setup, rrm=rrm)
-    episodes = run(rollout.run_chains([(row, (seed, "lift", 0)) for row in rows], setup))
-    pairs = [
-        (e, row)
-        for e, row in zip(episodes, rows)
-        if e.attempts and e.attempts[0].critique and not e.dropped
-    ]
-    if not pairs:
-        raise SystemExit("critique lift: the judge gave no valid critique")
-    own = [e.attempts[0].critique for e, _ in pairs]
-    lift = {
-        "lift/questions": len(pairs),
-        "lift/first": sum(e.attempts[0].correct for e, _ in pairs) / len(pairs),
-    }
-    for name, critiques in (
-        ("own", own),
-        ("shuffled", own[1:] + own[:1]),
-        ("empty", [""] * len(own)),
-    ):
-        setup.rrm = None
-        refined = run(rollout.refine_with(*zip(*pairs), critiques, setup, (seed, name)))
-        moves = [(bool(e.attempts[0].correct), bool(e.attempts[-1].correct)) for e in refined]
-        lift |= {
-            f"lift/{name}/fixed": moves.count((False, True)),
-            f"lift/{name}/broken": moves.count((True, False)),
-        }
-        lift[f"lift/{name}/refined"] = sum(after for _, after in moves) / len(moves)
-    return lift
-
-
-def report_rrm(cfg: ReportConfig) -> None:
-    """A judge on held-out judgments, beside another, for an agent: a table and log.jsonl."""
-    from reagent.policy import load_chat
-
-    if not cfg.rrm.source:
-        raise SystemExit("rrm needs --rrm")
-    rows = list(JsonlRows(cfg.eval_data, check_rrm_row))
-    found, judged, lock = {}, [], claim(cfg.out_dir)
-    for source in filter(None, (cfg.rrm.source, cfg.against)):
-        folder = next((name for name in (cfg.agent, source) if name and Path(name).is_dir()), None)
-        if folder is None:
-            raise SystemExit(
-                f"{source} is no folder, so lengths need a tokenizer: give --agent=FOLDER"
-            )
-        chat = load_chat(folder, tools=False)
-        share = cfg.engine.memory_share  # alone on the card
-        config = dataclasses.replace(cfg.rrm, source=source, memory_share=share)
-        rrm = reward_model.open_rrm(config, chat, engine=cfg.engine)
-        asked = (
-            rrm(row["question"], row["trajectory"], (cfg.seed, i)) for i, row in enumerate(rows)
-        )
-        with asyncio.Runner() as runner:
-            judged.append(runner.run(engines.run_together(asked, cfg.engine.max_live_chains)))
-        engines.close(rrm.engine)
-        lengths = [len(chat.text(j.think + j.critique)) for j in judged[-1] if j]
-        found[source] = judgment_report(judged[-1], rows, lengths)
-        print(f"\n{source} on {len(rows)} trajectories of {cfg.eval_data}")
-        print(report_table(found[source]))
-    own = found[cfg.rrm.source]
-    if cfg.against:
-        own |= paired_bootstrap(judged[1], judged[0], rows)
-    if cfg.agent:
-        from reagent.memory import check_shares
-
-        check_shares(cfg.engine, cfg.rrm)
-        with agent_at_work(cfg, cfg.agent) as (setup, questions, run):
-            rrm = reward_model.open_rrm(cfg.rrm, setup.chat, engine=cfg.engine)
-            own |= critique_lift(setup, rrm, questions, run, cfg.seed)
-    for name, value in own.items():
-        if name.startswith(("difference", "lift")):
-            print(f"{name:24} {value}")
-    with open(Path(cfg.out_dir) / "log.jsonl", "a") as file:
-        file.writelines(
-            json.dumps({"rrm": spec, **numbers}) + "\n" for spec, numbers in found.items()
-        )
-    lock.close()
+# scoring a file, comparing runs, pages
 
 
 def score_file(path: str) -> None:
@@ -781,10 +641,8 @@ def score_file(path: str) -> None:
 
 
 def command(argv: list[str]) -> None:
-    """score FILE | compare A B | page FOLDER | rrm … | the keys of a run."""
+    """score FILE | compare A B | page FOLDER | the keys of a run."""
     files = {"score": 1, "compare": 2, "page": 1}
-    if argv[:1] == ["rrm"]:
-        return report_rrm(parse_config(ReportConfig, argv[1:]))
     if not argv or argv[0] not in files:
         try:
             return main(parse_config(Config, argv))

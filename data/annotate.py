@@ -15,7 +15,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import rollout
-from evaluate import Common, agent_at_work
+from data.at_work import Common, agent_at_work
 from reagent import engines, reward_model
 from reagent.config import parse_config
 from reagent.critiques import leaks

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import rollout
-from evaluate import Common, agent_at_work
+from data.at_work import Common, agent_at_work
 from reagent.config import parse_config, read_prompt
 from reagent.reward_model import RewardModelConfig, open_rrm
 from results.statistics import mean_interval

@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import evaluate
 from data import annotate as annotation
+from data import at_work, compare_rrm
 from reagent import reward_model
 from reagent.config import parse_config
 from reagent.reward_model import Judgment, RewardModelConfig
@@ -160,16 +160,16 @@ def test_a_changed_setting_is_refused_by_name_and_more_of_the_same_is_taken(worl
 def test_critique_lift_counts_each_kind_of_critique(world):
     """The judge answers over HTTP; the counts are those of the refined attempts themselves."""
     limits = [limit for limit in LIMITS if "teacher" not in limit]
-    config = parse_config(evaluate.ReportConfig, [f"--data={world}/rl.jsonl", *limits])
+    config = parse_config(compare_rrm.Config, [f"--data={world}/rl.jsonl", *limits])
     with (
         judge_server() as (url, _),
-        evaluate.agent_at_work(config, f"{world}/model") as (setup, rows, run),
+        at_work.agent_at_work(config, f"{world}/model") as (setup, rows, run),
     ):
         setup.rule_reward = lambda row, answer: (
             0.0,
             len(answer or "") % 2 == 1,
         )  # a tiny model is never right by itself
-        lift = evaluate.critique_lift(
+        lift = compare_rrm.critique_lift(
             setup, reward_model.served_rrm(RewardModelConfig(url)), rows, run, seed=0
         )
     for name in ("own", "shuffled", "empty"):
@@ -227,9 +227,9 @@ def test_paired_bootstrap_tells_a_better_judge_from_an_equal_one():
 def test_report_says_when_it_has_no_tokenizer_to_count_with(tmp_path):
     toy.write(tmp_path / "rrm.jsonl", [toy.rrm_row(random.Random(0), 0)])
     with pytest.raises(SystemExit, match="prepare.py is no folder.*--agent=FOLDER"):
-        evaluate.report_rrm(
+        compare_rrm.main(
             parse_config(
-                evaluate.ReportConfig,
+                compare_rrm.Config,
                 ["--rrm=data/toy/prepare.py", f"--eval_data={tmp_path}/rrm.jsonl"],
             )
         )
