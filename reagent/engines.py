@@ -391,7 +391,8 @@ class VLLMEngine:
         with contextlib.suppress(Exception):  # an engine that broke may not even do this
             self.llm.llm_engine.abort_request([*left])
 
-    def _step(self, added: list[NamedRequest]) -> list[tuple[str, Sample | Exception]]:
+    def _step(self, added: list[NamedRequest]) -> list[tuple]:
+        """-> (name, vLLM's output or the error) of each request that has ended."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -404,8 +405,7 @@ class VLLMEngine:
                 engine.add_request(request.name, {"prompt_token_ids": request.ids}, parameters)
             except ValueError as error:  # this request is at fault, not the others
                 finished.append((request.name, error))
-        outputs = [output for output in engine.step() if output.finished]
-        finished += [(output.request_id, _vllm_sample(output.outputs[0])) for output in outputs]
+        finished += [(end.request_id, end.outputs[0]) for end in engine.step() if end.finished]
         self.busy_seconds += time.perf_counter() - began
         return finished
 
@@ -479,8 +479,8 @@ class VLLMEngine:
             torch.cuda.empty_cache()
 
 
-def _answer(loop, done, result: Sample | Exception) -> None:
-    """Settles a chain's future in its own loop, from any thread."""
+def _answer(loop, done, result) -> None:
+    """Settles a chain's future with vLLM's output or an error, in its own loop, from any thread."""
 
     def settle():
         if done.done():
@@ -488,7 +488,7 @@ def _answer(loop, done, result: Sample | Exception) -> None:
         if isinstance(result, Exception):
             done.set_exception(result)
         else:
-            done.set_result(result)
+            done.set_result(_vllm_sample(result))
 
     with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
         loop.call_soon_threadsafe(settle)

@@ -126,7 +126,8 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None) -> None:
     if engine and cuda:
         weights = 2 * total / engine.tensor_parallel
         vllm = engine.kind == "vllm"
-        options |= dict(engine=engine.memory_share * card if vllm else weights, sleep=engine.sleep)
+        options |= dict(engine=engine.memory_share * card if vllm else weights)
+        options["sleep"] = vllm and engine.sleep
         if options["engine"] < weights:
             share = f"engine.memory_share = {engine.memory_share} of {card / 1e9:.1f} GB"
             raise SystemExit(f"{share} does not hold its weights, {weights / 1e9:.1f} GB: raise it")

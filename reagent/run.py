@@ -49,6 +49,8 @@ def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
     device = local_device()
     cuda = device.type == "cuda"
     if cuda:
+        # packed batches differ in length; vLLM switches this off around the memory that sleeps
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)

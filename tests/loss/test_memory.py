@@ -16,6 +16,7 @@ from reagent.config import parse_config
 from reagent.engines import EngineConfig
 from reagent.memory import CONTEXT, check_shares, memory_plan, plan_memory, too_large
 from reagent.reward_model import RewardModelConfig
+from reagent.run import init_distributed
 from tests.helpers.tiny import ROOT, load
 
 MEASURE = """
@@ -234,6 +235,19 @@ def test_shards_on_the_host_must_fit_the_host(card, monkeypatch):
     monkeypatch.setattr("os.sysconf", sizes.get)
     with pytest.raises(SystemExit, match="host needs 163.8 GB .ranks 131.0, rank 0 reads"):
         planned(monkeypatch, "sft.py", ["--cpu_offload"], "8b", 8)
+
+
+def test_segments_of_a_cards_memory_may_grow_unless_the_user_says_otherwise(monkeypatch):
+    init_distributed(60)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for given, kept in ((None, "expandable_segments:True"), ("max_split_size_mb:64",) * 2):
+        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+        if given:
+            monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
+        init_distributed(60)
+        assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == kept
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
 
 
 def test_two_engines_on_one_card_must_leave_room(card, tmp_path):
