@@ -21,7 +21,6 @@ import dataclasses
 import json
 import os
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ from reagent.scorers import SCORER_OF_KIND, score, unknown
 from results.benchmarks import DATASETS, DataSet, Task, load_tasks
 from results.journal import SEALED, Journal, about, check_served, sealed, write_results
 from results.runs import write_folder_page, write_run_page
-from results.statistics import compare, markdown, outcomes, summarise
+from results.statistics import compare, markdown, outcomes, report_facts, summarise
 from results.verdicts import open_judge, open_verdicts
 from toolkit.http import Refused, Unavailable
 
@@ -457,32 +456,6 @@ async def judge_answers(tasks: list[Task], journal: Journal, judge) -> int:
 
 # --------------------------------------------------------------------------------------------------
 # what a run leaves
-
-
-def report_facts(cfg: Config, tasks: list[Task], judge: str, how: str, search: str) -> list[str]:
-    """What the numbers depend on, a line each."""
-    commit = read_json(Path(cfg.out_dir) / "run.json", "git")["git"] or "unknown"
-    facts = [
-        f"model {cfg.model} ({how})",
-        f"{time.strftime('%Y-%m-%d', time.gmtime())}, commit {commit[:12]}",
-        f"temperature {cfg.temperature}, top_p {cfg.top_p}, seed {cfg.seed}",
-    ]
-    for task in tasks:
-        facts.append(f"{task.name}: rows of {task.revision}; tools {task.spec.tools}")
-        if task.limits:
-            facts[-1] += (
-                f", {task.limits.max_tokens_per_attempt} tokens an attempt, "
-                f"{task.limits.max_context} positions, {task.limits.max_turns} turns with calls"
-            )
-    prompts = prompt_facts(cfg).items()
-    facts += [f"{key} {told}" for key, told in prompts if cfg.refine or key == "prompt_file"]
-    if any("search" in task.spec.tools for task in tasks):
-        facts.append(f"search: {search}")
-    if any(task.spec.scorer == "judge" for task in tasks):
-        facts.append(f"judge of answers: {judge or 'none named, verdicts of earlier runs count'}")
-    if cfg.refine:
-        facts.append(f"refined after critiques of {cfg.rrm.source}: pass@1 is of refined answers")
-    return facts
 
 
 def write_reports(

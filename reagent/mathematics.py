@@ -120,9 +120,13 @@ def canonical(text: str) -> str:
     return re.sub(r"(?<![\w)}])\+∞", "∞", text)
 
 
+_CALLS = re.compile(rf"\\[A-Za-z]+|{'|'.join(FUNCTIONS)}")
+_IN_WORDS = re.compile(r"«|[A-Za-z]{3}|\s[A-Za-z]{2}(?:$|[\s.])|^\([A-Z]\)$")
+
+
 def _same_text(a: str, b: str) -> bool:
     """Equal without spaces, but for those between digits; words also without case and dots."""
-    words = any(re.search(r"«|(?<![\\A-Za-z])[A-Za-z]{2}|^\([A-Z]\)$", text) for text in (a, b))
+    words = any(_IN_WORDS.search(_CALLS.sub("", text)) for text in (a, b))
     texts = []
     for text in (a, b):
         text = re.sub(r"(?<=\d)\s+(?=\d)", "_", text)
@@ -255,10 +259,13 @@ def _equal(a: tuple | str, b: tuple | str) -> bool:
 
 
 def _said(node: tuple | str) -> tuple | str:
-    """What x = 5 or f(x) = 2x says of its left side."""
+    """What x = 5 or f(x) = 2x says of its left side; of 1/2 = 0.5 either side."""
     if isinstance(node, str) or node[0] != "=":
         return node
-    return _read(node[1][-1]) if _NAME.fullmatch(node[1][0]) else "=".join(node[1])
+    first, *others = node[1]
+    if _NAME.fullmatch(first):
+        return _read(others[-1])
+    return first if all(_agree(first, other) for other in others) else "=".join(node[1])
 
 
 def _same_equation(a: list[str], b: list[str]) -> bool:
@@ -301,6 +308,7 @@ UNITS = {name: line.split(" ")[0] for line in re.split("[|\n]", _UNITS) for name
 POWERS = {"square": "^{2}", "sq": "^{2}", "cubic": "^{3}", "cu": "^{3}"}
 _NO = "thousand million billion trillion hundred dozen half halves third quarter fourth fifth sixth"
 _NO += " eighth tenth hundredth plus minus times over squared cubed factorial more less than to not"
+_NO += " maybe perhaps approximately roughly wrong incorrect negative"
 NO_UNITS = {"or", "and", *_NO.split(), *FUNCTIONS}
 _UNIT = r"«[^^]*|°\s?[CF]?|[%¢€£$]|\s[A-Za-z][A-Za-z /.]*|[a-zA-Z]{2,3}"
 _WITH_UNIT = re.compile(rf"(.*?[\d)}}!π.])\s*({_UNIT})(\^\{{\d\}})?")

@@ -1,10 +1,14 @@
 """Figures of an evaluation: pass@k, votes, intervals, comparisons, tables."""
 
+import time
 from dataclasses import dataclass
 from math import comb
+from pathlib import Path
 
 import numpy as np
 
+from reagent.config import prompt_facts
+from reagent.folder import read_json
 from reagent.rows import JsonlRows
 from reagent.scorers import SCORER_OF_KIND, score
 from results.journal import Entry, Journal
@@ -272,6 +276,32 @@ def table(rows: list[dict]) -> list[str]:
     rule = ["---" if name in WORDS else "--:" for name in rows[0]]
     cells = [list(rows[0]), rule, *(row.values() for row in rows)]
     return ["", *("| " + " | ".join(str(c).replace("|", "/") for c in row) + " |" for row in cells)]
+
+
+def report_facts(cfg, tasks: list, judge: str, how: str, search: str) -> list[str]:
+    """What the numbers depend on, a line each."""
+    commit = read_json(Path(cfg.out_dir) / "run.json", "git")["git"] or "unknown"
+    facts = [
+        f"model {cfg.model} ({how})",
+        f"{time.strftime('%Y-%m-%d', time.gmtime())}, commit {commit[:12]}",
+        f"temperature {cfg.temperature}, top_p {cfg.top_p}, seed {cfg.seed}",
+    ]
+    for task in tasks:
+        facts.append(f"{task.name}: rows of {task.revision}; tools {task.spec.tools}")
+        if task.limits:
+            facts[-1] += (
+                f", {task.limits.max_tokens_per_attempt} tokens an attempt, "
+                f"{task.limits.max_context} positions, {task.limits.max_turns} turns with calls"
+            )
+    prompts = prompt_facts(cfg).items()
+    facts += [f"{key} {told}" for key, told in prompts if cfg.refine or key == "prompt_file"]
+    if any("search" in task.spec.tools for task in tasks):
+        facts.append(f"search: {search}")
+    if any(task.spec.scorer == "judge" for task in tasks):
+        facts.append(f"judge of answers: {judge or 'none named, verdicts of earlier runs count'}")
+    if cfg.refine:
+        facts.append(f"refined after critiques of {cfg.rrm.source}: pass@1 is of refined answers")
+    return facts
 
 
 def markdown(summaries: list[dict], facts: list[str]) -> str:
