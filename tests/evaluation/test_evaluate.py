@@ -546,7 +546,7 @@ YES = [
 ]
 TRUE = [form.format("CORRECT", "INCORRECT") for form in RIGHT]
 TRUE += [form.format("correct", "incorrect") for form in RIGHT] + [y.format("yes") for y in YES]
-TRUE += [y.format("true") for y in YES]
+TRUE += [y.format("true") for y in YES] + ["VERDICT: yes", "Judgment: true", "verdict: right"]
 FALSE = [form.format("INCORRECT", "CORRECT") for form in RIGHT] + [y.format("No") for y in YES]
 FALSE += [y.format("false") for y in YES] + ["VERDICT: INCORRECT. It is not correct: 5 is not 6."]
 UNSCORED = [
