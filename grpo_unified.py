@@ -112,25 +112,7 @@ class Config:
     wandb: bool = False
 
 
-MAY_CHANGE = {
-    "out_dir",
-    "save_interval",
-    "keep_last",
-    "timeout_s",
-    "engine.memory_share",
-    "engine.sleep",
-    "engine.max_live_chains",
-    "rrm.seconds",
-    "rrm.in_flight",
-}
-MAY_CHANGE |= {
-    "tokens_per_microbatch",
-    "checkpoint_activations",
-    "shard_ranks",
-    "max_skips",
-    "files_dir",
-    "wandb",
-}
+MAY_CHANGE = {"engine.max_live_chains", "rrm.seconds", "rrm.in_flight", "files_dir"}
 
 COLUMNS = ("advantage", "weight", "sampler_logps")  # one number a trained token
 SUMS = ("loss", "clipped", "bounded", "kl", "tokens", "entropy", "gap", "compared")
@@ -547,8 +529,6 @@ def main(cfg: Config) -> None:
         return line
 
     # ---------------------------------------------------------------- resume
-    if cfg.lr_end == 1.0:
-        run.may_change = MAY_CHANGE | {"steps"}
     start = run.resume(policy, optimizer)
     sync()  # also at the start: an engine that slept has no weights
     attempts = cfg.group_size * (2 if cfg.variant == "u" else 1)

@@ -68,17 +68,7 @@ class Config:
     show: int = 0  # print that many rows with trained tokens in colour, then stop
 
 
-MAY_CHANGE = {
-    "out_dir",
-    "max_skips",
-    "log_interval",
-    "save_interval",
-    "keep_last",
-    "timeout_s",
-    "wandb",
-    "show",
-}
-MAY_CHANGE |= {"tokens_per_microbatch", "checkpoint_activations", "cpu_offload", "shard_ranks"}
+MAY_CHANGE = {"show", "cpu_offload"}
 
 
 def check_row(row: dict, chat: Chat | None = None) -> str | None:

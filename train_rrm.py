@@ -115,25 +115,6 @@ class Config:
     wandb: bool = False
 
 
-MAY_CHANGE = {
-    "out_dir",
-    "log_interval",
-    "save_interval",
-    "keep_last",
-    "timeout_s",
-    "engine.memory_share",
-    "engine.sleep",
-}
-
-MAY_CHANGE |= {
-    "max_skips",
-    "tokens_per_microbatch",
-    "checkpoint_activations",
-    "shard_ranks",
-    "wandb",
-}
-
-
 VALID = 0.1  # what the worst valid judgment earns: a broken format earns 0
 
 SHOWN = ("loss", "reward", "valid", "grad_norm", "dlogp/mean")
@@ -349,7 +330,7 @@ def main(cfg: Config) -> None:
     chat = load_chat(cfg.model, tools=False)
 
     # ---------------------------------------------------------------- processes, policy, optimizer
-    run, engine = Run(cfg, MAY_CHANGE), None
+    run, engine = Run(cfg, set()), None
     samples = cfg.stage == "grpo" or bool(eval_rows)
     plan_memory(cfg, run, longest=cfg.max_context, engine=cfg.engine if samples else None)
     if samples:  # before the policy: it reseeds

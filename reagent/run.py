@@ -302,15 +302,21 @@ def asked_to_stop() -> list[bool]:
 # the bookkeeping of a trainer
 
 
+MAY_CHANGE = {"out_dir", "save_interval", "log_interval", "keep_last", "timeout_s", "max_skips"}
+MAY_CHANGE |= {"wandb", "tokens_per_microbatch", "checkpoint_activations", "shard_ranks"}
+MAY_CHANGE |= {"engine.memory_share", "engine.sleep"}  # keys that leave the math of a run alone
+
+
 class Run:
     """What a trainer keeps beside its loop: ranks, folder, log, checkpoints, the wish to stop.
 
     The loop calls it; it never calls the loop. `cfg` is the trainer's config, `may_change` its keys
-    that a resumed run may change.
+    besides MAY_CHANGE that a resumed run may change; `steps` too where no schedule hangs on it.
     """
 
     def __init__(self, cfg, may_change: set[str]):
-        self.cfg, self.may_change = cfg, may_change
+        self.cfg = cfg
+        self.may_change = MAY_CHANGE | may_change | ({"steps"} if cfg.lr_end == 1.0 else set())
         self.rank, self.world, self.device = init_distributed(cfg.timeout_s)
         self.gloo = dist.new_group(backend="gloo")
         self.sampler_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32

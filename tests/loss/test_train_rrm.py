@@ -386,3 +386,92 @@ def test_a_form_of_the_request_that_lacks_a_place_is_named(tmp_path):
         reward_model.read_rrm_prompt("", str(form))
     with pytest.raises(SystemExit, match="no prompt file nowhere.txt: data/reagent/prepare.py"):
         reward_model.read_rrm_prompt("nowhere.txt", "")
+
+
+def test_loss_and_gradient_of_judgments_equal_a_loop_over_tokens():
+    torch.manual_seed(0)
+    logps = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    old = logps.detach() + 0.4 * torch.randn(12, dtype=torch.float64)
+    columns = {"sampler_logps": old, "advantage": torch.randn(12, dtype=torch.float64)}
+    columns["weight"] = torch.rand(12, dtype=torch.float64)
+    loss = train_rrm.clipped_loss(logps, columns, clip_low=0.2, clip_high=0.34)
+    (gradient,) = torch.autograd.grad(loss, logps)
+    total, slopes = 0.0, []
+    for t in range(12):
+        a, w = columns["advantage"][t], columns["weight"][t]
+        r = math.exp(logps[t].item() - old[t].item())
+        beyond = r > 1.34 if a > 0 else r < 0.8
+        total -= w * a * ((1.34 if a > 0 else 0.8) if beyond else r)
+        slopes.append(0.0 if beyond else -w * a * r)
+    assert loss.item() == pytest.approx(total.item()) and 0 < slopes.count(0.0) < 12
+    assert torch.allclose(gradient, torch.tensor(slopes, dtype=torch.float64))
+
+
+def grpo_batch(texts_by_row, cut=(), **changes):
+    """(sequences, metrics, requests) of a batch in which these texts are sampled, row by row."""
+    asked, texts = [], [text for texts in texts_by_row for text in texts]
+
+    def sample(prompts, seeds, temperature):
+        asked.extend(zip(prompts, seeds, [temperature] * len(seeds)))
+        ids = [[*CHAT.text(text), CHAT.closer_id] for text in texts]
+        logps = [[-0.1 * i - 0.01 * t for t in range(len(of))] for i, of in enumerate(ids)]
+        reasons = ["length" if i in cut else "stop" for i in range(len(ids))]
+        return [Sample(*each) for each in zip(ids, logps, reasons)]
+
+    rows = [ROW | {"question": f"Who wrote page {i}?"} for i in range(len(texts_by_row))]
+    rows[1:1] = [ROW | {"question": "too long " * 2000}]
+    settings = dict(group_size=len(texts_by_row[0]), max_context=4000, max_judgment_tokens=300)
+    cfg = train_rrm.Config(**settings | changes)
+    sequences, total, line = train_rrm.grpo_batch(CHAT, rows, sample, 3, cfg)
+    assert total == 1.0 and line["too_long"] == 1
+    return sequences, line, asked
+
+
+def judgment_of(score, words="You should open the page of Cleo."):
+    return toy.judgment_text(THINK, words, score)
+
+
+def test_each_judgment_is_trained_with_its_own_advantage_weight_and_logps():
+    texts = [[judgment_of(0.8), "broken"], [judgment_of(0.5)] * 2, [judgment_of(0.1), "<think>"]]
+    sequences, line, asked = grpo_batch(texts)
+    assert line["valid"] == 4 / 6 and line["pools/dropped"] == pytest.approx(1 / 3)
+    rewards = [[earned(judgment(s)), 0.0] for s in (0.8, 0.1)]
+    assert line["reward"] == pytest.approx(
+        (sum(map(sum, rewards)) + 2 * earned(judgment(0.5))) / 6, abs=1e-6
+    )
+    wanted = train_rrm.group_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()
+    places = [0, 1, 4, 5]  # the group without spread is left out, also of the weights
+    for sequence, place, advantage in zip(sequences, places, wanted.tolist(), strict=True):
+        prompt, text = asked[place][0], texts[place // 2][place % 2]
+        new = [*CHAT.text(text), CHAT.closer_id]
+        assert f"page {place // 2}?" in CHAT.decode(prompt)
+        assert sequence.ids == prompt + new
+        assert sequence.mask == [0] * len(prompt) + [1] * len(new)
+        assert sequence.columns["weight"] == [1 / (4 * len(new))] * len(new)
+        assert sequence.columns["advantage"] == pytest.approx([advantage] * len(new), abs=1e-6)
+        logps = [-0.1 * place - 0.01 * t for t in range(len(new))]
+        assert sequence.columns["sampler_logps"] == pytest.approx(logps)
+
+
+def test_judgments_of_a_step_have_seeds_of_their_own_and_the_temperature_asked_for():
+    _, _, asked = grpo_batch([[judgment_of(0.8)] * 3] * 2, temperature=0.7)
+    assert len({seed for _, seed, _ in asked}) == 6 and {t for *_, t in asked} == {0.7}
+    assert [asked[i][0] for i in range(6)] == [asked[0][0]] * 3 + [asked[3][0]] * 3
+
+
+def test_a_judgment_cut_by_the_length_bound_earns_nothing():
+    _, line, _ = grpo_batch([[judgment_of(0.8)] * 2], cut=[1])
+    assert line["valid"] == 0.5 and line["reward"] == pytest.approx(earned(judgment(0.8)) / 2)
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_sft_trains_the_judgment_and_not_its_prompt(weight):
+    cfg = train_rrm.Config(max_context=4000, max_judgment_tokens=300, verdict_weight=weight)
+    row = toy.rrm_row(random.Random(0), 0)
+    (sequence,), total, _ = train_rrm.sft_batch(CHAT, [row], cfg)
+    text = CHAT.text(reward_model.target_text(row))
+    trained = [i for i, m in zip(sequence.ids, sequence.mask) if m]
+    assert trained == [*text, CHAT.closer_id] and sequence.ids[-len(trained) :] == trained
+    verdict = len(CHAT.text(reward_model.target_text(row).partition(" Found ")[0]))
+    weights = [1.0] * verdict + [weight] * (len(trained) - verdict)
+    assert sequence.columns["weight"] == weights and total == sum(weights)

@@ -103,28 +103,6 @@ SFT = (
 )
 
 
-def test_sft_resumed_is_bit_identical_to_a_straight_run(world, tmp_path):
-    def start(out):
-        run(
-            "sft.py",
-            *SFT,
-            f"--model={world}/model",
-            f"--data={world}/sft.jsonl",
-            f"--out_dir={out}",
-        )
-
-    resumed_equals_straight(start, tmp_path / "out", tmp_path, steps=4, at=2)
-    assert "lr: 0.001 -> 0.002" in run(
-        "sft.py",
-        *SFT,
-        f"--model={world}/model",
-        f"--data={world}/sft.jsonl",
-        f"--out_dir={tmp_path}/out",
-        "--lr=2e-3",
-        ok=False,
-    )
-
-
 GRPO = (
     "--engine=hf",
     "--tools=search,browse",

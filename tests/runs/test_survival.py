@@ -24,6 +24,7 @@ from reagent import engines, run
 from reagent.config import parse_config
 from tests.helpers.judge_server import hashed_judgment, judge_server
 from tests.helpers.tiny import ROOT, toy_world
+from tests.helpers.trainers import run_here
 from tests.loss.test_model import launcher
 from tests.runs.test_jobs import GRPO, final_state
 
@@ -350,16 +351,7 @@ def test_a_dead_rank_brings_the_run_back_from_the_last_checkpoint(world, tmp_pat
 
 def in_this_process(world, out, url, *more):
     """grpo_unified.main of one rank; returns its log."""
-    import torch.distributed as dist
-
-    try:
-        grpo_unified.main(parse_config(grpo_unified.Config, grpo(world, out, url, *more)))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    return [json.loads(line) for line in open(out / "log.jsonl")]
+    return run_here(grpo_unified, grpo(world, out, url, *more))
 
 
 def test_a_loss_that_is_not_finite_skips_the_step_and_the_next_one_is_taken(

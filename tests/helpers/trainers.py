@@ -1,0 +1,64 @@
+"""The main() of a trainer in this process, with recorders at its seams."""
+
+import json
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from reagent.config import parse_config
+from reagent.engines import HFEngine
+from reagent.run import Run
+
+
+def run_here(script, arguments: list[str]) -> list[dict]:
+    """script.main of one rank; returns its log."""
+    cfg = parse_config(script.Config, arguments)
+    try:
+        script.main(cfg)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return [json.loads(line) for line in open(Path(cfg.out_dir) / "log.jsonl")]
+
+
+class Seen:
+    """What a run did, in order: ("step", lr, gradient norm), ("sync",), ("ask", seed, prompt) and
+    ("meet", phase), and what a test notes of its own.
+    """
+
+    def __init__(self, patch):
+        self.events, self.patch = [], patch
+        self.note(torch.optim.AdamW, "step", lambda optimizer: ("step", *step_facts(optimizer)))
+        self.note(HFEngine, "load_weights", lambda *_: ("sync",))
+        self.note(HFEngine, "generate", lambda _, ids, **o: ("ask", o["seed"], tuple(ids)))
+        self.note(Run, "meet", lambda _, phase, error=None: ("meet", phase))
+
+    def note(self, owner, name: str, told, after: bool = False):
+        """`told` sees the arguments of owner.name, or (result, *arguments) with `after`."""
+        plain = getattr(owner, name)
+
+        def noted(*args, **kwargs):
+            if not after:
+                self.events.append(told(*args, **kwargs))
+            result = plain(*args, **kwargs)
+            if after:
+                self.events.append(told(result, *args, **kwargs))
+            return result
+
+        self.patch.setattr(owner, name, noted)
+
+    def of(self, kind: str) -> list[tuple]:
+        return [event[1:] for event in self.events if event[0] == kind]
+
+
+def step_facts(optimizer) -> tuple[float, float]:
+    """(learning rate, norm of the gradient that the optimizer is about to use)."""
+    (group,) = optimizer.param_groups
+    gradients = [p.grad for p in group["params"]]
+    whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
+    return group["lr"], torch.stack([g.norm() for g in whole]).norm().item()

@@ -1,0 +1,318 @@
+"""What main() of each trainer does between its pure functions: three steps in this process, seen at
+the seams, resumed to the bit, and with numbers written down once.
+"""
+
+import json
+import random
+import shutil
+import statistics
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import grpo_unified
+import sft
+import train_rrm
+from reagent.config import load_script
+from reagent.reward_model import Judgment
+from reagent.run import checkpoints
+from tests.helpers.tiny import toy, toy_world
+from tests.helpers.trainers import Seen, run_here
+from tests.runs.test_jobs import final_state
+
+COMMON = (
+    "--steps=3",
+    "--lr=1e-3",
+    "--lr_end=0.4",
+    "--max_grad_norm=0.02",
+    "--save_interval=1",
+    "--checkpoint_activations=false",
+    "--timeout_s=100",
+)
+RRM = (
+    "--judgments_per_step=4",
+    "--warmup_steps=2",
+    "--engine=hf",
+    "--max_context=1024",
+    "--eval_interval=2",
+    "--keep_last=0",
+)
+U = (
+    "--engine=hf",
+    "--tools=search",
+    "--prompts_per_step=4",
+    "--prompts_per_minibatch=2",
+    "--group_size=2",
+    "--temperature=1.0",
+    "--max_turns=2",
+    "--max_new_tokens_per_turn=12",
+    "--max_tokens_per_attempt=100",
+    "--max_context=700",
+    "--max_dlogp=1e-3",
+    "--rrm_weight=0.3",
+    "--fixed_critique=Look again at Rome.",
+    "--eval_interval=1",
+    "--keep_last=1",
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder, rng = toy_world(tmp_path_factory.mktemp("world"), heads=1, kv_heads=1), random.Random(0)
+    toy.write(folder / "rrm.jsonl", (toy.rrm_row(rng, i) for i in range(32)))
+    toy.write(folder / "held.jsonl", (toy.rrm_test_row(rng, i) for i in range(2)))
+    (folder / "rrm.py").write_text(ANNOTATE)
+    toy.write(folder / "eval.jsonl", (toy.rl_row(rng, i, "test") for i in range(2)))
+    return folder
+
+
+# the reward model of these runs: at some questions every attempt has the same score
+ANNOTATE = """
+def same_for_all(question):
+    return sum(map(ord, question)) % 4 == 0
+
+def annotate(question, turns):
+    score = .5 if same_for_all(question) else sum(map(ord, turns[-1]["content"])) % 101 / 100
+    return f"<think>Read.</think><critique>Look.</critique><score>{score}</score>"
+"""
+
+
+def any_judgment(chat, sample):
+    """An untrained reward model writes no valid judgment: here every text counts as one."""
+    words = f"Look at page {sum(sample.ids) % 7} once more."
+    return Judgment("It did not read all pages.", words, sum(sample.ids) % 101 / 100)
+
+
+def run_u(world, out):
+    with pytest.MonkeyPatch.context() as patch:
+        seen = Seen(patch)
+        seen.note(grpo_unified.rollout, "run_chains", told_keys)
+        seen.note(grpo_unified, "training_sequences", told_minibatch, after=True)
+        files = [f"--model={world}/model", f"--data={world}/rl.jsonl", f"--rrm={world}/rrm.py"]
+        files += [f"--eval_data={world}/eval.jsonl", f"--out_dir={out}"]
+        log = run_here(grpo_unified, [*COMMON, *U, *files])
+    return SimpleNamespace(seen=seen, log=log, out=out)
+
+
+def told_keys(jobs, *_):
+    return "rollout", [key for _, key in jobs]
+
+
+def told_minibatch(sequences, episodes, advantages, group, loss_agg):
+    return "minibatch", sequences, episodes, advantages, group
+
+
+def run_rrm(stage, world, out):
+    new = "16" if stage == "grpo" else "48"
+    own = [f"--stage={stage}", "--group_size=2", f"--max_judgment_tokens={new}"]
+    own += [f"--model={world}/model", f"--data={world}/rrm.jsonl", f"--out_dir={out}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_rrm, "read_judgment", any_judgment)
+        seen = Seen(patch)
+        log = run_here(train_rrm, [*COMMON, *RRM, *own, f"--eval_data={world}/held.jsonl"])
+    return SimpleNamespace(seen=seen, log=log, out=out, stage=stage)
+
+
+def run_sft(world, out, *more):
+    own = ["--rows_per_step=4", "--warmup_steps=2", "--keep_last=0"]
+    own += [f"--model={world}/model", f"--data={world}/sft.jsonl", f"--out_dir={out}"]
+    with pytest.MonkeyPatch.context() as patch:
+        seen = Seen(patch)
+        log = run_here(sft, [*COMMON, *own, *more])
+    return SimpleNamespace(seen=seen, log=log, out=out)
+
+
+@pytest.fixture(scope="module")
+def u(world, tmp_path_factory):
+    """Reagent-U."""
+    return run_u(world, tmp_path_factory.mktemp("u"))
+
+
+@pytest.fixture(scope="module", params=["sft", "grpo"])
+def rrm(request, world, tmp_path_factory):
+    """The two stages of the reward model."""
+    return run_rrm(request.param, world, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def cold(world, tmp_path_factory):
+    """The cold start."""
+    return run_sft(world, tmp_path_factory.mktemp("cold"))
+
+
+WARM = [5e-4, 1e-3, 1e-3]  # two steps of warm-up, then the top of the cosine
+
+
+def check_updates(run, rates, per_step=1):
+    """The optimizer steps with the logged rate and a clipped gradient; the log has the norm before
+    it was clipped.
+    """
+    steps, log = run.seen.of("step"), [line for line in run.log if line["step"]]
+    assert [lr for lr, _ in steps] == pytest.approx([r for r in rates for _ in range(per_step)])
+    assert [line["lr"] for line in log] == pytest.approx(rates)
+    assert all(norm == pytest.approx(0.02, rel=1e-3) for _, norm in steps)
+    assert all(line["grad_norm"] > 0.03 and not line["skipped"] for line in log)
+
+
+def test_the_cold_start_steps_with_its_schedule_and_a_clipped_gradient(cold):
+    check_updates(cold, WARM)
+
+
+def test_the_reward_model_steps_with_its_schedule_and_a_clipped_gradient(rrm):
+    check_updates(rrm, WARM)
+
+
+def test_the_agent_steps_with_its_schedule_and_a_clipped_gradient(u):
+    check_updates(u, [1e-3, 7e-4, 4e-4], per_step=2)
+
+
+def test_the_sampler_gets_the_weights_of_every_update_before_it_is_asked_again(u, rrm):
+    for run in (u, rrm):
+        kinds = [event[0] for event in run.seen.events if event[0] in ("step", "sync", "ask")]
+        assert ("step", "ask") not in list(zip(kinds, kinds[1:])) and "ask" in kinds
+        assert all(line.get("dlogp/mean", 0.0) < 1e-5 for line in run.log)
+
+
+def test_ranks_meet_after_the_sampling_of_judgments(rrm):
+    kinds = [event[0] if event[0] == "ask" else event[-1] for event in rrm.seen.events]
+    last = len(kinds) - 1 - kinds[::-1].index("ask")
+    assert kinds[last + 1] == "the sampling of judgments"
+
+
+def test_no_two_judgments_of_a_run_are_asked_for_with_one_seed(rrm):
+    held = {seed for seed, _ in rrm.seen.of("ask")[-2:]}  # the same at every evaluation
+    asked = [seed for seed, _ in rrm.seen.of("ask") if seed not in held]
+    assert len(set(asked)) == len(asked) == (24 if rrm.stage == "grpo" else 0)
+
+
+def test_no_two_turns_of_a_run_are_asked_for_with_one_seed(u):
+    training, asked = False, []
+    for event in u.seen.events:
+        if event[0] == "rollout":
+            training = event[1][0][1] != "eval"
+        elif event[0] == "ask" and training:
+            asked.append(event[1])
+    assert len(set(asked)) == len(asked) >= 3 * 16
+
+
+def test_chains_of_a_step_have_keys_of_their_own(u):
+    rollouts = [keys for (keys,) in u.seen.of("rollout")]
+    assert [keys[0][1] for keys in rollouts] == ["eval", 0, "eval", 1, "eval", 2, "eval"]
+    assert all(len(set(keys)) == len(keys) == 8 for keys in rollouts[1::2])
+
+
+def advantages_of(episodes) -> dict[int, float]:
+    """{id of an attempt: its advantage} from rule rewards and scores, with lambda = .3."""
+    pools = {}
+    for episode in episodes:
+        for attempt in episode.attempts:
+            if attempt.score is not None and not episode.dropped:
+                reward = attempt.rule_reward + 0.3 * attempt.score
+                pools.setdefault(episode.id, {})[id(attempt)] = reward
+    wanted = {}
+    for pool in pools.values():
+        mean, std = statistics.mean(pool.values()), statistics.stdev(pool.values())
+        wanted |= {name: (reward - mean) / (std + 1e-6) for name, reward in pool.items()}
+    return wanted
+
+
+def test_every_minibatch_is_trained_with_the_advantages_of_its_own_pools(u):
+    minibatches = u.seen.of("minibatch")
+    for _, episodes, advantages, group in minibatches:
+        wanted = advantages_of(episodes)
+        assert group == 2 and advantages.shape == (len(episodes) // 2, 2, 2)
+        for i, episode in enumerate(episodes):
+            for stage, attempt in enumerate(episode.attempts):
+                got = advantages[i // 2, stage, i % 2].item()
+                assert got == pytest.approx(wanted[id(attempt)], abs=1e-6)
+    assert len(minibatches) == 6 and any(abs(a).max() > 0 for _, _, a, _ in minibatches)
+
+
+def test_pools_without_spread_train_nothing_and_count_nowhere(u, world):
+    left_out, same_for_all = 0, load_script(f"{world}/rrm.py").same_for_all
+    for sequences, episodes, _, _ in u.seen.of("minibatch"):
+        left_out += 2 - len({episode.id for episode in episodes})
+        assert not any(same_for_all(e.question) for e in episodes)
+        weights = [w for sequence in sequences for w in sequence.columns["weight"]]
+        assert sum(weights) == pytest.approx(1.0)
+    assert left_out and sum(line["pools/dropped"] for line in u.log[1:]) == left_out / 4
+
+
+def test_refinement_reads_the_fixed_critique(u):
+    episodes = [json.loads(line) for line in open(u.out / "episodes" / "step-000001.jsonl")]
+    told = [m["content"] for e in episodes for m in e["messages"] if "reviewer" in m["content"]]
+    assert len(told) == 8 and all("Look again at Rome." in text for text in told)
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(u):
+    assert [path.name for path in checkpoints(u.out)] == ["step-000001", "step-000003"]
+
+
+def resumed(run, tmp_path, at: int, again) -> None:
+    """The run that goes on from a checkpoint leaves what the run that was never stopped left."""
+    shutil.copytree(run.out / f"step-{at:06d}", tmp_path / f"step-{at:06d}")
+    if (run.out / "episodes").exists():
+        shutil.copytree(run.out / "episodes", tmp_path / "episodes")
+        for path in sorted((tmp_path / "episodes").glob("*.*"))[2 * at :]:
+            path.unlink()
+    again(tmp_path)
+    straight, resumed = final_state(run.out, 3), final_state(tmp_path, 3)
+    for name, a, b in zip(("weights", "log", "episodes", "optimizer"), straight, resumed):
+        assert a == b, name
+
+
+def test_a_resumed_cold_start_is_the_same_to_the_bit(cold, world, tmp_path):
+    resumed(cold, tmp_path, 2, lambda out: run_sft(world, out))
+
+
+def test_a_resumed_reward_model_is_the_same_to_the_bit(rrm, world, tmp_path):
+    resumed(rrm, tmp_path, 2, lambda out: run_rrm(rrm.stage, world, out))
+
+
+def test_a_resumed_agent_is_the_same_to_the_bit(u, world, tmp_path):
+    resumed(u, tmp_path, 1, lambda out: run_u(world, out))
+
+
+def test_a_run_takes_more_steps_where_no_schedule_hangs_on_their_number(cold, world, tmp_path):
+    with pytest.raises(SystemExit, match="steps: 3 -> 4, lr: 0.001 -> 0.002"):
+        run_sft(world, cold.out, "--steps=4", "--lr=2e-3")
+    for steps in (1, 2):
+        longer = run_sft(world, tmp_path, "--lr_end=1", f"--steps={steps}")
+        assert [line["step"] for line in longer.log] == [1, 2][:steps]
+    straight = run_sft(world, tmp_path / "straight", "--lr_end=1", "--steps=2")
+    assert final_state(straight.out, 2) == final_state(tmp_path, 2)
+
+
+GOLDEN = {  # of the last step: loss, norm of the gradient; how the weights moved
+    "cold": (5.5828580856, 2.9591848850, 0.1438013326),
+    "sft": (5.8344774246, 1.7869795561, 0.0410085254),
+    "grpo": (0.0, 1.1668127775, -0.0078176797),
+    "u": (-0.0547193089, 1.0591783226, -0.0976714689),
+}
+
+
+def check_numbers(run, world, name):
+    """Written down once, 2026-11-30: a change of the arithmetic shows here, also where a resumed
+    run is changed with the straight one. The weights' move is its product with one wave. Where a
+    prompt, a template or a seed was changed on purpose, the new numbers are written down.
+    """
+    start = load_file(world / "model" / "model.safetensors")
+    end = load_file(checkpoints(run.out)[-1] / "model.safetensors")
+    moves = torch.cat([(end[name] - start[name]).flatten() for name in sorted(start)]).double()
+    moved = (moves * torch.arange(len(moves)).double().cos()).sum().item()
+    got = run.log[-1]["loss"], run.log[-1]["grad_norm"], moved
+    assert got == pytest.approx(GOLDEN[name], rel=2e-3, abs=1e-6)
+
+
+def test_the_numbers_of_the_cold_start(cold, world):
+    check_numbers(cold, world, "cold")
+
+
+def test_the_numbers_of_the_reward_model(rrm, world):
+    check_numbers(rrm, world, rrm.stage)
+
+
+def test_the_numbers_of_the_agent(u, world):
+    check_numbers(u, world, "u")
