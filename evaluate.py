@@ -91,13 +91,13 @@ class Config:
     allow: str = ""  # host:port pairs that browse may open beyond the public web
     # judge of answers (webwalker, hle, xbench)
     judge: str = ""  # http://…/v1; "": rows that need it stay unscored until a later run has it
-    judge_model: str = ""  # "": the first that the server lists
+    judge_model: str = ""  # "": the only one that the server lists
     judge_cache: str = "out/judge_cache.sqlite"
     judged: str = "table"  # table: the sets that need it | all: every set given | none
     # engine
     engine: EngineConfig = AT_WORK  # a URL needs none
     endpoint: str = "auto"  # of a served model: auto | completions | chat
-    served_model: str = ""  # its name there; "": the first that the server lists
+    served_model: str = ""  # its name there; "": the only one that the server lists
     tokenizer: str = ""  # of a served model: a folder or name; "": what the server was started with
     # run
     seed: int = 0

@@ -1,10 +1,10 @@
 """Rollouts: engines, the agent loop, critique and refinement, the client of the reasoning reward
 model (Agent-RRM).
 
-A chain is one coroutine: first attempt -> judge -> refined attempt -> judge (paper section 3.5.3,
+A chain is one coroutine: first attempt -> score -> refined attempt -> score (paper section 3.5.3,
 Reagent-U; without the last judgment it is Reagent-C, section 3.5.1). All share one engine and wait
-for nobody but the tools and the judge they called. Tokens in, tokens out: ids are append-only, the
-mask is written when a token is appended, history is never rendered again.
+for nobody but the tools and the reward model they called. Tokens in, tokens out: ids are
+append-only, the mask is written when a token is appended, history is never rendered again.
 """
 
 import argparse

@@ -37,7 +37,7 @@ class Common:
 
 @contextlib.contextmanager
 def agent_at_work(cfg, folder: str):
-    """-> (Setup without a judge, rows, run): an agent at work; `run(coroutine)` runs its chains."""
+    """-> (Setup without a reward model, rows, run): an agent; `run(coroutine)` runs its chains."""
     from reagent.policy import load_chat
 
     rows = JsonlRows(cfg.data, check_rl_row)

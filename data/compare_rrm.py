@@ -44,7 +44,7 @@ def critique_lift(setup, rrm, rows: list[dict], run, seed: int) -> dict:
         if e.attempts and e.attempts[0].critique and not e.dropped
     ]
     if not pairs:
-        raise SystemExit("critique lift: the judge gave no valid critique")
+        raise SystemExit("critique lift: the reward model gave no valid critique")
     own = [e.attempts[0].critique for e, _ in pairs]
     lift = {
         "lift/questions": len(pairs),
@@ -67,7 +67,7 @@ def critique_lift(setup, rrm, rows: list[dict], run, seed: int) -> dict:
 
 
 def main(cfg: Config) -> None:
-    """A judge on held-out judgments, beside another, for an agent: a table and log.jsonl."""
+    """A reward model on held-out judgments, beside another, for an agent: a table and log.jsonl."""
     from reagent.policy import load_chat
 
     if not cfg.rrm.source:

@@ -1,4 +1,4 @@
-"""How good a judge is: agreement with annotated scores, with correctness, against another judge."""
+"""How good a reward model is: agreement with annotated scores, with correctness, with another."""
 
 import math
 

@@ -87,6 +87,8 @@ def test_what_is_read_is_capped(kind):
         with pytest.raises(Unavailable) as told:
             asked(server, seconds=20)
         assert time.monotonic() - began < 10 and not told.value.late
+    told_of = {"headers": "too long", "bomb": "packed as gzip"}.get(kind, "larger than 10 MiB")
+    assert told_of in str(told.value)
 
 
 ODD = {
