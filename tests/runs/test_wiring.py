@@ -91,6 +91,7 @@ def run_u(world, out):
         seen.note(grpo_unified.rollout, "run_chains", told_keys)
         seen.note(grpo_unified, "training_sequences", told_minibatch, after=True)
         files = [f"--model={world}/model", f"--data={world}/rl.jsonl", f"--rrm={world}/rrm.py"]
+        files.append("--rrm.seconds=50")
         files += [f"--eval_data={world}/eval.jsonl", f"--out_dir={out}"]
         log = run_here(grpo_unified, [*COMMON, *U, *files])
     return SimpleNamespace(seen=seen, log=log, out=out)
