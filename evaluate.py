@@ -617,11 +617,7 @@ def command(argv: list[str]) -> None:
     """score FILE | compare A B | page FOLDER | the keys of a run."""
     files = {"score": 1, "compare": 2, "page": 1}
     if not argv or argv[0] not in files:
-        try:
-            return main(parse_config(Config, argv))
-        except KeyboardInterrupt:
-            print("stopped: the same command goes on with what is missing", file=sys.stderr)
-            sys.exit(130)
+        return main(parse_config(Config, argv))
     name, *paths = argv
     if len(paths) != files[name] or paths[0].startswith("-"):
         raise SystemExit(__doc__)
@@ -638,4 +634,8 @@ def command(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command(sys.argv[1:])
+    try:
+        command(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on with what is missing", file=sys.stderr)
+        sys.exit(130)

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from reagent.chat import Chat
-from reagent.folder import refuse_code
+from reagent.folder import check_digest, refuse_code
 
 HEAD_CHUNK = 256  # tokens that pass the head at once: V = 152k in fp32 is 0.6 MB a token
 HEAD_KEPT = 1 << 26  # numbers (M V) up to which a softmax is kept for backward: 256 MB
@@ -310,8 +310,10 @@ def load_policy(folder: str, checkpoint_activations: bool) -> Policy:
     options = dict(dtype=torch.float32, attn_implementation="varlen")
     if dist.is_initialized() and dist.get_rank() > 0:
         with torch.device("meta"):
-            hf = AutoModelForCausalLM.from_config(config, **options)
+            hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     else:
+        for digest in Path(folder).glob("*.safetensors.sha256"):  # a checkpoint of ours
+            check_digest(digest.with_suffix(""))
         hf = _read(AutoModelForCausalLM, folder, "model", **options)
     if checkpoint_activations:
         hf.gradient_checkpointing_enable(dict(use_reentrant=False))
@@ -327,7 +329,7 @@ def check_forward(config) -> None:
     try:
         with torch.random.fork_rng(devices=[]):  # a run's own random numbers stay as they are
             exact = dict(attn_implementation="eager", dtype=torch.float32)
-            hf = AutoModelForCausalLM.from_config(_small(config), **exact)
+            hf = AutoModelForCausalLM.from_config(_small(config), trust_remote_code=False, **exact)
         for weight in hf.eval().parameters():  # so large that softcaps bite
             weight.data.normal_(0, 4 / weight.shape[-1] ** 0.5, generator=generator)
             weight.data += float(weight.dim() == 1)

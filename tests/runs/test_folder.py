@@ -207,6 +207,15 @@ def test_one_flipped_bit_of_a_checkpoint_is_found(saved, trained, name, share):
         load(saved, trained)
 
 
+def test_one_flipped_bit_of_the_weights_is_found_where_a_stage_begins_with_them(saved):
+    load_policy(str(saved), False)
+    body = bytearray((saved / "model.safetensors").read_bytes())
+    body[-1] ^= 128
+    (saved / "model.safetensors").write_bytes(body)
+    with pytest.raises(SystemExit, match="model.safetensors is damaged"):
+        load_policy(str(saved), False)
+
+
 def test_a_checkpoint_without_its_digest_is_told(saved, trained):
     (saved / "trainer" / "__0_0.distcp.sha256").unlink()
     with pytest.raises(SystemExit, match="__0_0.distcp cannot be checked"):
