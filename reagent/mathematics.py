@@ -38,7 +38,7 @@ FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc exp log
 THOUSANDS = re.compile(r"(?<![\w.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 _SPACE = r"(?:\\[,;: ]|~|\s|\{,\}|,\s*\\!\s*|\\!)"  # between three digits and three
 _SPACED = re.compile(rf"(?<![\w.,])[1-9]\d{{0,2}}(?:{_SPACE}\d{{3}})+(?!\d)")
-_REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
+_REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}")
 REWRITES = [  # in this order
     (r"\\\\(?:\[\w*\])?", "↵"),
     (r"\\(?:left|right)\s*\.|\\(?:left|right|middle|[Bb]igg?[lrm]?)(?![a-zA-Z])", ""),
@@ -141,8 +141,8 @@ def _same_text(a: str, b: str) -> bool:
 AND, OR = r",?\s*(?<![A-Za-z])and(?![A-Za-z])", r",?\s*(?<![A-Za-z])or(?![A-Za-z])"
 SEPARATORS = f"{AND}|{OR}|[,;]"
 _GROUPED = re.compile(r"\\?[(\[{«][^][(){}«»]*[)\]}»]")
-_NAME = re.compile(  # x, x_1, f(x), (x, y)
-    r"[A-Za-zΑ-Ωα-ω](?:_\{\w+\})?'*(?:\([a-z](?:, *[a-z])*\))?|\([a-z](?:, *[a-z])+\)"
+_NAME = re.compile(  # x, x_1, AB, f(x), (x, y)
+    r"[A-Z]{2,3}|[A-Za-zΑ-Ωα-ω](?:_\{\w+\})?'*(?:\([a-z](?:, *[a-z])*\))?|\([a-z](?:, *[a-z])+\)"
 )
 _BUILDER = re.compile(r"\\\{ *([A-Za-z]) *(?:∈[^|]*)?(?:\\mid|[|:])(?=.*\1)(.*[<>≤≥≠].*)\\\}")
 _MATRIX = re.compile(r"\\begin *\{([pb]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end *\{\1\}", re.S)
@@ -400,7 +400,8 @@ def _parsed(text: str) -> ast.expr:
             text = re.sub(pattern, to, text)
         if text == before:  # braces that only group
             text = _PLAIN.sub(lambda m: m[0] if m[1] else f"({m[2]})", text)
-    if re.search("[A-Za-z]{4}", re.sub(r"@\w+", "", text)) or _TOKEN.sub("", text).strip():
+    letters = re.sub(r"@\w+", "", text)  # three alone and four together are words, not products
+    if re.search("[A-Za-z]{4}|^[A-Za-z]{3}$", letters) or _TOKEN.sub("", text).strip():
         raise Unreadable(text)
     words, product = [], False
     for number, function, name, sign in _TOKEN.findall(text):
@@ -465,7 +466,7 @@ ARITHMETIC = {"Add": add, "Sub": sub, "Mult": mul, "Div": truediv, "USub": neg, 
 ARITHMETIC |= {"abs": abs}
 WHOLE = {"Pow": _power, "factorial": _factorial, "binom": _binomial}  # where the last operand is
 CALLED = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "ln": "log", "log": "log10"}
-CALLED |= {name: name for name in FUNCTIONS[3:-2]}
+CALLED |= {name: name for name in (*FUNCTIONS[3:-2], "factorial")}
 
 
 def _applied(name: str, values: list):

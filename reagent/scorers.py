@@ -167,10 +167,12 @@ def score_math(pred: str, gold: str) -> bool:
 _SAYS = r"(?:is|are|would be|should be|must be|:|=)"
 _ANSWER = r"(?:the )?(?:(?:final|correct|right|best|only) )*(?:answer|option|choice)"
 _LEAD = re.compile(rf"^(?:(?:so|thus|hence|therefore),? )?{_ANSWER} ?{_SAYS}?:?\s*", re.I)
-_MARKED = re.compile(r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])(?:[).:]| [-–—:]))\s*(.*)", re.S)
+_MARKED = re.compile(
+    r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])(?:[).:\n]| [-–—:]))\s*(.*)", re.S
+)
 _OTHER = re.compile(  # another option among the words of one
     r"\([A-Ja-j]\)|(?:^|[\s,;/&])[A-J]\)|[,;\n]\s*[A-J][.:]"
-    r"|^(?:or|and|is|[,;/&])(?!\w)|\b(?:or|and) [A-J]\b"
+    r"|^(?:or|and|is|[,;/&])(?!\w)|\b(?:or|and) [A-J]\b|(?:^|\n)[A-J](?:\n|$)"
 )
 _CUE = r"\b(?:is|be|choose|pick|select|option|answer|choice|with)"
 _SAID = re.compile(rf"(?:{_CUE}|:) \(?([A-Z])\)?(?![\w'])")
@@ -186,8 +188,8 @@ def read_choice(text: str) -> tuple[str, str]:
     text = plain(text)
     if len(text) > 1000:
         return "", text
-    claim = re.split(r",? *\b(?:because|since)\b", text, maxsplit=1)[0].strip()
-    claim = unwrapped(_LEAD.sub("", claim, count=1)).strip(" .,;")
+    claim = re.split(r"(?i),? *\b(?:because|since)\b", text, maxsplit=1)[0].strip()
+    claim = unwrapped(_LEAD.sub("", claim, count=1)).strip(" .,;!")
     if re.fullmatch(r"[(\[]?[A-Za-z][)\]]?:?", claim):
         return re.sub(r"\W", "", claim).upper(), ""
     if marked := _MARKED.fullmatch(claim):

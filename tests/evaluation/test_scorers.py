@@ -104,7 +104,9 @@ y = 2x + 3 | 2x+3 | y - 2x = 3 | y=3+2x
 \\text{Evelyn} | Evelyn | evelyn | \\textbf{Evelyn}. | **Evelyn**
 \\cot x | cot(x) | \\frac{\\cos x}{\\sin x}
 1-\\frac{1}{e} | 1 - 1/\\mathrm{e} | -e^{-1}+1
-0.1\\overline{6} | 1/6
+0.1\\overline{6} | 1/6 | 0.1\\bar{6} | \\frac{1}{6} = 0.1\\overline{6}
+5 | AB = 5 | x=5 | \\boxed{5}
+\\frac{n!}{2} | n!/2
 52_8 | 52_{8} | 52₈
 10^{100}+1 | 1+10^{100}
 \\frac{1}{\\sqrt{n}} | \\sqrt{1/n} | n^{-1/2}
@@ -134,6 +136,7 @@ x_1 | x_2 | x1
 y = 2x | y = 3x | 2x = 3
 i^2 | 1
 \\text{listen} | \\text{silent}
+cat | act
 \\log_8(4) = \\frac{2}{3} | \\log_{18}(4) = \\frac{2}{3}
 6:00 \\text{ PM} | 6:00 AM
 17\\% | 1.7
@@ -256,7 +259,7 @@ def test_numbers_and_lists_of_gaia(pred, gold, right):
 CHOSEN = """
 B | (b) | **B** | \\textbf{(B)} | [B] | B. | B) Paris | B: Paris | Option B |
 The answer is (B) Paris. | Answer: **B** | the correct option is B | (b) because A is wrong |
-B is correct | I choose B. | $B$
+B is correct | I choose B. | $B$ | B!
 B. Paris | Paris | B | (B) Paris | \\text{Paris} | B. Vitamin C deficiency is another matter
 """
 NOT_CHOSEN = """
