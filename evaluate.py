@@ -4,8 +4,7 @@ loop of training, with numbers that can be trusted.
     python evaluate.py --model=FOLDER|URL --dataset=hotpotqa,math500 [preset.py] [--key=value ...]
     torchrun --nproc_per_node=8 evaluate.py --model=FOLDER --dataset=gaia_text
     python evaluate.py score rows.jsonl  # {"scorer", "pred", "gold"} rows -> one JSON line each
-    python evaluate.py compare A.jsonl B.jsonl
-        # paired: difference, 95 % interval, questions gained and lost
+    python evaluate.py compare A.jsonl B.jsonl  # paired: difference, interval, gained and lost
     python evaluate.py page FOLDER  # report.html of a run again, or an index over runs
         # a reward model on held-out judgments
 
@@ -43,11 +42,12 @@ from reagent.reward_model import RewardModelConfig
 from reagent.rows import JsonlRows
 from reagent.scorers import SCORER_OF_KIND, score, unknown
 from results.benchmarks import DATASETS, DataSet, Task, load_tasks
-from results.journal import SEALED, Journal, about, check_served, sealed, write_results
+from results.journal import SEALED, Journal, about, check_served, named, sealed, write_results
 from results.runs import write_folder_page, write_run_page
 from results.statistics import compare, markdown, outcomes, report_facts, summarise
 from results.verdicts import open_judge, open_verdicts
 from toolkit.http import Refused, Unavailable
+from tools import Toolbox
 
 # --------------------------------------------------------------------------------------------------
 # the data sets and the knobs
@@ -59,9 +59,7 @@ AT_WORK = EngineConfig(sleep=False, memory_share=0.85, max_live_chains=64)
 @dataclass
 class Config:
     # what is evaluated
-    model: str = (
-        "out/u/step-000300"  # a Hugging Face folder or name, or http://…/v1 of a served model
-    )
+    model: str = "out/u/step-000300"  # a Hugging Face folder or name, or http://…/v1 of a server
     dataset: tuple[str, ...] = ("gaia_text",)  # names, or files of RL rows
     data_dir: str = "data/benchmarks"  # where NAME.jsonl lie
     files_dir: str = "data/benchmarks/files"  # attachments of GAIA
@@ -75,9 +73,7 @@ class Config:
     chat_template: str = ""  # a Jinja file for a model whose own template has no tools
     tools: str = ""  # names, or none; "": as the table says
     max_turns: int = 0  # with tool calls; 0: as the table says
-    max_tokens_per_attempt: int = (
-        32_768  # tool results included; less where the model's positions do not hold it
-    )
+    max_tokens_per_attempt: int = 32_768  # tool results included; less where no more fits
     max_new_tokens_per_turn: int = 0  # 0: as many as the attempt has left
     max_context: int = 0  # tokens of a chain; 0: the model's positions
     refine: bool = False  # Reagent-C: a second attempt after the critique of the reward model
@@ -102,55 +98,28 @@ class Config:
     # run
     seed: int = 0
     out_dir: str = "out/eval"
-    retries: int = (
-        2  # more tries at a chain that the infrastructure failed, before a later run tries it
-    )
+    retries: int = 2  # more tries, in this run, at a chain that the infrastructure failed
     patience_s: float = 600.0  # how long to wait for a server that is away
     timeout_s: float = 86_400.0  # how long ranks wait for each other
 
 
 # these change no answers, so a resumed run may change them; rows are keyed by set, id and rollout
-MAY_CHANGE = {
-    "dataset",
-    "data_dir",
-    "files_dir",
-    "limit",
-    "ids",
-    "rollouts",
-    "judge",
-    "judge_model",
-    "judge_cache",
-}
-
-MAY_CHANGE |= {
-    "judged",
-    "endpoint",
-    "engine.memory_share",
-    "engine.max_live_chains",
-    "engine.tensor_parallel",
-    "rrm.seconds",
-    "rrm.in_flight",
-    "out_dir",
-    "retries",
-}
-
-MAY_CHANGE |= {"patience_s", "timeout_s", "cache"}
+MAY_CHANGE = set(
+    "dataset data_dir files_dir limit ids rollouts judge judge_model judge_cache judged endpoint "
+    "engine.memory_share engine.max_live_chains engine.tensor_parallel rrm.seconds rrm.in_flight "
+    "out_dir retries patience_s timeout_s cache".split()
+)
 
 
 def check_config(cfg: Config) -> None:
     engines.engine_class(cfg.engine.kind)
     prompt_facts(cfg)  # a missing file is told before any work
     check_choices(cfg, endpoint="auto completions chat", judged="table all none")
-    check_numbers(
-        cfg,
-        "top_p>0 top_p<=1 max_tokens_per_attempt>0 timeout_s>0 "
-        "engine.tensor_parallel>0 engine.memory_share<=1",
-    )
+    bounds = "top_p>0 top_p<=1 max_tokens_per_attempt>0 timeout_s>0 engine.tensor_parallel>0"
+    check_numbers(cfg, bounds + " engine.memory_share<=1")
     if cfg.refine and not cfg.rrm.source:
-        raise SystemExit(
-            "--refine needs the reward model whose critique is read: --rrm=http://…/v1 or "
-            "--rrm=FOLDER"
-        )
+        need = "--rrm=http://…/v1 or --rrm=FOLDER"
+        raise SystemExit(f"--refine needs the reward model whose critique is read: {need}")
     cfg.rrm.check(cfg.timeout_s)
     if cfg.rrm.source and not cfg.refine:
         raise SystemExit("--rrm is read by --refine alone")
@@ -220,16 +189,11 @@ def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
     patience = cfg.patience_s
     found = runner.run(look_up(endpoint, cfg.served_model, cfg.endpoint, patience))
     if found.kind == "chat":
-        print(
-            f"{cfg.model} takes messages only: it renders the history again at every turn, limits "
-            "are estimates"
-        )
+        print(f"{cfg.model} takes messages only: it renders history again, limits are estimates")
         # four characters are a token only roughly: stay clear of the server's own limit
         positions = (found.max_context or 32_768) * 3 // 4
-        how = (
-            f"{found.model} by chat completions: history rendered again by the server, token "
-            "counts estimated"
-        )
+        how = f"{found.model} by chat completions: history rendered again by the server"
+        how += ", token counts estimated"
         chat = TextChat()
         return Agent(ChatEngine(endpoint, found, chat, patience), chat, positions, how, found.name)
     from reagent.policy import load_chat
@@ -238,10 +202,7 @@ def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
     try:
         chat = load_chat(folder, cfg.chat_template, tools=cfg.tools != "none")
     except SystemExit as error:
-        hint = (
-            "--tokenizer=FOLDER names the tokenizer of the served model, --endpoint=chat does "
-            "without"
-        )
+        hint = "--tokenizer=FOLDER names that of the served model, --endpoint=chat does without"
         raise SystemExit(f"{error}: {hint}") from error
     how = f"{found.model} by completions, token ids in and out"
     if found.kind == "text":
@@ -255,10 +216,8 @@ def local_agent(cfg: Config, tp_group) -> Agent:
 
     chat = load_chat(cfg.model, cfg.chat_template, tools=cfg.tools != "none")
     positions = positions_of(cfg.model)
-    context = min(cfg.max_context or positions, positions)
-    engine = engines.make_engine(
-        cfg.engine, cfg.model, chat.stop_ids, max_context=context, tp_group=tp_group
-    )
+    room = dict(max_context=min(cfg.max_context or positions, positions), tp_group=tp_group)
+    engine = engines.make_engine(cfg.engine, cfg.model, chat.stop_ids, **room)
     return Agent(engine, chat, positions, f"{cfg.engine.kind} in this process")
 
 
@@ -270,10 +229,8 @@ def positions_of(folder: str) -> int:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise SystemExit(
-            f"{folder} does not say how many positions the model has: {why}"
-        ) from error
+        why = f"how many positions the model has: {str(error).strip().splitlines()[0]}"
+        raise SystemExit(f"{folder} does not say {why}") from error
     return config.max_position_embeddings
 
 
@@ -303,23 +260,14 @@ def prompt_tokens(task: Task, agent: Agent, toolbox, system: str) -> int:
 
 def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
     """{(tools, seconds): Toolbox}; SystemExit before the start for what search or rows lack."""
-    from tools import Toolbox
-
+    shared = {key: getattr(cfg, key) for key in ("corpus", "block", "cache", "replay", "allow")}
     boxes = {}
     for task in tasks:
         names = [name for name in task.spec.tools.split(",") if name != "none"]
         key = (task.spec.tools, task.spec.seconds_per_call)
         if key not in boxes:
-            boxes[key] = Toolbox(
-                names,
-                corpus=cfg.corpus,
-                seconds_per_call=task.spec.seconds_per_call,
-                block=cfg.block,
-                files_dir=cfg.files_dir if "file_reader" in names else "",
-                cache=cfg.cache,
-                replay=cfg.replay,
-                allow=cfg.allow,
-            )
+            own = dict(files_dir=cfg.files_dir if "file_reader" in names else "")
+            boxes[key] = Toolbox(names, seconds_per_call=key[1], **own, **shared)
         boxes[key].check_rows(task.rows, task.name)
     return boxes
 
@@ -331,26 +279,17 @@ def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
 def setup_of(cfg: Config, task: Task, agent: Agent, toolbox, rrm) -> rollout.Setup:
     system = read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
     task.limits = limits = limits_of(cfg, task, agent, prompt_tokens(task, agent, toolbox, system))
-    print(
-        f"{task.name}: {len(task.rows)} questions x {task.rollouts}, subset {task.subset}, tools "
-        f"{task.spec.tools};",
-        f"{1 + cfg.refine} attempt(s) of {limits.max_tokens_per_attempt} tokens and "
-        f"{limits.max_turns} turns with",
-        f"calls in {limits.max_context} positions",
-        flush=True,
-    )
-    return rollout.Setup(
-        agent.engine,
-        agent.chat,
-        toolbox,
-        limits,
-        lambda row, answer: (None, None),  # record_of scores
-        rrm,
-        cfg.refine,
-        cfg.temperature,
-        cfg.top_p,
-        system_prompt=system,
-    )
+    what = f"{task.name}: {len(task.rows)} questions x {task.rollouts}, subset {task.subset}"
+    attempts = f"{1 + cfg.refine} attempt(s) of {limits.max_tokens_per_attempt} tokens"
+    room = f"{limits.max_turns} turns with calls in {limits.max_context} positions"
+    print(f"{what}, tools {task.spec.tools}; {attempts} and {room}", flush=True)
+
+    def unscored(row, answer):  # record_of scores
+        return None, None
+
+    parts = dict(engine=agent.engine, chat=agent.chat, toolbox=toolbox, limits=limits, rrm=rrm)
+    parts |= dict(refine=cfg.refine, temperature=cfg.temperature, top_p=cfg.top_p)
+    return rollout.Setup(**parts, rule_reward=unscored, system_prompt=system)
 
 
 async def run_task(
@@ -390,9 +329,7 @@ async def run_task(
         if not waiting:
             break
     for name, (key, row) in waiting.items():
-        journal.append(
-            dict(dataset=key[0], id=key[1], rollout=key[2], row=row["digest"], fault=faults[name])
-        )
+        journal.append(named(key) | {"row": row["digest"], "fault": faults[name]})
     bar.close()
 
 
@@ -405,7 +342,6 @@ def fault_text(episode) -> str:
 
 
 def progress(what: str, total: int, done: int, rank: int = 0):
-
     pause = 1.0 if sys.stderr.isatty() else 30.0  # seconds
     return tqdm(desc=what, total=total, initial=done, disable=rank > 0, mininterval=pause)
 
@@ -416,41 +352,27 @@ async def judge_answers(tasks: list[Task], journal: Journal, judge) -> int:
     for task in tasks:
         for key, row in task.keys():
             if journal.done(key, row):
-                entry = journal.entries[key]
-                open_ = [i for i, correct in enumerate(entry.correct) if correct is None]
-                waiting += [
-                    (task, key, row, i)
-                    for i in open_
-                    if journal.verdict(key, i, judge.name) is None
-                ]
+                for i, correct in enumerate(journal.entries[key].correct):
+                    if correct is None and journal.verdict(key, i, judge.name) is None:
+                        waiting.append((task, key, row, i))
     bar = progress(f"judge {judge.model}", len(waiting), 0)
 
     async def one(task, key, row, attempt) -> bool:
         entry = journal.entries[key]
         golds = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-        correct = await judge(
-            row["question"], golds, entry.answers[attempt], secret=row["id"] in task.canaries
-        )
+        secret = row["id"] in task.canaries
+        correct = await judge(row["question"], golds, entry.answers[attempt], secret=secret)
         if correct is not None:
-            name = dict(
-                dataset=key[0],
-                id=key[1],
-                rollout=key[2],
-                attempt=attempt,
-                about=about(entry, attempt),
-            )
-            journal.append({**name, "judge": judge.name, "verdict": correct})
+            line = named(key) | {"attempt": attempt, "about": about(entry, attempt)}
+            journal.append(line | {"judge": judge.name, "verdict": correct})
         bar.update()
         return correct is None
 
     unscored = sum(await asyncio.gather(*(one(*job) for job in waiting)))
     bar.close()
     if unscored:
-        print(
-            f"{unscored} of {len(waiting)} answers stay unscored ({judge.problem}):",
-            "run the same command again to have them judged",
-            file=sys.stderr,
-        )
+        what = f"{unscored} of {len(waiting)} answers stay unscored ({judge.problem})"
+        print(f"{what}: run the same command again to have them judged", file=sys.stderr)
     return unscored
 
 
@@ -511,9 +433,8 @@ def run_missing(
         return agent.how
     try:
         for task in tasks:
-            setup = setup_of(
-                cfg, task, agent, toolboxes[task.spec.tools, task.spec.seconds_per_call], rrm
-            )
+            toolbox = toolboxes[task.spec.tools, task.spec.seconds_per_call]
+            setup = setup_of(cfg, task, agent, toolbox, rrm)
             runner.run(run_task(cfg, task, setup, agent, journal, rank // tp, world // tp))
     finally:  # also after an error: those that follow would wait for ever
         if tp > 1:
@@ -532,14 +453,10 @@ def join_ranks(cfg: Config, rank: int, world: int, stack):
     run.init_distributed(cfg.timeout_s)
     stack.callback(dist.destroy_process_group)
     gloo, tp = dist.new_group(backend="gloo"), cfg.engine.tensor_parallel
-    groups = (
-        [dist.new_group(list(range(a, a + tp)), backend="gloo") for a in range(0, world, tp)]
-        if tp > 1
-        else []
-    )
-    return groups[rank // tp] if groups else None, lambda phase: run.meet(
-        phase, gloo, cfg.timeout_s
-    )
+    starts = range(0, world, tp) if tp > 1 else []
+    groups = [dist.new_group(list(range(a, a + tp)), backend="gloo") for a in starts]
+    own = groups[rank // tp] if groups else None
+    return own, lambda phase: run.meet(phase, gloo, cfg.timeout_s)
 
 
 def main(cfg: Config) -> None:
@@ -551,10 +468,8 @@ def main(cfg: Config) -> None:
     asks = bool(judged and cfg.judge and cfg.judged != "none")
     if judged and not asks:
         names = ", ".join(task.name for task in judged)
-        print(
-            f"no judge: the answers of {names} stay unscored until a run has --judge=http://…/v1",
-            file=sys.stderr,
-        )
+        what = f"the answers of {names} stay unscored until a run has --judge=http://…/v1"
+        print(f"no judge: {what}", file=sys.stderr)
     if asks:
         open_verdicts(cfg.judge_cache).close()  # a damaged one is told before any work
     with contextlib.ExitStack() as stack:
@@ -572,11 +487,8 @@ def main(cfg: Config) -> None:
         except (Unavailable, Refused) as down:
             keys = [(key, row) for task in tasks for key, row in task.keys()]
             done = sum(journal.done(key, row) for key, row in keys)
-            text = (
-                f"{down}; {done} of {len(keys)} chains are finished: run the same command again to "
-                "go on"
-            )
-            raise SystemExit(text) from None
+            told = f"{done} of {len(keys)} chains are finished: run the same command again"
+            raise SystemExit(f"{down}; {told} to go on") from None
         meet("the chains")
         if rank > 0:
             return
@@ -591,10 +503,8 @@ def main(cfg: Config) -> None:
         print(write_reports(cfg, tasks, journal, judge.name if judge else "", how, search))
         left = sum(not journal.done(key, row) for task in tasks for key, row in task.keys())
         if left:
-            print(
-                f"{left} chains failed for want of infrastructure: run the same command again",
-                file=sys.stderr,
-            )
+            what = f"{left} chains failed for want of infrastructure"
+            print(f"{what}: run the same command again", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -153,6 +153,10 @@ class Journal:
         self.lock.close()
 
 
+def named(key: tuple) -> dict:
+    return dict(zip(("dataset", "id", "rollout"), key))
+
+
 def about(entry: Entry, attempt: int) -> str:
     """What a verdict is about: the row and the answer."""
     whole = json.dumps([entry.digest, entry.answers[attempt]])
@@ -166,8 +170,7 @@ def about(entry: Entry, attempt: int) -> str:
 def final_line(journal: Journal, key: tuple, row: dict, judge: str) -> dict | None:
     """A row of results.jsonl: verdicts filled in, timings left out. None: the chain is missing."""
     if not journal.done(key, row):
-        name = dict(zip(("dataset", "id", "rollout"), key), row=row["digest"])
-        name |= {"status": "fault", "correct": None}
+        name = named(key) | {"row": row["digest"], "status": "fault", "correct": None}
         return name | {"fault": journal.faults[key]} if key in journal.faults else None
     entry, kept = journal.entries[key], journal.record(key)
     line = opened(kept)
