@@ -89,6 +89,7 @@ class Config:
     cache: str = ""  # sqlite file of web answers
     replay: bool = False  # answer web calls from the cache alone
     allow: str = ""  # host:port pairs that browse may open beyond the public web
+    unsafe_python: bool = False  # run code without a sandbox where this machine has none
     # judge of answers (webwalker, hle, xbench)
     judge: str = ""  # http://…/v1; "": rows that need it stay unscored until a later run has it
     judge_model: str = ""  # "": the only one that the server lists
@@ -134,7 +135,7 @@ MAY_CHANGE |= {
     "retries",
 }
 
-MAY_CHANGE |= {"patience_s", "timeout_s", "cache"}
+MAY_CHANGE |= {"patience_s", "timeout_s", "cache", "unsafe_python"}
 
 
 def check_config(cfg: Config) -> None:
@@ -319,6 +320,7 @@ def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
                 cache=cfg.cache,
                 replay=cfg.replay,
                 allow=cfg.allow,
+                unsafe_python=cfg.unsafe_python,
             )
         boxes[key].check_rows(task.rows, task.name)
     return boxes
