@@ -85,6 +85,7 @@ class Config:
     cache: str = ""  # sqlite file of web answers
     replay: bool = False  # answer web calls from the cache alone
     allow: str = ""  # host:port pairs that browse may open beyond the public web
+    unsafe_python: bool = False  # run code without a sandbox where this machine has none
     # judge of answers (webwalker, hle, xbench)
     judge: str = ""  # http://…/v1; "": rows that need it stay unscored until a later run has it
     judge_model: str = ""  # "": the only one that the server lists
@@ -107,7 +108,7 @@ class Config:
 MAY_CHANGE = set(
     "dataset data_dir files_dir limit ids rollouts judge judge_model judge_cache judged endpoint "
     "engine.memory_share engine.max_live_chains engine.tensor_parallel rrm.seconds rrm.in_flight "
-    "out_dir retries patience_s timeout_s cache".split()
+    "out_dir retries patience_s timeout_s cache unsafe_python".split()
 )
 
 
@@ -266,7 +267,8 @@ def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
         names = [name for name in task.spec.tools.split(",") if name != "none"]
         key = (task.spec.tools, task.spec.seconds_per_call)
         if key not in boxes:
-            own = dict(files_dir=cfg.files_dir if "file_reader" in names else "")
+            files_dir = cfg.files_dir if "file_reader" in names else ""
+            own = dict(files_dir=files_dir, unsafe_python=cfg.unsafe_python)
             boxes[key] = Toolbox(names, seconds_per_call=key[1], **own, **shared)
         boxes[key].check_rows(task.rows, task.name)
     return boxes

@@ -71,6 +71,7 @@ class Config:
     tools: str = "search,browse,python"
     corpus: str = ""  # local pages for rows without docs
     files_dir: str = ""  # where the files of rows lie (data/reagent/files after prepare.py --media)
+    unsafe_python: bool = False  # run code without a sandbox where this machine has none
     # sampling
     prompts_per_step: int = 64
     group_size: int = 8  # G: Reagent-U samples G attempts and refines each
@@ -96,7 +97,6 @@ class Config:
     max_dlogp: float = (
         0.05  # mean |logp(sampler) - logp(trainer)|: an error on step 1, later the step is skipped
     )
-    max_skips: int = 5  # steps skipped in a row before the run stops
     # engine and memory
     engine: EngineConfig = EngineConfig()
     tokens_per_microbatch: int = 28_000
@@ -112,7 +112,13 @@ class Config:
     wandb: bool = False
 
 
-MAY_CHANGE = {"engine.max_live_chains", "rrm.seconds", "rrm.in_flight", "files_dir"}
+MAY_CHANGE = {
+    "engine.max_live_chains",
+    "rrm.seconds",
+    "rrm.in_flight",
+    "files_dir",
+    "unsafe_python",
+}
 
 COLUMNS = ("advantage", "weight", "sampler_logps")  # one number a trained token
 SUMS = ("loss", "clipped", "bounded", "kl", "tokens", "entropy", "gap", "compared")
@@ -447,7 +453,8 @@ def main(cfg: Config) -> None:
     rows = JsonlRows(cfg.data, check_rl_row)
     eval_rows = JsonlRows(cfg.eval_data, check_rl_row) if cfg.eval_data else []
     chat = load_chat(cfg.model, cfg.chat_template)
-    toolbox = Toolbox(cfg.tools.split(","), corpus=cfg.corpus, files_dir=cfg.files_dir)
+    places = dict(corpus=cfg.corpus, files_dir=cfg.files_dir)
+    toolbox = Toolbox(cfg.tools.split(","), **places, unsafe_python=cfg.unsafe_python)
     toolbox.check_rows(rows, cfg.data)
     toolbox.check_rows(eval_rows, cfg.eval_data)
 
@@ -584,7 +591,7 @@ def main(cfg: Config) -> None:
             minibatches.append(dealt[run.rank])
         with run.phase(f"the update of step {step + 1}"):
             done = update(policy, optimizer, minibatches, cfg, run, reference)
-        run.count_skip(step, done["skipped"], cfg.max_skips)
+        run.count_skip(step, done["skipped"])
 
         # ------------------------------------------------------------ weights to the sampler
         began_sync = time.perf_counter()

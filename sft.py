@@ -51,7 +51,6 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.999
     max_grad_norm: float = 1.0
-    max_skips: int = 5  # steps in a row whose loss is not finite before the run stops
     # memory
     tokens_per_microbatch: int = 32_768  # tokens one rank packs into one forward
     checkpoint_activations: bool = True
@@ -161,7 +160,7 @@ def main(cfg: Config) -> None:
         with run.phase(f"the update of step {step + 1}"):
             loss, norm = update(policy, optimizer, fitting, cfg, run)
         skipped = "" if math.isfinite(norm + loss) else f"loss {loss}, gradient norm {norm}"
-        run.count_skip(step, skipped, cfg.max_skips)
+        run.count_skip(step, skipped)
 
         # ------------------------------------------------------------ log, save
         seconds, tokens = time.perf_counter() - began, sum(len(row.ids) for row in fitting)

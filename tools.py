@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit.sandbox import Sandbox, ToolError, ToolFault
+from toolkit.sandbox import Sandbox, SandboxUnavailable, ToolError, ToolFault
 from toolkit.search import Corpus, Index, docs_index, passages
 from toolkit.text import capped, clean
 from toolkit.web import Web
@@ -312,7 +312,10 @@ class Toolbox:
         self.sandbox = None
         if "python" in self.names:
             limits = dict(seconds=seconds_per_call, output_chars=output_chars)
-            self.sandbox = Sandbox(**limits, unsafe=unsafe_python)
+            try:
+                self.sandbox = Sandbox(**limits, unsafe=unsafe_python)
+            except SandboxUnavailable as error:
+                raise SystemExit(str(error)) from error
         self.lock, self.gates, self.loop = threading.Lock(), {}, None
         self.running, self.closed = Counter(), False  # calls by tool
         self.spare: list[queue.SimpleQueue] = []  # of threads without a job

@@ -98,7 +98,6 @@ class Config:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     max_dlogp: float = 0.05  # mean |logp(sampler) - logp(trainer)| beyond which a step is skipped
-    max_skips: int = 5  # steps skipped in a row before the run stops
     # engine and memory
     engine: EngineConfig = EngineConfig()
     tokens_per_microbatch: int = 28_000
@@ -401,7 +400,7 @@ def main(cfg: Config) -> None:
         # ------------------------------------------------------------ update
         with run.phase(f"the update of step {step + 1}"):
             line |= update(policy, optimizer, sequences, total_weight, cfg, run)
-        run.count_skip(step, line["skipped"], cfg.max_skips)
+        run.count_skip(step, line["skipped"])
         stopping, last = run.stopping(), step + 1 == cfg.steps
         evaluates = eval_rows and not stopping and ((step + 1) % cfg.eval_interval == 0 or last)
         if cfg.stage == "grpo" or evaluates:

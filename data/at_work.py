@@ -26,6 +26,7 @@ class Common:
     tools: str = "search,browse,python"
     corpus: str = ""  # local pages for rows without docs
     files_dir: str = ""  # where the files of rows lie
+    unsafe_python: bool = False  # run code without a sandbox where this machine has none
     engine: EngineConfig = AT_WORK
     temperature: float = 0.7
     max_turns: int = 13
@@ -42,7 +43,8 @@ def agent_at_work(cfg, folder: str):
 
     rows = JsonlRows(cfg.data, check_rl_row)
     chat = load_chat(folder)
-    toolbox = Toolbox(cfg.tools.split(","), corpus=cfg.corpus, files_dir=cfg.files_dir)
+    places = dict(corpus=cfg.corpus, files_dir=cfg.files_dir)
+    toolbox = Toolbox(cfg.tools.split(","), **places, unsafe_python=cfg.unsafe_python)
     toolbox.check_rows(rows, cfg.data)
     engine = engines.make_engine(cfg.engine, folder, chat.stop_ids, max_context=cfg.max_context)
     limits = rollout.Limits(

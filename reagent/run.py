@@ -33,6 +33,8 @@ from reagent.config import flat, run_facts
 from reagent.folder import check_digest, claim, read_json, write_digest, write_whole
 from reagent.policy import Policy, full_weights
 
+MOST_SKIPS = 5  # steps in a row that bring no update, before a run stops
+
 # --------------------------------------------------------------------------------------------------
 # processes
 
@@ -302,7 +304,7 @@ def asked_to_stop() -> list[bool]:
 # the bookkeeping of a trainer
 
 
-MAY_CHANGE = {"out_dir", "save_interval", "log_interval", "keep_last", "timeout_s", "max_skips"}
+MAY_CHANGE = {"out_dir", "save_interval", "log_interval", "keep_last", "timeout_s"}
 MAY_CHANGE |= {"wandb", "tokens_per_microbatch", "checkpoint_activations", "shard_ranks"}
 MAY_CHANGE |= {"engine.memory_share", "engine.sleep"}  # keys that leave the math of a run alone
 
@@ -400,10 +402,10 @@ class Run:
             text += f"  SKIPPED: {line['skipped']}" if line.get("skipped") else ""
             tqdm.write(f"step {line['step']:5d}  {text}  {line['seconds/step']:.1f} s")
 
-    def count_skip(self, step: int, why: str, most: int) -> None:
-        """Counts skipped steps in a row; SystemExit on the first step and after `most` of them."""
+    def count_skip(self, step: int, why: str) -> None:
+        """Counts skipped steps in a row; SystemExit on the first step and after MOST_SKIPS."""
         self.skips = self.skips + 1 if why else 0
-        if why and (step == 0 or self.skips > most):
+        if why and (step == 0 or self.skips > MOST_SKIPS):
             good = checkpoints(self.out)
             last = good[-1] if good else "none"
             raise SystemExit(

@@ -3,16 +3,21 @@ server that forks calls.
 
 sandbox.py starts this file inside bubblewrap, or by itself where that is not to be had. Linux,
 x86_64 and aarch64; everything through ctypes, nothing but the standard library. Facts are from
-landlock(7), seccomp(2) and namespaces(7).
+landlock(7), seccomp(2), pid_namespaces(7) and the kernel's tables of system calls.
 
-Without bubblewrap a call is one process (threads, but no fork): nothing can then outlive it, and it
-may signal itself only.
+The server never sees code or output: they go between the caller and a call's own process, so that
+no call finds another's in the memory that it inherits. Before its code arrives that process has
+- a scratch of its own: a file system that is taken down after the call (where mounts are allowed);
+- in bubblewrap a pid namespace of its own, which ends with the call, and no /proc. Elsewhere a call
+  is one process (threads, but no fork): nothing outlives it, and it may signal itself only;
+- only the system calls that are named here. None of them reaches the scheduling, IPC or owners of
+  what is outside, and locks on files are make-believe: they would hold up the host's own files.
 """
 
 import ast
-import builtins
 import contextlib
 import ctypes
+import fcntl
 import gc
 import json
 import linecache
@@ -20,18 +25,25 @@ import os
 import platform
 import resource
 import select
-import shutil
 import signal
+import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
 import traceback
+import types
 
 LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.clone.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
 ARM = platform.machine() == "aarch64"
-# in the scratch folder: an empty file takes no quota, but a kilobyte of the kernel's memory
-MOST_FILES = 20_000
+MOST_FILES = 5000  # in a scratch: empty ones take no quota, but the kernel's memory, and our time
+MOST_THREADS, MOST_STARTED = 256, 4096  # of a call: at a time for a user but root, in all
+CLONE_VM, CLONE_THREAD, NEW_MOUNTS, NEW_IPC = 0x100, 0x10000, 0x20000, 0x08000000
+NEW_USER, NEW_PID, NEW_NET = 0x10000000, 0x20000000, 0x40000000
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
+MS_BIND, MS_PRIVATE_BELOW, MS_NOSUID_NODEV, MNT_DETACH = 0x1000, 0x44000, 6, 2
 
 
 def checked(result: int, what: str) -> int:
@@ -42,237 +54,292 @@ def checked(result: int, what: str) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# seccomp: system calls that the code may not make
+# seccomp: the system calls that the code may make
 
-# name, number on x86_64, number on aarch64 (0: there is none)
-NUMBERS = {
-    name: int(numbers[ARM])
-    for name, *numbers in (
-        line.split(":")
-        for line in """
-ptrace:101:117 process_vm_readv:310:270 process_vm_writev:311:271 process_madvise:440:440
-pidfd_getfd:438:438 kcmp:312:272 tkill:200:130 move_pages:279:239 migrate_pages:256:238
-keyctl:250:219 add_key:248:217 request_key:249:218 bpf:321:280 perf_event_open:298:241
-io_uring_setup:425:425 io_uring_enter:426:426 io_uring_register:427:427 userfaultfd:323:282
-kexec_load:246:104 kexec_file_load:320:294 init_module:175:105 finit_module:313:273
-delete_module:176:106 syslog:103:116 acct:163:89 quotactl:179:60 quotactl_fd:443:443
-swapon:167:224 swapoff:168:225 reboot:169:142 lookup_dcookie:212:18 fanotify_init:300:262
-iopl:172:0 ioperm:173:0 modify_ldt:154:0 settimeofday:164:170 clock_settime:227:112
-clock_adjtime:305:266 adjtimex:159:171 sethostname:170:161 setdomainname:171:162 vhangup:153:58
-personality:135:92 mount:165:40 umount2:166:39 pivot_root:155:41 chroot:161:51
-mount_setattr:442:442 move_mount:429:429 open_tree:428:428 fsopen:430:430 fsconfig:431:431
-fsmount:432:432 fspick:433:433 unshare:272:97 setns:308:268 open_by_handle_at:304:265
-name_to_handle_at:303:264 setuid:105:146 setgid:106:144 setreuid:113:145 setregid:114:143
-setresuid:117:147 setresgid:119:149 setgroups:116:159 setfsuid:122:151 setfsgid:123:152
-memfd_create:319:279 memfd_secret:447:447 shmget:29:194 shmat:30:196 shmctl:31:195 msgget:68:186
-semget:64:190 pidfd_send_signal:424:424 socket:41:198 socketpair:53:199 kill:62:129 tgkill:234:131
-rt_sigqueueinfo:129:138 rt_tgsigqueueinfo:297:240 pidfd_open:434:434 prlimit64:302:261 ioctl:16:29
-clone:56:220 clone3:435:435 fork:57:0 vfork:58:0 prctl:157:167 open:2:0 openat:257:56
-openat2:437:437 truncate:76:45 setsid:112:157 setpgid:109:154 chmod:90:0 fchmod:91:52
-fchmodat:268:53 fchmodat2:452:452 chown:92:0 fchown:93:55 lchown:94:0 fchownat:260:54 utime:132:0
-utimes:235:0 futimesat:261:0 utimensat:280:88 setxattr:188:5 lsetxattr:189:6 fsetxattr:190:7
-removexattr:197:14 lremovexattr:198:15 fremovexattr:199:16
-""".split()
-    )
-}
+
+def numbers(table: str) -> dict[str, int]:
+    """The numbers on this machine of a table of name:x86_64:aarch64 (-: there is none)."""
+    rows = (line.split(":") for line in table.split())
+    return {name: int(both[ARM]) for name, *both in rows if both[ARM] != "-"}
+
+
+ALLOWED = numbers("""
+read:0:63 write:1:64 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 preadv:295:69
+pwritev:296:70 preadv2:327:286 pwritev2:328:287 sendfile:40:71 copy_file_range:326:285 lseek:8:62
+close:3:57 close_range:436:436 dup:32:23 dup2:33:- dup3:292:24 pipe:22:- pipe2:293:59 creat:85:-
+stat:4:- lstat:6:- fstat:5:80 newfstatat:262:79 statx:332:291 access:21:- faccessat:269:48
+faccessat2:439:439 readlink:89:- readlinkat:267:78 getdents:78:- getdents64:217:61 getcwd:79:17
+chdir:80:49 fchdir:81:50 statfs:137:43 fstatfs:138:44 umask:95:166 ftruncate:77:46 mkdir:83:-
+mkdirat:258:34 mknod:133:- mknodat:259:33 rmdir:84:- unlink:87:- unlinkat:263:35 rename:82:-
+renameat:264:38 renameat2:316:276 link:86:- linkat:265:37 symlink:88:- symlinkat:266:36
+getxattr:191:8 lgetxattr:192:9 fgetxattr:193:10 listxattr:194:11 llistxattr:195:12 flistxattr:196:13
+munmap:11:215 mremap:25:216 mprotect:10:226 brk:12:214 select:23:- pselect6:270:72 poll:7:-
+ppoll:271:73 epoll_create:213:- epoll_create1:291:20 epoll_ctl:233:21 epoll_wait:232:-
+epoll_pwait:281:22 epoll_pwait2:441:441 eventfd:284:- eventfd2:290:19 signalfd:282:-
+signalfd4:289:74 timerfd_create:283:85 timerfd_settime:286:86 timerfd_gettime:287:87
+timer_create:222:107 timer_settime:223:110 timer_gettime:224:108 timer_getoverrun:225:109
+timer_delete:226:111 nanosleep:35:101 clock_nanosleep:230:115 clock_gettime:228:113
+clock_getres:229:114 gettimeofday:96:169 time:201:- times:100:153 alarm:37:- getitimer:36:102
+setitimer:38:103 pause:34:- rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigpending:127:136
+rt_sigreturn:15:139 rt_sigsuspend:130:133 rt_sigtimedwait:128:137 sigaltstack:131:132
+restart_syscall:219:128 execve:59:221 execveat:322:281 exit:60:93 exit_group:231:94 wait4:61:260
+waitid:247:95 futex:202:98 set_tid_address:218:96 set_robust_list:273:99 rseq:334:293
+arch_prctl:158:- sched_yield:24:124 getcpu:309:168 getpid:39:172 getppid:110:173 gettid:186:178
+getpgid:121:155 getpgrp:111:- getsid:124:156 getuid:102:174 geteuid:107:175 getgid:104:176
+getegid:108:177 getgroups:115:158 getresuid:118:148 getresgid:120:150 capget:125:90
+getpriority:140:141 sched_getaffinity:204:123 sched_getscheduler:145:120 sched_getparam:143:121
+sched_get_priority_max:146:125 sched_get_priority_min:147:126 sched_rr_get_interval:148:127
+getrlimit:97:163 setrlimit:160:164 getrusage:98:165 sysinfo:99:179 uname:63:160 getrandom:318:278
+accept:43:202 accept4:288:242 listen:50:201 getsockname:51:204 getpeername:52:205 getsockopt:55:209
+sendto:44:206 recvfrom:45:207 recvmsg:47:212 recvmmsg:299:243 shutdown:48:210
+""")
+PRETENDED = numbers("""
+fsync:74:82 fdatasync:75:83 sync:162:81 syncfs:306:267 msync:26:227 flock:73:32
+""")
+RULED = numbers("""
+open:2:- openat:257:56 mmap:9:222 madvise:28:233 fcntl:72:25 ioctl:16:29 prctl:157:167
+prlimit64:302:261 clone:56:220 clone3:435:435 fork:57:- vfork:58:- kill:62:129 tgkill:234:131
+setsid:112:157 setpgid:109:154 openat2:437:437 truncate:76:45 socket:41:198 socketpair:53:199
+setsockopt:54:208 connect:42:203 bind:49:200 sendmsg:46:211 sendmmsg:307:269 fallocate:285:47
+chmod:90:- fchmod:91:52 fchmodat:268:53 fchmodat2:452:452 utime:132:- utimes:235:- futimesat:261:-
+utimensat:280:88 chown:92:- fchown:93:55 lchown:94:- fchownat:260:54
+""")
 FIRST_UNKNOWN = 463  # what kernels after Linux 6.12 added is not there
-NEVER = list(NUMBERS)[: list(NUMBERS).index("socket")]
-METADATA = list(NUMBERS)[list(NUMBERS).index("chmod") :]
-EPERM, ENOSYS, DONE = 1, 38, 0  # DONE: the call does nothing and says that it succeeded
-AF_UNIX, AF_INET, AF_INET6, SOCK_RAW, SOCK_PACKET = 1, 2, 10, 3, 10
-NEW_NAMESPACE, CLONE_THREAD, O_TRUNC_ONLY = 0x7E020080, 0x10000, 0o1003
-SIGNALS = ("kill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_open")
-TIOCSTI, TIOCLINUX, PR_SET_PDEATHSIG = 0x5412, 0x541C, 1
+METADATA = list(RULED)[list(RULED).index("fchmod") :] + ["chmod", "utime", "utimes"]
+EPERM, EAGAIN, ENOTTY, ENOSYS, EOPNOTSUPP = 1, 11, 25, 38, 95
+DONE = 0  # the call does nothing and says that it succeeded
+AF_UNIX, SOCK_STREAM, O_TRUNC_ONLY, MADV_COLD, MADV_PAGEOUT = 1, 1, 0o1003, 20, 21
+OWN = 0x7FFFFFF1  # stands in a filter for the process that puts it on
+# new namespaces, and CLONE_PARENT: a child of the server's that the server does not know
+CLONE_NEVER = 0x7E020080 | 0x8000
+SHARED_ANONYMOUS, HUGE_PAGES = 0x21, 0x40000  # of mmap: memory that no process is charged with
+# F_SETLK and F_SETLKW in both forms | duplicates, flags, F_GETLK: no leases, owners, signals, sizes
+LOCKS, FCNTL = [6, 7, 37, 38], [0, 1, 2, 3, 4, 5, 36, 1030, 1032]
+IOCTL = [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451]  # is it a terminal, FIONREAD, FIOCLEX, …
+PRCTL = [3, 15, 16, 23, 38, 39, 0x53564D41]  # names, no_new_privs and what only asks
+SOCKET_OPTIONS = [2, 9, 13, 16, 20, 21]  # not the sizes of buffers, which are nobody's memory
 
 
 def instruction(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
     return struct.pack("=HBBI", code, yes, no, value & 0xFFFFFFFF)
 
 
-LOAD, AND, EQUAL, ABOVE, RETURN = (
-    0x20,
-    0x54,
-    0x15,
-    0x35,
-    0x06,
-)  # BPF: words at offsets of struct seccomp_data
-ALLOW, ERROR, KILL = 0x7FFF0000, 0x00050000, 0x80000000
+# BPF: words at offsets of struct seccomp_data
+LOAD, AND, EQUAL, ABOVE, RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
+ALLOW, NOTIFY, ERROR, KILL = 0x7FFF0000, 0x7FC00000, 0x00050000, 0x80000000
+SECCOMP_NUMBER, NEW_LISTENER = (277, 8) if ARM else (317, 8)
+NOTICE_RECEIVE, NOTICE_SEND, NOTICE_CONTINUE = 0xC0502100, 0xC0182101, 1
 
 
-def rule(
-    name: str,
-    error: int = EPERM,
-    argument: int = 0,
-    *,
-    among=None,
-    but=None,
-    mask: int = 0xFFFFFFFF,
-) -> bytes:
-    """Refuses a call with `error`: always, or if (argument & mask) is `among` values, or is
+def rule(name: str, error=EPERM, argument=0, *, among=None, but=None, mask=0xFFFFFFFF) -> bytes:
+    """Answers a call with `error`: always, or if (argument & mask) is `among` values, or is
     anything `but` them.
     """
-    if not NUMBERS[name]:
+    if name not in RULED:
         return b""
     body = instruction(RETURN, ERROR | error)
     values = among if among is not None else but
     if values is not None:
         tests = [instruction(LOAD, 16 + 8 * argument), instruction(AND, mask)]
-        for left in range(
-            len(values), 0, -1
-        ):  # a hit jumps behind the other tests: to the refusal, or over it
+        for left in range(len(values), 0, -1):
+            # a hit jumps behind the other tests: to the refusal, or over it
             over = left - 1 + (1 if but is not None else 0)
-            tests.append(
-                instruction(
-                    EQUAL, values[len(values) - left], over, 0 if left > 1 or but is not None else 1
-                )
-            )
+            miss = 0 if left > 1 or but is not None else 1
+            tests.append(instruction(EQUAL, values[len(values) - left], over, miss))
         body = b"".join(tests) + body + instruction(LOAD, 0)
-    return instruction(EQUAL, NUMBERS[name], 0, len(body) // 8) + body
+    return instruction(EQUAL, RULED[name], 0, len(body) // 8) + body
 
 
-def prologue() -> bytes:
-    """Kills what speaks for another machine (32-bit calls), knows no x32 and no newer calls, and
-    refuses NEVER.
+def common_rules() -> list[bytes]:
+    """For every call: no leases, owners or locks on files, no memory that is nobody's, no
+    namespaces, only sockets that end with the processes that hold them.
     """
-    machine = 0xC00000B7 if ARM else 0xC000003E
-    known = [
-        instruction(LOAD, 4),
-        instruction(EQUAL, machine, 1, 0),
-        instruction(RETURN, KILL),
-        instruction(LOAD, 0),
-        instruction(ABOVE, FIRST_UNKNOWN, 0, 1),
-        instruction(RETURN, ERROR | ENOSYS),
-    ]
-    rules = [rule(name) for name in NEVER] + [
-        rule("clone3", ENOSYS)
-    ]  # glibc then uses clone, whose flags can be read
-    rules += [
-        rule("prlimit64", EPERM, 0, but=[0]),
-        rule("ioctl", EPERM, 1, among=[TIOCSTI, TIOCLINUX]),
-        rule("prctl", EPERM, 0, among=[PR_SET_PDEATHSIG]),
-    ]
-    return b"".join(known + rules)
-
-
-def family_rules(protected: set[int]) -> bytes:
-    """For a call in bubblewrap: it may fork; it may not signal its server; the network that it sees
-    is empty.
-    """
-    rules = [
-        rule("clone", EPERM, 0, but=[0], mask=NEW_NAMESPACE),
-        rule("socket", EPERM, 0, but=[AF_UNIX, AF_INET, AF_INET6]),
-        rule("socket", EPERM, 1, among=[SOCK_RAW, SOCK_PACKET], mask=0xF),
-    ]
-    return b"".join(rules + [rule(name, EPERM, 0, among=sorted(protected)) for name in SIGNALS])
-
-
-def lone_rules(own: int) -> bytes:
-    """For a call beside the host's processes and under its file system: one process, no sockets, no
-    change of metadata.
-
-    Landlock does not know about owners, modes and times (nor, when it was new, about truncation):
-    changes of mode and time are made believe, so that shutil.copy works; the others are refused.
-    """
-    rules = [
-        rule("clone", EPERM, 0, among=[0], mask=CLONE_THREAD),
-        rule("fork"),
-        rule("vfork"),
-        rule("setsid"),
-        rule("setpgid"),
-        rule("socket"),
-        rule("socketpair", EPERM, 0, but=[AF_UNIX]),
-        rule("truncate"),
+    return [
+        rule("clone3", ENOSYS),  # glibc then uses clone, whose flags can be read
         rule("openat2", ENOSYS),
+        rule("prlimit64", EPERM, 0, but=[0]),
+        rule("fcntl", DONE, 1, among=LOCKS),
+        rule("fcntl", EPERM, 1, but=FCNTL),
+        rule("ioctl", ENOTTY, 1, but=IOCTL),
+        rule("prctl", EPERM, 0, but=PRCTL),
+        rule("mmap", EPERM, 3, among=[SHARED_ANONYMOUS], mask=SHARED_ANONYMOUS),
+        rule("mmap", EPERM, 3, among=[HUGE_PAGES], mask=HUGE_PAGES),
+        rule("madvise", EPERM, 2, among=[MADV_COLD, MADV_PAGEOUT]),
+        rule("clone", EPERM, 0, but=[0], mask=CLONE_NEVER),
+        rule("socket", EPERM, 0, but=[AF_UNIX]),
+        rule("socketpair", EPERM, 0, but=[AF_UNIX]),
+        rule("setsockopt", EPERM, 2, but=SOCKET_OPTIONS),
+    ]
+
+
+def lone_rules() -> list[bytes]:
+    """For a call beside the host's processes and under its file system: one process, no sockets but
+    a connected pair, no change of metadata.
+
+    Landlock does not know about owners, modes and times,
+    nor (when it was new) about signals and truncation, nor about sockets that have a path. Changes
+    of mode and time are made believe, so that shutil.copy works; the others are refused.
+    """
+    refused = "fork vfork setsid setpgid socket connect bind sendmsg sendmmsg truncate"
+    return [
+        *(rule(name) for name in refused.split()),
+        rule("clone", EPERM, 0, among=[0], mask=CLONE_THREAD),
+        rule("socketpair", EPERM, 1, but=[SOCK_STREAM], mask=0xF),
+        rule("fallocate", EOPNOTSUPP),  # it can pass the limit of a file's size
         rule("open", EPERM, 1, among=[0o1000], mask=O_TRUNC_ONLY),
         rule("openat", EPERM, 2, among=[0o1000], mask=O_TRUNC_ONLY),
+        *(rule(name, EPERM, 0, but=[OWN]) for name in ("kill", "tgkill")),
+        *(rule(name, EPERM if "chown" in name else DONE) for name in METADATA),
     ]
-    rules += [rule(name, EPERM, 0, but=[own]) for name in SIGNALS]
-    quiet = [name for name in METADATA if "chmod" in name or "utime" in name]
-    return b"".join(rules + [rule(name, DONE if name in quiet else EPERM) for name in METADATA])
 
 
-def seccomp(rules: bytes) -> None:
-    """Puts a filter of prologue() and other rules on this process and all that it will start."""
-    code = ctypes.create_string_buffer(rules + instruction(RETURN, ALLOW))
-    program = struct.pack("@HP", len(code) // 8, ctypes.addressof(code))
-    checked(LIBC.prctl(38, 1, 0, 0, 0), "no_new_privs")
-    checked(LIBC.prctl(22, 2, program, 0, 0), "seccomp")
+class Filter:
+    """A program in memory; what is forked from us need not make it again."""
+
+    def __init__(self, instructions: list[bytes]):
+        program, own = b"".join(instructions), struct.pack("=I", OWN)
+        self.code = ctypes.create_string_buffer(program)
+        self.header = struct.pack("@HP", len(program) // 8, ctypes.addressof(self.code))
+        self.own = [at for at in range(4, len(program), 8) if program[at : at + 4] == own]
+
+    def put_on(self, flags: int = 0) -> int:
+        """Filters this process and all that it will start; returns a NEW_LISTENER's descriptor."""
+        for at in self.own:
+            struct.pack_into("=I", self.code, at, os.getpid())
+        return checked(LIBC.syscall(SECCOMP_NUMBER, 1, flags, self.header), "seccomp")
+
+
+def system_calls(rung: str) -> Filter:
+    """What a call may do. In bubblewrap it may fork, and signal all but process 1."""
+    family = [rule(name, EPERM, 0, among=[0, 1, -1]) for name in ("kill", "tgkill")]
+    rules = common_rules() + (family if rung == "bubblewrap" else lone_rules())
+    verdicts = dict.fromkeys({*ALLOWED.values(), *RULED.values()}, ALLOW)
+    verdicts |= dict.fromkeys(PRETENDED.values(), ERROR | DONE)
+    table = [(number, verdicts.get(number, ERROR | EPERM)) for number in range(FIRST_UNKNOWN)]
+    table.append((FIRST_UNKNOWN, ERROR | ENOSYS))  # nor is x32 there
+    changes = [table[0]] + [b for a, b in zip(table, table[1:]) if a[1] != b[1]]
+    start = [
+        instruction(LOAD, 4),
+        instruction(EQUAL, 0xC00000B7 if ARM else 0xC000003E, 1, 0),
+        instruction(RETURN, KILL),  # it speaks for another machine: a 32-bit call
+        instruction(LOAD, 0),
+    ]
+    return Filter([*start, *rules, decision(changes)])
+
+
+def starts() -> Filter:
+    """Who starts a thread or process asks the reader of a descriptor (see permit).
+
+    A fork bomb of root's is bound by no limit, and leaves who should end it no time to: asking, its
+    processes wait.
+    """
+    calls = [RULED[name] for name in ("clone", "fork", "vfork") if name in RULED]
+    asks = [instruction(EQUAL, n, len(calls) - i, 0) for i, n in enumerate(calls)]
+    return Filter(
+        [instruction(LOAD, 0), *asks, instruction(RETURN, ALLOW), instruction(RETURN, NOTIFY)]
+    )
+
+
+def decision(verdicts: list[tuple[int, int]]) -> bytes:
+    """Finds the verdict of a number by halving; each holds from its number to the next one's."""
+    if len(verdicts) == 1:
+        return instruction(RETURN, verdicts[0][1])
+    half = len(verdicts) // 2
+    below, above = decision(verdicts[:half]), decision(verdicts[half:])
+    return instruction(ABOVE, verdicts[half][0], len(below) // 8) + below + above
+
+
+def permit(listener: int, allowed: bool) -> None:
+    """Answers one who asks to start a thread or process."""
+    notice = bytearray(80)
+    with contextlib.suppress(OSError):  # it is gone meanwhile
+        fcntl.ioctl(listener, NOTICE_RECEIVE, notice)
+        verdict = (0, NOTICE_CONTINUE) if allowed else (-EAGAIN, 0)
+        fcntl.ioctl(listener, NOTICE_SEND, struct.pack("=8sqiI", notice[:8], 0, *verdict))
 
 
 # --------------------------------------------------------------------------------------------------
 # Landlock, namespaces, capabilities, limits
 
-READ, FILE_BITS = (
-    0b1101,
-    0b1100000000000111,
-)  # execute, read files, list folders | what applies to a file
+# execute, read files, list folders | what applies to a file
+READ, FILE_BITS, EVERYTHING = 0b1101, 0b1100000000000111, 0xFFFF
 
 
-def landlock(read: list, write: list) -> None:
-    """Closes every file but those under the `read` and `write` paths (or descriptors), and TCP;
-    OSError if there is none.
+def landlock(rights: dict[str, int], handled: int = EVERYTHING) -> None:
+    """Closes every path to the `handled` rights but those under the given ones; also TCP, abstract
+    sockets and signals to the outside. OSError if there is no Landlock.
     """
     version = checked(LIBC.syscall(444, None, 0, 1), "Landlock")
-    everything = (
-        1 << (16 if version >= 5 else 15 if version >= 3 else 14 if version >= 2 else 13)
-    ) - 1
+    handled &= (1 << (13, 14, 15, 15, 16)[min(version, 5) - 1]) - 1
     # files; TCP bind and connect; abstract sockets and signals
-    attributes = struct.pack("=QQQ", everything, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
+    attributes = struct.pack("=QQQ", handled, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
     size = 24 if version >= 6 else 16 if version >= 4 else 8
     ruleset = checked(LIBC.syscall(444, attributes, size, 0), "Landlock ruleset")
-    for paths, rights in ((read, READ), (write, everything)):
-        for path in paths:
-            if isinstance(path, str) and not os.path.exists(path):
-                continue
-            fd = path if isinstance(path, int) else os.open(path, os.O_PATH)
-            allowed = rights if os.path.isdir(path) else rights & FILE_BITS
-            checked(
-                LIBC.syscall(445, ruleset, 1, struct.pack("=Qi", allowed & everything, fd), 0),
-                f"Landlock for {path}",
-            )
-            if fd is not path:
-                os.close(fd)
-    checked(LIBC.prctl(38, 1, 0, 0, 0), "no_new_privs")
+    for path, allowed in rights.items():
+        fd = os.open(path, os.O_PATH)
+        parent = struct.pack("=Qi", allowed & handled, fd)
+        checked(LIBC.syscall(445, ruleset, 1, parent, 0), f"Landlock for {path}")
+        os.close(fd)
     checked(LIBC.syscall(446, ruleset, 0), "Landlock")
     os.close(ruleset)
 
 
-def own_namespaces(scratch: str, megabytes: int) -> None:
-    """A user, mount, network and IPC namespace, and a file system of bounded size on the scratch
-    folder; OSError if refused.
+def own_namespaces(folder: str, megabytes: int) -> None:
+    """A user, mount, network and IPC namespace, and a file system of bounded size on the folder;
+    OSError if refused.
     """
     ids = {
         "setgroups": "deny",
         "uid_map": f"{os.getuid()} {os.getuid()} 1",
         "gid_map": f"{os.getgid()} {os.getgid()} 1",
     }
-    checked(LIBC.unshare(0x10000000 | 0x20000 | 0x40000000 | 0x08000000), "unshare")
+    checked(LIBC.unshare(NEW_USER | NEW_MOUNTS | NEW_NET | NEW_IPC), "unshare")
     for name, text in ids.items():
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
-    checked(LIBC.mount(b"none", b"/", None, 0x44000, None), "mount")  # private, also below
-    options = f"size={megabytes}m,nr_inodes={2 * MOST_FILES},mode=700".encode()
-    checked(LIBC.mount(b"tmpfs", scratch.encode(), b"tmpfs", 6, options), "mount")
+    checked(LIBC.mount(b"none", b"/", None, MS_PRIVATE_BELOW, None), "mount")
+    bounded(folder, megabytes)
+
+
+def bounded(folder: str, megabytes: int) -> None:
+    options = f"size={megabytes}m,nr_inodes={MOST_FILES},mode=1777".encode()
+    checked(LIBC.mount(b"tmpfs", folder.encode(), b"tmpfs", MS_NOSUID_NODEV, options), "mount")
+
+
+def first_process(stack: ctypes.Array) -> int:
+    """Process 1 of a new pid namespace, in which our next child will be. With it they all end.
+
+    It only waits, in libc's pause and in our own memory, of which nothing need be copied; what is
+    orphaned there the kernel reaps, since it ignores SIGCHLD.
+    """
+    checked(LIBC.unshare(NEW_PID), "unshare")
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    top = (ctypes.addressof(stack) + len(stack)) & ~15
+    pause = ctypes.cast(LIBC.pause, ctypes.c_void_p)
+    pid = checked(LIBC.clone(pause, top, CLONE_VM | signal.SIGCHLD, None), "clone")
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return pid
 
 
 def drop_capabilities() -> None:
-    """Gives up what root may do beyond its own files, here and in what it starts (with
-    no_new_privs).
-    """
-    header = struct.pack("=Ii", 0x20080522, 0)
-    checked(LIBC.capset(header, bytes(24)), "capset")
+    """Gives up what root may do beyond its own files; for what it starts no_new_privs does."""
+    checked(LIBC.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24)), "capset")
 
 
-def limit(memory_mb: int, file_mb: int, files: int, processes: int | None) -> None:
-    """Limits of this process that nobody in it can raise again."""
+def limit(given: dict) -> None:
+    """Limits of this process and all that it starts that nobody in them can raise again."""
     limits = {
-        resource.RLIMIT_AS: memory_mb << 20,
-        resource.RLIMIT_FSIZE: file_mb << 20,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NOFILE: files,
+        resource.RLIMIT_AS: given["memory_mb"] << 20,
+        resource.RLIMIT_FSIZE: given["scratch_mb"] << 20,
+        resource.RLIMIT_CORE: 1,  # with 0 a core may still go to a program of the host
+        resource.RLIMIT_NOFILE: 256,
+        resource.RLIMIT_SIGPENDING: 1024,  # it is the user's: timers count, too
     }
-    if processes:
-        limits[resource.RLIMIT_NPROC] = processes
+    if given["rung"].startswith("landlock"):
+        # files that were unlinked and are still open hide from a watcher: few and small ones
+        limits |= {resource.RLIMIT_FSIZE: given["scratch_mb"] << 18, resource.RLIMIT_NOFILE: 64}
+    else:
+        limits[resource.RLIMIT_NPROC] = MOST_THREADS
     for name, value in limits.items():
         hard = resource.getrlimit(name)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -280,7 +347,48 @@ def limit(memory_mb: int, file_mb: int, files: int, processes: int | None) -> No
 
 
 # --------------------------------------------------------------------------------------------------
-# the server
+# a scratch, a call, the server
+
+
+def fresh_scratch(given: dict) -> None:
+    """An empty scratch; in bubblewrap a file system, in which what must be read below it (a virtual
+    environment may lie in /tmp) is bound again.
+    """
+    if given["rung"] != "bubblewrap":
+        os.mkdir(given["scratch"], 0o700)
+        return
+    bounded(given["scratch"], given["scratch_mb"])
+    for kept, path in given["below"].items():
+        if os.path.isdir(kept):
+            os.makedirs(path)
+        else:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            open(path, "x").close()
+        checked(LIBC.mount(kept.encode(), path.encode(), None, MS_BIND, None), f"mount {path}")
+
+
+def remove_scratch(given: dict, removers: list[subprocess.Popen]) -> None:
+    """Takes the scratch down with all that is in it; what may take long on a disk of the host's is
+    left to a process. An error, which ends the server and its namespaces, if it is not soon gone.
+    """
+    scratch, nothing = given["scratch"], subprocess.DEVNULL
+    if given["rung"] == "bubblewrap":
+        checked(LIBC.umount2(scratch.encode(), MNT_DETACH), "umount")
+        return
+    with contextlib.suppress(OSError):  # it holds folders
+        for name in os.listdir(scratch)[:100]:
+            os.unlink(f"{scratch}/{name}")
+        os.rmdir(scratch)
+        return
+    if given["rung"] == "landlock+namespaces":
+        subprocess.run(["rm", "-rf", scratch], stdin=nothing, check=True, timeout=0.5)
+        return
+    removers[:] = [remover for remover in removers if remover.poll() is None]
+    while len(removers) > 4:
+        removers.pop(0).wait()
+    old = f"{scratch}.{time.monotonic_ns()}"
+    os.rename(scratch, old)
+    removers.append(subprocess.Popen(["rm", "-rf", old], stdin=nothing))
 
 
 def run(code: str) -> int:
@@ -288,8 +396,8 @@ def run(code: str) -> int:
     exit status.
     """
     linecache.cache["<code>"] = (len(code), None, code.splitlines(True), "<code>")
-    scope = {"__name__": "__main__", "__builtins__": builtins}
-    status = 0
+    script = types.ModuleType("__main__")
+    sys.modules["__main__"], scope, status = script, script.__dict__, 0
     try:
         tree = ast.parse(code, "<code>")
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
@@ -316,162 +424,147 @@ def run(code: str) -> int:
     return status & 255
 
 
-def call(given: dict, code: str, rules: bytes | None, protected: set[int], out: int) -> None:
-    """The forked process of one call; never returns."""
+def confine(given: dict, filters: tuple[Filter, Filter], server: socket.socket) -> None:
+    """Puts on this process what its rung has; tells the server where it will ask to start more."""
+    rung = given["rung"]
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if rung == "bubblewrap":
+        drop_capabilities()
+    if rung.startswith("landlock"):
+        landlock({given["scratch"]: EVERYTHING, "/dev/null": FILE_BITS}, handled=~READ)
+    if rung == "landlock":
+        LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # so that its watcher can see what it holds
+    if rung != "unsafe":
+        with contextlib.suppress(OSError):  # another may listen already: a container's runtime
+            socket.send_fds(server, [b"?"], [filters[0].put_on(NEW_LISTENER)])
+        filters[1].put_on()
+    os.closerange(3, 65536)
+    os.write(server.fileno(), b"+")
+
+
+def call(given: dict, filters: tuple[Filter, Filter], server: socket.socket, out: int) -> None:
+    """The forked process of one call: confines itself, says so, then waits for the code. Never
+    returns.
+    """
     status = 1
     try:
         os.setsid()
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.closerange(3, 65536)
+        for fd, to in ((server.fileno(), 0), (out, 1), (out, 2)):
+            os.dup2(fd, to)
         os.chdir(given["scratch"])
-        sys.path.insert(0, given["scratch"])
-        sys.stdout.reconfigure(
-            line_buffering=True
-        )  # what was printed before a timeout is told, and in its order
-        if given["rung"].startswith("landlock"):
-            # files that were unlinked and are still open hide from the watcher: few and small ones
-            limit(given["memory_mb"], given["scratch_mb"] // 4, 64, None)
-            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            seccomp(rules + lone_rules(os.getpid()))
-        else:
-            limit(given["memory_mb"], given["scratch_mb"], 256, 64)
-            if rules is not None:
-                seccomp(rules + family_rules(protected))
-        status = run(code)
+        with socket.socket(fileno=0) as pipe:
+            confine(given, filters, pipe)
+            size = int.from_bytes(pipe.recv(8, socket.MSG_WAITALL), sys.byteorder)
+            text = pipe.recv(size, socket.MSG_WAITALL).decode("utf-8", "surrogatepass")
+        os.open(os.devnull, os.O_RDONLY)  # the lowest free one: 0
+        status = run(text)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
 
-def too_many_files(given: dict) -> bool:
-    """Whether the scratch holds more files, or (without a file system of its own) more bytes, than
-    it may.
-    """
-    if given["rung"] in ("bubblewrap", "landlock+namespaces"):
-        folders = ("/tmp", "/dev/shm") if given["rung"] == "bubblewrap" else (given["scratch"],)
-        return any(
-            (found := os.statvfs(path)).f_files - found.f_ffree > MOST_FILES for path in folders
-        )
-    files = used = 0
-    for folder, _, names in os.walk(given["scratch"]):
-        for name in names:
-            with contextlib.suppress(OSError):
-                used += os.lstat(os.path.join(folder, name)).st_blocks * 512
-            files += 1
-            if files > MOST_FILES // 4 or used > given["scratch_mb"] << 20:
-                return True
-    return False
-
-
-def watch(given: dict, pid: int, read: int, seconds: float) -> tuple[bytes, int, str]:
-    """What a call prints (its beginning and its length) until it ends or must be stopped, and why
-    it was.
-    """
-    text, total, ended, began, keep = bytearray(), 0, False, time.monotonic(), 4 * given["chars"]
-    looked = began
-    while True:
-        now = time.monotonic()
-        ready = select.select([read], [], [], 0 if ended else 0.005 if now - began < 0.5 else 0.02)[
-            0
-        ]
-        data = os.read(read, 1 << 16) if ready else b""
-        if (ready and not data) or (ended and not ready):
-            return text, total, ""
-        total += len(data)
-        text += data[: max(0, keep - len(text))]
-        if total > 16 * keep:
-            return text, total, "it printed too much"
-        if now - began > seconds:
-            return text, total, f"the code ran longer than {seconds:g} s"
-        if now - looked > 0.04:
-            looked = now
-            if too_many_files(given):
-                return text, total, "too many or too large files"
-        ended = ended or os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def empty(folder: str, keep: list[str]) -> None:
-    """Deletes what is in a folder but libraries that are mounted below it: a virtual environment
-    may lie in /tmp.
-    """
-    for entry in os.scandir(folder):
-        if any(path.startswith(entry.path + "/") for path in keep):
-            empty(entry.path, keep)
-        elif entry.path not in keep:
-            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(
-                entry.path
-            )
-
-
-def put_away(given: dict, pid: int) -> tuple[int, bool]:
-    """Kills what is left of a call and empties the scratch; returns its exit status and whether
-    nothing is left.
-    """
-    everyone = (
-        given["rung"] == "bubblewrap"
-    )  # in a pid namespace of our own, where -1 is everybody but us
+def put_away(given: dict, pid: int, init: int) -> int:
+    """Kills what is left of a call; returns its exit status when all of it is gone."""
     with contextlib.suppress(ProcessLookupError):
-        if everyone:
-            os.kill(-1, signal.SIGKILL)
-        elif given["rung"] == "unsafe":
-            os.killpg(pid, signal.SIGKILL)
-        else:
-            os.kill(pid, signal.SIGKILL)
+        os.kill(-pid if given["rung"] == "unsafe" else init or pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
-    while everyone:
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            break
+    if init:
+        os.waitpid(init, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def start(given: dict, filters: tuple, stack: ctypes.Array) -> tuple[int, int, int, list[int]]:
+    """A process that waits, confined, for the code of one call; process 1 of its namespace; where
+    it asks to start others (0: it has none, or nowhere); and the caller's ends of its pipes: for
+    the code, and of its output. RuntimeError if it could not be confined.
+    """
+    fresh_scratch(given)
+    (pipe, its), (read, out) = socket.socketpair(), os.pipe()
+    init = first_process(stack) if given["rung"] == "bubblewrap" else 0
+    pid = os.fork()
+    if not pid:
+        call(given, filters, its, out)
+    its.close()
+    os.close(out)
+    said, fds, *_ = socket.recv_fds(pipe, 1, 1)
+    if fds:
+        said = pipe.recv(1)
+    if said != b"+":
+        raise RuntimeError(os.read(read, 4096).decode("utf-8", "replace").strip())
+    return pid, init, fds[0] if fds else 0, [pipe.detach(), read]
+
+
+def await_end(channel: socket.socket, pid: int, listener: int) -> None:
+    """Returns when the call has ended, or its caller says that it must or is gone."""
+    poller, ended, started = select.poll(), os.pidfd_open(pid), 0
+    for source in (ended, channel.fileno(), *[listener] * bool(listener)):
+        poller.register(source, select.POLLIN)
+    while (ready := dict(poller.poll())).keys() == {listener}:
+        if ready[listener] != select.POLLIN:  # nobody is left who could ask
+            poller.unregister(listener)
+            continue
+        started += 1
+        permit(listener, started <= MOST_STARTED)
+    os.close(ended)
+
+
+def answer(given: dict, channel, filters: tuple, stack, myself: int, removers: list) -> bool:
+    """One call; False when the caller is gone.
+
+    Sends b"ready" with the ends of the pipes; receives a secret when the caller sends the code;
+    sends {"secret", "exit"} when all of the call is gone. Anything else that comes ends the call.
+    The secret comes after the fork: the process that the code runs in never held it.
+    """
+    pid, init, listener, ends = start(given, filters, stack)
     try:
-        for scratch in (given["scratch"], *(["/dev/shm"] if everyone else [])):
-            empty(scratch, given["read"])
-    except (OSError, RecursionError):  # closed or very deep folders: a new server has a new scratch
-        return os.waitstatus_to_exitcode(status), False
-    return os.waitstatus_to_exitcode(status), True
+        if init:
+            checked(LIBC.setns(myself, NEW_PID), "setns")
+        socket.send_fds(channel, [b"ready"], ends)
+        for end in ends:
+            os.close(end)
+        while (message := channel.recv(100)) == b"stop":  # for a call that had just ended
+            pass
+        if message:
+            await_end(channel, pid, listener)
+    finally:
+        status = put_away(given, pid, init)
+    if listener:
+        os.close(listener)
+    if message:
+        channel.send(json.dumps({"secret": message.decode(), "exit": status}).encode())
+    remove_scratch(given, removers)
+    return bool(message)
 
 
 def serve(given: dict) -> None:
-    """Reads {"code", "seconds"} lines and answers each with a line {"text", "total", "exit",
-    "stopped", "clean"}.
-    """
-    rung, protected = given["rung"], {os.getpid(), 1, -1, -os.getpgrp()} - {0}
+    """Answers calls until the caller is gone."""
+    rung, folder = given["rung"], os.path.dirname(given["scratch"])
+    checked(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     if rung == "landlock+namespaces":
-        own_namespaces(given["scratch"], given["scratch_mb"])
+        own_namespaces(folder, given["scratch_mb"])
     if rung != "bubblewrap":
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if rung.startswith("landlock"):
         drop_capabilities()
-        landlock(given["read"], [given["scratch"], "/dev/null"])
-    LIBC.prctl(
-        4, 0, 0, 0, 0
-    )  # not dumpable: its memory and descriptors in /proc are closed to the code, and no core
+        read = {path: READ if os.path.isdir(path) else READ & FILE_BITS for path in given["read"]}
+        landlock(read | {folder: EVERYTHING, "/dev/null": FILE_BITS})
+    # its memory is closed to others of its user, and there is no core
+    LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     with contextlib.suppress(ImportError):
         __import__("numpy")
         __import__("sympy")
-    rules = None if rung == "unsafe" else prologue()
+    limit(given)
+    sys.path.insert(0, given["scratch"])
+    # what was printed before a timeout is told, and in its order
+    sys.stdout.reconfigure(line_buffering=True)
+    filters, stack = (starts(), system_calls(rung)), ctypes.create_string_buffer(1 << 16)
+    myself, channel = os.pidfd_open(os.getpid()), socket.socket(fileno=0)
     gc.collect()
     gc.freeze()  # what is here stays: forks need not copy it
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        read, write = os.pipe()
-        pid = os.fork()
-        if not pid:
-            call(given, asked["code"], rules, protected, write)
-        os.close(write)
-        text, total, stopped = watch(given, pid, read, asked["seconds"])
-        status, clean = put_away(given, pid)
-        os.close(read)
-        reply = {
-            "text": text.decode("utf-8", "replace"),
-            "total": total,
-            "exit": status,
-            "stopped": stopped,
-            "clean": clean,
-        }
-        print(json.dumps(reply), flush=True)
+    removers: list[subprocess.Popen] = []
+    while answer(given, channel, filters, stack, myself, removers):
+        pass
 
 
 if __name__ == "__main__":

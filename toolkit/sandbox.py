@@ -10,30 +10,41 @@ machine allows and a probe confirms:
     landlock               Landlock and seccomp alone, as in many containers; a call is one process
     unsafe                 a process with limits, only where `unsafe` is set
 
-    python sandbox.py 'print(1 + 1)' [rung]
+    python -m toolkit.sandbox 'print(1 + 1)' [rung]
 """
 
 import contextlib
 import functools
+import hmac
 import json
+import math
+import operator
 import os
-import queue
+import re
+import secrets
 import select
 import shutil
 import signal
+import site
 import socket
+import stat
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 RUNGS = ("bubblewrap", "landlock+namespaces", "landlock")
-MOST_PROCESSES = 128  # of one call
+MOST_PROCESSES, MOST_THREADS = 64, 256  # of one call
+MOST_SOCKETS = 256  # of one call: what waits in them is nobody's memory
+MOST_FILES, DEEPEST = 2000, 50  # in a scratch without a file system of its own
 JAIL = Path(__file__).with_name("jail.py").read_text()
+CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 class ToolError(Exception):
@@ -57,169 +68,344 @@ class Result:
     seconds: float
 
 
-class Crowded(Exception):
-    """A call has more processes or memory than it may."""
+class BrokenServer(Exception):
+    """A server has ended, or said what no server of ours says."""
+
+
+# --------------------------------------------------------------------------------------------------
+# what a call can read
 
 
 def libraries() -> list[str]:
-    """Folders that the interpreter needs: the system's, its own and that of its virtual
-    environment.
+    """What the interpreter needs: itself, its libraries, the system's and its programs. Never the
+    checkout or the folder that we run in, wherever they lie.
     """
-    given = ["/usr", "/lib", "/lib64", "/bin", sys.prefix, sys.base_prefix, sys.exec_prefix]
-    return sorted(
-        {path for name in given for path in (name, os.path.realpath(name)) if os.path.isdir(path)},
-        key=len,
-    )
+    given = ["/usr/bin", "/bin", "/usr/share/zoneinfo", "/etc/alternatives", "/etc/ld.so.cache"]
+    given += [f"{top}/lib{bits}" for top in ("", "/usr") for bits in ("", "32", "64", "x32")]
+    given += ["/etc/localtime", "/etc/mime.types", sys.executable, f"{sys.prefix}/pyvenv.cfg"]
+    given += [f"{sys.base_prefix}/lib", *site.getsitepackages()]
+    given += [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    named = {path for name in given for path in (name, os.path.realpath(name))}
+    found: list[str] = []
+    for path in sorted(filter(os.path.exists, named), key=len):
+        if not any(_below(path, parent) for parent in found):
+            found += without_checkout(path)
+    return found
 
 
-class _Server:
-    """One warm interpreter (jail.py) and its scratch."""
+def without_checkout(path: str) -> list[str]:
+    """The path, or where the checkout or the current folder lies below it, what is beside them."""
+    private = [str(CHECKOUT)]
+    with contextlib.suppress(OSError):  # it may be gone
+        private.append(os.getcwd())
+    if not any(_below(folder, os.path.realpath(path)) for folder in private):
+        return [path]
+    beside = []
+    for entry in sorted(os.scandir(path), key=operator.attrgetter("path")):
+        real = os.path.realpath(entry)
+        if os.path.exists(real) and not any(_below(real + "/", folder) for folder in private):
+            beside += without_checkout(entry.path)
+    return beside
 
-    def __init__(self, rung: str, memory_mb: int, scratch_mb: int, chars: int):
-        self.memory, self.buffer = memory_mb << 20, b""
-        self.folder = "" if rung == "bubblewrap" else tempfile.mkdtemp(prefix="python-tool-")
-        given = {
-            "rung": rung,
-            "memory_mb": memory_mb,
-            "scratch_mb": scratch_mb,
-            "chars": chars,
-            "scratch": self.folder or "/tmp",
-        }
-        given["read"] = [
-            *libraries(),
-            "/dev/urandom",
-            "/dev/zero",
-            "/etc/localtime",
-            "/etc/mime.types",
-        ]
-        command = [sys.executable, "-I", "-B", "-c", JAIL, json.dumps(given)]
-        if rung == "bubblewrap":
-            command = bubblewrap(scratch_mb) + command
-        environment = (
-            {"OMP_NUM_THREADS": "1", "TMPDIR": self.folder, "HOME": self.folder}
-            if self.folder
-            else {}
-        )
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            bufsize=0,
-            cwd="/",
-            start_new_session=True,
-        )
-        self.idle_bytes = 0
 
-    def receive(self, seconds: float) -> dict:
-        """The next reply; TimeoutError after `seconds`, EOFError if the server died, Crowded if its
-        call grew too large.
-        """
-        deadline = time.monotonic() + seconds
-        while b"\n" not in self.buffer:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            if not select.select([self.process.stdout], [], [], min(left, 0.05))[0]:
-                self.look()
-                continue
-            data = os.read(self.process.stdout.fileno(), 1 << 16)
-            if not data:
-                raise EOFError
-            self.buffer += data
-        line, _, self.buffer = self.buffer.partition(b"\n")
-        return json.loads(line)
+def _below(path: str, folder: str) -> bool:
+    return path.startswith(folder.rstrip("/") + "/")
 
-    def look(self) -> None:
-        """Raises Crowded. Seen from outside: limits of a process do not bound a family, nor
-        RLIMIT_NPROC those of root.
-        """
-        sizes = family(self.process.pid)
-        if len(sizes) > MOST_PROCESSES:
-            raise Crowded("too many processes")
-        if self.idle_bytes and sum(max(0, size - self.idle_bytes) for size in sizes) > self.memory:
-            raise Crowded(f"its processes use more than {self.memory >> 20} MB of memory")
 
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
-        if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if os.path.exists(self.folder):  # closed or very deep folders
-                subprocess.run(
-                    ["chmod", "-R", "u+rwX", self.folder], stderr=subprocess.DEVNULL, check=False
-                )
-                subprocess.run(["rm", "-rf", self.folder], stderr=subprocess.DEVNULL, check=False)
+def bubblewrap(paths: list[str], below: dict[str, str]) -> list[str]:
+    """The command that gives what follows it a root of its own: these paths (those of `below` also
+    by another name), three devices and no /proc; for the server the right to mount, which no call
+    has.
+    """
+    command = "bwrap --unshare-all --unshare-user --die-with-parent --new-session --as-pid-1"
+    command += " --clearenv --uid 65534 --gid 65534 --cap-drop ALL --cap-add CAP_SYS_ADMIN"
+    command += " --dir /proc --dir /tmp --dir /dev --symlink /tmp /dev/shm"
+    arguments = command.split()
+    for name in ("null", "random", "urandom"):
+        arguments += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    for path in paths:
+        if os.path.islink(path) and path.count("/") == 1:  # /lib -> usr/lib
+            arguments += ["--symlink", os.readlink(path), path]
+        else:
+            arguments += ["--ro-bind", path, path]
+    for kept, path in below.items():
+        arguments += ["--ro-bind", path, kept]
+    last = "--remount-ro / --setenv OMP_NUM_THREADS 1 --chdir / --"
+    return arguments + last.split()
+
+
+# --------------------------------------------------------------------------------------------------
+# a server, and what is seen of its call from outside
 
 
 def family(pid: int) -> list[int]:
-    """Bytes of memory of its own of a process and of each of its descendants, up to one more than
-    MOST_PROCESSES.
+    """A process and its descendants, up to one more than a call may have. Of a fork bomb this must
+    cost little: it leaves its watcher hardly any time.
     """
-    sizes, left, page = [], [pid], os.sysconf("SC_PAGE_SIZE")
-    while left and len(sizes) <= MOST_PROCESSES:
-        here = left.pop()
-        with contextlib.suppress(OSError, ValueError):  # it has just ended
-            resident, shared = Path(f"/proc/{here}/statm").read_text().split()[1:3]
-            sizes.append((int(resident) - int(shared)) * page)
-            for task in os.listdir(f"/proc/{here}/task"):
+    found, left = [], [pid]
+    while left and len(found) <= MOST_PROCESSES:
+        found.append(here := left.pop())
+        with contextlib.suppress(OSError):  # it has just ended
+            for task in os.listdir(f"/proc/{here}/task")[:MOST_THREADS]:
                 left += map(int, Path(f"/proc/{here}/task/{task}/children").read_text().split())
-    return sizes
+    return found
 
 
-def bubblewrap(scratch_mb: int) -> list[str]:
-    """The command that gives what follows it a root of its own: libraries, /proc, a few devices,
-    and a bounded /tmp.
-    """
-    command = [
-        "bwrap",
-        "--unshare-all",
-        "--unshare-user",
-        "--die-with-parent",
-        "--new-session",
-        "--clearenv",
-        "--uid",
-        "65534",
-        "--gid",
-        "65534",
-        "--cap-drop",
-        "ALL",
-        "--proc",
-        "/proc",
-        "--dev",
-        "/dev",
-        "--size",
-        str(1 << 20),
-        "--tmpfs",
-        "/dev/shm",
-        "--size",
-        str(scratch_mb << 20),
-        "--tmpfs",
-        "/tmp",
-    ]
-    for path in libraries():
-        if os.path.islink(path) and path.count("/") == 1:  # /lib -> usr/lib
-            command += ["--symlink", os.readlink(path), path]
-        else:
-            command += ["--ro-bind", path, path]
-    return [
-        *command,
-        "--remount-ro",
-        "/dev",
-        "--remount-ro",
-        "/",
-        "--setenv",
-        "OMP_NUM_THREADS",
-        "1",
-        "--chdir",
-        "/tmp",
-        "--",
-    ]
+def threads_and_bytes(pid: int) -> tuple[int, int]:
+    """Threads of a process, and bytes of memory of its own: what forks share counts in each."""
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text()
+        found = dict(re.findall(r"^(Threads|RssAnon|VmSwap|VmPTE):\s+(\d+)", status, re.M))
+        return int(found.pop("Threads", 0)), sum(map(int, found.values())) << 10
+    return 0, 0
+
+
+def divided(pids: list[int], seconds: float) -> float:
+    """Bytes of their own memory, what forks share counted once; inf if not to be read in time."""
+    total, deadline = 0, time.monotonic() + seconds
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            try:
+                text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            except PermissionError:
+                return math.inf
+            sizes = re.findall(r"^(?:Pss_Anon|SwapPss):\s+(\d+)", text, re.M)
+            total += sum(map(int, sizes)) << 10
+        if time.monotonic() > deadline:
+            return math.inf
+    return total
+
+
+def overfull(folder: str, most_bytes: int) -> bool:
+    """Whether a folder holds more files and folders, or bytes, than it may, or goes too deep."""
+    count = used = 0
+    with contextlib.suppress(OSError):  # what is gone meanwhile
+        for path, folders, names, fd in os.fwalk(folder):
+            if path.count("/") - folder.count("/") > DEEPEST:
+                return True
+            for name in names:
+                with contextlib.suppress(OSError):
+                    found = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                    used += found.st_blocks * 512
+            count += len(folders) + len(names)
+            if count > MOST_FILES or used > most_bytes:
+                return True
+    return False
+
+
+def held(pid: int, folder: str, largest: int) -> int:
+    """Bytes of deleted files that a process holds open, and at most in those that it has mapped."""
+    used, mapped = 0, set()
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            part = line.split(None, 5)
+            if len(part) == 6 and part[5].startswith(folder) and part[5].endswith("(deleted)"):
+                mapped.add((part[3], part[4]))
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            found = os.stat(f"/proc/{pid}/fd/{fd}")
+            if stat.S_ISREG(found.st_mode) and not found.st_nlink:
+                used += found.st_blocks * 512
+    return used + len(mapped) * largest
+
+
+class _Server:
+    """One warm interpreter (jail.py), which keeps a process ready for the next call."""
+
+    def __init__(self, rung: str, memory_mb: int, scratch_mb: int, chars: int):
+        self.rung, self.memory, self.disk = rung, memory_mb << 20, scratch_mb << 20
+        self.keep, self.code, self.out, self.usable = 4 * chars, None, -1, True
+        self.folder = "" if rung == "bubblewrap" else tempfile.mkdtemp(prefix="python-tool-")
+        self.scratch = f"{self.folder}/scratch" if self.folder else "/tmp"
+        paths, below = libraries(), {}
+        if rung == "bubblewrap":
+            hidden = [path for path in paths if _below(path, self.scratch)]
+            below = {f"/.below/{number}": path for number, path in enumerate(hidden)}
+        given = dict(rung=rung, memory_mb=memory_mb, scratch_mb=scratch_mb, scratch=self.scratch)
+        given |= dict(below=below, read=[*paths, "/dev/random", "/dev/urandom"])
+        command = bubblewrap(paths, below) if rung == "bubblewrap" else []
+        command += [sys.executable, "-I", "-B", "-c", JAIL, json.dumps(given)]
+        environment = {"OMP_NUM_THREADS": "1"}
+        if self.folder:
+            environment |= {"TMPDIR": self.scratch, "HOME": self.scratch}
+        streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.process = subprocess.Popen(
+                command, stdin=theirs, env=environment, cwd="/", start_new_session=True, **streams
+            )
+
+    def measure(self) -> None:
+        """Notes the memory that it has when it is idle, which is nobody's call."""
+        pids = family(self.process.pid)
+        self.idle_bytes = max(threads_and_bytes(pid)[1] for pid in pids)
+        shared = divided(pids, 10.0)  # if this cannot be read, nor can that of a call
+        self.idle_divided = 0.0 if shared == math.inf else shared
+
+    def ready(self, seconds: float) -> None:
+        """Waits until a process, fenced in, waits for code; BrokenServer if none does."""
+        self.channel.settimeout(seconds)
+        try:
+            message, fds, *_ = socket.recv_fds(self.channel, 100, 2, socket.MSG_CMSG_CLOEXEC)
+        except OSError as error:
+            raise BrokenServer(f"it does not answer ({error})") from error
+        for fd in fds[:-1]:
+            self.code = socket.socket(fileno=fd)
+        self.out = fds[-1] if fds else -1
+        if message != b"ready" or len(fds) != 2:
+            raise BrokenServer(self.last_words() if not message else "it said what none says")
+        os.set_blocking(self.out, False)
+
+    def call(self, code: str, seconds: float) -> tuple[bytes, int, int, str]:
+        """Runs code: (the beginning of what it prints, bytes printed, exit status, why it was
+        stopped). BrokenServer if the server must be put away and did not say how the call ended.
+        """
+        text, secret = code.encode("utf-8", "surrogatepass"), secrets.token_hex(16)
+        self.kept, self.total, self.seen, self.unread = bytearray(), 0, 0, 0
+        try:
+            self.channel.settimeout(10.0)
+            self.channel.send(secret.encode())
+            self.code.settimeout(10.0)
+            self.code.sendall(len(text).to_bytes(8, sys.byteorder) + text)
+            stopped = self._watch(seconds)
+            if stopped:
+                self.channel.send(b"stop")
+            self.usable = _readable(self.channel, 1.0)
+            status = self._report(secret) if self.usable or not stopped else 0
+        except OSError as error:
+            raise BrokenServer(f"it does not answer ({error})") from error
+        while self.usable and self.total <= 16 * self.keep and self._read():
+            pass
+        self.let_go()
+        return bytes(self.kept), self.total, status, stopped
+
+    def _watch(self, seconds: float) -> str:
+        """Reads what a call prints until its server speaks (""), or it must be stopped: why."""
+        began = looked = time.monotonic()
+        poller = select.poll()
+        for source in (self.channel.fileno(), self.out):
+            poller.register(source, select.POLLIN)
+        while True:
+            ready = [fd for fd, _ in poller.poll(20)]
+            if self.channel.fileno() in ready:
+                return ""
+            if ready and not self._read():
+                poller.unregister(self.out)
+            now = time.monotonic()
+            if self.total > 16 * self.keep:
+                return "it printed too much"
+            if now - began > seconds:
+                return f"the code ran longer than {seconds:g} s"
+            if now - looked > 0.04:
+                if why := self.overgrown():
+                    return why
+                looked = time.monotonic()
+
+    def _read(self) -> bool:
+        """Takes what there is of the output; whether there can be more."""
+        try:
+            data = os.read(self.out, 1 << 16)
+        except BlockingIOError:
+            return False
+        self.total += len(data)
+        self.kept += data[: max(0, self.keep - len(self.kept))]
+        return bool(data)
+
+    def _report(self, secret: str) -> int:
+        """The exit status of the call, from whom knows its secret."""
+        self.channel.settimeout(0.0)
+        message = self.channel.recv(4096)
+        if not message:
+            raise BrokenServer(self.last_words())
+        try:
+            report = json.loads(message)
+        except ValueError:
+            report = None
+        if isinstance(report, dict) and report.keys() == {"secret", "exit"}:
+            right = hmac.compare_digest(str(report["secret"]).encode(), secret.encode())
+            if right and type(report["exit"]) is int:
+                return report["exit"]
+        raise BrokenServer("it said what none says")
+
+    def overgrown(self) -> str:
+        """What a call has too much of, or "". Seen from outside: limits of a process do not bound a
+        family, nor those on processes root.
+        """
+        pids = family(self.process.pid)
+        if len(pids) > MOST_PROCESSES:
+            return "too many processes"
+        threads, sizes = zip(*map(threads_and_bytes, pids))
+        if sum(threads) > MOST_THREADS:
+            return "too many threads"
+        grown = sum(max(0, size - self.idle_bytes) for size in sizes)
+        if grown > self.memory or sum(sizes) > self.memory and self._is_large(pids):
+            return f"its processes use more than {self.memory >> 20} MB of memory"
+        if self.rung == "bubblewrap" and len(pids) > 1:  # the first is bwrap, outside
+            with contextlib.suppress(OSError):
+                open_ones = Path(f"/proc/{pids[1]}/net/sockstat").read_text().split()[2]
+                if int(open_ones) > MOST_SOCKETS:
+                    return "too many sockets"
+        if self.rung in ("landlock", "unsafe"):  # no file system of its own
+            hidden = sum(held(pid, self.scratch, self.disk // 4) for pid in pids)
+            if hidden > self.disk or overfull(self.scratch, self.disk - hidden):
+                return "too many or too large files"
+        return ""
+
+    def _is_large(self, pids: list[int]) -> bool:
+        """Whether processes have too much memory when what they share is counted once.
+
+        Forks may write to all that they inherit. To find out takes longer, and in a fork bomb too
+        long: it is done when their number does not grow, and may fail a few times.
+        """
+        settled, self.seen = len(pids) <= self.seen, len(pids)
+        used = divided(pids, 0.25) - self.idle_divided if settled else 0.0
+        self.unread = self.unread + 1 if used == math.inf else 0
+        return self.unread > 3 or self.memory < used < math.inf
+
+    def last_words(self) -> str:
+        self.kill()
+        return _last_line(self.process.stderr.read())
+
+    def let_go(self) -> None:
+        """Closes the ends of the pipes of a call."""
+        if self.code is not None:
+            self.code.close()
+        if self.out >= 0:
+            os.close(self.out)
+        self.code, self.out = None, -1
+
+    def kill(self) -> None:
+        """Returns when no process of the server or its call is there."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.channel.settimeout(10.0)
+        with contextlib.suppress(OSError):  # the end is open while one of them lives
+            while self.channel.recv(4096):
+                pass
+
+    def put_away(self) -> None:
+        self.kill()
+        self.let_go()
+        self.channel.close()
+        self.process.stderr.close()
+        if self.folder:
+            remove = 'rm -rf "$0" || { chmod -R u+rwX "$0"; rm -rf "$0"; }'  # closed folders
+            subprocess.run(["sh", "-c", remove, self.folder], stderr=subprocess.DEVNULL)
+
+
+def _readable(source, seconds: float) -> bool:
+    poller = select.poll()
+    poller.register(source, select.POLLIN)
+    return bool(poller.poll(1000 * seconds))
+
+
+def _last_line(said: bytes) -> str:
+    lines = said.decode("utf-8", "replace").strip().splitlines()
+    return lines[-1][-300:] if lines else "it ended"
+
+
+# --------------------------------------------------------------------------------------------------
+# the sandbox
 
 
 class Sandbox:
@@ -239,55 +425,53 @@ class Sandbox:
     ):
         self.seconds, self.output_chars = seconds, output_chars
         self.sizes = (memory_mb, scratch_mb, output_chars)
-        self.lock, self.all, self.room = (
-            threading.Lock(),
-            set(),
-            threading.Semaphore(max(2, os.cpu_count() or 2)),
-        )
+        self.lock, self.all, self.idle, self.closed = threading.Lock(), set(), [], False
+        self.most = max(2, os.cpu_count() or 2)
+        self.room = threading.Semaphore(self.most)
         # Servers die with the thread that started them (PR_SET_PDEATHSIG): they need one that stays
         self.starter = ThreadPoolExecutor(1, "python tool")
+        self.cleaner = ThreadPoolExecutor(1, "python tool, cleaning")
+        weakref.finalize(self, _put_away, self.all)  # also where close() was forgotten
         reasons = []
         for self.rung in [rung] if rung else RUNGS:
-            self.idle: queue.LifoQueue = queue.LifoQueue()
             try:
                 self._probe()
                 break
             except SandboxUnavailable as error:
                 reasons.append(f"{self.rung}: {error}")
-                self.close()
+                self._drop_idle()
         else:
             if not unsafe:
-                why = "; ".join(reasons)
-                raise SandboxUnavailable(
-                    "no sandbox for the python tool: apt-get install bubblewrap (or set "
-                    f"unsafe_python). {why}"
-                )
+                self.close()
+                raise SandboxUnavailable(remedy(reasons))
             self.rung = "unsafe"
         _tell(self.rung, "; ".join(reasons))
 
     def _probe(self) -> None:
         """The canary: it must print, must not reach a listener of ours, and must not read or change
-        a file outside.
+        a file outside: one in the temporary folder, one beside the project's, and the project's.
         """
         if self.rung == "unsafe":
             return
         if self.rung == "bubblewrap" and not shutil.which("bwrap"):
             raise SandboxUnavailable("it is not installed")
-        tcp, udp = socket.create_server(("127.0.0.1", 0)), socket.socket(type=socket.SOCK_DGRAM)
-        with tcp, udp, tempfile.NamedTemporaryFile("w") as outside:
-            outside.write("secret")
-            outside.flush()
+        with contextlib.ExitStack() as stack:
+            tcp = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            udp = stack.enter_context(socket.socket(type=socket.SOCK_DGRAM))
             udp.bind(("127.0.0.1", 0))
-            tcp.settimeout(0.01)
-            udp.settimeout(0.01)
-            result = self.run(
-                CANARY % (tcp.getsockname()[1], udp.getsockname()[1], outside.name), 60.0
-            )
-            heard = _hears(tcp.accept) or _hears(lambda: udp.recv(9))
-            if result.text != "alive\n" or heard or Path(outside.name).read_text() != "secret":
-                raise SandboxUnavailable(
-                    f"it does not isolate here ({result.status}: {result.text[-300:]})"
-                )
+            ports = tcp.getsockname()[1], udp.getsockname()[1]
+            planted = _planted(stack)
+            needed = set(libraries())  # of an environment in the checkout
+            own = [str(path) for path in CHECKOUT.iterdir() if path.is_file()]
+            own = [path for path in sorted(own) if path not in needed][:100]
+            result = self.run(CANARY % (*ports, [*planted, *own, os.path.realpath(__file__)]), 60.0)
+            heard = any(_readable(listener, 0.01) for listener in (tcp, udp))
+            changed = any(Path(path).read_text() != "secret" for path in planted)
+        if result.status == "fault":
+            raise SandboxUnavailable(result.text)
+        if result.text != "alive\n" or heard or changed:
+            told = f"{result.status}: {result.text[-300:]}"
+            raise SandboxUnavailable(f"it does not isolate here ({told})")
 
     def run(self, code: str, seconds: float | None = None) -> Result:
         """Runs `code` in a fresh namespace: what it printed, the value of the last expression, or
@@ -296,96 +480,148 @@ class Sandbox:
         seconds = seconds or self.seconds
         with self.room:
             began = time.monotonic()
+            server = None
             try:
                 server = self._take()
-            except (EOFError, TimeoutError, OSError) as error:
-                return Result(
-                    f"The sandbox does not start: {type(error).__name__} {error}",
-                    "fault",
-                    time.monotonic() - began,
-                )
-            try:
-                server.process.stdin.write(
-                    (json.dumps({"code": code, "seconds": seconds}) + "\n").encode()
-                )
-                reply = server.receive(
-                    seconds + 1.0
-                )  # the server keeps the time; this is for one that the code stopped
-            except (EOFError, BrokenPipeError):
-                reply = {"stopped": "it broke the interpreter that it ran in"}
-            except Crowded as error:
-                reply = {"stopped": str(error)}
-            except TimeoutError:
-                reply = {"stopped": f"the code ran longer than {seconds:g} s"}
+                began = time.monotonic()
+                reply = server.call(code, seconds)
+            except (BrokenServer, OSError) as error:
+                if server:
+                    self._drop(server)
+                text = f"The sandbox {'failed' if server else 'does not start'}: {error}"
+                return Result(text, "fault", time.monotonic() - began)
             spent = time.monotonic() - began
-            if reply.get("clean"):
-                self.idle.put(server)
+            if server.usable:
+                with self.lock:
+                    self.idle.append(server)
             else:
                 self._drop(server)
-        return self._result(reply, spent)
+        return self._result(*reply, spent)
 
-    def _result(self, reply: dict, spent: float) -> Result:
-        whole = reply.get("text", "")
+    def _result(self, kept: bytes, total: int, exit_status: int, stopped: str, spent: float):
+        whole = kept.decode("utf-8", "replace")
         text = whole[: self.output_chars]
-        cut = reply.get("total", 0) - len(text.encode())
-        stopped, crash = reply["stopped"], reply.get("exit", 0)
+        cut = total - len(text.encode())
         notes = [f"[output cut: {cut:,} more bytes]"] if cut > 0 and len(whole) > len(text) else []
         notes += [f"Stopped: {stopped}."] if stopped else []
-        notes += [f"[crashed (signal {-crash})]"] if crash < 0 and not stopped else []
+        crashed = exit_status < 0 and not stopped
+        notes += [f"[crashed (signal {-exit_status})]"] if crashed else []
         if notes:
             text = "\n".join([text.removesuffix("\n")] * bool(text) + notes)
-        status = "timeout" if "ran longer" in stopped else "error" if stopped or crash else "ok"
-        return Result(text, status, spent)
+        status = "error" if stopped or exit_status else "ok"
+        return Result(text, "timeout" if "ran longer" in stopped else status, spent)
 
     def _take(self) -> _Server:
-        with contextlib.suppress(queue.Empty):
-            while (server := self.idle.get_nowait()).process.poll() is not None:
+        """A server that is ready: one that says so by now, else one that will, else a new one."""
+        while server := self._idle_one():
+            try:
+                server.ready(5.0)
+                return server
+            except (BrokenServer, OSError):
                 self._drop(server)
-            return server
+        if self.closed:
+            raise BrokenServer("it is closed")
         server = self.starter.submit(_Server, self.rung, *self.sizes).result()
         with self.lock:
             self.all.add(server)
         try:
-            server.receive(60.0)
-        except (EOFError, TimeoutError, Crowded):
+            server.ready(60.0)
+            server.measure()
+        except BaseException:
             self._drop(server)
-            raise EOFError from None
-        server.idle_bytes = max(family(server.process.pid), default=0)
+            raise
+        return server
+
+    def _idle_one(self) -> _Server | None:
+        with self.lock:
+            ready = [server for server in self.idle if _readable(server.channel, 0)]
+            server = next(iter(ready or self.idle), None)
+            if server:
+                self.idle.remove(server)
         return server
 
     def _drop(self, server: _Server) -> None:
-        server.kill()
+        """Puts a server away, in its own time and not in that of a call."""
         with self.lock:
             self.all.discard(server)
+        self.cleaner.submit(server.put_away)
+
+    def _drop_idle(self) -> None:
+        with self.lock:
+            servers, self.idle = self.idle, []
+        for server in servers:
+            self._drop(server)
 
     def close(self) -> None:
+        """Ends the calls in flight; returns when no process, folder, thread or descriptor is
+        left.
+        """
+        self.closed = True
+        self._drop_idle()
+        for server in list(self.all):
+            server.process.kill()  # whoever uses it puts it away
+        for _ in range(self.most):
+            self.room.acquire()
         for server in list(self.all):
             self._drop(server)
+        self.cleaner.shutdown()
+        self.starter.shutdown()
+        self.room.release(self.most)
+
+
+def _put_away(servers: set[_Server]) -> None:
+    for server in servers:
+        server.put_away()
+
+
+def _planted(stack: contextlib.ExitStack) -> list[str]:
+    """Files with a secret, in the temporary folder and, where we may write, beside the project."""
+    paths = []
+    for folder in (tempfile.gettempdir(), str(CHECKOUT)):
+        with contextlib.suppress(OSError):
+            file = tempfile.NamedTemporaryFile("w", dir=folder, prefix=".canary-")
+            stack.enter_context(file).write("secret")
+            file.flush()
+            paths.append(file.name)
+    return paths
 
 
 CANARY = """
 import os, socket
-try:
-    socket.create_connection(("127.0.0.1", %d), 1)
-except OSError:
-    pass
-try:
-    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", %d))
-except OSError:
-    pass
-try:
-    print(open(%r, "r+").write("changed"))
-except OSError:
+def refused(attempt, *arguments):
+    try:
+        attempt(*arguments)
+    except OSError:
+        return True
+def send(port):
+    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", port))
+refused(socket.create_connection, ("127.0.0.1", %d), 1)
+refused(send, %d)
+if all(refused(open, path, mode) for path in %r for mode in ("r", "r+")):
     print("alive")
 """
 
 
-def _hears(listen) -> bool:
-    try:
-        listen()
-    except TimeoutError:
-        return False
-    return True
+# what may forbid user namespaces: setting, value that does, value that does not
+SWITCHES = (
+    ("kernel.unprivileged_userns_clone", "0", "1"),
+    ("kernel.apparmor_restrict_unprivileged_userns", "1", "0"),
+    ("user.max_user_namespaces", "0", "15000"),
+)
+
+
+def remedy(reasons: list[str]) -> str:
+    """What to install or enable where no rung works, in a sentence."""
+    wrong = []
+    for name, closed, opened in SWITCHES:
+        with contextlib.suppress(OSError):
+            if Path("/proc/sys", name.replace(".", "/")).read_text().strip() == closed:
+                wrong.append(f"sysctl -w {name}={opened}")
+    allow = " and ".join(wrong) or f"sysctl -w {SWITCHES[-1][0]}=15000, or by the container"
+    return (
+        f"no sandbox for the python tool works here ({'; '.join(reasons)}): apt-get install "
+        f"bubblewrap and allow user namespaces ({allow}), or set unsafe_python to do without"
+    )
 
 
 @functools.cache
@@ -394,6 +630,8 @@ def _tell(rung: str, reasons: str) -> None:
 
 
 if __name__ == "__main__":
-    ran = Sandbox(rung=sys.argv[2] if len(sys.argv) > 2 else "").run(sys.argv[1])
+    box = Sandbox(rung=sys.argv[2] if len(sys.argv) > 2 else "")
+    ran = box.run(sys.argv[1])
+    box.close()
     print(ran.text)
     sys.exit(ran.status != "ok")

@@ -385,10 +385,9 @@ def test_a_sampler_that_drifts_off_skips_and_then_stops_naming_the_last_good_che
         load(self, ((name, value + (0.3 if len(syncs) > 2 else 0)) for name, value in pairs))
 
     monkeypatch.setattr(engines.HFEngine, "load_weights", stale)
+    monkeypatch.setattr("reagent.run.MOST_SKIPS", 2)
     with judge_server() as (url, _), pytest.raises(SystemExit) as stopped:
-        in_this_process(
-            world, tmp_path, url, "--steps=9", "--save_interval=1", "--max_skips=2", "--keep_last=0"
-        )
+        in_this_process(world, tmp_path, url, "--steps=9", "--save_interval=1", "--keep_last=0")
     text = str(stopped.value)
     assert (
         "sampler and trainer differ" in text

@@ -18,20 +18,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.tiny import ROOT
+from tests.helpers.boxes import EVERYWHERE, ROOT, make_box
 from toolkit import sandbox
-from toolkit.sandbox import RUNGS, Sandbox, SandboxUnavailable
+from toolkit.sandbox import Sandbox, SandboxUnavailable
 
 pytestmark = pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
 
 
-@pytest.fixture(scope="module", params=RUNGS)
+@pytest.fixture(scope="module", params=EVERYWHERE, ids=" of ".join)
 def box(request):
     os.environ["SECRET_API_KEY"] = "canary-7f3a"
-    try:
-        box = Sandbox(seconds=2, memory_mb=1000, rung=request.param)
-    except SandboxUnavailable as why:
-        pytest.skip(str(why))
+    box = make_box(*request.param, seconds=6.0, memory_mb=500)
     yield box
     box.close()
 
@@ -44,7 +41,7 @@ def box(request):
         ("x = 1", "ok", ""),
         ("1/0", "error", "ZeroDivisionError"),
         ("x =", "error", "SyntaxError"),
-        ("import sympy; sympy.factorial(5)", "ok", "120"),
+        ("import math; math.factorial(5)", "ok", "120"),
         ("import sys; sys.exit(3)", "error", ""),
     ],
 )
@@ -74,7 +71,7 @@ def fails(*calls: str) -> str:
     return f"import ctypes, os\nlibc = ctypes.CDLL(None)\nprint([{', '.join(calls)}])"
 
 
-REFUSED, NOTHING = r"^(?!.*DID).*nothing more", "longer than 2 s"
+REFUSED, NOTHING = r"^(?!.*DID).*nothing more", "longer than 1 s"
 HOME = os.path.expanduser("~")
 # in a clone under /tmp the scratch holds empty folders of that name, which may be written
 OUTSIDE = f"{HOME}/evil" if str(ROOT).startswith("/tmp/") else str(ROOT / "evil")
@@ -95,8 +92,8 @@ ATTACKS = {
     "7 memory": ("x = []\nwhile True: x.append(bytearray(50_000_000))", "MemoryError"),
     "8 memory of a family": (
         "import os, time\nfor _ in range(20):\n if not os.fork():\n  x = bytearray(b'1') * "
-        "400_000_000; time.sleep(9)\ntime.sleep(9)",
-        "more than 1000 MB of memory|not permitted",
+        "100_000_000; time.sleep(9)\ntime.sleep(9)",
+        "more than 500 MB of memory|not permitted",
     ),
     "9 a huge list": ("[0] * 10**12", "MemoryError"),
     "9 a huge text": ("'a' * 10**11", "MemoryError"),
@@ -268,10 +265,11 @@ def test_an_attack_is_survived_and_the_next_call_works(box, name):
         listener.bind("\0canary")
         listener.listen()
         began = time.monotonic()
-        result = box.run(code)
+        result = box.run(code, 1.0 if told == NOTHING else None)
     assert re.search(told, result.text, re.S), result
     assert "canary" not in result.text and len(result.text) < 11_000
-    assert time.monotonic() - began < 2 + 1 + 2  # 2 for a machine that does other things
+    # 2 for a machine that does other things
+    assert time.monotonic() - began < (1 if told == NOTHING else 6) + 1 + 2
     assert box.run("print(2)").text == "2\n"
     assert (
         not (ROOT / "evil").exists()
@@ -311,21 +309,14 @@ def test_a_library_in_the_scratch_costs_no_new_server_and_hides_no_file(monkeypa
 
 def test_19_a_daemon_does_not_outlive_its_call(box):
     code = (
-        "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0: time.sleep(77.7)\n "
-        "os._exit(0)\nprint('ok')"
+        "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0: "
+        "os.execv('/bin/sleep', ['sleep', '77.125'])\n os._exit(0)\nprint('ok'); time.sleep(0.2)"
     )
     result = box.run(code)
-    assert (
-        result.text == "ok\n"
-        or box.rung != "bubblewrap"
-        and "Operation not permitted" in result.text
-    )
-    if box.rung != "bubblewrap":  # a call is one process there
-        return
-    count = "import os\nprint(len([p for p in os.listdir('/proc') if p.isdigit()]))"
-    assert any(
-        int(box.run(count).text) <= 3 for _ in range(20)
-    )  # init may reap what was killed a moment later
+    assert result.text == "ok\n" or "Operation not permitted" in result.text
+    assert (box.rung == "bubblewrap") == (result.text == "ok\n")  # elsewhere it is one process
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not any(b"77.125" in command for command in commands)
 
 
 def test_5_a_fork_bomb_is_stopped_from_outside_and_the_next_call_works(box):

@@ -1,0 +1,109 @@
+"""What a call may use at most: memory that no process is charged with, files that no folder names,
+processes and threads; and that it returns in time. On every rung, as this user and as an ordinary
+one.
+"""
+
+import os
+import tempfile
+import time
+
+import pytest
+
+from tests.helpers.boxes import EVERYWHERE, make_box
+from toolkit import sandbox
+from toolkit.sandbox import RUNGS
+
+
+@pytest.fixture(scope="module", params=EVERYWHERE, ids=" of ".join)
+def box(request):
+    box = make_box(*request.param, seconds=3.0, memory_mb=400, scratch_mb=16)
+    yield box
+    box.close()
+
+
+MMAP = "import ctypes\nlibc = ctypes.CDLL(None)\nlibc.mmap.restype = ctypes.c_long\n"
+KEEP = "import os, time\nfrom os import *\n"
+LIMITS = {
+    "shared memory": "import mmap\nm = mmap.mmap(-1, 100 << 20)\nprint('DID')",
+    "shared memory, the newer flag": MMAP
+    + "print('DID' * (libc.mmap(0, 4096, 3, 0x23, -1, 0) > 0))",
+    "huge pages": MMAP + "print('DID' * (libc.mmap(0, 1 << 21, 3, 0x40022, -1, 0) > 0))",
+    "the device of zeros": "import mmap, os\nf = os.open('/dev/zero', os.O_RDWR)\n"
+    "m = mmap.mmap(f, 100 << 20)\nprint('DID')",
+    "a file of memory": "import os\nos.memfd_create('x')\nprint('DID')",
+    "memory that forks write to": "import os, time\nx = bytearray(b'1') * (60 << 20)\n"
+    "for i in range(40):\n if not os.fork():\n  for k in range(0, len(x), 4096): x[k] = i\n"
+    "  time.sleep(9)\ntime.sleep(9)\nprint('DID')",
+    "sockets that hold data": "import os, socket, time\nkept = []\nfor _ in range(60):\n"
+    " if not os.fork():\n  while True:\n   a, b = socket.socketpair(); kept.append((a, b))\n"
+    "   a.setblocking(False)\n   try:\n    while True: a.send(bytes(1000))\n"
+    "   except BlockingIOError: pass\ntime.sleep(9)\nprint('DID')",
+    "buffers of sockets": "import socket\na, b = socket.socketpair()\n"
+    "a.setsockopt(1, 7, 64 << 20)\nprint('DID')",
+    "deleted and open": KEEP + "for i in range(60):\n f = open(f'{i}', O_RDWR | O_CREAT)\n"
+    " write(f, bytes(4 << 20)); unlink(f'{i}')\ntime.sleep(9)\nprint('DID')",
+    "deleted and mapped": KEEP + "import mmap\nkept = []\nfor i in range(60):\n"
+    " f = open(f'{i}', O_RDWR | O_CREAT)\n for _ in range(4): write(f, bytes(1 << 20))\n"
+    " kept.append(mmap.mmap(f, 4096)); close(f); unlink(f'{i}')\ntime.sleep(9)\nprint('DID')",
+    "deleted and on their way": KEEP + "import socket\na, b = socket.socketpair()\n"
+    "for i in range(60):\n f = open(f'{i}', O_RDWR | O_CREAT)\n write(f, bytes(4 << 20))\n"
+    " socket.send_fds(a, [b'x'], [f]); close(f); unlink(f'{i}')\ntime.sleep(9)\nprint('DID')",
+    "never in a folder": KEEP + "for i in range(60):\n f = open('.', O_RDWR | O_TMPFILE)\n"
+    " write(f, bytes(4 << 20))\ntime.sleep(9)\nprint('DID')",
+    "room taken ahead": KEEP + "import ctypes\nlibc = ctypes.CDLL(None)\n"
+    "f, size = open('x', O_RDWR | O_CREAT), ctypes.c_long(200 << 20)\n"
+    "print('DID' * (libc.fallocate(f, 1, ctypes.c_long(0), size) == 0))",
+    "below long paths": KEEP + "while True:\n mkdir('d' * 200); chdir('d' * 200)\n"
+    " f = open('f', O_RDWR | O_CREAT); write(f, bytes(1 << 16)); close(f)",
+    "folders without number": KEEP + "i = 0\nwhile True:\n mkdir(f'{i}'); i += 1",
+    "folders in folders": KEEP + "while True: mkdir('d'); chdir('d')",
+    "links without number": KEEP + "i = 0\nclose(open('f', O_RDWR | O_CREAT))\n"
+    "while True:\n link('f', f'{i}'); symlink('x' * 4000, f's{i}'); i += 1",
+    "threads without number": "import threading, time\nthreading.stack_size(32768)\n"
+    "for _ in range(3000): threading.Thread(target=time.sleep, args=[9], daemon=True).start()\n"
+    "time.sleep(9)\nprint('DID')",
+    "a fork bomb": "import os\nwhile True: os.fork()",
+    "a fork bomb of vforks": "import subprocess\ncode = 'import subprocess, sys\\nwhile True: "
+    'subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[1]])\'\nimport sys\n'
+    "subprocess.run([sys.executable, '-c', code, code])",
+    "orphans without number": "import os\nfor _ in range(6000):\n if not os.fork(): os._exit(0)\n"
+    " os.wait()\nprint('DID')",
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_limit_holds_and_the_call_returns_in_time(box, name):
+    began = time.monotonic()
+    result = box.run(LIMITS[name])
+    spent = time.monotonic() - began
+    assert result.status in ("error", "timeout") or result.text.strip() == "", result
+    assert "DID" not in result.text and "ran longer" not in result.text * (name in STOPPED), result
+    assert spent < 3 + 1 + 2, result  # 2 for a machine that does other things
+    began = time.monotonic()
+    assert box.run("print(2)").text == "2\n"
+    assert time.monotonic() - began < 5
+
+
+STOPPED = ("deleted and open", "deleted and mapped", "below long paths", "folders without number")
+
+
+def test_a_folder_is_measured_without_its_names():
+    with tempfile.TemporaryDirectory() as folder:
+        here = os.open(folder, os.O_RDONLY)
+        assert not sandbox.overfull(folder, 1 << 20)
+        for _ in range(60):
+            os.mkdir("d" * 200, dir_fd=here)
+            here, old = os.open("d" * 200, os.O_RDONLY, dir_fd=here), here
+            os.close(old)
+        assert sandbox.overfull(folder, 1 << 20)
+        os.close(here)
+
+
+def test_rest_of_a_call_is_cleared_in_nobodys_time():
+    deep = KEEP + "for _ in range(15_000): mkdir('d'); chdir('d')"
+    for rung in RUNGS:
+        box = make_box(rung, "this user", seconds=2.0)
+        began = time.monotonic()
+        box.run(deep)
+        assert time.monotonic() - began < 2 + 1 + 2
+        box.close()
