@@ -206,10 +206,28 @@ def check_rrm_row(row: dict) -> str | None:
         return str(error)
     if row.get("score") is None and row.get("correct") is None and "judgment" not in row:
         return "an RRM row needs 'score', 'correct' or both"
+    for key, kinds, form in _FIELDS:
+        value = row.get(key)
+        if value is not None and not isinstance(value, kinds):
+            return f"{key!r} is {value!r}: {form}"
+    answers = row["answer"] if isinstance(row.get("answer"), list) else []
+    if not all(type(each) in (str, int, float) for each in answers):
+        return f"'answer' is {answers!r}: a text, a number or a list of these"
     score = row.get("score")
-    if score is not None and not (isinstance(score, (int, float)) and 0 <= score <= 1):
+    if score is not None and (isinstance(score, bool) or not 0 <= score <= 1):
         return f"'score' is {score!r}: a number from 0 to 1"
     return None
+
+
+_FIELDS = (
+    ("score", (int, float), "a number from 0 to 1"),
+    ("correct", bool, "true or false"),
+    ("grounded", bool, "true or false"),
+    ("answer", (str, int, float, list), "a text, a number or a list of these"),
+    ("think", str, "a text"),
+    ("critique", str, "a text"),
+    ("judgment", str, "a text"),
+)
 
 
 def target_text(row: dict) -> str:

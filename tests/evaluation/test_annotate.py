@@ -2,12 +2,17 @@
 lift; paired bootstrap.
 """
 
+import copy
+import dataclasses
+import json
 import random
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 
+import rollout
 from data import annotate as annotation
 from data import at_work, compare_rrm
 from reagent import reward_model
@@ -16,7 +21,7 @@ from reagent.reward_model import Judgment, RewardModelConfig
 from reagent.rows import read_appended
 from results import judging
 from tests.helpers.judge_server import hashed_judgment, judge_server
-from tests.helpers.tiny import toy, toy_world
+from tests.helpers.tiny import ROOT, toy, toy_world
 
 LIMITS = [
     "--engine=hf",
@@ -157,25 +162,90 @@ def test_a_changed_setting_is_refused_by_name_and_more_of_the_same_is_taken(worl
         assert len(annotate(world, tmp_path, url)) == len(seen) == 12
 
 
-def test_critique_lift_counts_each_kind_of_critique(world):
-    """The judge answers over HTTP; the counts are those of the refined attempts themselves."""
+@pytest.fixture
+def first_attempts(world):
+    """(setup, jobs of a lift, run): an agent whose answers are right where their length is odd; a
+    tiny model is never right by itself.
+    """
     limits = [limit for limit in LIMITS if "teacher" not in limit]
     config = parse_config(compare_rrm.Config, [f"--data={world}/rl.jsonl", *limits])
-    with (
-        judge_server() as (url, _),
-        at_work.agent_at_work(config, f"{world}/model") as (setup, rows, run),
-    ):
-        setup.rule_reward = lambda row, answer: (
-            0.0,
-            len(answer or "") % 2 == 1,
-        )  # a tiny model is never right by itself
-        lift = compare_rrm.critique_lift(
-            setup, reward_model.served_rrm(RewardModelConfig(url)), rows, run, seed=0
+    with at_work.agent_at_work(config, f"{world}/model") as (setup, rows, run):
+        setup.rule_reward = lambda row, answer: (0.0, len(answer or "") % 2 == 1)
+        episodes = run(rollout.run_chains([(row, (0, "lift", 0)) for row in rows], setup))
+        rrm = reward_model.open_rrm(
+            RewardModelConfig(str(ROOT / "data/toy/prepare.py")), None, engine=None
         )
+        critiques = run(compare_rrm.critiques_of(rrm, episodes, 0))
+        yield setup, list(zip(episodes, rows, critiques)), run
+
+
+def test_critique_lift_counts_each_kind_of_critique(first_attempts):
+    lift = compare_rrm.critique_lift(*first_attempts, seed=0)
     for name in ("own", "shuffled", "empty"):
         change = (lift[f"lift/{name}/fixed"] - lift[f"lift/{name}/broken"]) / lift["lift/questions"]
         assert lift[f"lift/{name}/refined"] == pytest.approx(lift["lift/first"] + change)
-    assert lift["lift/questions"] == 6
+    assert (lift["lift/questions"], lift["lift/aborted"]) == (6, 0)
+
+
+def test_a_refinement_that_was_aborted_is_not_broken(first_attempts, monkeypatch):
+    setup, jobs, run = first_attempts
+
+    async def refine_with(episodes, rows, critiques, setup, key):
+        refined = copy.deepcopy(list(episodes))
+        for i, episode in enumerate(refined):
+            episode.attempts[0].correct = True
+            again = dataclasses.replace(episode.attempts[0], correct=bool(i % 2))
+            episode.attempts.append(again)
+        if key[1] == "shuffled":
+            refined[0].dropped = refined[1].dropped = "aborted"
+        return refined
+
+    for episode, _, _ in jobs:
+        episode.attempts[0].correct = True
+    monkeypatch.setattr(compare_rrm.rollout, "refine_with", refine_with)
+    lift = compare_rrm.critique_lift(setup, jobs, run, seed=0)
+    assert (lift["lift/questions"], lift["lift/aborted"]) == (4, 2)
+    assert {lift[f"lift/{kind}/broken"] for kind in ("own", "shuffled", "empty")} == {2}
+
+
+def test_a_comparison_has_one_engine_at_a_time_and_says_what_was_trained_on(
+    world, tmp_path, monkeypatch, capsys
+):
+    alive, most, make, close = [], [], compare_rrm.engines.make_engine, compare_rrm.engines.close
+
+    def made(*args, **kwargs):
+        alive.append(1)
+        most.append(len(alive))
+        return make(*args, **kwargs)
+
+    def closed(engine):
+        if engine:
+            alive.pop()
+            close(engine)
+
+    monkeypatch.setattr(compare_rrm.engines, "make_engine", made)
+    monkeypatch.setattr(reward_model, "make_engine", made)
+    monkeypatch.setattr(compare_rrm.engines, "close", closed)
+    rng = random.Random(0)
+    rows = [toy.rrm_row(rng, i) for i in range(3)]
+    toy.write(tmp_path / "held.jsonl", rows)
+    toy.write(tmp_path / "trained.jsonl", rows[:1])
+    shutil.copytree(world / "model", tmp_path / "agent")
+    config = {"data": f"{tmp_path}/trained.jsonl", "model": "nowhere"}
+    (tmp_path / "agent" / "trainer.json").write_text(json.dumps({"config": config}))
+    args = [f"--rrm={ROOT}/data/toy/prepare.py", f"--against={tmp_path}/agent"]
+    args += [f"--agent={tmp_path}/agent", f"--eval_data={tmp_path}/held.jsonl"]
+    args += [f"--data={world}/rl.jsonl", "--limit=2", f"--out_dir={tmp_path}/out"]
+    args += [a for a in LIMITS if "teacher" not in a]
+    compare_rrm.main(parse_config(compare_rrm.Config, [*args, "--rrm.max_tokens=20"]))
+    assert most == [1, 1, 1]
+    told = capsys.readouterr().out
+    assert f"what {ROOT}/data/toy/prepare.py was trained on is not known" in told
+    line = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[0])
+    assert line["mae"] == 0.0 and line["lift/questions"] == 2
+    own = compare_rrm.held_out("held.jsonl", rows, f"{tmp_path}/agent")
+    same = sum(row["question"] == rows[0]["question"] for row in rows)
+    assert f"of 3 rows {same} have a question" in own and "1 stand there whole" in own
 
 
 def scored_rows(scores):
@@ -195,7 +265,7 @@ def test_the_interval_is_of_95_percent_and_draws_questions():
     middle, low, high = judging.paired_bootstrap(exact, off, rows)["difference/mae"]
     assert middle == pytest.approx(gaps.mean(), abs=1e-4)
     half = 1.96 * gaps.std() / 20
-    assert high - middle == pytest.approx(half, rel=0.1) == middle - low
+    assert high - middle == pytest.approx(half, rel=0.1) == middle - low  # of 90 %: 16 % less
     ten = judging.paired_bootstrap(exact * 10, off * 10, rows * 10, draws=200)
     assert ten == judging.paired_bootstrap(exact, off, rows, draws=200)
 
@@ -213,8 +283,8 @@ def test_paired_bootstrap_tells_a_better_judge_from_an_equal_one():
     good = [Judgment("t", "c", min(1.0, row["score"])) for row in rows]
     bad = [Judgment("t", "c", float(rng.random())) for _ in rows]
     better, equal = (
-        judging.paired_bootstrap(bad, good, rows),
-        judging.paired_bootstrap(good, good, rows),
+        judging.paired_bootstrap(bad, good, rows, draws=200),
+        judging.paired_bootstrap(good, good, rows, draws=200),
     )
     assert better["difference/mae"][2] < 0 < better["difference/auc/correct"][1]
     assert equal["difference/mae"] == [0.0, 0.0, 0.0] and equal["difference/auc/correct"] == [

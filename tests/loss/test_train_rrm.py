@@ -312,13 +312,6 @@ def test_the_report_tells_critiques_of_their_trajectory_from_those_that_fit_any(
     assert moved["critique/names_f1"] < 0.3
 
 
-def test_bad_rows_are_named(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "q", "trajectory": "t", "score": 2}\n')
-    with pytest.raises(SystemExit, match=r"rows.jsonl:1: 'score' is 2"):
-        train_rrm.JsonlRows(str(path), reward_model.check_rrm_row)
-
-
 @pytest.mark.parametrize(
     ("row", "told"),
     [
@@ -475,3 +468,31 @@ def test_sft_trains_the_judgment_and_not_its_prompt(weight):
     verdict = len(CHAT.text(reward_model.target_text(row).partition(" Found ")[0]))
     weights = [1.0] * verdict + [weight] * (len(trained) - verdict)
     assert sequence.columns["weight"] == weights and total == sum(weights)
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"correct": "false"}, "'correct' is 'false': true or false"),
+        ({"grounded": 1}, "'grounded' is 1: true or false"),
+        ({"answer": {"text": "a"}}, "'answer' is {'text': 'a'}: a text, a number or a list"),
+        ({"answer": ["a", None]}, "'answer' is ['a', None]: a text, a number or a list"),
+        ({"critique": ["c"]}, "'critique' is ['c']: a text"),
+        ({"score": "0.5"}, "'score' is '0.5': a number from 0 to 1"),
+        ({"score": True}, "'score' is True: a number from 0 to 1"),
+        ({"score": 2}, "'score' is 2: a number from 0 to 1"),
+        ({"answer": 1969}, None),
+        ({"answer": [1969, "a"]}, None),
+        ({"answer": None, "correct": False}, None),
+    ],
+)
+def test_a_field_of_another_kind_is_refused_at_opening(changes, told):
+    found = reward_model.check_rrm_row(ROW | changes)
+    assert (found or "").startswith(told or "") and bool(found) == bool(told)
+
+
+def test_a_bad_row_is_named_by_file_and_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "q", "trajectory": "t", "score": 2}\n')
+    with pytest.raises(SystemExit, match=r"rows.jsonl:1: .score. is 2"):
+        train_rrm.JsonlRows(str(path), reward_model.check_rrm_row)
