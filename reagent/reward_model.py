@@ -14,10 +14,9 @@ from reagent.engines import EngineConfig, make_engine
 from reagent.rows import seed_of
 from reagent.served import endpoint_of, named_model, served_name, turn_text, without_control
 from toolkit.http import Refused, Unavailable, complete, insist, now
-from toolkit.text import spoken
+from toolkit.text import capped, spoken
 
 LEAST_ROOM = 64  # tokens: less holds no question with a trajectory
-
 CHECK_S = 2.0  # seconds that a server may be away when a run starts
 
 RRM_PROMPT = (
@@ -64,10 +63,9 @@ class RewardModelConfig:
     def check(self, timeout_s: float) -> None:
         """A chain waits for two judgments while the other ranks wait for it."""
         if self.served and 2 * self.seconds > timeout_s:
-            raise SystemExit(
-                f"rrm.seconds = {self.seconds:g}: two judgments of a chain must fit timeout_s = "
-                f"{timeout_s:g}, so at most {timeout_s / 2:g}"
-            )
+            most = f"timeout_s = {timeout_s:g}, so at most {timeout_s / 2:g}"
+            what = f"rrm.seconds = {self.seconds:g}: two judgments of a chain must fit"
+            raise SystemExit(f"{what} {most}")
 
 
 @dataclass(frozen=True)
@@ -107,15 +105,12 @@ class Judgment:
 
 
 _SCORE = r"0(?:\.\d{1,6})?|1(?:\.0{1,6})?|\.\d{1,6}"
-
 _BLOCKS = re.compile(rf"\s*<critique>(.*?)</critique>\s*<score>\s*({_SCORE})\s*</score>\s*", re.S)
-
 _TAG = re.compile(r"</?(?:think|critique|score)>")
 
 
 def parse_judgment(text: str) -> Judgment | None:
-    """Exactly <think>…</think><critique>…</critique><score>s</score> with a plain s in [0, 1]; else
-    None (invalid).
+    """Exactly <think>…</think><critique>…</critique><score>s</score>, 0 <= s <= 1; else None.
 
     Critique and score are read after the last </think>, so a score inside the analysis never wins.
     """
@@ -127,13 +122,8 @@ def parse_judgment(text: str) -> Judgment | None:
     if not closer or not head.startswith("<think>") or not match:
         return None
     think, critique = head[len("<think>") :].strip(), match[1].strip()
-    if (
-        not think
-        or not critique
-        or "<think>" in think
-        or "</think>" in think
-        or _TAG.search(critique)
-    ):
+    tags = re.search("</?think>", think) or _TAG.search(critique)
+    if tags or not think or not critique:
         return None
     return Judgment(think, critique, float(match[2]))
 
@@ -194,11 +184,8 @@ def row_trajectory(row: dict) -> str:
 
 
 def check_rrm_row(row: dict) -> str | None:
-    if (
-        not isinstance(row.get("question"), str)
-        or not isinstance(row.get("trajectory"), (str, list))
-        or not row["trajectory"]
-    ):
+    question, trajectory = row.get("question"), row.get("trajectory")
+    if not isinstance(question, str) or not isinstance(trajectory, (str, list)) or not trajectory:
         return f"an RRM row needs 'question' and 'trajectory'; found the keys {sorted(row)}"
     try:
         plain_turns(row["trajectory"])
@@ -240,16 +227,12 @@ def target_text(row: dict) -> str:
 
 def check_judged_row(row: dict) -> str | None:
     """What SFT needs beyond check_rrm_row: a judgment to learn."""
-    missing = (
-        []
-        if "judgment" in row
-        else [key for key in ("think", "critique", "score") if row.get(key) is None]
-    )
+    wanted = () if "judgment" in row else ("think", "critique", "score")
+    missing = [key for key in wanted if row.get(key) is None]
     if missing:
         return f"SFT needs {', '.join(map(repr, missing))}; found the keys {sorted(row)}"
-    return check_rrm_row(row) or (
-        None if parse_judgment(target_text(row)) else "the judgment is not valid"
-    )
+    problem = check_rrm_row(row)
+    return problem or (None if parse_judgment(target_text(row)) else "the judgment is not valid")
 
 
 def check_weighted_row(row: dict) -> str | None:
@@ -278,10 +261,9 @@ class RewardModel:
         self, ask, *, size=len, room=1_000_000, seconds=600.0, name="", must_answer=False, tries=3
     ):
         if room < LEAST_ROOM:
-            raise SystemExit(
-                "the reward model's context is too small for any judgment: its prompt and "
-                f"rrm.max_tokens leave {max(room, 0)} tokens for a question and its trajectory"
-            )
+            what = "the reward model's context is too small for any judgment: its prompt and"
+            left = f"leave {max(room, 0)} tokens for a question and its trajectory"
+            raise SystemExit(f"{what} rrm.max_tokens {left}")
         self.ask, self.size, self.room = ask, size, room
         self.seconds, self.name, self.must_answer, self.tries = seconds, name, must_answer, tries
         self.asked = self.failed = self.unread = 0
@@ -292,9 +274,7 @@ class RewardModel:
         self.engine = None  # of a reward model in this process; who is done with it may close it
 
     async def __call__(self, question: str, trajectory, key: tuple) -> Judgment | None:
-        """Judges one attempt (paper section 3.4) without the gold answer; None: no valid judgment
-        was to be had.
-        """
+        """Judges an attempt (paper section 3.4) without the gold; None: no valid judgment."""
         return (await self.judge(question, trajectory, key))[0]
 
     async def judge(self, question: str, trajectory, key: tuple) -> tuple[Judgment | None, int]:
@@ -378,10 +358,8 @@ _HEADER = re.compile(
 
 
 def plain_turns(trajectory: str | list[dict]) -> list[dict]:
-    """A trajectory as turns of {"role", "content"} with whole texts: calls stand in the turn that
-    made them, parts are joined. A trajectory that is one text is a turn without a role.
-    ValueError for what is no conversation.
-    """
+    """A trajectory as turns of {"role", "content"}: calls stand in the turn that made them, parts
+    are joined; one text is a turn without a role. ValueError for what is no conversation."""
     if isinstance(trajectory, str):
         return [{"role": "", "content": trajectory}]
     turns = []
@@ -390,39 +368,27 @@ def plain_turns(trajectory: str | list[dict]) -> list[dict]:
         role = {"function": "tool", "developer": "system"}.get(role, role)
         if role not in ("system", "user", "assistant", "tool"):
             raise ValueError(f"message {i} of the trajectory has the role {role!r}")
-        if role == "assistant":
-            content = turn_text(message)
-        else:
-            content, _ = spoken(message)
+        content = turn_text(message) if role == "assistant" else spoken(message)[0]
         turns.append({"role": role, "content": content})
     return turns
 
 
 def trajectory_text(trajectory: str | list[dict], cap: int | None = None) -> str:
-    """The transcript that a reward model reads: each turn under a line [role]. A line of a turn's
-    own that looks like one gets a backslash, so nobody can speak in another's name. `cap`: tool
-    results longer than that many characters are cut in their middle.
-    """
+    """The transcript that a reward model reads: each turn under a line [role]; a line of a turn's
+    own that looks like one gets a backslash, so nobody can speak in another's name. Tool results
+    of more than `cap` characters are cut in their middle."""
     parts = []
     for turn in plain_turns(trajectory):
         text = turn["content"]
-        if turn["role"] == "tool" and cap is not None and len(text) > cap:
-            half = cap // 2
-            text = (
-                f"{text[:half]}\n[… {len(text) - 2 * half:,} characters left out "
-                f"…]\n{text[len(text) - half :]}"
-            )
+        if turn["role"] == "tool" and cap is not None:
+            text = capped(text, cap)
         head = f"[{turn['role']}]\n" if turn["role"] else ""
         parts.append(head + (_HEADER.sub(r"\1\2\\\3", text) if head else text))
     return "\n".join(parts)
 
 
-def fit_trajectory(
-    trajectory: str | list[dict], room: int, size: Callable[[str], int]
-) -> str | None:
-    """Shortens long tool results until size(text) <= room; the end is never cut. None: it cannot
-    fit.
-    """
+def fit_trajectory(trajectory: str | list, room: int, size: Callable[[str], int]) -> str | None:
+    """Shortens long tool results until size(text) <= room; the end is never cut. None: no fit."""
     turns = plain_turns(trajectory)
     cap = max((len(turn["content"]) for turn in turns if turn["role"] == "tool"), default=0)
     text = trajectory_text(trajectory)
@@ -496,14 +462,12 @@ def served_rrm(
     config: RewardModelConfig, prompt: RRMPrompt = OURS, broken: Callable[[str], str] = str
 ) -> RewardModel:
     """The client of OpenAI-compatible servers (key: RRM_API_KEY), asked here what they serve.
-    `broken` breaks the control strings of a text.
-    """
+    `broken` breaks the control strings of a text."""
     cards = {}
     for url in config.source.split(","):
         endpoint = endpoint_of(url, "RRM_API_KEY", config.in_flight)
-        listed = named_model(
-            endpoint, config.model, "--rrm.model", request_s=30.0, patience_s=CHECK_S
-        )
+        within = dict(request_s=30.0, patience_s=CHECK_S)
+        listed = named_model(endpoint, config.model, "--rrm.model", **within)
         try:
             cards[endpoint] = now(listed)
         except (Unavailable, Refused) as problem:
@@ -513,12 +477,8 @@ def served_rrm(
     async def ask(question, trajectory, text, seed, seconds):
         messages = prompt.messages(question, text)
         messages[-1]["content"] = without_control(broken(messages[-1]["content"]))
-        body = dict(
-            messages=messages,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            seed=seed % 2**31,
-        )
+        body = dict(messages=messages, temperature=config.temperature, top_p=config.top_p)
+        body["seed"] = seed % 2**31
 
         async def once(endpoint, left):
             named = body | {"model": cards[endpoint]["id"]}
@@ -540,9 +500,7 @@ def served_rrm(
 
 
 def open_rrm(config: RewardModelConfig, chat, *, engine: EngineConfig) -> RewardModel:
-    """The client of the reward model that `config` names; `chat` breaks control strings for
-    servers, `engine` runs a folder.
-    """
+    """The client of the reward model of `config`; `chat` breaks control strings for servers."""
     prompt = read_rrm_prompt(config.prompt_file, config.request_file)
     if config.served:
         return served_rrm(config, prompt, chat.broken)

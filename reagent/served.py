@@ -1,5 +1,4 @@
-"""Models behind a URL, on OpenAI-compatible servers: the policy as an engine of the agent loop, and
-judges of answers.
+"""Models behind a URL, on OpenAI-compatible servers: the policy as an engine, judges of answers.
 
 The policy is asked through /v1/completions with token ids, so that history is never rendered again.
 Where a server has only /v1/chat/completions, `ChatEngine` sends the conversation as messages; a
@@ -31,9 +30,7 @@ def endpoint_of(url: str, key_name: str, most: int = 64) -> Endpoint:
 
 
 async def named_model(endpoint: Endpoint, model: str, option: str, **patience) -> dict:
-    """The card of the model to ask for: `model`, or the only one that the server lists. A server
-    without a list is taken at its user's word.
-    """
+    """The card of `model`, or of the only one listed; a server without a list is not asked more."""
 
     async def listed(endpoint, seconds):
         return await models_of(endpoint, seconds=seconds)
@@ -58,9 +55,7 @@ def served_name(card: dict) -> str:
 
 @dataclass(frozen=True)
 class Served:
-    """What a server said about itself. kind: ids (completions with token ids) | text (completions
-    without) | chat.
-    """
+    """What a server said of itself. kind: ids (completions with token ids) | text | chat."""
 
     model: str
     kind: str
@@ -89,9 +84,8 @@ async def look_up(endpoint: Endpoint, model: str, how: str, patience_s: float = 
         choice = await insist([endpoint], probed, patience_s=patience_s)
     except Refused as refused:
         if how == "completions":
-            raise SystemExit(
-                f"{endpoint.url}/completions does not take token ids: {refused}"
-            ) from refused
+            what = f"/completions does not take token ids: {refused}"
+            raise SystemExit(endpoint.url + what) from refused
         return Served(name, "chat", root, most)
     return Served(name, "text" if choice.get("token_ids") is None else "ids", root, most)
 
@@ -100,12 +94,16 @@ async def look_up(endpoint: Endpoint, model: str, how: str, patience_s: float = 
 # the policy
 
 
-class ServedEngine:
-    """The policy behind /v1/completions: ids in, ids out, with the `generate` of the engines in
-    rollout.py.
+# the server must add nothing of its own: no generation_config, no stop but ours (as VLLMEngine)
+BARE = dict(logprobs=0, return_token_ids=True, ignore_eos=True, top_k=-1, min_p=0.0)
+BARE |= dict(repetition_penalty=1.0, skip_special_tokens=False, spaces_between_special_tokens=False)
 
-    A server that returns no ids (`kind` "text") has its turns encoded once more here; earlier ids
-    still never change.
+
+class ServedEngine:
+    """The policy behind /v1/completions: ids in, ids out, by the `generate` of an engine.
+
+    A server that returns no ids (`kind` "text") has its turns encoded here; earlier ids never
+    change.
     """
 
     def __init__(self, endpoint: Endpoint, served: Served, chat, patience_s: float = 600.0):
@@ -113,47 +111,26 @@ class ServedEngine:
         self.patience_s, self.refused = patience_s, 0
 
     async def generate(self, ids, *, max_new_tokens, temperature, seed, top_p=1.0) -> Sample:
-        # the server must add nothing of its own: no generation_config, no stop but ours (as
-        # VLLMEngine)
-        body = dict(
-            model=self.served.model,
-            prompt=list(ids),
-            max_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed % 2**31,
-            logprobs=0,
-            return_token_ids=True,
-            stop_token_ids=list(self.chat.stop_ids),
-            ignore_eos=True,
-            top_k=-1,
-            min_p=0.0,
-            repetition_penalty=1.0,
-            skip_special_tokens=False,
-            spaces_between_special_tokens=False,
-        )
+        body = BARE | dict(model=self.served.model, prompt=list(ids), max_tokens=max_new_tokens)
+        body |= dict(temperature=temperature, top_p=top_p, seed=seed % 2**31)
+        body["stop_token_ids"] = list(self.chat.stop_ids)
 
         async def once(endpoint, seconds):
             return _sampled(await endpoint.ask("/completions", body, seconds=seconds))
 
         try:
-            ids, logps, text, reason = await insist(
-                [self.endpoint], once, patience_s=self.patience_s
-            )
+            reply = insist([self.endpoint], once, patience_s=self.patience_s)
+            ids, logps, text, reason = await reply
         except Refused as refused:
             return _aborted(self, refused)
         if self.served.kind == "ids":
-            return (
-                Sample(ids, logps, reason) if ids else _aborted(self, "a reply without token_ids")
-            )
+            return Sample(ids, logps, reason) if ids else _aborted(self, "a reply without ids")
         new = self.chat.text(text)[: max_new_tokens - 1]
         return Sample(new + [self.chat.closer_id] * (reason == "stop"), [], reason)
 
 
 def _sampled(reply) -> tuple[list[int], list[float], str, str]:
-    """(token ids, log-probs, text, stop | length | abort) of a completion; Unavailable where it
-    holds something else.
-    """
+    """(token ids, log-probs, text, stop | length | abort) of a completion, else Unavailable."""
     choice = choice_of(reply)
     reason, ids, text = (choice.get(key) for key in ("finish_reason", "token_ids", "text"))
     logps = choice["logprobs"] if isinstance(choice.get("logprobs"), dict) else {}
@@ -168,9 +145,7 @@ def _sampled(reply) -> tuple[list[int], list[float], str, str]:
 
 
 def _aborted(engine, why) -> Sample:
-    """What a chain gets whose request was refused: the chain is left out and tried again, never
-    marked as answered.
-    """
+    """For a chain whose request was refused: it is left out and tried again, never answered."""
     if not engine.refused:
         print(f"{engine.endpoint.url} refused a request: {why}", file=sys.stderr)
     engine.refused += 1
@@ -178,7 +153,6 @@ def _aborted(engine, why) -> Sample:
 
 
 _ROLES = ("system", "user", "assistant")
-
 _CONTROL = re.compile(r"<(?=\|[^<>|]{1,40}\|>|/?(?:tool_call|tool_response|think)>)")
 
 
@@ -188,8 +162,7 @@ def without_control(text: str) -> str:
 
 
 class TextChat:
-    """The `Chat` of a server without token ids: its "ids" are pieces of four characters, and marks
-    for turns.
+    """The `Chat` of a server without token ids: its "ids" are four characters, or marks of turns.
 
     So the agent loop runs unchanged and `messages_of(ids)` gives back exactly what was appended.
     Limits count pieces, which are tokens only roughly. Tools are described in the system turn, in
@@ -202,11 +175,8 @@ class TextChat:
 
     def text(self, text: str) -> list[int]:
         text = text.encode("utf-8", "replace").decode()
-        pieces = (text[i : i + 4] for i in range(0, len(text), 4))
-        return [
-            int.from_bytes(b"\1" + piece.encode("utf-32-be"), "big") + self._first
-            for piece in pieces
-        ]
+        pieces = (b"\1" + text[i : i + 4].encode("utf-32-be") for i in range(0, len(text), 4))
+        return [int.from_bytes(piece, "big") + self._first for piece in pieces]
 
     def outside(self, text: str) -> list[int]:
         return self.text(self.broken(text))
@@ -217,9 +187,8 @@ class TextChat:
 
     def decode(self, ids: list[int]) -> str:
         whole = (i - self._first for i in ids if i >= self._first)
-        return "".join(
-            i.to_bytes((i.bit_length() + 7) // 8, "big")[1:].decode("utf-32-be") for i in whole
-        )
+        pieces = (i.to_bytes((i.bit_length() + 7) // 8, "big")[1:] for i in whole)
+        return "".join(piece.decode("utf-32-be") for piece in pieces)
 
     def _turn(self, role: str, ids: list[int]) -> list[int]:
         return [_ROLES.index(role), *ids, self.closer_id]
@@ -240,12 +209,8 @@ class TextChat:
         ids, results = [self.closer_id], []
         for i, message in enumerate(messages):
             if message["role"] == "tool":
-                block = ("\n" if results else "") + "<tool_response>\n"
-                results += (
-                    self.text(block)
-                    + self.outside(message["content"])
-                    + self.text("\n</tool_response>")
-                )
+                results += self.text("\n" * bool(results) + "<tool_response>\n")
+                results += self.outside(message["content"]) + self.text("\n</tool_response>")
                 if i + 1 < len(messages) and messages[i + 1]["role"] == "tool":
                     continue
             ids += self._turn("user", results or self.outside(message["content"]))
@@ -259,9 +224,7 @@ class TextChat:
                 role, start = _ROLES[i], at + 1
             elif i == self.closer_id:
                 content, start = self.decode(ids[start:at]), None
-                if (
-                    messages and messages[-1]["role"] == role
-                ):  # many templates want turns to alternate
+                if messages and messages[-1]["role"] == role:  # many templates want alternation
                     messages[-1]["content"] += "\n\n" + content
                 else:
                     messages.append({"role": role, "content": content})
@@ -278,23 +241,12 @@ def tool_text(tools: list[dict] | None) -> str:
     return f"{head}\nTo call tools, end your turn with one or more of\n{form}"
 
 
-class ChatEngine:
-    """The policy behind /v1/chat/completions alone: the server renders the history again at every
-    turn.
-    """
-
-    def __init__(self, endpoint: Endpoint, served: Served, chat: TextChat, patience_s=600.0):
-        self.endpoint, self.served, self.chat = endpoint, served, chat
-        self.patience_s, self.refused = patience_s, 0
+class ChatEngine(ServedEngine):
+    """The policy behind chat completions alone: the server renders history again at every turn."""
 
     async def generate(self, ids, *, max_new_tokens, temperature, seed, top_p=1.0) -> Sample:
-        body = dict(
-            model=self.served.model,
-            messages=self.chat.messages_of(ids),
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed % 2**31,
-        )
+        body = dict(model=self.served.model, messages=self.chat.messages_of(ids))
+        body |= dict(temperature=temperature, top_p=top_p, seed=seed % 2**31)
 
         async def once(endpoint, seconds):
             return await complete(endpoint, body, max_new_tokens, seconds=seconds)
@@ -310,9 +262,7 @@ class ChatEngine:
 
 
 def turn_text(message: dict) -> str:
-    """The raw text of a chat reply: a separate reasoning field and parsed tool calls are joined
-    back.
-    """
+    """The raw text of a chat reply; a reasoning field and parsed tool calls are joined back."""
     text, thoughts = spoken(message)
     calls = message.get("tool_calls") or [message.get("function_call")]
     calls = [call.get("function") or call for call in calls if isinstance(call, dict)]

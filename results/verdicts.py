@@ -36,11 +36,9 @@ or
 VERDICT: INCORRECT"""
 
 PROMPT_VERSION = hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()[:8]
-
-REQUEST_S = 300.0  # for one reply
-
+REQUEST_S, REPLY_TOKENS = 300.0, 4096  # for one reply
+REPLIES = 4  # asked for in all, where one has no verdict or does not come to its end
 ANSWER_CHARS = 8000  # a longer answer is cut in its middle
-
 # every form of a verdict has one of these words; inside what is quoted they are broken
 _KEY = re.compile(r"v(?=erdict)|c(?=orrect)|j(?=udge?ment)", re.I)
 _SIDES = r"[^\w.,;!?]{0,12}"  # marks between a key and its value: colons, quotes, stars, brackets
@@ -56,9 +54,7 @@ _VERDICT = re.compile(
 
 
 def broken(text: str) -> str:
-    """The text with a zero-width space in each word of a verdict and in each control string:
-    whoever quotes it writes no verdict.
-    """
+    """The text with a zero-width space in words of verdicts and control strings: safe to quote."""
     return _CONTROL.sub("<\u200b", _KEY.sub(lambda key: key[0] + "\u200b", text))
 
 
@@ -102,28 +98,16 @@ def open_verdicts(cache: str) -> sqlite3.Connection:
 
 
 class AnswerJudge:
-    """An LLM that compares answers with the reference: True, False, or None (unscored). It never
-    falls back to a rule.
+    """An LLM that compares answers with the reference: True, False, None (unscored); no rule.
 
     The cache (sqlite, "": none) is keyed by judge, prompt version, question, reference and answer.
-    Where a reply has no verdict or does not come to its end, another is asked for, `retries` times
+    Where a reply has no verdict or does not come to its end, another is asked for, REPLIES
     in all; waiting for a server is the line's business. Once it is down, the rest is unscored.
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        model: str,
-        cache: str,
-        *,
-        served: str = "",
-        retries: int = 4,
-        max_new_tokens: int = 4096,
-        patience_s: float = 600.0,
-    ):
+    def __init__(self, endpoint: Endpoint, model: str, cache: str, *, served="", patience_s=600.0):
         self.endpoint, self.model, self.patience_s = endpoint, model, patience_s
         self.served = served or model  # what stands behind that name
-        self.retries, self.max_new_tokens = retries, max_new_tokens
         self.asked = self.cached = 0
         self.problem = ""  # why the last unscored answer is unscored
         self.down = False
@@ -134,18 +118,14 @@ class AnswerJudge:
         """What stands beside every number."""
         return f"{self.served}/{PROMPT_VERSION}"
 
-    async def __call__(
-        self, question: str, golds: list[str], answer: str, secret: bool = False
-    ) -> bool | None:
-        """`secret`: the reply is not kept on disk (it may quote a question that must not lie there
-        in the open).
-        """
+    async def __call__(self, question: str, golds: list[str], answer: str, secret=False):
+        """`secret`: the reply may quote what must not lie on a disk, and is not kept there."""
         whole = json.dumps([self.served, PROMPT_VERSION, question, golds, answer])
         key = hashlib.sha256(whole.encode()).hexdigest()
         if kept := self.db.execute("SELECT correct FROM verdicts WHERE key = ?", (key,)).fetchone():
             self.cached += 1
             return bool(kept[0])
-        for retry in range(self.retries):
+        for retry in range(REPLIES):
             if self.down:
                 return None
             reply = await self._reply(judge_request(question, golds, answer), retry)
@@ -161,21 +141,16 @@ class AnswerJudge:
 
     async def _reply(self, text: str, retry: int) -> str | None:
         """One reply that came to its end, or None with `problem` set."""
-        body = dict(
-            model=self.model,
-            messages=[{"role": "user", "content": text}],
-            temperature=0.0 if not retry else 0.5,
-            seed=retry,
-        )
+        body = dict(model=self.model, messages=[{"role": "user", "content": text}])
+        body |= dict(temperature=0.5 if retry else 0.0, seed=retry)
 
         async def once(endpoint, seconds):
-            return await complete(endpoint, body, self.max_new_tokens, seconds=seconds)
+            return await complete(endpoint, body, REPLY_TOKENS, seconds=seconds)
 
         self.asked += 1
+        within = dict(request_s=REQUEST_S, patience_s=self.patience_s)
         try:
-            choice = await insist(
-                [self.endpoint], once, request_s=REQUEST_S, patience_s=self.patience_s
-            )
+            choice = await insist([self.endpoint], once, **within)
         except Unavailable as away:
             self.down, self.problem = True, str(away)
             return None
@@ -190,9 +165,7 @@ class AnswerJudge:
 
 
 def open_judge(cfg, runner: asyncio.Runner) -> AnswerJudge | None:
-    """The judge at `cfg.judge`, or None where it cannot be asked; it is looked up only when answers
-    wait for it.
-    """
+    """The judge at `cfg.judge`, or None where it cannot be asked; looked up when answers wait."""
     endpoint = endpoint_of(cfg.judge, "JUDGE_API_KEY", 16)
     patience = 2.0 if cfg.judge_model else cfg.patience_s  # for the list alone
     try:
