@@ -108,7 +108,7 @@ class Config:
 MAY_CHANGE = set(
     "dataset data_dir files_dir limit ids rollouts judge judge_model judge_cache judged endpoint "
     "engine.memory_share engine.max_live_chains engine.tensor_parallel rrm.seconds rrm.in_flight "
-    "out_dir retries patience_s timeout_s cache unsafe_python".split()
+    "rrm.memory_share out_dir retries patience_s timeout_s cache unsafe_python".split()
 )
 
 
@@ -117,7 +117,7 @@ def check_config(cfg: Config) -> None:
     prompt_facts(cfg)  # a missing file is told before any work
     check_choices(cfg, endpoint="auto completions chat", judged="table all none")
     bounds = "top_p>0 top_p<=1 max_tokens_per_attempt>0 timeout_s>0 engine.tensor_parallel>0"
-    check_numbers(cfg, bounds + " engine.memory_share<=1")
+    check_numbers(cfg, bounds + " engine.memory_share<=1 rrm.memory_share<=1")
     if cfg.refine and not cfg.rrm.source:
         need = "--rrm=http://…/v1 or --rrm=FOLDER"
         raise SystemExit(f"--refine needs the reward model whose critique is read: {need}")

@@ -114,6 +114,7 @@ class Config:
 
 MAY_CHANGE = {
     "engine.max_live_chains",
+    "rrm.memory_share",
     "rrm.seconds",
     "rrm.in_flight",
     "files_dir",
@@ -414,7 +415,8 @@ def learning_rate(step: int, cfg) -> float:
 BOUNDS = (
     "prompts_per_step>0 prompts_per_minibatch>0 group_size>0 temperature>0 max_context>0 "
     "max_new_tokens_per_turn>0 max_tokens_per_attempt>0 tokens_per_microbatch>0 max_grad_norm>0 "
-    "eval_interval>0 save_interval>0 timeout_s>0 engine.tensor_parallel>0 engine.memory_share<=1"
+    "eval_interval>0 save_interval>0 timeout_s>0 engine.tensor_parallel>0 engine.memory_share<=1 "
+    "rrm.memory_share<=1"
 )
 
 

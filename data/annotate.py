@@ -46,6 +46,7 @@ MAY_CHANGE = {
     "engine.memory_share",
     "engine.sleep",
     "engine.max_live_chains",
+    "teacher.memory_share",
     "teacher.seconds",
     "teacher.in_flight",
 }

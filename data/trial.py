@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import rollout
 from data.at_work import Common, agent_at_work
+from reagent import engines
 from reagent.config import parse_config, read_prompt
+from reagent.memory import check_shares
 from reagent.reward_model import RewardModelConfig, open_rrm
 from results.statistics import mean_interval
 from tools import Toolbox
@@ -48,6 +50,7 @@ def grounded(episode) -> bool:
 
 def trial(folder: str, cfg: Config) -> tuple[dict, list]:
     """-> ({column: [mean, low, high]}, episodes with the reward model's own critiques)."""
+    check_shares(cfg.engine, cfg.rrm)
     with agent_at_work(cfg, folder) as (setup, rows, run):
         prompt = read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
         rrm = open_rrm(cfg.rrm, setup.chat, engine=cfg.engine)
@@ -60,6 +63,7 @@ def trial(folder: str, cfg: Config) -> tuple[dict, list]:
             episodes, rows, own[1:] + own[:1], setup, (cfg.seed, "shuffled")
         )
         shuffled = run(moved)
+        engines.close(rrm.engine)
         closed = []
         if cfg.closed_book:
             alone = replace(setup, toolbox=Toolbox([]), refine=False)

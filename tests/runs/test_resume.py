@@ -144,7 +144,8 @@ FREE = {
     train_rrm: BOOKKEEPING | ENGINE | {"log_interval"},
     grpo_unified: BOOKKEEPING
     | ENGINE
-    | {"engine.max_live_chains", "rrm.seconds", "rrm.in_flight", "files_dir"},
+    | {"engine.max_live_chains", "rrm.seconds", "rrm.in_flight", "rrm.memory_share", "files_dir"}
+    | {"unsafe_python"},
 }
 
 
