@@ -11,6 +11,7 @@ will work.
 import asyncio
 import contextlib
 import json
+import math
 import os
 import socket
 import ssl
@@ -24,6 +25,8 @@ from functools import lru_cache
 
 import h11
 
+from toolkit.text import clean
+
 MOST_BYTES = 10 << 20  # of a reply
 MOST_HEADER = 64 << 10  # bytes of a reply's head
 WORDS = 300  # characters of a server's own words in our errors
@@ -32,8 +35,6 @@ MOST_PAUSE_S = 15.0  # between tries of one request
 SHARE = 0.75  # of the time that is left, for one try where a deadline holds them all
 AGAIN = (408, 409, 425, 429)  # of 4xx, those that pass
 HOPELESS = (401, 402, 403, 404, 405, 410)  # the key, the account or the address: no request works
-
-
 CONNECT_S = 5.0  # for one of several addresses of a host
 
 
@@ -86,6 +87,9 @@ async def exchange(
     `addresses`: those of the host that were checked, none other is connected to.
     """
     parts = _split(url)
+    sent = {"Host": parts.netloc, "Accept-Encoding": "identity", "Connection": "close"} | headers
+    if body is not None:
+        sent["Content-Length"] = str(len(body))
     try:
         async with asyncio.timeout(max(0.0, seconds)):
             proxy = None if addresses else _proxy(parts)
@@ -96,11 +100,8 @@ async def exchange(
                     await _tunnel(parts, reader, writer)
                 elif proxy:
                     target = f"http://{parts.netloc}{target}"
-                sent = {"Host": parts.netloc, "Accept-Encoding": "identity", "Connection": "close"}
-                request = h11.Request(
-                    method=method, target=target, headers=[*(sent | headers).items()]
-                )
-                return await _read(reader, writer, request, body, most_bytes)
+                request = h11.Request(method=method, target=target, headers=[*sent.items()])
+                return await _exchanged(reader, writer, request, body or b"", most_bytes)
             finally:
                 writer.transport.abort()  # a farewell would wait for the other side
     except TimeoutError as error:
@@ -160,16 +161,11 @@ def _tls() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-async def _read(reader, writer, request: h11.Request, body: bytes | None, most: int) -> Reply:
+async def _exchanged(reader, writer, request: h11.Request, body: bytes, most: int) -> Reply:
     wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=MOST_HEADER)
-    if body is not None:
-        length = (b"Content-Length", str(len(body)).encode())
-        request = h11.Request(
-            method=request.method, target=request.target, headers=[*request.headers, length]
-        )
     # nothing waits for the request to be taken: a server may refuse it before it has read it all
-    writer.write(wire.send(request))
-    writer.write((wire.send(h11.Data(body)) if body else b"") + wire.send(h11.EndOfMessage()))
+    for part in (request, h11.Data(body), h11.EndOfMessage()):
+        writer.write(wire.send(part) or b"")
     status, headers, data = 0, {}, bytearray()
     while not isinstance(event := wire.next_event(), (h11.EndOfMessage, h11.ConnectionClosed)):
         if event is h11.NEED_DATA:
@@ -243,7 +239,7 @@ async def ask(
 
 
 def _words(body: bytes) -> str:
-    return " ".join(body[: 10 * WORDS].decode("utf-8", "replace").split())
+    return " ".join(clean(body[: 10 * WORDS].decode("utf-8", "replace")).split())
 
 
 def _without_keys(text: str, headers: dict) -> str:
@@ -251,16 +247,13 @@ def _without_keys(text: str, headers: dict) -> str:
     key that it refuses, and the model reads.
     """
     values = [value for name, value in headers.items() if name != "Content-Type"]
-    for secret in {
-        word for value in values for word in (value, *value.split()) if word != "Bearer"
-    }:
+    for secret in {word for value in values for word in (value, *value.split())} - {"Bearer"}:
         text = text.replace(secret, "[key]")
     return text[:WORDS]
 
 
 class Endpoint:
-    """A server that a run is configured to ask, its key, at most `most` requests at a time
-    (0: all)."""
+    """A server that a run is set to ask, its key, at most `most` requests at a time (0: all)."""
 
     def __init__(self, url: str, key: str = "", most: int = 64):
         _split(url)
@@ -286,14 +279,18 @@ class Endpoint:
         finally:
             self.asking -= 1
 
-    def _failed(self, problem: Unavailable) -> None:
+    @property
+    def rests(self) -> bool:
+        return self.rests_until > time.monotonic()
+
+    def failed(self, problem: Unavailable) -> None:
         if not problem.late:  # one that is slow is busy, not down
             self.rests_until = time.monotonic() + REST_S
         if not self.told:
             print(f"waiting for {self.url}: {problem}", file=sys.stderr)
-            self.told = True
+        self.told = True
 
-    def _answered(self) -> None:
+    def succeeded(self) -> None:
         if self.told:
             print(f"{self.url} answers again", file=sys.stderr)
         self.answered, self.rests_until, self.told = time.monotonic(), 0.0, False
@@ -307,47 +304,37 @@ async def insist(
     request_s: float = 1800.0,
     patience_s: float = 600.0,
 ):
-    """What `once(endpoint, its seconds)` returns: the least busy endpoint is asked until one
-    answers.
+    """What `once(endpoint, its seconds)` returns, of the least busy endpoint, until one answers.
 
     Unavailable after `patience_s` of failures, or when `seconds` (None: no end) for turns, tries
     and pauses are over; Refused at once, and for what fails where others were answered meanwhile.
     """
-    began, failing_since, pause = time.monotonic(), None, 0.25
+    began, failing_since, pause = time.monotonic(), math.inf, 0.25
+    end = math.inf if seconds is None else began + seconds
     problem = Unavailable("no request came to its turn", late=True)
-    try:
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
-            while True:
-                endpoint = min(
-                    endpoints, key=lambda e: (e.rests_until > time.monotonic(), e.asking)
-                )
+            while time.monotonic() < failing_since + patience_s:
+                endpoint = min(endpoints, key=lambda each: (each.rests, each.asking))
                 try:
                     async with endpoint.turn():
-                        left = request_s
-                        if seconds is not None:
-                            left = min(left, SHARE * (began + seconds - time.monotonic()))
-                        reply = await once(endpoint, left)
-                    endpoint._answered()
+                        left = SHARE * (end - time.monotonic())
+                        reply = await once(endpoint, min(request_s, left))
+                    endpoint.succeeded()
                     return reply
                 except Unavailable as error:
                     problem = problem if error.late and not problem.late else error
-                    endpoint._failed(error)
-                failing_since = failing_since or time.monotonic()
-                if time.monotonic() - failing_since >= patience_s:
-                    break
-                if all(e.rests_until > time.monotonic() or e is endpoint for e in endpoints):
-                    left = failing_since + patience_s - time.monotonic()
-                    if seconds is not None:
-                        left = min(left, (began + seconds - time.monotonic()) / 2)
+                    endpoint.failed(error)
+                clock = time.monotonic()
+                failing_since = min(failing_since, clock)
+                if all(each is endpoint or each.rests for each in endpoints):
+                    left = min(failing_since + patience_s - clock, (end - clock) / 2)
                     wait = min(max(pause, problem.wait_s), MOST_PAUSE_S, max(0.05, left))
                     await asyncio.sleep(wait)
                     pause *= 2
-    except TimeoutError:
-        pass
-    if any(e.answered > began for e in endpoints):
+    if any(each.answered > began for each in endpoints):
         raise Refused(str(problem), problem.status or 500)
-    urls = ", ".join(e.url for e in endpoints)
-    waited = time.monotonic() - began
+    urls, waited = ", ".join(each.url for each in endpoints), time.monotonic() - began
     raise Unavailable(f"no answer from {urls} for {waited:.0f} s ({problem})", problem.status)
 
 
@@ -359,10 +346,11 @@ async def models_of(endpoint: Endpoint, *, seconds: float) -> dict[str, dict]:
     """The cards of the models that a server lists, by name; Unavailable where it lists none."""
     reply = await endpoint.ask("/models", seconds=seconds)
     cards = reply.get("data") if isinstance(reply, dict) else None
-    cards = [c for c in cards if isinstance(c, dict) and c.get("id")] if cards else []
-    if not cards:
+    cards = cards if isinstance(cards, list) else []
+    named = {str(c["id"]): c for c in cards if isinstance(c, dict) and c.get("id")}
+    if not named:
         raise Unavailable("it lists no model")
-    return {str(card["id"]): card for card in cards}
+    return named
 
 
 async def complete(endpoint: Endpoint, body: dict, most_tokens: int, *, seconds: float) -> dict:
@@ -382,9 +370,8 @@ async def complete(endpoint: Endpoint, body: dict, most_tokens: int, *, seconds:
         endpoint.limit_key = other
     choice = choice_of(reply)
     message = choice.get("message")
-    if not isinstance(message, dict) or not isinstance(
-        message.get("content"), (str, list, type(None))
-    ):
+    said = message.get("content") if isinstance(message, dict) else 0
+    if not isinstance(said, (str, list, type(None))):
         raise Unavailable(f"a completion without a message: {str(choice)[:WORDS]}", 200)
     return choice
 
