@@ -9,7 +9,6 @@ append-only, the mask is written when a token is appended, history is never rend
 
 import argparse
 import asyncio
-import copy
 import json
 from bisect import bisect_right
 from collections.abc import Callable
@@ -319,24 +318,6 @@ def append_fragment(episode: Episode, setup: Setup, messages: list[dict], room: 
 async def run_chains(jobs, setup: Setup, max_live: int = 0, on_done=None) -> list[Episode]:
     """`jobs` = (row, key) pairs -> one Episode each."""
     return await run_together((run_chain(row, setup, key) for row, key in jobs), max_live, on_done)
-
-
-async def refine_with(episodes, rows, critiques, setup: Setup, key: tuple) -> list[Episode]:
-    """Stage 2 after the first of finished episodes, with critiques of one's choice."""
-
-    async def one(episode, row, critique):
-        first = episode.attempts[0]
-        fresh = copy.deepcopy(episode)
-        fresh.ids, fresh.mask = fresh.ids[: first.span[1]], fresh.mask[: first.span[1]]
-        fresh.logps, fresh.messages = (
-            fresh.logps[: sum(fresh.mask)],
-            fresh.messages[: first.messages[1]],
-        )
-        fresh.attempts = fresh.attempts[:1]
-        await refine(fresh, row, setup, critique, (*key, fresh.id))
-        return fresh
-
-    return await run_together(one(*job) for job in zip(episodes, rows, critiques))
 
 
 # --------------------------------------------------------------------------------------------------

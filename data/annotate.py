@@ -22,7 +22,7 @@ from reagent.critiques import leaks
 from reagent.folder import read_json, write_whole
 from reagent.policy import load_chat
 from reagent.reward_model import RewardModelConfig, check_judged_row, row_trajectory
-from reagent.rows import read_appended, seed_of
+from reagent.rows import drop_cut_line, seed_of, whole_rows
 from reagent.run import check_resume
 
 
@@ -60,6 +60,12 @@ def check_settings(cfg: AnnotateConfig, path: Path, teacher: str) -> None:
     if path.is_file():
         check_resume(read_json(path), settings, MAY_CHANGE, path)
     write_whole(path, json.dumps(settings, indent=1))
+
+
+def read_appended(path: Path) -> list[dict]:
+    """The rows of a file that only grows, none without it; a last line that a kill cut goes."""
+    drop_cut_line(path)
+    return list(whole_rows(path))
 
 
 def sample_trajectories(cfg: AnnotateConfig, path: Path) -> list[dict]:

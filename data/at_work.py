@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,3 +64,21 @@ def agent_at_work(cfg, folder: str):
         )
     engines.close(engine)
     toolbox.close()
+
+
+async def refine_with(episodes, rows, critiques, setup: rollout.Setup, key: tuple) -> list:
+    """Stage 2 after the first of finished episodes, with critiques of one's choice."""
+
+    async def one(episode, row, critique):
+        first = episode.attempts[0]
+        fresh = copy.deepcopy(episode)
+        fresh.ids, fresh.mask = fresh.ids[: first.span[1]], fresh.mask[: first.span[1]]
+        fresh.logps, fresh.messages = (
+            fresh.logps[: sum(fresh.mask)],
+            fresh.messages[: first.messages[1]],
+        )
+        fresh.attempts = fresh.attempts[:1]
+        await rollout.refine(fresh, row, setup, critique, (*key, fresh.id))
+        return fresh
+
+    return await engines.run_together(one(*job) for job in zip(episodes, rows, critiques))

@@ -7,20 +7,23 @@ do for an agent.
 import asyncio
 import dataclasses
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import rollout
-from data.at_work import Common, agent_at_work
+from data.at_work import Common, agent_at_work, refine_with
 from reagent import engines, reward_model
 from reagent.config import parse_config
 from reagent.folder import claim, read_json
 from reagent.reward_model import RewardModelConfig, check_rrm_row
 from reagent.rows import JsonlRows, whole_rows
-from results.judging import judgment_report, paired_bootstrap, report_table
+from results.judging import auc, judgment_report, report_table
 
 
 @dataclass
@@ -58,7 +61,7 @@ def critique_lift(setup, jobs: list[tuple], run, seed: int) -> dict:
     kinds = {"own": own, "shuffled": own[1:] + own[:1], "empty": [""] * len(own)}
     refined = {}
     for name, critiques in kinds.items():
-        chains = rollout.refine_with(episodes, rows, critiques, setup, (seed, name))
+        chains = refine_with(episodes, rows, critiques, setup, (seed, name))
         refined[name] = run(chains)
     whole = [i for i in range(len(own)) if not any(of[i].dropped for of in refined.values())]
     if not whole:
@@ -73,6 +76,44 @@ def critique_lift(setup, jobs: list[tuple], run, seed: int) -> dict:
         lift[f"lift/{name}/broken"] = moves.count((True, False))
         lift[f"lift/{name}/refined"] = sum(last) / len(whole)
     return lift
+
+
+# --------------------------------------------------------------------------------------------------
+# beside another one
+
+
+def paired_bootstrap(judged_a: list, judged_b: list, rows: list[dict], draws: int = 2000) -> dict:
+    """b minus a where both judged: [difference, low, high] of MAE and AUC with 95 % intervals.
+
+    Questions are drawn: the trajectories of one stand or fall together.
+    """
+    result, aucs = {}, [(f"auc/{key}", key, auc) for key in ("correct", "grounded")]
+    for name, key, figure in [("mae", "score", mean_error), *aucs]:
+        clusters: dict[str, list] = {}
+        for a, b, row in zip(judged_a, judged_b, rows):
+            if a and b and row.get(key) is not None:
+                clusters.setdefault(row["question"], []).append((a.score, b.score, row[key]))
+        told = np.array([each for of in clusters.values() for each in of], float)
+        if len(told) and not math.isnan(figure(told[:, 0], told[:, 2])):
+            result[f"difference/{name}"] = _interval(list(clusters.values()), figure, draws)
+    return result
+
+
+def mean_error(scores, truth) -> float:
+    return float(np.abs(scores - truth).mean())
+
+
+def _interval(clusters: list, figure, draws: int) -> list[float]:
+    """[difference, low, high] over clusters of rows (score of a, score of b, truth)."""
+
+    def difference(drawn) -> float:
+        a, b, truth = np.concatenate(drawn).T
+        return figure(b, truth) - figure(a, truth)
+
+    rng, n = np.random.default_rng(0), len(clusters)
+    drawn = [difference([clusters[c] for c in rng.integers(n, size=n)]) for _ in range(draws)]
+    low_high = np.nanquantile(drawn, [0.025, 0.975])
+    return [round(float(x), 4) for x in (difference(clusters), *low_high)]
 
 
 # --------------------------------------------------------------------------------------------------

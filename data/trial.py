@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import rollout
-from data.at_work import Common, agent_at_work
+from data.at_work import Common, agent_at_work, refine_with
 from reagent import engines
 from reagent.config import parse_config, read_prompt
 from reagent.memory import check_shares
@@ -59,9 +59,7 @@ def trial(folder: str, cfg: Config) -> tuple[dict, list]:
         episodes = run(rollout.run_chains(jobs, setup))
         own = [episode.attempts[0].critique or "" for episode in episodes]
         setup = replace(setup, rrm=None)
-        moved = rollout.refine_with(
-            episodes, rows, own[1:] + own[:1], setup, (cfg.seed, "shuffled")
-        )
+        moved = refine_with(episodes, rows, own[1:] + own[:1], setup, (cfg.seed, "shuffled"))
         shuffled = run(moved)
         engines.close(rrm.engine)
         closed = []

@@ -8,10 +8,6 @@ from functools import lru_cache
 from reagent.calls import FORMATS, HERMES, Call, CallFormat, read_turn
 
 
-def tool_call_text(name: str, arguments: dict) -> str:
-    return HERMES.write(name, arguments)
-
-
 def assistant_text(message: dict, form: CallFormat = HERMES) -> str:
     """The raw text of an assistant turn: reasoning, content, then its tool calls."""
     text = message.get("content") or ""

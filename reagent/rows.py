@@ -79,12 +79,6 @@ class JsonlRows:
             return json.loads(file.readline())
 
 
-def read_appended(path: str | Path) -> list[dict]:
-    """The rows of a file that only grows, none without it; a last line that a kill cut goes."""
-    drop_cut_line(Path(path))
-    return list(whole_rows(path))
-
-
 def whole_rows(path: str | Path) -> Iterator[dict]:
     """The rows of a file that may be growing, none without it; a line without its end is none."""
     if Path(path).is_file():

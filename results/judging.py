@@ -91,37 +91,3 @@ def report_table(report: dict) -> str:
         if key not in figures
     ]
     return "\n".join(table([figures]) + (table(tenths) if tenths else [])).strip()
-
-
-def paired_bootstrap(judged_a: list, judged_b: list, rows: list[dict], draws: int = 2000) -> dict:
-    """b minus a where both judged: [difference, low, high] of MAE and AUC with 95 % intervals.
-
-    Questions are drawn: the trajectories of one stand or fall together.
-    """
-    result, aucs = {}, [(f"auc/{key}", key, auc) for key in ("correct", "grounded")]
-    for name, key, figure in [("mae", "score", mean_error), *aucs]:
-        clusters: dict[str, list] = {}
-        for a, b, row in zip(judged_a, judged_b, rows):
-            if a and b and row.get(key) is not None:
-                clusters.setdefault(row["question"], []).append((a.score, b.score, row[key]))
-        told = np.array([each for of in clusters.values() for each in of], float)
-        if len(told) and not math.isnan(figure(told[:, 0], told[:, 2])):
-            result[f"difference/{name}"] = _interval(list(clusters.values()), figure, draws)
-    return result
-
-
-def mean_error(scores, truth) -> float:
-    return float(np.abs(scores - truth).mean())
-
-
-def _interval(clusters: list, figure, draws: int) -> list[float]:
-    """[difference, low, high] over clusters of rows (score of a, score of b, truth)."""
-
-    def difference(drawn) -> float:
-        a, b, truth = np.concatenate(drawn).T
-        return figure(b, truth) - figure(a, truth)
-
-    rng, n = np.random.default_rng(0), len(clusters)
-    drawn = [difference([clusters[c] for c in rng.integers(n, size=n)]) for _ in range(draws)]
-    low_high = np.nanquantile(drawn, [0.025, 0.975])
-    return [round(float(x), 4) for x in (difference(clusters), *low_high)]

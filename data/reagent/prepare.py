@@ -49,7 +49,8 @@ from data.hotpotqa.prepare import (
     write_origin,
     write_rows,
 )
-from reagent.chat import assistant_text, check_messages, tool_call_text
+from reagent.calls import HERMES
+from reagent.chat import assistant_text, check_messages
 from reagent.reward_model import parse_judgment
 from reagent.rows import check_rl_row
 
@@ -117,7 +118,7 @@ def as_call(text: str) -> str:
     calls = call if isinstance(call, list) else [call]
     if any(not isinstance(one, dict) or "name" not in one for one in calls):
         raise Unfit("a function call has no name")
-    return "\n".join(tool_call_text(one["name"], one.get("arguments", {})) for one in calls)
+    return "\n".join(HERMES.write(one["name"], one.get("arguments", {})) for one in calls)
 
 
 def turns_of(record: dict) -> list[dict]:

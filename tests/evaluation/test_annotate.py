@@ -18,8 +18,6 @@ from data import at_work, compare_rrm
 from reagent import reward_model
 from reagent.config import parse_config
 from reagent.reward_model import Judgment, RewardModelConfig
-from reagent.rows import read_appended
-from results import judging
 from tests.helpers.judge_server import hashed_judgment, judge_server
 from tests.helpers.tiny import ROOT, toy, toy_world
 
@@ -55,7 +53,7 @@ def annotate(world, out, url, *more):
             [*args, "--samples_per_question=2", "--share_correct=0", *more],
         )
     )
-    return read_appended(out / "rows.jsonl")
+    return annotation.read_appended(out / "rows.jsonl")
 
 
 def test_rows_are_valid_and_a_second_call_asks_nothing_again(world, tmp_path):
@@ -202,7 +200,7 @@ def test_a_refinement_that_was_aborted_is_not_broken(first_attempts, monkeypatch
 
     for episode, _, _ in jobs:
         episode.attempts[0].correct = True
-    monkeypatch.setattr(compare_rrm.rollout, "refine_with", refine_with)
+    monkeypatch.setattr(compare_rrm, "refine_with", refine_with)
     lift = compare_rrm.critique_lift(setup, jobs, run, seed=0)
     assert (lift["lift/questions"], lift["lift/aborted"]) == (4, 2)
     assert {lift[f"lift/{kind}/broken"] for kind in ("own", "shuffled", "empty")} == {2}
@@ -262,19 +260,21 @@ def test_the_interval_is_of_95_percent_and_draws_questions():
     gaps = rng.uniform(0, 0.3, 400)
     exact = [Judgment("t", "c", row["score"]) for row in rows]
     off = [Judgment("t", "c", row["score"] + gap) for row, gap in zip(rows, gaps)]
-    middle, low, high = judging.paired_bootstrap(exact, off, rows)["difference/mae"]
+    middle, low, high = compare_rrm.paired_bootstrap(exact, off, rows)["difference/mae"]
     assert middle == pytest.approx(gaps.mean(), abs=1e-4)
     half = 1.96 * gaps.std() / 20
     assert high - middle == pytest.approx(half, rel=0.1) == middle - low  # of 90 %: 16 % less
-    ten = judging.paired_bootstrap(exact * 10, off * 10, rows * 10, draws=200)
-    assert ten == judging.paired_bootstrap(exact, off, rows, draws=200)
+    ten = compare_rrm.paired_bootstrap(exact * 10, off * 10, rows * 10, draws=200)
+    assert ten == compare_rrm.paired_bootstrap(exact, off, rows, draws=200)
 
 
 def test_rows_without_a_label_are_left_out_of_its_difference_alone():
     rows = scored_rows([0.1, 0.9, 0.4])
     rows[0]["score"] = rows[1]["correct"] = rows[2]["correct"] = None
     judged = [Judgment("t", "c", 0.5)] * 3
-    assert judging.paired_bootstrap(judged, judged, rows, draws=20)["difference/mae"] == [0.0] * 3
+    assert (
+        compare_rrm.paired_bootstrap(judged, judged, rows, draws=20)["difference/mae"] == [0.0] * 3
+    )
 
 
 def test_paired_bootstrap_tells_a_better_judge_from_an_equal_one():
@@ -283,8 +283,8 @@ def test_paired_bootstrap_tells_a_better_judge_from_an_equal_one():
     good = [Judgment("t", "c", min(1.0, row["score"])) for row in rows]
     bad = [Judgment("t", "c", float(rng.random())) for _ in rows]
     better, equal = (
-        judging.paired_bootstrap(bad, good, rows, draws=200),
-        judging.paired_bootstrap(good, good, rows, draws=200),
+        compare_rrm.paired_bootstrap(bad, good, rows, draws=200),
+        compare_rrm.paired_bootstrap(good, good, rows, draws=200),
     )
     assert better["difference/mae"][2] < 0 < better["difference/auc/correct"][1]
     assert equal["difference/mae"] == [0.0, 0.0, 0.0] and equal["difference/auc/correct"] == [

@@ -218,7 +218,7 @@ def test_three_steps_of_reagent_u_on_real_hotpotqa_paragraphs(tmp_path):
 def demonstration(row):
     import asyncio
 
-    from reagent.chat import tool_call_text
+    from reagent.calls import HERMES
     from rollout import SYSTEM_PROMPT
     from tools import Toolbox
 
@@ -233,7 +233,7 @@ def demonstration(row):
     ):
         seen = asyncio.run(toolbox.call(name, arguments, docs=row["docs"]))
         messages += [
-            {"role": "assistant", "content": tool_call_text(name, arguments)},
+            {"role": "assistant", "content": HERMES.write(name, arguments)},
             {"role": "tool", "content": seen.text},
         ]
     messages.append({"role": "assistant", "content": f"\\boxed{{{row['answer'][0]}}}"})

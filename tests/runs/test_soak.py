@@ -23,12 +23,13 @@ sys.path[:0] = [{root!r}]
 import grpo_unified
 import rollout
 from reagent import engines
-from reagent.chat import Chat, tool_call_text
+from reagent.calls import HERMES
+from reagent.chat import Chat
 from reagent.config import parse_config
 cfg = parse_config(grpo_unified.Config, sys.argv[1:])
 chat = Chat(model.load_tokenizer(cfg.model))
 code = "open('f', 'w').write('x' * 1000); print(6 * 7)"
-call = [*chat.text(tool_call_text("python", {{"code": code}})), chat.closer_id]
+call = [*chat.text(HERMES.write("python", {{"code": code}})), chat.closer_id]
 generate, turns = engines.HFEngine.generate, itertools.count()
 
 async def calling(self, ids, **options):
