@@ -547,7 +547,7 @@ def test_every_door_that_has_tools_takes_unsafe_python(monkeypatch, tmp_path):
         raise SystemExit("seen")
 
     at_work = load("data/at_work.py")
-    for module in (grpo_unified, at_work, tools):
+    for module in (grpo_unified, evaluate, at_work):
         monkeypatch.setattr(module, "Toolbox", toolbox)
     model, rows = f"--model={world / 'model'}", f"--data={world / 'rl.jsonl'}"
     for unsafe in (True, False):
