@@ -223,7 +223,8 @@ def outcomes(path: str) -> dict[tuple, Outcome]:
         outcome = found.setdefault(key, Outcome([], set(), set()))
         outcome.right.append(None if row["correct"] is None else bool(row["correct"]))
         outcome.rows.add(row.get("row"))
-        outcome.judges.add(row.get("judge", "rule"))
+        if row["correct"] is not None:
+            outcome.judges.add(row.get("judge", "rule"))
     return found
 
 
@@ -232,7 +233,7 @@ def compare(a: dict[tuple, Outcome], b: dict[tuple, Outcome]) -> dict:
     out is named; answers that different judges saw are not compared at all."""
     both = sorted(set(a) & set(b), key=str)
     judges = [", ".join(sorted(set().union(*(of[q].judges for q in both)))) for of in (a, b)]
-    if judges[0] != judges[1]:
+    if all(judges) and judges[0] != judges[1]:
         raise SystemExit(f"not comparable: judged by {judges[0]} in a, by {judges[1]} in b")
     other = [q for q in both if len(a[q].rows | b[q].rows) > 1]
     unscored = [q for q in both if q not in other and None in a[q].right + b[q].right]
@@ -253,7 +254,7 @@ def compare(a: dict[tuple, Outcome], b: dict[tuple, Outcome]) -> dict:
         "questions": len(both),
         **counts,
         "left_out": {name: [" ".join(q).strip() for q in of[:20]] for name, of in left_out.items()},
-        "judge": judges[0],
+        "judge": judges[0] or judges[1],
         "a": sum(means[0]) / len(both),
         "b": sum(means[1]) / len(both),
         "difference": sum(differences) / len(both),

@@ -444,6 +444,9 @@ def test_answers_before_different_judges_are_not_compared(tmp_path):
     a = results_of(tmp_path, "a", ("1", True), judge="m/1")
     with pytest.raises(SystemExit, match="not comparable: judged by m/1 in a, by m/2 in b"):
         statistics.compare(a, results_of(tmp_path, "b", ("1", True), judge="m/2"))
+    open_ = results_of(tmp_path, "b", ("2", None), judge="none")  # nobody judged that one
+    b = open_ | results_of(tmp_path, "b", ("1", True), judge="m/1")
+    assert statistics.compare(a | open_, b)["unscored"] == 1
     with pytest.raises(SystemExit, match="judged by m/1 in a, by rule in b"):
         statistics.compare(a, results_of(tmp_path, "b", ("1", True)))
 
