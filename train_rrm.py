@@ -8,16 +8,17 @@ What the paper leaves open and what we chose: the reward of the RRM's GRPO is no
 0 for a broken format or a judgment beyond the length bound. A valid one earns more, whatever it
 says: VALID + (1 - VALID) * the weighted mean of the parts that its row allows,
 
-    closeness  1 - (s - s*)^2 to the annotated score
+    closeness  1 - |s - s*|, s* the annotated score
     agreement  1 - (s - correct)^2, correct = 0 or 1
     critique   an analysis and a critique that are neither too short nor repeat themselves, and a
                critique that names what the annotated one names (reagent/critiques.py)
 
-times 1 - leak_penalty where the critique states the gold answer. Both squares are proper scoring
-rules: together they are largest at a mean of s* and of the chance to be right, where the reward is
-flat; where s* and correctness disagree, the score lies between them. For the same reason advantages
-are not divided by the std of their own group, which would pull every score to 0 or 1, but by that
-of the step.
+times 1 - leak_penalty where the critique states the gold answer. Where s* lies on the side that
+correctness says, it is the best score. On the other side that is .45 for a wrong answer and .55 for
+a right one (closeness_weight / (2 agreement_weight)), where the reward is flat: no optimum sits on
+a cliff. Advantages are not divided by the std of their own group but by that of the step: groups of
+the rarer label have the larger spread, and to give each group the same weight would let the common
+label win and drive scores to 0 and 1.
 """
 
 import asyncio
@@ -75,8 +76,8 @@ class Config:
         32_768  # sft: longer rows are skipped and counted, as are prompts beyond max_context
     )
     # reward of a judgment
-    closeness_weight: float = 0.5
-    agreement_weight: float = 0.25
+    closeness_weight: float = 0.45
+    agreement_weight: float = 0.5
     critique_weight: float = 0.25
     leak_penalty: float = 0.5  # share of the reward that a leak costs
     max_judgment_tokens: int = 1400  # length bound: a judgment cut by it has a broken format
@@ -131,7 +132,7 @@ def judgment_reward(judgment, row: dict, cfg: Config) -> float:
     trail = names(row["question"] + "\n" + transcript)
     parts = [(cfg.critique_weight, critique_worth(judgment, critique, trail))]
     if score is not None:
-        parts.append((cfg.closeness_weight, 1 - (judgment.score - score) ** 2))
+        parts.append((cfg.closeness_weight, 1 - abs(judgment.score - score)))
     if row.get("correct") is not None:
         parts.append((cfg.agreement_weight, 1 - (judgment.score - row["correct"]) ** 2))
     total = sum(weight for weight, _ in parts)

@@ -5,11 +5,13 @@ weight sync.
 import asyncio
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from reagent import engines
 from reagent.chat import Chat
 from reagent.engines import HFEngine, run_together
 from reagent.policy import Sequence, collate, full_weights, load_tokenizer
@@ -62,6 +64,34 @@ def test_temperature_zero_is_greedy_decoding_in_transformers(folder):
         assert out[0, len(prompt) :].tolist() == got.ids
 
 
+@pytest.mark.parametrize("top_p, kept", [(1.0, 4), (0.95, 3), (0.75, 2), (0.69, 1), (0.01, 1)])
+def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, kept):
+    """Of probabilities .7, .2, .07 and .03, in another order."""
+    logits = torch.tensor([0.07, 0.7, 0.03, 0.2]).log()[None]
+    request = SimpleNamespace(temperature=1.0, top_p=top_p)
+    drawn = set()
+    for i in range(400):
+        tokens, logps = engines._sample(
+            logits, [request], torch.tensor([i / 400], dtype=torch.float64)
+        )
+        drawn.add(tokens[0])
+    assert drawn == set([1, 3, 0, 2][:kept])
+
+
+def test_a_sync_of_vllm_throws_its_prefix_cache_away(monkeypatch):
+    """Keys and values of the old weights would answer for the new ones."""
+    done, engine = [], object.__new__(engines.VLLMEngine)
+    engine.asleep, engine.names = False, {"w"}
+    engine.llm = SimpleNamespace(
+        collective_rpc=lambda name, kwargs: done.append((name, dict(kwargs["weights_iterator"]))),
+        reset_prefix_cache=lambda: done.append("reset") or len(done) < 3,
+    )
+    engine._load([("w", 1)])
+    assert done == [("reload_weights", {"w": 1}), "reset"]
+    with pytest.raises(RuntimeError, match="kept its prefix cache"):
+        engine._load([("w", 2)])
+
+
 def test_a_round_can_be_repeated_to_the_bit(folder):
     def once():
         return sample(HFEngine(folder, [258]), PROMPTS)
@@ -95,17 +125,20 @@ from reagent.engines import VLLMEngine
 from tests.agent.test_engines import PROMPTS, trainer_logps
 from tests.helpers.tiny import random_rows
 rank, world, device = run.init_distributed(120)
-engine = VLLMEngine({folder!r}, [258], max_context=256)
+engine = VLLMEngine({folder!r}, [258], max_context=512)
 policy = shard(load_policy({folder!r}, False), device)
 optimizer = torch.optim.AdamW(policy.parameters(), lr=0.05)
+
+# the long one fills blocks of the prefix cache, which a sync must throw away
+prompts = PROMPTS + [[7 + i % 90 for i in range(300)]]
 
 def gap():
     async def go():
         options = dict(max_new_tokens=12, temperature=0.9)
-        asked = [engine.generate(p, seed=i, **options) for i, p in enumerate(PROMPTS)]
+        asked = [engine.generate(p, seed=i, **options) for i, p in enumerate(prompts)]
         return await asyncio.gather(*asked)
     samples = asyncio.run(go())
-    pairs = zip(PROMPTS, samples)
+    pairs = zip(prompts, samples)
     gaps = [(torch.tensor(s.logps) - trainer_logps(policy, p, s)).abs() for p, s in pairs]
     return torch.cat(gaps).mean().item()
 

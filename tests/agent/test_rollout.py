@@ -53,7 +53,10 @@ class Script:
             return Sample([], [], "abort")
         cut = turn.endswith("…")
         new = CHAT.text(turn.rstrip("…"))[: max_new_tokens - 1] + ([] if cut else [CHAT.closer_id])
-        return Sample(new, [-0.5] * len(new), "length" if cut else "stop")
+        self.count = getattr(self, "count", 0) + len(new)  # every token has a log-prob of its own
+        logps = [-0.5 - 0.01 * (self.count - len(new) + t) for t in range(len(new))]
+        self.said = [*getattr(self, "said", []), *zip(new, logps)]
+        return Sample(new, logps, "length" if cut else "stop")
 
 
 def episode_of(*turns, rrm=None, refine=False, row=ROW, engine=None, **limits):
@@ -106,6 +109,18 @@ def test_the_mask_marks_what_was_sampled_and_nothing_else():
     close = [CHAT.closer_id]
     assert sampled(episode) == CHAT.text(CALL) + close + CHAT.text("\\boxed{here}") + close
     assert len(episode.logps) == sum(episode.mask)
+
+
+def test_every_sampled_token_keeps_the_log_prob_that_it_was_sampled_with():
+    engine = Script(CALL, "\\boxed{no}", CALL, "\\boxed{here}")
+    episode = episode_of(engine=engine, rrm=rrm_of(JUDGMENT, JUDGMENT), refine=True)
+    assert list(zip(sampled(episode), episode.logps)) == engine.said
+
+
+def test_a_forced_answer_that_was_cut_is_not_graded():
+    episode = episode_of(CALL, CALL, "\\boxed{here} and so on…", max_turns=1)
+    assert episode.attempts[0].termination == "turn_limit" and not episode.attempts[0].correct
+    assert episode.attempts[0].answer is None
 
 
 def test_an_sft_row_of_the_messages_has_the_ids_and_the_mask_of_the_episode():

@@ -427,6 +427,30 @@ def test_comparing_reads_several_rollouts_of_a_question(tmp_path):
     assert (found["difference"], found["gained"], found["lost"]) == (pytest.approx(1 / 6), 2, 1)
 
 
+def test_a_comparison_is_paired():
+    """Two agents that differ at one question of 200; unpaired, 13 points would be unsure."""
+
+    def right(n):
+        answers = {("d", str(i)): [i % 2 == 0 or i == n] for i in range(200)}
+        return {key: statistics.Outcome(a, {"row"}, {"rule"}) for key, a in answers.items()}
+
+    low, high = statistics.compare(right(0), right(1))["interval_95"]
+    assert -0.01 < low <= 0.005 <= high < 0.03
+
+
+def test_the_last_verdict_of_a_judge_counts(tmp_path):
+    task = task_of(tmp_path, [row_of("0", "q?")], scorer="judge")
+    journal = Journal(tmp_path / "out")
+    ((key, row),) = task.keys()
+    journal.append(line_of(task, row, key[2], ["a"], [None]))
+    name = dict(dataset=key[0], id=key[1], rollout=key[2], attempt=0)
+    for judge, verdict in (("j", False), ("j", True), ("k", False)):
+        about_it = about(journal.entries[key], 0)
+        journal.append(name | {"judge": judge, "verdict": verdict, "about": about_it})
+    assert journal.verdict(key, 0, "j") is True and journal.verdict(key, 0, "") is False
+    journal.close()
+
+
 def test_comparing_leaves_out_and_names_what_is_unscored_or_of_another_row(tmp_path):
     a = results_of(tmp_path, "a", ("1", True), ("2", None), ("3", True), ("4", True))
     b = results_of(tmp_path, "b", ("1", True), ("2", True), ("4", None), ("4", True))

@@ -309,6 +309,45 @@ def test_of_rewritten_golds_of_the_public_sets_none_is_scored_against_its_truth(
     assert reformatted.fallen(random.Random(1).sample(pairs, 4000))[1] == []
 
 
+@pytest.mark.parametrize(
+    "scorer, pred, gold, em, f1",
+    [  # by hand, from the rules of the sets
+        (
+            "hotpotqa",
+            "red red blue",
+            "red blue blue",
+            0,
+            2 / 3,
+        ),  # words count as often as they stand
+        ("musique", "red red red", "red", 0, 1 / 2),
+        ("hotpotqa", "yes it is", "yes", 0, 0.0),  # yes, no and noanswer: whole or nothing
+        ("2wiki", "no", "not known", 0, 0.0),
+        ("musique", "yes it is", "yes", 0, 1 / 2),
+        ("hotpotqa", "The Nile!", "nile", 1, 1.0),
+        ("bamboogle", "a river in Egypt", "Egypt", 0, 1 / 2),
+        ("hotpotqa", "the", "a", 1, 0.0),  # nothing against nothing
+        ("musique", "the", "a", 1, 1.0),
+    ],
+)
+def test_exact_match_and_f1_of_the_sets(scorer, pred, gold, em, f1):
+    got = score(scorer, pred, gold)
+    assert (got["em"], got["f1"]) == (em, pytest.approx(f1))
+
+
+@pytest.mark.parametrize(
+    "pred, gold, right",
+    [
+        ("a, b", "a, b, c", False),
+        ("a, b, c", "a, b", False),
+        ("a; B", "a,b", True),
+        ("1, 2", "1, 2, 2", False),
+        ("1, 2, 3", "1, 2", False),
+    ],
+)
+def test_lists_of_gaia_have_as_many_items(pred, gold, right):
+    assert score("gaia", pred, gold)["correct"] is right
+
+
 def test_an_unknown_scorer_is_an_error():
     with pytest.raises(ValueError, match="no scorer 'x'"):
         score("x", "1", "1")

@@ -13,6 +13,8 @@ from grpo_unified import (
     kept_pools,
     kl_loss,
     pooled_advantages,
+    reward_tensor,
+    set_rewards,
     training_sequences,
     write_episodes,
 )
@@ -60,16 +62,36 @@ def test_unequal_pools_do_not_mix():
 
 
 @pytest.mark.parametrize(
-    "drop, kept", [("equal", [1, 1, 0]), ("rule_equal", [1, 0, 0]), ("release", [1, 1, 0])]
+    "drop, kept", [("equal", [1, 1, 0, 1]), ("rule_equal", [1, 0, 0, 1]), ("release", [1, 1, 0, 0])]
 )
 def test_dropped_pools(drop, kept):
-    rules = torch.cat(
-        [pool([0.0, 1.0], [1.0, NAN]), pool([0.0, 0.0], [0.0, 0.0]), pool([0.0, 0.0], [0.0, 0.0])]
-    )
-    rewards = rules + 0.3 * torch.cat(
-        [pool([0, 1], [1, 1]), pool([0, 0.5], [0, 0]), pool([0, 0], [0, 0])]
-    )
+    """Rules differ; scores alone do; nothing does; all are right, which the release leaves out."""
+    rules = [pool([0.0, 1.0], [1.0, NAN]), pool([0.0, 0.0], [0.0, 0.0])]
+    rules = torch.cat([*rules, pool([0.0, 0.0], [0.0, 0.0]), pool([1.0, 1.5], [1.0, 1.0])])
+    scores = [pool([0, 1], [1, 1]), pool([0, 0.5], [0, 0]), pool([0, 0], [0, 0])]
+    rewards = rules + 0.3 * torch.cat([*scores, pool([0, 0], [0, 1])])
     assert kept_pools(rewards, rules, drop).int().tolist() == kept
+
+
+def test_rewards_are_rule_and_score_and_what_was_dropped_or_not_judged_has_none():
+    def episode(dropped, *attempts):
+        made = [
+            Attempt((0, 1), (0, 0), "x", "answered", 0, rule_reward=r, score=s) for r, s in attempts
+        ]
+        return Episode("q", "q", ["x"], [0], [1], [0.0], [], 0, made, dropped)
+
+    episodes = [episode("", (1.0, 0.5), (0.0, 0.9)), episode("", (1.0, None))]
+    episodes += [episode("fault", (1.0, 0.5)), episode("", (None, 0.5))]
+    set_rewards(episodes, 0.3, scored=True)
+    told = [[a.reward for a in e.attempts] for e in episodes]
+    assert told == [[1.15, pytest.approx(0.27)], [None], [None], [None]]
+    table = reward_tensor(episodes, 2, lambda attempt: attempt.reward)
+    assert table.shape == (2, 2, 2) and table[0].tolist() == [
+        [1.15, pytest.approx(NAN, nan_ok=True)],
+        [pytest.approx(0.27), pytest.approx(NAN, nan_ok=True)],
+    ]
+    set_rewards(episodes, 0.3, scored=False)
+    assert [a.reward for e in episodes for a in e.attempts] == [1.0, 0.0, 1.0, None, None]
 
 
 def test_loss_and_gradient_equal_a_loop_over_attempts():
@@ -118,6 +140,11 @@ def test_each_span_has_its_own_advantage_and_weight():
 def test_an_attempt_without_reward_leaves_loss_and_denominator():
     (row,) = training_sequences([chain(1.0, None)], torch.tensor([[[0.5], [0.0]]]), 1, "seq_mean")
     assert sum(row.mask) == 3 and row.columns["weight"] == [1 / 3] * 3 and len(row.ids) == 5
+
+
+def test_an_attempt_with_advantage_0_is_in_the_denominator():
+    (row,) = training_sequences([chain(1.0, 0.0)], torch.tensor([[[0.5], [0.0]]]), 1, "seq_mean")
+    assert sum(row.mask) == 3 and row.columns["weight"] == [1 / (2 * 3)] * 3
 
 
 def test_token_mean_counts_all_tokens_of_the_minibatch():

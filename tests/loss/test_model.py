@@ -98,6 +98,20 @@ def test_the_chunked_head_has_the_gradient_of_full_logits(kept, monkeypatch):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected))
 
 
+def test_the_chunked_head_sums_the_gradient_of_its_chunks_in_bf16_too(monkeypatch):
+    monkeypatch.setattr("reagent.policy.HEAD_CHUNK", 3)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(10, 8), torch.randn(40, 8)
+    targets, scale = torch.randint(40, (10,)), torch.randn(10)
+    got = []
+    for dtype in (torch.float32, torch.bfloat16):
+        sides = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        logps, _ = _ChunkedLogprobs.apply(*sides, targets, 0.7)
+        got.append([g.float() for g in torch.autograd.grad((scale * logps).sum(), sides)])
+    for exact, rounded in zip(*got):
+        assert (exact - rounded).norm() < 0.02 * exact.norm()
+
+
 def test_the_microbatch_split_does_not_change_the_gradient(folder):
     rows, policy = random_rows([9, 4, 16, 16, 5]), policy_of(folder)
     assert_same(gradients(policy, [rows]), gradients(policy, [rows[:1], rows[1:4], [], rows[4:]]))

@@ -41,13 +41,14 @@ def earned(found, **changes):
 @pytest.mark.parametrize(
     "found, changes, value",
     [
-        (judgment(0.8), {}, 0.5 + 0.25 * 0.96 + 0.25),
-        (judgment(0.3), {}, 0.5 * 0.75 + 0.25 * 0.51 + 0.25),
-        (judgment(0.3), {"correct": None}, (0.5 * 0.75 + 0.25) / 0.75),
-        (judgment(0.3), {"score": None}, (0.25 * 0.51 + 0.25) / 0.5),
-        (judgment(0.8, "You should have read some other page."), {}, 0.5 + 0.25 * 0.96 + 0.125),
-        (judgment(0.8, "Bob did not open the page of Cleo."), {}, 0.74 + 0.125 * (1 + 2 / 3)),
-        (judgment(0.8, "The page of Cleo names Ada  Byron."), {}, 0.5 * 0.99),
+        (judgment(0.8), {}, (0.45 + 0.5 * 0.96 + 0.25) / 1.2),
+        (judgment(0.3), {}, (0.45 * 0.5 + 0.5 * 0.51 + 0.25) / 1.2),
+        (judgment(0.3), {"correct": None}, (0.45 * 0.5 + 0.25) / 0.7),
+        (judgment(0.3), {"score": None}, (0.5 * 0.51 + 0.25) / 0.75),
+        (judgment(0.3), {"score": None, "correct": False}, (0.5 * 0.91 + 0.25) / 0.75),
+        (judgment(0.8, "You should have read some other page."), {}, (0.93 + 0.125) / 1.2),
+        (judgment(0.8, "Bob did not open the page of Cleo."), {}, (0.93 + 0.25 * 5 / 6) / 1.2),
+        (judgment(0.8, "The page of Cleo names Ada  Byron."), {}, 0.5 * (0.93 + 0.25) / 1.2),
     ],
 )
 def test_reward_of_a_judgment(found, changes, value):
@@ -60,17 +61,16 @@ def test_any_valid_judgment_beats_a_broken_format():
         assert earned(worst, **changes) >= train_rrm.VALID > earned(None, **changes) == 0
 
 
-@pytest.mark.parametrize("score", [0.0, 0.3, 0.5, 0.6, 1.0, None])
-@pytest.mark.parametrize("correct", [True, False, None])
+@pytest.mark.parametrize("score", [0.0, 0.3, 0.5, 0.6, 0.9, 1.0])
+@pytest.mark.parametrize("correct", [True, False])
 def test_no_optimum_of_the_score_sits_on_a_cliff(score, correct):
-    """The reward is smooth in the score, and largest where the targets' mean lies."""
-    targets = [(0.5, score)] * (score is not None) + [(0.25, correct)] * (correct is not None)
-    if not targets:
-        return
+    """The best score is the annotated one, moved to the side that correctness says; a small step
+    away from it costs little.
+    """
     grid = [i / 1000 for i in range(1001)]
     rewards = [earned(judgment(s), score=score, correct=correct) for s in grid]
-    assert max(abs(a - b) for a, b in zip(rewards, rewards[1:])) < 0.002
-    best = sum(w * t for w, t in targets) / sum(w for w, _ in targets)
+    assert max(abs(a - b) for a, b in zip(rewards, rewards[1:])) < 0.0012
+    best = max(score, 0.55) if correct else min(score, 0.45)
     assert grid[rewards.index(max(rewards))] == pytest.approx(best, abs=6e-4)
 
 
