@@ -17,7 +17,7 @@ from toolkit.sandbox import RUNGS, Result, Sandbox, SandboxUnavailable
 ROOT = Path(__file__).parents[2]
 ORDINARY = 12345  # a user that nobody is
 WORKER = """
-import json, os, sys
+import json, os, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 sys.path.insert(0, {root!r})
 from toolkit import sandbox
@@ -27,9 +27,12 @@ try:
 except sandbox.SandboxUnavailable as why:
     sys.exit(f"unavailable: {{why}}")
 print("ready", flush=True)
+lock = threading.Lock()
 def answer(line):
     number, code, seconds = json.loads(line)
-    print(json.dumps([number, *vars(box.run(code, seconds)).values()]), flush=True)
+    said = json.dumps([number, *vars(box.run(code, seconds)).values()])
+    with lock:  # print writes a text and its end apart: threads would mix their lines
+        print(said, flush=True)
 with ThreadPoolExecutor(16) as pool:
     for line in sys.stdin:
         pool.submit(answer, line)
