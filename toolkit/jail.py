@@ -480,8 +480,9 @@ def start(given: dict, filters: tuple, stack: ctypes.Array) -> tuple[int, int, i
     the code, and of its output. RuntimeError if it could not be confined.
     """
     fresh_scratch(given)
-    (pipe, its), (read, out) = socket.socketpair(), os.pipe()
+    # before the pipes are made: it would hold their ends
     init = first_process(stack) if given["rung"] == "bubblewrap" else 0
+    (pipe, its), (read, out) = socket.socketpair(), os.pipe()
     pid = os.fork()
     if not pid:
         call(given, filters, its, out)

@@ -252,7 +252,7 @@ class _Server:
             self.code = socket.socket(fileno=fd)
         self.out = fds[-1] if fds else -1
         if message != b"ready" or len(fds) != 2:
-            raise BrokenServer(self.last_words() if not message else "it said what none says")
+            raise BrokenServer("it said what none says" if message else self.last_words())
         os.set_blocking(self.out, False)
 
     def call(self, code: str, seconds: float) -> tuple[bytes, int, int, str]:
@@ -316,14 +316,12 @@ class _Server:
         message = self.channel.recv(4096)
         if not message:
             raise BrokenServer(self.last_words())
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             report = json.loads(message)
-        except ValueError:
-            report = None
-        if isinstance(report, dict) and report.keys() == {"secret", "exit"}:
-            right = hmac.compare_digest(str(report["secret"]).encode(), secret.encode())
-            if right and type(report["exit"]) is int:
-                return report["exit"]
+            if isinstance(report, dict) and report.keys() == {"secret", "exit"}:
+                right = hmac.compare_digest(str(report["secret"]).encode(), secret.encode())
+                if right and type(report["exit"]) is int:
+                    return report["exit"]
         raise BrokenServer("it said what none says")
 
     def overgrown(self) -> str:
@@ -363,7 +361,8 @@ class _Server:
 
     def last_words(self) -> str:
         self.kill()
-        return _last_line(self.process.stderr.read())
+        lines = self.process.stderr.read().decode("utf-8", "replace").strip().splitlines()
+        return lines[-1][-300:] if lines else "it ended"
 
     def let_go(self) -> None:
         """Closes the ends of the pipes of a call."""
@@ -397,11 +396,6 @@ def _readable(source, seconds: float) -> bool:
     poller = select.poll()
     poller.register(source, select.POLLIN)
     return bool(poller.poll(1000 * seconds))
-
-
-def _last_line(said: bytes) -> str:
-    lines = said.decode("utf-8", "replace").strip().splitlines()
-    return lines[-1][-300:] if lines else "it ended"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -439,7 +433,7 @@ class Sandbox:
                 break
             except SandboxUnavailable as error:
                 reasons.append(f"{self.rung}: {error}")
-                self._drop_idle()
+                self._drop(*self.idle)
         else:
             if not unsafe:
                 self.close()
@@ -468,7 +462,7 @@ class Sandbox:
             heard = any(_readable(listener, 0.01) for listener in (tcp, udp))
             changed = any(Path(path).read_text() != "secret" for path in planted)
         if result.status == "fault":
-            raise SandboxUnavailable(result.text)
+            raise SandboxUnavailable(result.text.partition(": ")[2])
         if result.text != "alive\n" or heard or changed:
             told = f"{result.status}: {result.text[-300:]}"
             raise SandboxUnavailable(f"it does not isolate here ({told})")
@@ -498,7 +492,7 @@ class Sandbox:
                 self._drop(server)
         return self._result(*reply, spent)
 
-    def _result(self, kept: bytes, total: int, exit_status: int, stopped: str, spent: float):
+    def _result(self, kept: bytes, total: int, exit_status: int, stopped: str, spent) -> Result:
         whole = kept.decode("utf-8", "replace")
         text = whole[: self.output_chars]
         cut = total - len(text.encode())
@@ -540,30 +534,23 @@ class Sandbox:
                 self.idle.remove(server)
         return server
 
-    def _drop(self, server: _Server) -> None:
-        """Puts a server away, in its own time and not in that of a call."""
+    def _drop(self, *servers: _Server) -> None:
+        """Puts servers away, in their own time and not in that of a call."""
         with self.lock:
-            self.all.discard(server)
-        self.cleaner.submit(server.put_away)
-
-    def _drop_idle(self) -> None:
-        with self.lock:
-            servers, self.idle = self.idle, []
+            self.all.difference_update(servers)
+            self.idle = [server for server in self.idle if server not in servers]
         for server in servers:
-            self._drop(server)
+            self.cleaner.submit(server.put_away)
 
     def close(self) -> None:
-        """Ends the calls in flight; returns when no process, folder, thread or descriptor is
-        left.
-        """
+        """Ends the calls in flight; returns when nothing of the sandbox is left."""
         self.closed = True
-        self._drop_idle()
+        self._drop(*self.idle)
         for server in list(self.all):
             server.process.kill()  # whoever uses it puts it away
         for _ in range(self.most):
             self.room.acquire()
-        for server in list(self.all):
-            self._drop(server)
+        self._drop(*self.all)
         self.cleaner.shutdown()
         self.starter.shutdown()
         self.room.release(self.most)
@@ -617,7 +604,7 @@ def remedy(reasons: list[str]) -> str:
         with contextlib.suppress(OSError):
             if Path("/proc/sys", name.replace(".", "/")).read_text().strip() == closed:
                 wrong.append(f"sysctl -w {name}={opened}")
-    allow = " and ".join(wrong) or f"sysctl -w {SWITCHES[-1][0]}=15000, or by the container"
+    allow = " and ".join(wrong) or f"sysctl -w {SWITCHES[-1][0]}=15000, in a container its profile"
     return (
         f"no sandbox for the python tool works here ({'; '.join(reasons)}): apt-get install "
         f"bubblewrap and allow user namespaces ({allow}), or set unsafe_python to do without"

@@ -125,6 +125,7 @@ channel.recv(1)
         'b"{}"',
         'b"[]"',
         'b"not JSON"',
+        'b"[" * 4000',
         'b"ready"',
         """b'{"secret": "0", "exit": 0}'""",
         """b'{"secret": null, "exit": 0}'""",
@@ -506,6 +507,19 @@ def test_the_canary_finds_the_projects_files_and_a_secret_beside_them(rung, monk
     monkeypatch.setattr(sandbox, "libraries", lambda: [*found, str(ROOT / "toolkit")])
     with pytest.raises(SandboxUnavailable, match="does not isolate here"):
         Sandbox(rung=rung)
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_a_call_that_cannot_be_confined_never_runs_and_the_reason_is_told(rung, monkeypatch):
+    make_box(rung, "this user").close()  # or skip
+    broken = sandbox.JAIL.replace(
+        "        filters[1].put_on()", "        raise OSError('no filter')"
+    )
+    monkeypatch.setattr(sandbox, "JAIL", broken)
+    began = time.monotonic()
+    with pytest.raises(SandboxUnavailable, match="OSError: no filter"):
+        Sandbox(rung=rung)
+    assert time.monotonic() - began < 20
 
 
 def test_without_a_rung_one_sentence_says_what_to_install_or_enable(monkeypatch):
