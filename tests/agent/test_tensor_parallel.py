@@ -83,7 +83,7 @@ def test_twenty_steps_over_engines_of_two_ranks_do_not_hang_and_stay_in_step(
         )
     log = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
     asked = [(tmp_path / f"requests-{rank}").read_text().split() for rank in range(ranks)]
-    paths = sorted((tmp_path / "run" / "episodes").glob("*"))
+    paths = sorted((tmp_path / "run" / "episodes").glob("*.jsonl"))
     calls = [
         call
         for path in paths
