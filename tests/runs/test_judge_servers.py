@@ -125,7 +125,7 @@ def test_one_of_two_servers_killed_in_mid_run_loses_no_judgment(world, tmp_path)
     log = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
     episodes = [
         [json.loads(line) for line in open(path)]
-        for path in sorted((tmp_path / "run" / "episodes").glob("*"))
+        for path in sorted((tmp_path / "run" / "episodes").glob("*.jsonl"))
     ]
     for line, step in zip(log, episodes, strict=True):
         attempts = [a for episode in step for a in episode["attempts"]]
