@@ -123,7 +123,7 @@ def test_with_vllm_data_order_seeds_and_step_numbers_are_the_same(world, tmp_pat
             for steps in stops:
                 finish([sys.executable, *grpo(world, tmp_path / name, url, "--engine=vllm", steps)])
             log = [json.loads(line)["step"] for line in open(tmp_path / name / "log.jsonl")]
-            paths = sorted((tmp_path / name / "episodes").glob("*"))
+            paths = sorted((tmp_path / name / "episodes").glob("*.jsonl"))
             episodes = [json.loads(line) for path in paths for line in open(path)]
             chosen = [
                 (e["id"], e["policy_version"], [a["seed"] for a in e["attempts"]]) for e in episodes

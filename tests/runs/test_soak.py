@@ -99,7 +99,7 @@ def test_three_hundred_steps_hold_no_more_than_a_hundred(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in open(log)]
     calls = sum(
         '"status": "ok"' in line
-        for path in (tmp_path / "run" / "episodes").glob("*")
+        for path in (tmp_path / "run" / "episodes").glob("*.jsonl")
         for line in open(path)
     )
     print(
