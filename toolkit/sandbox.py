@@ -374,7 +374,7 @@ class _Server:
 
     def kill(self) -> None:
         """Returns when no process of the server or its call is there."""
-        with contextlib.suppress(ProcessLookupError):
+        if self.process.poll() is None:  # else its number may be another's by now
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.channel.settimeout(10.0)
