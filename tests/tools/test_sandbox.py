@@ -71,7 +71,7 @@ def fails(*calls: str) -> str:
     return f"import ctypes, os\nlibc = ctypes.CDLL(None)\nprint([{', '.join(calls)}])"
 
 
-REFUSED, NOTHING = r"^(?!.*DID).*nothing more", "longer than 1 s"
+REFUSED, NOTHING = r"^(?!.*DID).*nothing more", "longer than 0.5 s"
 HOME = os.path.expanduser("~")
 # in a clone under /tmp the scratch holds empty folders of that name, which may be written
 OUTSIDE = f"{HOME}/evil" if str(ROOT).startswith("/tmp/") else str(ROOT / "evil")
@@ -265,7 +265,7 @@ def test_an_attack_is_survived_and_the_next_call_works(box, name):
         listener.bind("\0canary")
         listener.listen()
         began = time.monotonic()
-        result = box.run(code, 1.0 if told == NOTHING else None)
+        result = box.run(code, 0.5 if told == NOTHING else None)
     assert re.search(told, result.text, re.S), result
     assert "canary" not in result.text and len(result.text) < 11_000
     # 2 for a machine that does other things

@@ -84,6 +84,31 @@ def test_a_limit_holds_and_the_call_returns_in_time(box, name):
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("sockets that hold data", "too many sockets"),
+        ("memory that forks write to", "more than 400 MB"),
+        ("a fork bomb", "too many processes"),
+    ],
+)
+def test_what_a_family_has_too_much_of_is_told(name, why):
+    box = make_box("bubblewrap", "this user", seconds=20.0, memory_mb=400, scratch_mb=16)
+    assert why in box.run(LIMITS[name]).text
+    box.close()
+
+
+def test_memory_that_forks_inherit_and_write_to_counts():
+    pytest.importorskip("sympy")  # what a call inherits is large
+    box = make_box("bubblewrap", "this user", seconds=30.0, memory_mb=400, scratch_mb=16)
+    code = (
+        "import gc, os, time\ngc.unfreeze()\nfor i in range(55):\n if not os.fork():\n"
+        "  kept = [thing for thing in gc.get_objects()]; time.sleep(20)\ntime.sleep(20)"
+    )
+    assert "more than 400 MB" in box.run(code).text
+    box.close()
+
+
 STOPPED = ("deleted and open", "deleted and mapped", "below long paths", "folders without number")
 
 
