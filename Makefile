@@ -1,6 +1,6 @@
 # make demo      the toy from nothing to a Reagent-U trained agent, with a table and transcripts at the end
 # make atlas     the same on real geography with a small language model, on one GPU; make atlas-smoke on a CPU
-# make ablation  what each part of Reagent-U is worth: 90 runs of one to five CPU-minutes
+# make ablation  what each part of Reagent-U is worth: 190 runs of one to five CPU-minutes
 # make test      everything that CI runs;  make test-slow  the long ones
 # make gpu       what a machine with GPUs needs, vLLM and flash-attention included
 # make locks     after a change of requirements*.txt: what they bring, by version and hash (needs uv)
@@ -78,8 +78,8 @@ atlas: data/atlas/model/config.json
 	$(PY) data/trial.py config/trial_atlas_135m.py --agents=$(ATLAS)/sft/step-000100,$(ATLAS)/u/step-000040 --closed_book
 
 atlas-smoke: data/atlas/model/config.json
-	$(PY) sft.py config/sft_atlas_135m.py --steps=3 --rows_per_step=2 --warmup_steps=1 --out_dir=$(ATLAS)/smoke/sft
-	$(PY) grpo_unified.py config/grpo_unified_atlas_135m.py --model=$(ATLAS)/smoke/sft/step-000003 --engine=hf --eval_data= \
+	$(PY) sft.py config/sft_atlas_135m.py --steps=3 --rows_per_step=2 --warmup_steps=1 --tokens_per_microbatch=1536 --out_dir=$(ATLAS)/smoke/sft
+	$(PY) grpo_unified.py config/grpo_unified_atlas_135m.py --model=$(ATLAS)/smoke/sft/step-000003 --engine=hf --eval_data= --tokens_per_microbatch=2560 \
 	  --steps=1 --prompts_per_step=2 --prompts_per_minibatch=2 --group_size=2 --max_turns=2 --max_new_tokens_per_turn=48 --out_dir=$(ATLAS)/smoke/u
 
 lint: .venv/test-installed

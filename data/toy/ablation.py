@@ -5,10 +5,12 @@
 
 Four blocks: the toy and its harder form (prepare.py --hard), each with the rule annotator's score,
 which counts every look-up, and with one that says only right-and-grounded or not (verdict.py, same
-critique). All runs of a world start from the same agent. Every run is a process of its own on
-one core, two at a time; what is finished is not run again. Reagent-U samples twice the attempts of
-R and rule a step, so those two run twice the steps: "R" is at equal steps, "R, 2x steps" at equal
-attempts. Writes table.md and curves.svg into `out`.
+critique). Four more, "hard p 0.9" to "hard p 0.5", for R and U: the counting score, upside down
+(1 - s) with probability 1 - p (noisy.py). All runs of a world start from the same agent. Every run
+is a process of its own on one core, two at a time; what is finished is not run again. Reagent-U
+samples twice the attempts of R and rule a step, so those two run twice the steps: "R" is at equal
+steps, "R, 2x steps" at equal attempts. Writes table.md, curves.svg, honesty.svg (first attempts by
+p) into `out`.
 """
 
 import json
@@ -41,7 +43,11 @@ ARMS = {
 TWICE = ("rule", "rule, token mean", "R")  # one attempt a chain: these also run to 2 * STEPS
 # of the 0/1 score: what it leaves R and what the critique gives U
 VERDICT_ARMS = ("rule", "R", "U", "U, per-stage pools", "U, lambda 0", "U, fixed critique")
+NOISY_ARMS = ("R", "U")
+HONESTY = (0.9, 0.75, 0.6, 0.5)
 TRIED = ("first", "first, T .3", "grounded", "refined", "calls")
+# Student's t for 95 %, two-sided, by the number of seeds
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 LEVELS = (0.5, 0.7, 0.9)
 COLUMNS = (*TRIED, *(f"steps to {x}" for x in LEVELS), "attempts to 0.7", "score of wrong", "CPU-s")
 
@@ -74,9 +80,7 @@ class World:
     tools: str
     rrm: str = "data/toy/prepare.py"
 
-    @property
-    def arms(self) -> tuple[str, ...]:
-        return VERDICT_ARMS if self.rrm.endswith("verdict.py") else tuple(ARMS)
+    arms: tuple[str, ...] = tuple(ARMS)
 
 
 def make_worlds(out: Path, sft: str) -> dict[str, World]:
@@ -106,7 +110,15 @@ def make_worlds(out: Path, sft: str) -> dict[str, World]:
         "hard": World(hard, str(end), "search,python"),
     }
     for name in list(blocks):
-        blocks[f"{name} 0-1"] = replace(blocks[name], rrm="data/toy/verdict.py")
+        verdict = replace(blocks[name], rrm="data/toy/verdict.py", arms=VERDICT_ARMS)
+        blocks[f"{name} 0-1"] = verdict
+    for p in HONESTY:
+        source = hard / f"honest_{p}.py"
+        source.write_text(
+            f"import sys\nsys.path[:0] = [{str(ROOT)!r}]\n"
+            f"from data.toy.noisy import noisy\nannotate = noisy({p})\n"
+        )
+        blocks[f"hard p {p}"] = replace(blocks["hard"], rrm=str(source), arms=NOISY_ARMS)
     return blocks
 
 
@@ -218,6 +230,14 @@ def cell(values: list) -> str:
     )
 
 
+def paired(u: list[float], r: list[float]) -> str:
+    """U minus R of the same seeds: the mean difference and its 95 % interval (paired t)."""
+    differences = [a - b for a, b in zip(u, r)]
+    mean = statistics.mean(differences)
+    half = T95[len(differences)] * statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+
+
 def accuracy_panel(folders: list[Path], arm: str, name: str) -> Panel:
     """Accuracy by attempts sampled, both stages: mean over seeds, between the worst and the
     best.
@@ -230,6 +250,28 @@ def accuracy_panel(folders: list[Path], arm: str, name: str) -> Panel:
     }
     lines = {stage: mean_line(points, per=per_step(arm)) for stage, points in stages.items()}
     return Panel(f"{arm}, {name}", lines, x_label="attempts")
+
+
+def finished(out: Path, name: str, arm: str, seeds: int) -> list[Path]:
+    """The folders of an arm's finished runs."""
+    folder = out / name / arm.replace(" ", "_")
+    runs = [folder / str(seed) for seed in range(seeds)]
+    return [path for path in runs if (path / "result.json").is_file()]
+
+
+def honesty_panel(out: Path, seeds: int) -> Panel | None:
+    """First attempts after STEPS steps on the hard world by p: mean, worst to best seed."""
+    lines = {}
+    for arm in NOISY_ARMS:
+        runs: list[list[tuple[float, float]]] = [[] for _ in range(seeds)]
+        for p, name in sorted([(1.0, "hard")] + [(p, f"hard p {p}") for p in HONESTY]):
+            for folder in finished(out, name, arm, seeds):
+                trial = json.loads((folder / "result.json").read_text())["trials"][0]
+                runs[int(folder.name)].append((p, trial["first"]))
+        if all(runs):
+            lines[arm] = mean_line(runs)
+    title = "held-out first attempts by honesty p"
+    return Panel(title, lines, x_label="p", y_range=(0, 1)) if lines else None
 
 
 def write_results(out: Path, before: dict[str, dict], seeds: int) -> str:
@@ -249,27 +291,28 @@ def write_results(out: Path, before: dict[str, dict], seeds: int) -> str:
             + " | -" * (len(COLUMNS) - len(TRIED))
             + " |"
         )
+        first = {}
         for arm in ARMS:
-            folders = [
-                path
-                for path in (
-                    out / name / arm.replace(" ", "_") / str(seed) for seed in range(seeds)
-                )
-                if (path / "result.json").is_file()
-            ]
+            folders = finished(out, name, arm, seeds)
             if not folders:
                 continue
             for twice in (False, True)[: 1 + (arm in TWICE)]:
                 values = figures_of(folders, arm, twice)
                 label = arm + ", 2x steps" * twice
+                first[label] = values["first"]
                 text.append(
                     f"| {label} | " + " | ".join(cell(values[column]) for column in COLUMNS) + " |"
                 )
             drawn.append(accuracy_panel(folders, arm, name))
+        for arm in ("R", "R, 2x steps"):
+            if 1 < len(first.get("U", [])) == len(first.get(arm, [])):
+                text.append(f"\nU minus {arm}, first: {paired(first['U'], first[arm])}")
     (out / "table.md").write_text("\n".join(text).strip() + "\n")
     if drawn:
         share_axes(drawn)
         (out / "curves.svg").write_text(picture_svg(drawn), encoding="utf-8")
+    if panel := honesty_panel(out, seeds):
+        (out / "honesty.svg").write_text(picture_svg([panel]), encoding="utf-8")
     return "\n".join(text)
 
 

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.helpers.tiny import load
 
 ablation = load("data/toy/ablation.py")
@@ -50,3 +52,33 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     before = (tmp_path / "run" / "result.json").read_bytes()
     ablation.run(ablation.World(tmp_path, "no model here", "search"), "U", 0, tmp_path / "run")
     assert (tmp_path / "run" / "result.json").read_bytes() == before
+
+
+def test_u_is_compared_with_r_seed_by_seed():
+    # differences .1, .2, .3: mean .2, deviation .1, t(2 degrees) 4.303
+    assert ablation.paired([0.5, 0.7, 0.9], [0.4, 0.5, 0.6]) == "+0.200 [-0.048, +0.448]"
+
+
+def test_a_noisy_score_is_the_annotators_with_probability_p():
+    noisy, prepare = load("data/toy/noisy.py").noisy, load("data/toy/prepare.py")
+    attempts = [[{"role": "assistant", "content": f"I guess. \\boxed{{{n}}}"}] for n in range(400)]
+    question = "Follow the trail of 2 from Kiel. Which code is at its end?"
+
+    def score(annotate, messages):
+        return prepare.blocks(annotate(question, messages))["score"]
+
+    told = [score(noisy(0.75), messages) for messages in attempts]
+    honest = [score(prepare.annotate, messages) for messages in attempts]
+    kept = sum(a == b for a, b in zip(told, honest))
+    assert 270 <= kept <= 330 and all(b in (a, 1 - a) for a, b in zip(told, honest))
+    assert told == [score(noisy(0.75), messages) for messages in attempts]
+
+
+def test_honesty_is_drawn_by_p_for_r_and_u(tmp_path):
+    for p, name in ((1.0, "hard"), (0.75, "hard p 0.75")):
+        for arm in ("R", "U"):
+            finished(tmp_path / name / arm / "0", p * 0.8, ablation.STEPS)
+    lines = ablation.honesty_panel(tmp_path, seeds=1).lines
+    assert {arm: line.points for arm, line in lines.items()} == {
+        arm: [(0.75, pytest.approx(0.6)), (1.0, 0.8)] for arm in ("R", "U")
+    }
