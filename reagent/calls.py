@@ -38,7 +38,6 @@ class Turn:
 # --------------------------------------------------------------------------------------------------
 # JSON as models write it
 
-
 _STRING = r'"(?:[^"\\]|\\.)*+(?:"|\Z)'
 _JSON = re.compile(_STRING + r"|[\[{]|[\]}]|</?tool_call>", re.S)
 _SLIP = re.compile(_STRING + r"|,(?=\s*[\]}])", re.S)
@@ -63,7 +62,7 @@ def read_json(text: str) -> tuple[object, bool]:
 
 
 def _load(text: str, **options):
-    options |= dict(parse_constant=_no_constant, parse_float=_finite)
+    options |= dict(parse_constant=_finite, parse_float=_finite)
     return json.loads(text, object_pairs_hook=_no_duplicates, **options)
 
 
@@ -84,34 +83,29 @@ def _depths(text: str, at: int = 0):
 def _json_end(text: str, at: int) -> int:
     """Where the first object or list after `at` ends, its strings skipped; `at` if none does."""
     for token, depth in _depths(text, at):
-        if token[0][0] == "<":
-            break
-        if depth <= 0 and token[0] in "]}":
-            return token.end()
+        if token[0][0] == "<" or depth <= 0 and token[0] in "]}":
+            return at if token[0][0] == "<" else token.end()
     return at
 
 
-def _no_duplicates(pairs):
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _no_duplicates(pairs: list) -> dict:
+    if len(dict(pairs)) < len(pairs):
         raise ValueError("a key appears twice")
-    return found
-
-
-def _no_constant(name):
-    raise ValueError(f"{name} is not JSON")
+    return dict(pairs)
 
 
 def _finite(number: str) -> float:
-    return float(number) if math.isfinite(float(number)) else _no_constant(number)
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number} is not JSON")
+    return float(number)
 
 
 # --------------------------------------------------------------------------------------------------
 # the two formats
 
-
 _CLOSER = re.compile(r"\s*(?:```\s*)?(</tool_call>)")
 _STOP = re.compile(r"</tool_call>|(?=<tool_call>)|\Z")
+_UNCLOSED = "The tool call has no closing </tool_call>."
 
 
 @dataclass(frozen=True)
@@ -141,12 +135,11 @@ class HermesCalls(CallFormat):
                 return _call_of(*read_json(text[at : closer.start(1)])), closer.end()
         stop = _STOP.search(text, at)  # no whole object: up to the next tag, wherever it stands
         if not stop[0]:
-            return Call(problem="The tool call has no closing </tool_call>."), stop.end()
+            return Call(problem=_UNCLOSED), stop.end()
         try:
             return _call_of(*read_json(text[at : stop.start()])), stop.end()
         except ValueError as error:
-            problem = f"The tool call is not valid JSON: {str(error)[:200]}"
-            return Call(problem=problem), stop.end()
+            return Call(problem=f"The tool call is not valid JSON: {str(error)[:200]}"), stop.end()
 
 
 def _call_of(value, repaired: bool) -> Call:
@@ -162,17 +155,15 @@ def _call_of(value, repaired: bool) -> Call:
             arguments, repaired = read_json(arguments)[0], True
         except ValueError:
             return Call(name, problem=f"The arguments of {name} are not a JSON object.")
-    if not isinstance(arguments, dict):
-        kind = type(arguments).__name__
-        problem = f"The arguments of {name} are a JSON object, not {kind}."
-        return Call(name, arguments, problem)
-    return Call(name, arguments, repaired=repaired or given == ["parameters"])
+    if isinstance(arguments, dict):
+        return Call(name, arguments, repaired=repaired or given == ["parameters"])
+    kind = type(arguments).__name__
+    return Call(name, arguments, f"The arguments of {name} are a JSON object, not {kind}.")
 
 
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>")
-_PARAMETER = re.compile(
-    r"\s*<parameter=([^>\n]+)>(.*?)</parameter>(?=\s*(?:<parameter=|</function>))", re.S
-)
+_NEXT = r"(?=\s*(?:<parameter=|</function>))"
+_PARAMETER = re.compile(rf"\s*<parameter=([^>\n]+)>(.*?)</parameter>{_NEXT}", re.S)
 _XML_END = re.compile(r"\s*</function>\s*</tool_call>")
 _LITERALS = {"True": "true", "False": "false", "None": "null"}  # some templates write Python's
 
@@ -180,10 +171,8 @@ _LITERALS = {"True": "true", "False": "false", "None": "null"}  # some templates
 class XmlCalls(CallFormat):
     """<function=…><parameter=…>: Qwen3-Coder, Qwen3.5, Nemotron 3. The schema says what is JSON."""
 
-    form = (
-        "<tool_call>\n<function=name>\n<parameter=name>\nvalue\n</parameter>\n</function>\n"
-        "</tool_call>"
-    )
+    form = "<tool_call>\n<function=name>\n<parameter=name>\nvalue\n</parameter>\n</function>"
+    form += "\n</tool_call>"
 
     def write(self, name: str, arguments: dict) -> str:
         lines = ["<tool_call>", f"<function={name}>"]
@@ -203,12 +192,10 @@ class XmlCalls(CallFormat):
         closer = _XML_END.match(text, end) if function else None
         if closer and len(dict(pairs)) == len(pairs):
             return Call(name, dict(pairs)), closer.end()
-        stop = closer or _STOP.search(text, at)
-        problem = f"A tool call is {self.form}"
         if closer:
-            problem = f"The call of {name} has a parameter twice."
-        elif not stop[0]:
-            problem = "The tool call has no closing </tool_call>."
+            return Call(name, problem=f"The call of {name} has a parameter twice."), closer.end()
+        stop = _STOP.search(text, at)
+        problem = f"A tool call is {self.form}" if stop[0] else _UNCLOSED
         return Call(name, problem=problem), stop.end()
 
 
@@ -240,7 +227,6 @@ def parameter_kinds(tools: list[dict]) -> dict[str, dict]:
 # --------------------------------------------------------------------------------------------------
 # a turn
 
-
 _MARK = re.compile(r"</?think>|<tool_call>")
 _BARE = re.compile(r"""\{\s*["']name["']\s*:|["'](?:arguments|parameters)["']\s*:|<function=""")
 
@@ -254,8 +240,8 @@ def read_turn(text: str, form: CallFormat = HERMES, tools: list[dict] = ()) -> T
         if "</tool_call>" in said or _BARE.search(said):
             calls = [Call(problem="The tool call has no opening <tool_call>.")]
         elif rehearsed or _BARE.search(text):
-            problem = "A tool call in the thoughts is not made: write it after </think>."
-            calls = [Call(problem=problem)]
+            cure = "write it after </think>"
+            calls = [Call(problem=f"A tool call in the thoughts is not made: {cure}.")]
     return Turn(calls, answer, spans)
 
 
@@ -276,19 +262,18 @@ def _scan(text: str, form: CallFormat, kinds: dict):
     tries = 0  # reading one may take time in proportion to the turn
     while mark := _MARK.search(text, at):
         at = mark.end()
-        tries += mark[0] == "<tool_call>"
-        if mark[0] == "<tool_call>" and thinking:
-            rehearsed = True
-            call, end = form.read(text, at, kinds) if tries <= MAX_CALLS else (None, at)
-            at = end if call and not call.problem else at
-        elif mark[0] == "<tool_call>":
+        if mark[0] == "<tool_call>":
+            tries += 1
+            call, end = Call(problem=f"A turn has at most {MAX_CALLS} calls."), len(text)
+            if tries <= MAX_CALLS:
+                call, end = form.read(text, at, kinds)
+            if thinking:
+                rehearsed, at = True, at if call.problem else end
+                continue
             said.append(text[begin : mark.start()])
-            call, at = form.read(text, at, kinds)
-            if tries > MAX_CALLS:
-                call, at = Call(problem=f"A turn has at most {MAX_CALLS} calls."), len(text)
             calls.append(call)
-            spans.append((mark.start(), at))
-            begin = at
+            spans.append((mark.start(), end))
+            begin = at = end
         elif mark[0] == "<think>":
             if not thinking:
                 said.append(text[begin : mark.start()])

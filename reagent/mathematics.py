@@ -23,10 +23,6 @@ MOST_ITEMS = 50  # of a list that may stand in another order
 MOST_BITS = 20_000  # of an exact number: 2004! has 19,120
 
 
-class Unreadable(ValueError):
-    """A text without a value that is known here."""
-
-
 # --------------------------------------------------------------------------------------------------
 # notation: one for LaTeX, Unicode and plain text. «…» are words.
 
@@ -67,11 +63,9 @@ def _character(c: str) -> str:
     """½ as \\frac{1}{2}, ₂ as _{2}, full-width and mathematical letters as plain ones."""
     kind, _, codes = unicodedata.decomposition(c).rpartition(">")
     told = "".join(chr(int(code, 16)) for code in codes.split()) if kind else c
-    forms = {
-        "<fraction": "\\frac{%s}{%s}" % tuple([*told.split("⁄"), ""][:2]),
-        "<sub": f"_{{{told}}}",
-    }
-    return forms.get(kind, told)
+    if kind == "<fraction":
+        return "\\frac{%s}{%s}" % tuple([*told.split("⁄"), ""][:2])
+    return f"_{{{told}}}" if kind == "<sub" else told
 
 
 def _command(command: re.Match) -> str:
@@ -127,12 +121,11 @@ _IN_WORDS = re.compile(r"«|[A-Za-z]{3}|\s[A-Za-z]{2}(?:$|[\s.])|^\([A-Z]\)$")
 def _same_text(a: str, b: str) -> bool:
     """Equal without spaces, but for those between digits; words also without case and dots."""
     words = any(_IN_WORDS.search(_CALLS.sub("", text)) for text in (a, b))
-    texts = []
-    for text in (a, b):
-        text = re.sub(r"(?<=\d)\s+(?=\d)", "_", text)
-        text = re.sub(r"[«»\s]", "", text).removeprefix("+")
-        texts.append(re.sub(r"(?<!\d)\.|\.(?!\d)", "", text.lower()) if words else text)
-    return texts[0] == texts[1] != ""
+    a, b = (re.sub(r"(?<=\d)\s+(?=\d)", "_", text) for text in (a, b))
+    a, b = (re.sub(r"[«»\s]", "", text).removeprefix("+") for text in (a, b))
+    if words:
+        a, b = (re.sub(r"(?<!\d)\.|\.(?!\d)", "", text.lower()) for text in (a, b))
+    return a == b != ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -178,12 +171,13 @@ def _read(text: str) -> tuple | str:
     around = re.fullmatch(r"\\?([(\[{])(.*?)\\?([)\]}])", text, re.S)
     if around and around[2] and not re.search(r"[][(){}]", _masked(around[2])):
         return _collection(around[1] + around[3], around[2], text)
-    items = _items(THOUSANDS.sub(_no_commas, text))
+    items = _items(_ungrouped(text))
     return ("list", items) if len(items) > 1 else _equation(items[0])
 
 
-def _no_commas(number: re.Match) -> str:
-    return number[0].replace(",", "")
+def _ungrouped(text: str) -> str:
+    """1,000 as 1000."""
+    return THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
 
 
 def _items(text: str) -> list:
@@ -206,9 +200,7 @@ def _equation(text: str) -> tuple | str:
 
 def _collection(brackets: str, inside: str, text: str) -> tuple | str:
     """A set, a tuple or an interval; a value in brackets."""
-    if re.search(r"[,;]\s", inside):  # 1,000, 2,000
-        inside = THOUSANDS.sub(_no_commas, inside)
-    items = _items(inside)
+    items = _items(_ungrouped(inside) if re.search(r"[,;]\s", inside) else inside)  # 1,000, 2,000
     if len(items) > 1:
         return ("set", items) if brackets == "{}" else ("tuple", brackets, items)
     return _read(inside) if brackets in ("()", "{}") or "\\begin" in inside[:8] else text
@@ -390,7 +382,7 @@ _TOKEN = re.compile(
 def _parsed(text: str) -> ast.expr:
     """The expression as Python's own parser reads it, implied products written out."""
     if "@" in text:  # it marks what is called below
-        raise Unreadable(text)
+        raise ValueError(text)
     for pattern, to in _FIRST:
         text = re.sub(pattern, to, text)
     before = ""
@@ -402,11 +394,11 @@ def _parsed(text: str) -> ast.expr:
             text = _PLAIN.sub(lambda m: m[0] if m[1] else f"({m[2]})", text)
     letters = re.sub(r"@\w+", "", text)  # three alone and four together are words, not products
     if re.search("[A-Za-z]{4}|^[A-Za-z]{3}$", letters) or _TOKEN.sub("", text).strip():
-        raise Unreadable(text)
+        raise ValueError(text)
     words, product = [], False
     for number, function, name, sign in _TOKEN.findall(text):
         if product and number:  # 3 4 is no product
-            raise Unreadable(text)
+            raise ValueError(text)
         if product and (function or name or sign == "("):
             words.append("*")
         words.append(f"({Fraction(number)})" if number else function or name.replace("'", "_p"))
@@ -415,7 +407,7 @@ def _parsed(text: str) -> ast.expr:
     try:
         return ast.parse("".join(words), mode="eval").body
     except (SyntaxError, MemoryError) as error:
-        raise Unreadable(text) from error
+        raise ValueError(text) from error
 
 
 def _value(node: ast.expr, point: tuple[int, int]):
@@ -434,7 +426,7 @@ def _value(node: ast.expr, point: tuple[int, int]):
         name, operands = node.func.id, node.args
     value = _applied(name, [_value(operand, point) for operand in operands])
     if isinstance(value, Fraction) and _bits(value) > MOST_BITS:
-        raise Unreadable("too long")
+        raise ValueError("too long")
     return value
 
 
@@ -442,39 +434,21 @@ def _bits(value: Fraction) -> int:
     return value.numerator.bit_length() + value.denominator.bit_length()
 
 
-def _power(base: Fraction, exponent: Fraction) -> Fraction:
-    if _bits(base) * abs(exponent) > MOST_BITS:
-        raise Unreadable("too long")
-    return base ** int(exponent)
-
-
-def _small(n: Fraction) -> int:
-    if n.denominator != 1 or not 0 <= n < 3000:
-        raise Unreadable(f"{n} is no small natural number")
-    return int(n)
-
-
-def _factorial(n: Fraction) -> Fraction:
-    return Fraction(factorial(_small(n)))
-
-
-def _binomial(n: Fraction, k: Fraction) -> Fraction:
-    return Fraction(comb(_small(n), _small(k)))
-
-
 ARITHMETIC = {"Add": add, "Sub": sub, "Mult": mul, "Div": truediv, "USub": neg, "UAdd": pos}
 ARITHMETIC |= {"abs": abs}
-WHOLE = {"Pow": _power, "factorial": _factorial, "binom": _binomial}  # where the last operand is
+COUNTS = {"factorial": factorial, "binom": comb}
 CALLED = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "ln": "log", "log": "log10"}
 CALLED |= {name: name for name in (*FUNCTIONS[3:-2], "factorial")}
 
 
 def _applied(name: str, values: list):
-    """One operation; Unreadable where it is not known or its result would be too long."""
-    exact = all(isinstance(value, Fraction) for value in values)
-    if exact and name in WHOLE and values[-1].denominator == 1:
-        return WHOLE[name](*values)
-    x, *rest = values if exact and name in ARITHMETIC else map(_inexact, values)
+    """One operation; ValueError where it is not known or its result would be too long."""
+    if all(isinstance(value, Fraction) for value in values):
+        if name in ARITHMETIC:
+            return ARITHMETIC[name](*values)
+        if name in ("Pow", *COUNTS) and values[-1].denominator == 1:
+            return _whole(name, values)
+    x, *rest = map(MP.convert, values)
     if name in ARITHMETIC:
         return ARITHMETIC[name](x, *rest)
     if name == "root" and not MP.im(x) and x < 0 and rest[0] % 2 == 1:  # as of real numbers
@@ -482,17 +456,23 @@ def _applied(name: str, values: list):
     if name in ("Pow", "root"):
         power = rest[0] if name == "Pow" else 1 / rest[0]
         if x and abs(power * MP.log(x)) > 10**5:
-            raise Unreadable("too long")
+            raise ValueError("too long")
         return MP.power(x, power)
     name, _, base = name.partition("_")
     if name not in CALLED or abs(x) > 10**5:
-        raise Unreadable(f"no {name} of {x}")
+        raise ValueError(f"no {name} of {x}")
     return MP.log(x) / MP.log(int(base)) if base else getattr(MP, CALLED[name])(x)
 
 
-def _inexact(value):
-    """A number of MP."""
-    return MP.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
+def _whole(name: str, values: list[Fraction]) -> Fraction:
+    """A power, factorial or binomial of exact values, the last one whole."""
+    if name == "Pow":
+        if _bits(values[0]) * abs(values[1]) > MOST_BITS:
+            raise ValueError("too long")
+        return values[0] ** int(values[1])
+    if not all(n.denominator == 1 and 0 <= n < 3000 for n in values):
+        raise ValueError(f"no {name} of {values}")
+    return Fraction(COUNTS[name](*map(int, values)))
 
 
 def _values(a: str, b: str) -> list[tuple]:
@@ -503,14 +483,14 @@ def _values(a: str, b: str) -> list[tuple]:
     try:
         nodes = _parsed(a), _parsed(b)
         names = {n.id for node in nodes for n in ast.walk(node) if isinstance(n, ast.Name)}
-        variables = names - {*CONSTANTS, *CALLED, *WHOLE, *ARITHMETIC, "root"}
+        variables = names - {*CONSTANTS, *CALLED, *COUNTS, *ARITHMETIC, "root"}
         points = [(0, 1), (1, negative), (2, 1)][: 3 if variables else 1]
         pairs = [tuple(_value(node, point) for node in nodes) for point in points]
     except (ArithmeticError, TypeError, ValueError):  # mpmath raises ValueError too
         return []
     if all(isinstance(value, Fraction) for pair in pairs for value in pair):
         return pairs
-    return [tuple(map(_inexact, pair)) for pair in pairs]
+    return [tuple(map(MP.convert, pair)) for pair in pairs]
 
 
 def _close(x, y) -> bool:

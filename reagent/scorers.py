@@ -43,12 +43,9 @@ def token_f1(pred: str, gold: str, yes_no_exact: bool) -> float:
 
 def score_qa(pred: str, golds: list[str], yes_no_exact: bool) -> dict:
     """The best over the aliases."""
-    em = max(normalize(pred) == normalize(gold) for gold in golds)
-    return {
-        "correct": em,
-        "em": float(em),
-        "f1": max(token_f1(pred, gold, yes_no_exact) for gold in golds),
-    }
+    em = normalize(pred) in map(normalize, golds)
+    f1 = max(token_f1(pred, gold, yes_no_exact) for gold in golds)
+    return {"correct": em, "em": float(em), "f1": f1}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,63 +55,52 @@ def score_qa(pred: str, golds: list[str], yes_no_exact: bool) -> dict:
 def _number(text: str) -> Decimal | None:
     """The number that the text is, exactly; None: it is none, or not finite."""
     try:
-        number = Decimal(text)
+        return number if (number := Decimal(text)).is_finite() else None
     except InvalidOperation:
         return None
-    return number if number.is_finite() else None
 
 
-def _bare_number(text: str) -> Decimal | None:
-    """As the leaderboard reads it, without $, % and commas, which must stand for thousands."""
-    text = re.sub("[$%]", "", text)
-    if "," in text and not re.fullmatch(r"\s*[-+]?\d{1,3}(,\d{3})+(\.\d*)?\s*", text):
-        return None
-    return _number(text.replace(",", ""))
+def _same_number(pred: str, number: Decimal) -> bool:
+    """As the leaderboard reads it: without $, % and commas, which must stand for thousands."""
+    pred = re.sub("[$%]", "", pred)
+    if "," in pred and not re.fullmatch(r"\s*[-+]?\d{1,3}(,\d{3})+(\.\d*)?\s*", pred):
+        return False
+    return _number(pred.replace(",", "")) == number
 
 
-def _squeezed(text: str, punctuation: bool) -> str:
-    text = re.sub(r"\s", "", text).lower()
-    return text if punctuation else "".join(c for c in text if c not in string.punctuation)
+def _squeezed(text: str, dropped: str) -> str:
+    return "".join(c for c in re.sub(r"\s", "", text).lower() if c not in dropped)
 
 
 def score_gaia(pred: str, gold: str) -> bool:
     """The leaderboard's rule: the gold answer says whether a number, a list (, or ;) or a text is
-    compared.
-    """
-    pred, gold = plain(pred), plain(gold)
-    if (number := _number(gold)) is not None:
-        return _bare_number(pred) == number
-    if "," in gold or ";" in gold:
-        golds, preds = (re.split("[,;]", text) for text in (gold, pred))
-        return len(golds) == len(preds) and all(map(_same_item, preds, golds))
-    return _squeezed(pred, False) == _squeezed(gold, False)
-
-
-def _same_item(pred: str, gold: str) -> bool:
-    """An element of a list: a number by its value, a text with its punctuation."""
-    number = _number(gold)
-    if number is None:
-        return _squeezed(pred, True) == _squeezed(gold, True)
-    return _bare_number(pred) == number
+    compared. The texts in a list keep their punctuation."""
+    pred, gold, dropped = plain(pred), plain(gold), string.punctuation
+    golds, preds = [gold], [pred]
+    if _number(gold) is None and re.search("[,;]", gold):
+        golds, preds, dropped = re.split("[,;]", gold), re.split("[,;]", pred), ""
+    for said, wanted in zip(preds, golds):
+        if (number := _number(wanted)) is not None:
+            same_item = _same_number(said, number)
+        else:
+            same_item = _squeezed(said, dropped) == _squeezed(wanted, dropped)
+        if not same_item:
+            return False
+    return len(preds) == len(golds)
 
 
 # --------------------------------------------------------------------------------------------------
 # mathematics
 
 
+_FORMS = [("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac")]
+_FORMS += [(junk, "") for junk in ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")]
+
+
 def plain_latex(text: str) -> str:
-    """The normal form in which the MATH benchmark compares answers as strings (Hendrycks et al.
-    2021).
-    """
-    text = text.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
-    text = (
-        text.replace("tfrac", "frac")
-        .replace("dfrac", "frac")
-        .replace("\\left", "")
-        .replace("\\right", "")
-    )
-    for junk in ("^{\\circ}", "^\\circ", "\\$"):
-        text = text.replace(junk, "")
+    """The normal form in which the MATH benchmark compares answers (Hendrycks et al. 2021)."""
+    for old, new in _FORMS:
+        text = text.replace(old, new)
     if text.count("\\text{ ") == 1:  # a unit behind the number
         text = text.partition("\\text{ ")[0]
     text = text.replace("\\%", "").replace("%", "")
@@ -124,7 +110,8 @@ def plain_latex(text: str) -> str:
     if sign and "=" not in tail and len(head) <= 2:
         text = tail
     text = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", text).replace(" ", "")
-    text = _braced_fractions(text)
+    text = re.sub(r"\\frac([^{\s])([^{\s])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac([^{\s])\{", r"\\frac{\1}{", text)
     text = "\\frac{1}{2}" if text == "0.5" else text
     ratio = re.fullmatch(r"(-?\d{1,1000})/(-?\d{1,1000})", text)
     return f"\\frac{{{int(ratio[1])}}}{{{int(ratio[2])}}}" if ratio else text
@@ -135,17 +122,10 @@ def score_hendrycks(pred: str, gold: str) -> bool:
     return plain_latex(unwrapped(pred)) == plain_latex(unwrapped(gold))
 
 
-def _braced_fractions(text: str) -> str:
-    text = re.sub(r"\\frac([^{\s])([^{\s])", r"\\frac{\1}{\2}", text)
-    return re.sub(r"\\frac([^{\s])\{", r"\\frac{\1}{", text)
-
-
 def score_gsm8k(pred: str, gold: str) -> bool:
     """GSM8K's own rule: the first "#### number", thousands commas removed, compared as text."""
     found = [re.search(r"#### (\-?[0-9\.\,]+)", unwrapped(text)) for text in (pred, gold)]
-    return all(found) and found[0][1].strip().replace(",", "") == found[1][1].strip().replace(
-        ",", ""
-    )
+    return all(found) and len({number[1].replace(",", "") for number in found}) == 1
 
 
 def math_answer(text: str) -> str:
@@ -167,9 +147,7 @@ def score_math(pred: str, gold: str) -> bool:
 _SAYS = r"(?:is|are|would be|should be|must be|:|=)"
 _ANSWER = r"(?:the )?(?:(?:final|correct|right|best|only) )*(?:answer|option|choice)"
 _LEAD = re.compile(rf"^(?:(?:so|thus|hence|therefore),? )?{_ANSWER} ?{_SAYS}?:?\s*", re.I)
-_MARKED = re.compile(
-    r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])(?:[).:\n]| [-–—:]))\s*(.*)", re.S
-)
+_MARKED = re.compile(r"(?:\(([A-Z])\)|\[([A-Z])\]|([A-Z])(?:[).:\n]| [-–—:]))\s*(.*)", re.S | re.I)
 _OTHER = re.compile(  # another option among the words of one
     r"\([A-Ja-j]\)|(?:^|[\s,;/&])[A-J]\)|[,;\n]\s*[A-J][.:]"
     r"|^(?:or|and|is|[,;/&])(?!\w)|\b(?:or|and) [A-J]\b|(?:^|\n)[A-J](?:\n|$)"
@@ -220,11 +198,8 @@ def score(scorer: str, pred: str | None, gold) -> dict:
     if problem := unknown(scorer):
         raise ValueError(problem)
     pred = "" if pred is None else str(pred)
-    result = SCORERS[scorer](
-        pred, [str(g) for g in gold] if isinstance(gold, list) else [str(gold)]
-    )
-    result["correct"] = bool(result["correct"] and pred.strip())
-    return result
+    result = SCORERS[scorer](pred, list(map(str, gold if isinstance(gold, list) else [gold])))
+    return result | {"correct": bool(result["correct"] and pred.strip())}
 
 
 def unknown(scorer) -> str | None:
@@ -237,19 +212,15 @@ def _any(rule):
     return lambda pred, golds: {"correct": any(rule(pred, gold) for gold in golds)}
 
 
-_exact_yes_no = partial(score_qa, yes_no_exact=True)
-
 SCORERS = {  # name: prediction, gold answers -> {"correct", ...}
     "gaia": _any(score_gaia),
     "gsm8k_official": _any(score_gsm8k),
     "hendrycks_is_equiv": _any(score_hendrycks),
     "choice": _any(score_choice),
     "math": _any(score_math),
-    "hotpotqa": _exact_yes_no,
-    "2wiki": _exact_yes_no,
-    "bamboogle": _exact_yes_no,
     "musique": partial(score_qa, yes_no_exact=False),
 }
+SCORERS |= dict.fromkeys(("hotpotqa", "2wiki", "bamboogle"), partial(score_qa, yes_no_exact=True))
 
 SCORER_OF_KIND = {"qa": "hotpotqa", "math": "math", "gaia": "gaia", "choice": "choice"}
 
@@ -264,7 +235,5 @@ def rule_reward(row: dict, answer: str | None) -> tuple[float, bool]:
     if answer is None or not answer.strip():
         return 0.0, False
     result = score(SCORER_OF_KIND[row["kind"]], answer, row["answer"])
-    reward = float(result["correct"])
-    if not result["correct"] and result.get("f1", 0.0) >= F1_FLOOR:
-        reward = result["f1"]
-    return reward, result["correct"]
+    right, f1 = result["correct"], result.get("f1", 0.0)
+    return (f1 if not right and f1 >= F1_FLOOR else float(right)), right
