@@ -97,8 +97,11 @@ def load_task(name: str, cfg) -> Task:
     elif name in DATASETS:
         path, spec = str(Path(cfg.data_dir) / f"{name}.jsonl"), DATASETS[name]
         hint = f"run python data/benchmarks/prepare.py --dataset={name}"
+    elif (held_out := Path(cfg.data_dir).parent / name / "rl_test.jsonl").is_file():
+        path, spec, hint = str(held_out), OWN_ROWS, ""
     else:
-        known = f"there are {', '.join(DATASETS)}, and files of RL rows (*.jsonl)"
+        known = f"there are {', '.join(DATASETS)}, files of RL rows (*.jsonl), and toy, atlas, ..."
+        known += " (data/NAME/rl_test.jsonl) once they are prepared"
         raise SystemExit(f"--dataset: no {name!r}: {known}")
     changes = dict(tools=cfg.tools, max_turns=cfg.max_turns, seconds_per_call=cfg.seconds_per_call)
     spec = dataclasses.replace(spec, **{key: value for key, value in changes.items() if value})

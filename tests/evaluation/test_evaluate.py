@@ -120,6 +120,13 @@ def test_090_the_same_question_twice_is_two_rows(tmp_path):
     assert len({key for key, _ in task.keys()}) == 10
 
 
+def test_a_prepared_folder_of_data_is_a_data_set_by_its_name(tmp_path):
+    (tmp_path / "atlas").mkdir()
+    toy.write(tmp_path / "atlas/rl_test.jsonl", [row_of("1")])
+    task = benchmarks.load_task("atlas", config(f"--data_dir={tmp_path}/benchmarks"))
+    assert task.name == "atlas" and [row["id"] for row in task.rows] == ["1"]
+
+
 def test_attachments_must_lie_inside_their_folder(tmp_path):
     files = tmp_path / "files"
     files.mkdir()
