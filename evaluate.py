@@ -6,7 +6,7 @@ loop of training, with numbers that can be trusted.
     python evaluate.py score rows.jsonl  # {"scorer", "pred", "gold"} rows -> one JSON line each
     python evaluate.py compare A.jsonl B.jsonl  # paired: difference, interval, gained and lost
     python evaluate.py page FOLDER  # report.html of a run again, or an index over runs
-        # a reward model on held-out judgments
+    python evaluate.py critique --rrm=FOLDER|URL FILE ...  # Agent-RRM on trajectories of any agent
 
 A run appends every finished chain to OUT/journal-<rank>.jsonl, keyed (dataset, id, rollout), and
 can be killed at any instant: the same command goes on with what is missing. At its end
@@ -526,7 +526,11 @@ def score_file(path: str) -> None:
 
 
 def command(argv: list[str]) -> None:
-    """score FILE | compare A B | page FOLDER | the keys of a run."""
+    """score FILE | compare A B | page FOLDER | critique … | the keys of a run."""
+    if argv[:1] == ["critique"]:
+        from data import critique
+
+        return critique.main(argv[1:])
     files = {"score": 1, "compare": 2, "page": 1}
     if not argv or argv[0] not in files:
         return main(parse_config(Config, argv))

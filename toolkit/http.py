@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import socket
 import ssl
 import sys
@@ -36,6 +37,8 @@ SHARE = 0.75  # of the time that is left, for one try where a deadline holds the
 AGAIN = (408, 409, 425, 429)  # of 4xx, those that pass
 HOPELESS = (401, 402, 403, 404, 405, 410)  # the key, the account or the address: no request works
 CONNECT_S = 5.0  # for one of several addresses of a host
+OPTIONAL = ("max_tokens", "seed", "temperature", "top_p")  # keys that some models do not take
+_UNKNOWN = re.compile("support|permitted|allowed|recognized|unknown|unexpected|extra", re.I)
 
 
 class Unavailable(Exception):
@@ -263,7 +266,7 @@ class Endpoint:
         self.rests_until = 0.0  # time.monotonic(): it failed, others are asked before it
         self.answered = -1.0  # time.monotonic() of its last answer; -1: none yet
         self.told = False  # was "waiting for" printed?
-        self.limit_key = "max_tokens"
+        self.keys: dict[str, str] = {}  # {key of a request: its name there, "": it takes none}
 
     async def ask(self, path: str, body: dict | None = None, *, seconds: float):
         """The JSON at the URL plus `path`; a body is posted. Unavailable | Refused."""
@@ -356,18 +359,26 @@ async def models_of(endpoint: Endpoint, *, seconds: float) -> dict[str, dict]:
 async def complete(endpoint: Endpoint, body: dict, most_tokens: int, *, seconds: float) -> dict:
     """The first choice of a chat completion; Unavailable where the reply is something else.
 
-    A server that does not take `max_tokens` is asked with `max_completion_tokens`, then and later.
+    A server that refuses `max_tokens` by name is asked with `max_completion_tokens`, one that does
+    not support a seed, a temperature or top_p without it, then and later; stderr tells.
     """
-    key, until = endpoint.limit_key, time.monotonic() + seconds
-    try:
-        reply = await endpoint.ask("/chat/completions", {**body, key: most_tokens}, seconds=seconds)
-    except Refused as refused:
-        other = "max_completion_tokens"
-        if refused.status not in (400, 422) or key == other or key not in str(refused):
-            raise
-        left = until - time.monotonic()
-        reply = await endpoint.ask("/chat/completions", {**body, other: most_tokens}, seconds=left)
-        endpoint.limit_key = other
+    body, until = body | {"max_tokens": most_tokens}, time.monotonic() + seconds
+    while True:
+        sent = {name: body[key] for key in body if (name := endpoint.keys.get(key, key))}
+        try:
+            left = until - time.monotonic()
+            reply = await endpoint.ask("/chat/completions", sent, seconds=left)
+            break
+        except Refused as refused:
+            named = [key for key in OPTIONAL if key in sent and key in str(refused)]
+            if refused.status not in (400, 422) or not named or not _UNKNOWN.search(str(refused)):
+                raise
+            key = named[0]
+            name = "max_completion_tokens" if key == "max_tokens" else ""
+            if key not in endpoint.keys:
+                how = f"with {name}" if name else "without it"
+                print(f"{endpoint.url} takes no {key}, asked {how}: {refused}", file=sys.stderr)
+            endpoint.keys[key] = name
     choice = choice_of(reply)
     message = choice.get("message")
     said = message.get("content") if isinstance(message, dict) else 0

@@ -1,0 +1,262 @@
+"""Agent-RRM as a tool: trajectories of other frameworks (foreign.jsonl holds dumps that those
+frameworks wrote, shortened), rows that cannot be read, servers that fail, going on, docs.
+"""
+
+import io
+import json
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import evaluate
+from data import critique
+from data.trajectories import Unread, Work, read_works, works_of
+from tests.helpers.judge_server import hashed_judgment, judge_server
+from tests.helpers.search_server import answer, web_server
+from tests.helpers.tiny import ROOT
+
+FOREIGN = [
+    json.loads(line) for line in Path(__file__).with_name("foreign.jsonl").read_text().splitlines()
+]
+CHAT = [
+    {"role": "user", "content": "Who?"},
+    {"role": "assistant", "content": "Ada."},
+]
+
+
+@pytest.mark.parametrize("case", FOREIGN, ids=lambda case: case["layout"])
+@pytest.mark.parametrize("form", ["alone", "in a list", "a line"])
+def test_a_trajectory_of_another_framework_is_read(case, form, tmp_path):
+    path = tmp_path / ("runs.jsonl" if form == "a line" else "run.json")
+    path.write_text(json.dumps([case["row"], case["row"]] if form == "in a list" else case["row"]))
+    works = list(read_works([str(path)]))
+    assert len(works) == 1 + (form == "in a list") and all(isinstance(w, Work) for w in works)
+    work = works[0]
+    if case["question"]:
+        assert work.question == case["question"]
+    else:
+        assert work.question.startswith("We're currently solving the following issue")
+    if case["roles"]:
+        assert [turn["role"] for turn in work.turns] == case["roles"].split()
+    assert work.turns[0]["role"] == "assistant" and "tool" in {t["role"] for t in work.turns}
+    text = "\n".join(turn["content"] for turn in work.turns)
+    assert all(words in text for words in case["words"]), text
+
+
+def test_each_attempt_of_an_episode_is_a_work_of_its_own():
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A1"}]
+    messages += [{"role": "user", "content": "review"}, {"role": "assistant", "content": "A2"}]
+    episode = {"id": 7, "question": "Q", "messages": messages}
+    episode["attempts"] = [{"messages": [1, 2]}, {"messages": [3, 4]}]
+    works = list(works_of(episode, "f:1"))
+    assert [(w.attempt, w.name, w.turns[0]["content"]) for w in works] == [
+        (1, "7", "A1"),
+        (2, "7", "A2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        ({"question": "Q"}, "no trajectory; found the keys"),
+        ([{"role": "user", "content": "Q"}], "no turn of the agent"),
+        ([{"role": "alien", "content": "Q"}], "turn 0 is not understood .the role 'alien'"),
+        ([*CHAT, {"type": "surprise"}], "turn 2 is not understood .the type 'surprise'"),
+        ({"messages": ["Q", "A"]}, "turn 0 is not understood .an object"),
+        ({"sealed": "x", "messages": CHAT}, "encrypted"),
+        (5, "a row is an object"),
+    ],
+)
+def test_what_cannot_be_read_says_why(row, problem, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (unread,) = read_works([str(path)])
+    assert isinstance(unread, Unread) and re.search(problem, unread.problem)
+
+
+def test_a_plain_text_and_stdin_are_trajectories(tmp_path, monkeypatch):
+    (tmp_path / "run.txt").write_text("I searched.\nThen I guessed.")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(json.dumps(CHAT).encode())))
+    text, chat = read_works([str(tmp_path), "-"], "Who?")
+    assert (text.question, text.turns) == ("Who?", "I searched.\nThen I guessed.")
+    assert (chat.row, chat.question) == ("stdin", "Who?")
+
+
+# --------------------------------------------------------------------------------------------------
+# the command
+
+
+def rows(count: int) -> list[dict]:
+    return [
+        {"id": f"t{i}", "messages": [CHAT[0], {**CHAT[1], "content": f"{i}"}]} for i in range(count)
+    ]
+
+
+def write(path: Path, items: list) -> str:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return str(path)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_are_judged_and_what_is_not_is_named_and_counted(tmp_path, capsys):
+    path = tmp_path / "runs.jsonl"
+    path.write_text(write(path, rows(3)) and path.read_text() + '{"cut\n[1]\n')
+
+    def reply(text):
+        return "prose" if text.endswith("\n1") else hashed_judgment(text)
+
+    with judge_server(reply) as (url, _), pytest.raises(SystemExit) as end:
+        evaluate.command(["critique", f"--rrm={url}", str(path)])
+    told = capsys.readouterr()
+    out = [json.loads(line) for line in told.out.splitlines()]
+    assert end.value.code == 1 and {line["id"] for line in out} == {"t0", "t2"}
+    assert all({"score", "critique", "think", "rrm", "work"} <= set(line) for line in out)
+    assert {line["row"] for line in out} == {f"{path}:1", f"{path}:3"}
+    assert f"{path}:4: not a JSON line" in told.err and f"{path}:5: " in told.err
+    assert f"{path}:2: no valid judgment" in told.err
+    assert "2 judged, mean score" in told.err and "2 rows not read" in told.err
+
+
+def test_a_call_that_was_stopped_goes_on_and_asks_nothing_again(tmp_path):
+    path, out = write(tmp_path / "runs.jsonl", rows(12)), tmp_path / "out" / "judged.jsonl"
+    with judge_server() as (url, seen):
+        critique.main([f"--rrm={url}", path, f"--out={out}", "--limit=5"])
+        kept = out.read_bytes()
+        out.write_bytes(kept[:-30])  # a kill in the middle of a line
+        critique.main([f"--rrm={url}", path, f"--out={out}"])
+        assert len(seen) == 5 + 1 + 7
+        critique.main([f"--rrm={url}", path, f"--out={out}"])
+    assert len(seen) == 13 and [line["id"] for line in lines(out)] == [f"t{i}" for i in range(12)]
+    assert out.read_bytes().startswith(kept)
+
+
+def test_a_file_with_judgments_of_another_model_is_refused(tmp_path):
+    path, out = write(tmp_path / "runs.jsonl", rows(2)), tmp_path / "judged.jsonl"
+    (tmp_path / "rule.py").write_text(
+        "def annotate(question, turns):\n"
+        "    return '<think>t</think><critique>c</critique><score>1</score>'\n"
+    )
+    critique.main([f"--rrm={tmp_path}/rule.py", path, f"--out={out}"])
+    with judge_server() as (url, seen), pytest.raises(SystemExit, match="rule.py, not of judge"):
+        critique.main([f"--rrm={url}", path, f"--out={out}"])
+    assert not seen
+
+
+def test_a_server_that_goes_away_ends_the_call_with_what_is_done(tmp_path):
+    path, out = write(tmp_path / "runs.jsonl", rows(6)), tmp_path / "judged.jsonl"
+    asked = []
+
+    def reply(text):
+        asked.append(text)
+        return hashed_judgment(text) if len(asked) <= 2 else 401
+
+    with judge_server(reply) as (url, _):
+        with pytest.raises(SystemExit, match="401.*2 of 6 are judged: the same command goes on"):
+            critique.main([f"--rrm={url}", path, f"--out={out}", "--rrm.in_flight=1"])
+    with judge_server() as (url, seen):
+        critique.main([f"--rrm={url}", path, f"--out={out}"])
+    assert len(seen) == 4 and len(lines(out)) == 6
+
+
+def test_servers_are_balanced(tmp_path):
+    path = write(tmp_path / "runs.jsonl", rows(40))
+    with judge_server() as (one, first), judge_server() as (two, second):
+        critique.main([f"--rrm={one},{two}", path, f"--out={tmp_path}/out.jsonl"])
+    assert len(first) + len(second) == 40 and min(len(first), len(second)) > 8
+
+
+def test_equal_trajectories_are_two_works_and_pretty_is_for_people(tmp_path, capsys):
+    path = write(tmp_path / "runs.jsonl", [CHAT, CHAT])
+    with judge_server() as (url, seen):
+        critique.main([f"--rrm={url}", path, "--pretty"])
+    told = capsys.readouterr().out
+    assert len(seen) == 2 and told.count("Look at the tool results again.") == 2
+    assert "  Who?" in told and f"{path}:2" in told and "{" not in told
+
+
+def test_a_server_that_takes_no_seed_and_one_temperature_is_asked_without(tmp_path, capsys):
+    """As Mistral's (422 of a key it does not know) and the reasoning models of OpenAI (400)."""
+
+    def page(request):
+        if request.command == "GET":
+            return answer({"data": [{"id": "m"}]})
+        sent = json.loads(request.body)
+        words = "Unsupported value: 'temperature' does not support 0.3 with this model."
+        if "temperature" in sent:
+            return answer({"error": {"message": words}}, 400)
+        extra = {"type": "extra_forbidden", "loc": ["body", "seed"]}
+        if "seed" in sent:
+            return answer({"detail": [extra | {"msg": "Extra inputs are not permitted"}]}, 422)
+        judgment = {"role": "assistant", "content": hashed_judgment("x")}
+        return answer({"choices": [{"message": judgment, "finish_reason": "stop"}]})
+
+    path = write(tmp_path / "runs.jsonl", rows(3))
+    with web_server({"*": page}) as server:
+        critique.main([f"--rrm={server.url}", path, f"--out={tmp_path}/o", "--rrm.in_flight=1"])
+    assert len(server.seen) == 1 + 2 + 3
+    told = capsys.readouterr().err
+    assert told.count("takes no temperature") == told.count("takes no seed") == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# what docs/reward-model.md shows
+
+
+def snippet(title: str, url: str) -> dict:
+    """The names that a snippet of the page defines, once it ran."""
+    page = (ROOT / "docs/reward-model.md").read_text().partition(f"## {title}")[2]
+    code = page.partition("```python\n")[2].partition("```")[0]
+    names: dict = {}
+    exec(code.replace("http://judge-host:8001/v1", url), names)
+    return names
+
+
+def test_a_reward_function_as_trl_calls_it():
+    """trl.GRPOTrainer: prompts, completions and ids by keyword, columns of the data beside them."""
+    asked = []
+
+    def reply(text):
+        asked.append(text)
+        return "prose" if "bad" in text else hashed_judgment(text)
+
+    prompts = [
+        [{"role": "system", "content": "S"}, {"role": "user", "content": f"Q{i}"}] for i in range(3)
+    ]
+    completions = [[{"role": "assistant", "content": word}] for word in ("a", "bad", "c")]
+    with judge_server(reply) as (url, _):
+        reward = snippet("A reward function in TRL", url)["agent_rrm"]
+        for _ in range(2):
+            scores = reward(
+                prompts=prompts, completions=completions, completion_ids=[[1]] * 3, answer=["x"] * 3
+            )
+            assert scores[1] is None and 0 <= scores[0] <= 1 and 0 <= scores[2] <= 1
+    assert any("Question:\nQ0" in text and text.endswith("[assistant]\na") for text in asked)
+
+
+def test_a_grader_as_inspect_calls_it(monkeypatch):
+    """Stubs of what the snippet imports, with the attributes that Inspect documents."""
+    import asyncio
+
+    class Score(types.SimpleNamespace):
+        @classmethod
+        def unscored(cls, **told):
+            return cls(value=float("nan"), **told)
+
+    stub = types.ModuleType("inspect_ai.scorer")
+    stub.Score, stub.mean, stub.scorer = Score, (lambda: "mean"), lambda metrics: lambda make: make
+    monkeypatch.setitem(sys.modules, "inspect_ai", types.ModuleType("inspect_ai"))
+    monkeypatch.setitem(sys.modules, "inspect_ai.scorer", stub)
+    (case,) = (case for case in FOREIGN if case["layout"] == "Inspect")
+    turns = [types.SimpleNamespace(model_dump=lambda row=row: row) for row in case["row"]]
+    state = types.SimpleNamespace(input_text="Capital?", messages=turns, sample_id="s1", epoch=1)
+    with judge_server() as (url, seen):
+        score = snippet("A grader in another evaluation", url)["agent_rrm"](url)
+        graded = asyncio.run(score(state, None))
+    assert 0 <= graded.value <= 1 and graded.explanation == "Look at the tool results again."
+    assert seen[0].startswith("Question:\nCapital?") and "Paris is" in seen[0]
