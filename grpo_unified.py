@@ -42,9 +42,9 @@ from reagent.policy import (
     collate,
     full_weights,
     load_chat,
-    load_policy,
     make_optimizer,
-    shard,
+    make_policy,
+    make_reference,
 )
 from reagent.reward_model import RewardModelConfig
 from reagent.rows import JsonlRows, batch_indices, check_rl_row
@@ -99,8 +99,10 @@ class Config:
     )
     # engine and memory
     engine: EngineConfig = EngineConfig()
+    lora_rank: int = 0  # of adapters beside all linear layers of the blocks; 0: all weights train
     tokens_per_microbatch: int = 28_000
     checkpoint_activations: bool = True
+    cpu_offload: bool = False  # parameters, gradients and moments on the host
     shard_ranks: int = 0  # HSDP; 0: all ranks share one copy
     # run
     seed: int = 0
@@ -472,12 +474,11 @@ def main(cfg: Config) -> None:
     engines.rest(engine)  # until the first sync: the policy is loaded meanwhile
     rrm = reward_model.open_rrm(cfg.rrm, chat, engine=cfg.engine) if scored else None
     torch.manual_seed(cfg.seed)
-    policy = shard(load_policy(cfg.model, cfg.checkpoint_activations), run.device, cfg.shard_ranks)
+    policy = make_policy(cfg, run.device)
     optimizer = make_optimizer(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
     reference = None
     if cfg.kl_coef:  # the policy at the start, for forwards only
-        reference = load_policy(cfg.model, False).to(run.sampler_dtype).requires_grad_(False)
-        reference = shard(reference, run.device, cfg.shard_ranks)
+        reference = make_reference(cfg, policy, run.device)
     runner = asyncio.Runner()
     setup = rollout.Setup(
         engine=engine,

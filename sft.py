@@ -24,9 +24,8 @@ from reagent.policy import (
     clip_gradients,
     collate,
     load_chat,
-    load_policy,
     make_optimizer,
-    shard,
+    make_policy,
 )
 from reagent.rows import JsonlRows, batch_indices, sft_messages, sft_tools
 from reagent.run import Run
@@ -52,9 +51,10 @@ class Config:
     beta2: float = 0.999
     max_grad_norm: float = 1.0
     # memory
+    lora_rank: int = 0  # of adapters beside all linear layers of the blocks; 0: all weights train
     tokens_per_microbatch: int = 32_768  # tokens one rank packs into one forward
     checkpoint_activations: bool = True
-    cpu_offload: bool = False
+    cpu_offload: bool = False  # parameters, gradients and moments on the host
     shard_ranks: int = 0  # HSDP: ranks that share one copy of the parameters; 0: all
     # run
     seed: int = 0
@@ -67,7 +67,7 @@ class Config:
     show: int = 0  # print that many rows with trained tokens in colour, then stop
 
 
-MAY_CHANGE = {"show", "cpu_offload"}
+MAY_CHANGE = {"show"}
 
 
 def check_row(row: dict, chat: Chat | None = None) -> str | None:
@@ -132,8 +132,7 @@ def main(cfg: Config) -> None:
     run = Run(cfg, MAY_CHANGE)
     plan_memory(cfg, run, longest=cfg.max_tokens_per_row)
     torch.manual_seed(cfg.seed)
-    policy = load_policy(cfg.model, cfg.checkpoint_activations)
-    policy = shard(policy, run.device, cfg.shard_ranks, cfg.cpu_offload)
+    policy = make_policy(cfg, run.device)
     betas = (cfg.beta1, cfg.beta2)
     optimizer = make_optimizer(policy, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=betas)
 

@@ -43,9 +43,8 @@ from reagent.policy import (
     collate,
     full_weights,
     load_chat,
-    load_policy,
     make_optimizer,
-    shard,
+    make_policy,
 )
 from reagent.reward_model import (
     annotation,
@@ -101,8 +100,10 @@ class Config:
     max_dlogp: float = 0.05  # mean |logp(sampler) - logp(trainer)| beyond which a step is skipped
     # engine and memory
     engine: EngineConfig = EngineConfig()
+    lora_rank: int = 0  # of adapters beside all linear layers of the blocks; 0: all weights train
     tokens_per_microbatch: int = 28_000
     checkpoint_activations: bool = True
+    cpu_offload: bool = False  # parameters, gradients and moments on the host
     shard_ranks: int = 0  # HSDP; 0: all ranks share one copy
     # run
     seed: int = 0
@@ -337,7 +338,7 @@ def main(cfg: Config) -> None:
         engine = make_engine(cfg.engine, cfg.model, chat.stop_ids, max_context=cfg.max_context)
     rest(engine)  # until the first sync: the policy is loaded meanwhile
     torch.manual_seed(cfg.seed)
-    policy = shard(load_policy(cfg.model, cfg.checkpoint_activations), run.device, cfg.shard_ranks)
+    policy = make_policy(cfg, run.device)
     optimizer = make_optimizer(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
     runner = asyncio.Runner()
 

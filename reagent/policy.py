@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 
 from reagent.chat import Chat
 from reagent.folder import check_digest, refuse_code
+from reagent.lora import ADAPTERS, add_lora, base_of, merged
 
 HEAD_CHUNK = 256  # tokens that pass the head at once: V = 152k in fp32 is 0.6 MB a token
 HEAD_KEPT = 1 << 26  # numbers (M V) up to which a softmax is kept for backward: 256 MB
@@ -193,8 +194,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logps, _):
         hidden, weight, targets, norm, *kept = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:  # not with LoRA
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for part, probs in zip_longest(_parts(len(targets)), kept):
             if probs is None:
                 logits = _logits(hidden[part], weight).div_(ctx.temperature)
@@ -203,11 +205,15 @@ class _ChunkedLogprobs(torch.autograd.Function):
             # one-hot minus softmax
             grad = (probs * -scale).scatter_add_(1, targets[part, None], scale).to(hidden.dtype)
             grad_hidden[part] = grad @ weight
+            if grad_weight is None:
+                continue
             if hidden.dtype == torch.float32:
                 grad_weight.addmm_(grad.t(), hidden[part])
             else:
                 grad_weight += grad.t() @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None
 
 
 def keeps_softmax(tokens: int, vocab: int) -> bool:
@@ -298,16 +304,36 @@ def load_chat(folder: str, chat_template: str = "", tools: bool = True) -> Chat:
         raise SystemExit(str(error)) from error
 
 
-def load_policy(folder: str, checkpoint_activations: bool) -> Policy:
+def make_policy(cfg, device: torch.device) -> Policy:
+    """The policy that a trainer's `cfg` describes, sharded, on `device`."""
+    policy = load_policy(cfg.model, cfg.checkpoint_activations, cfg.lora_rank)
+    return shard(policy, device, cfg.shard_ranks, cfg.cpu_offload)
+
+
+def make_reference(cfg, policy: Policy, device: torch.device):
+    """The policy as it was before training, for forwards only: with LoRA its own base."""
+    if cfg.lora_rank:
+        return base_of(policy)
+    reference = load_policy(cfg.model, False, frozen=True)
+    return shard(reference, device, cfg.shard_ranks, cfg.cpu_offload)
+
+
+def load_policy(
+    folder: str, checkpoint_activations: bool, lora_rank: int = 0, frozen: bool = False
+) -> Policy:
     """A Hugging Face folder in fp32: rank 0 reads it on its CPU, the other ranks know its shapes;
     `shard` gives each its part. A model whose function would be another here is refused.
+
+    What is `frozen`, as all but the adapters is with LoRA, is in bf16 where there is a GPU.
     """
     config = _read(AutoConfig, folder, "model")
     try:
         check_forward(config)
     except ValueError as error:
         raise SystemExit(f"{folder} ({config.model_type}) cannot be trained: {error}") from error
-    options = dict(dtype=torch.float32, attn_implementation="varlen")
+    frozen = frozen or lora_rank > 0
+    dtype = torch.bfloat16 if frozen and torch.cuda.is_available() else torch.float32
+    options = dict(dtype=dtype, attn_implementation="varlen")
     if dist.is_initialized() and dist.get_rank() > 0:
         with torch.device("meta"):
             hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
@@ -315,6 +341,9 @@ def load_policy(folder: str, checkpoint_activations: bool) -> Policy:
         for digest in Path(folder).glob("*.safetensors.sha256"):  # a checkpoint of ours
             check_digest(digest.with_suffix(""))
         hf = _read(AutoModelForCausalLM, folder, "model", **options)
+    hf.requires_grad_(not frozen)
+    if lora_rank:
+        add_lora(hf, lora_rank)
     if checkpoint_activations:
         hf.gradient_checkpointing_enable(dict(use_reentrant=False))
     return Policy(hf).train()
@@ -416,7 +445,7 @@ def _receive(unit: torch.nn.Module, device: torch.device) -> None:
 
 def make_optimizer(policy: Policy, *, lr: float, weight_decay: float, betas=(0.9, 0.999)):
     """AdamW whose moments exist from the start: their memory is taken before the first rollout."""
-    weights = list(policy.parameters())
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lr, betas=betas, weight_decay=weight_decay)
     for parameter in weights:
         moments = dict(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
@@ -440,11 +469,25 @@ def clip_gradients(policy: Policy, max_norm: float) -> float:
 
 
 def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole tensor) of the state dict, a tied lm_head included; all ranks walk it together.
+    """(name, whole tensor) of the model's state dict, a tied lm_head included, adapters merged into
+    their weights; all ranks walk it together.
 
     Each in memory of its own: vLLM keeps references until a fused weight is whole.
     """
-    for name, value in policy.hf.state_dict().items():
-        value = value.detach().to(dtype)  # cast the shard, then gather: half the bytes
-        whole = value.full_tensor() if isinstance(value, DTensor) else value.clone()
-        yield name, whole
+    state = policy.hf.state_dict()
+    for name, value in state.items():
+        layer, _, kind = name.rpartition(".")
+        pair = [state.get(f"{layer}.{adapter}") for adapter in ADAPTERS]
+        if kind == "weight" and pair[0] is not None:
+            parts = [_whole(part, part.dtype) for part in (value, *pair)]
+            yield name, merged(*parts).to(dtype)
+        elif kind not in ADAPTERS:
+            yield name, _whole(value, dtype)
+
+
+def _whole(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    value = value.detach()
+    if not isinstance(value, DTensor):
+        return value.to(dtype, copy=True)
+    # cast the shard, then gather: half the bytes; on the card, also where shards are on the host
+    return value.to(value.device_mesh.device_type, dtype).full_tensor()

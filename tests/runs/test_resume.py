@@ -137,10 +137,10 @@ def test_with_vllm_data_order_seeds_and_step_numbers_are_the_same(world, tmp_pat
 
 
 BOOKKEEPING = {"out_dir", "save_interval", "keep_last", "timeout_s", "wandb"}
-BOOKKEEPING |= {"tokens_per_microbatch", "checkpoint_activations", "shard_ranks"}
+BOOKKEEPING |= {"tokens_per_microbatch", "checkpoint_activations", "shard_ranks", "cpu_offload"}
 ENGINE = {"engine.memory_share", "engine.sleep"}
 FREE = {
-    sft: BOOKKEEPING | {"log_interval", "show", "cpu_offload"},
+    sft: BOOKKEEPING | {"log_interval", "show"},
     train_rrm: BOOKKEEPING | ENGINE | {"log_interval"},
     grpo_unified: BOOKKEEPING
     | ENGINE
