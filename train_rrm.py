@@ -46,15 +46,6 @@ from reagent.policy import (
     make_optimizer,
     make_policy,
 )
-from reagent.reward_model import (
-    annotation,
-    check_judged_row,
-    check_rrm_row,
-    check_weighted_row,
-    golds_of,
-    row_trajectory,
-    target_text,
-)
 from reagent.rows import JsonlRows, batch_indices, seed_of
 from reagent.run import Run
 from results.judging import judgment_report, report_table
@@ -71,18 +62,14 @@ class Config:
     eval_data: str = ""  # RRM rows for the report during and after training
     prompt_file: str = ""  # another system prompt; an empty file: no system turn
     request_file: str = ""  # another form of the request, with {question} and {trajectory} in it
-    max_tokens_per_row: int = (
-        32_768  # sft: longer rows are skipped and counted, as are prompts beyond max_context
-    )
+    max_tokens_per_row: int = 32_768  # sft: longer rows (prompts: max_context) are left out
     # reward of a judgment
     closeness_weight: float = 0.45
     agreement_weight: float = 0.5
     critique_weight: float = 0.25
     leak_penalty: float = 0.5  # share of the reward that a leak costs
     max_judgment_tokens: int = 1400  # length bound: a judgment cut by it has a broken format
-    verdict_weight: float = (
-        1.0  # sft: weight of the tokens from the row's `verdict_at` on, a place in its text
-    )
+    verdict_weight: float = 1.0  # sft: of the tokens from `verdict_at` on, a place in its text
     # sampling
     judgments_per_step: int = 32  # rows a step
     group_size: int = 8  # G judgments of each
@@ -129,16 +116,17 @@ def judgment_reward(judgment, row: dict, cfg: Config) -> float:
     """Reward in [0, 1] of a judgment (None: broken), over the parts its row allows (see top)."""
     if judgment is None:
         return 0.0
-    (score, critique), transcript = annotation(row), row_trajectory(row)
+    score, critique = reward_model.annotation(row)
+    transcript = reward_model.row_trajectory(row)
     trail = names(row["question"] + "\n" + transcript)
     parts = [(cfg.critique_weight, critique_worth(judgment, critique, trail))]
     if score is not None:
         parts.append((cfg.closeness_weight, 1 - abs(judgment.score - score)))
     if row.get("correct") is not None:
         parts.append((cfg.agreement_weight, 1 - (judgment.score - row["correct"]) ** 2))
-    total = sum(weight for weight, _ in parts)
-    value = sum(weight * part for weight, part in parts) / (total or 1.0)
-    if leaks(judgment.critique, golds_of(row), row["question"], transcript):
+    total = sum(weight for weight, _ in parts) or 1.0
+    value = sum(weight * part for weight, part in parts) / total
+    if leaks(judgment.critique, reward_model.golds_of(row), row["question"], transcript):
         value *= 1 - cfg.leak_penalty
     return VALID + (1 - VALID) * value
 
@@ -177,28 +165,25 @@ def clipped_loss(logps, columns: dict, clip_low: float, clip_high: float) -> tor
 def judge_ids(chat: Chat, row: dict, cfg) -> list[int] | None:
     """Prompt ids of a row, its tool results shortened to fit; None where that is not enough."""
     prompt = reward_model.read_rrm_prompt(cfg.prompt_file, cfg.request_file)
-    room = (
-        cfg.max_context
-        - cfg.max_judgment_tokens
-        - len(reward_model.prompt_ids(chat, row["question"], "", prompt))
-    )
+
+    def ids(transcript: str) -> list[int]:
+        return reward_model.prompt_ids(chat, row["question"], transcript, prompt)
+
+    room = cfg.max_context - cfg.max_judgment_tokens - len(ids(""))
     text = reward_model.fit_trajectory(row["trajectory"], room, lambda t: len(chat.outside(t)))
-    if text is None:
-        return None
-    return reward_model.prompt_ids(chat, row["question"], text, prompt)
+    return None if text is None else ids(text)
 
 
 def sft_row(chat: Chat, row: dict, cfg) -> Sequence | None:
     """The token row of a judgment; None where it is too long."""
-    prompt, text = judge_ids(chat, row, cfg), chat.sampled(target_text(row))
+    prompt, written = judge_ids(chat, row, cfg), reward_model.target_text(row)
+    text = chat.sampled(written)
     target = [*chat.text(text), chat.closer_id]
     if prompt is None or len(prompt) + len(target) > cfg.max_tokens_per_row:
         return None
     plain = len(target)
-    if (
-        cfg.verdict_weight != 1.0
-    ):  # counted in the whole text, of which the template may open a part
-        cut = row["verdict_at"] - len(target_text(row)) + len(text)
+    if cfg.verdict_weight != 1.0:  # its place is one of the whole text; the template may open that
+        cut = row["verdict_at"] - len(written) + len(text)
         plain = len(chat.text(text[: max(cut, 0)]))
     weights = [1.0] * plain + [cfg.verdict_weight] * (len(target) - plain)
     return Sequence(prompt + target, [0] * len(prompt) + [1] * len(target), {"weight": weights})
@@ -221,9 +206,7 @@ def sft_batch(chat: Chat, rows: list[dict], cfg: Config) -> tuple[list[Sequence]
     return fitting, total, {"too_long": len(rows) - len(fitting)}
 
 
-def grpo_batch(
-    chat: Chat, rows: list[dict], sample, step: int, cfg: Config
-) -> tuple[list[Sequence], float, dict]:
+def grpo_batch(chat: Chat, rows: list[dict], sample, step: int, cfg: Config):
     """G judgments of each row -> (sequences, 1, metrics); `sample(prompts, seeds, temperature)`.
 
     N rows that fit, groups of G: rewards and advantages (N, G). A judgment weighs 1 / (judgments in
@@ -233,29 +216,22 @@ def grpo_batch(
     line: dict = {"too_long": len(rows) - len(pairs)}
     if not pairs:
         return [], 1.0, line
-    group = cfg.group_size
-    prompts = [prompt for _, prompt in pairs for _ in range(group)]
-    seeds = [seed_of(cfg.seed, step, i, "judge") for i in range(len(prompts))]
-    samples = sample(prompts, seeds, cfg.temperature)
+    judged = [pair for pair in pairs for _ in range(cfg.group_size)]  # N * G, groups in a row
+    seeds = [seed_of(cfg.seed, step, i, "judge") for i in range(len(judged))]
+    samples = sample([prompt for _, prompt in judged], seeds, cfg.temperature)
     judgments = [read_judgment(chat, each) for each in samples]
-    rewards = torch.zeros(len(pairs), group)  # (N, G)
-    for i, judgment in enumerate(judgments):
-        rewards[i // group, i % group] = judgment_reward(judgment, pairs[i // group][0], cfg)
-    advantages = group_advantages(rewards)  # (N, G)
-    counted = int((advantages != 0).any(1).sum()) * group
+    rewards = [judgment_reward(j, row, cfg) for j, (row, _) in zip(judgments, judged)]
+    advantages = group_advantages(torch.tensor(rewards).view(-1, cfg.group_size))  # (N, G)
+    counted = int((advantages != 0).any(1).sum()) * cfg.group_size
     sequences = []
-    for i, each in enumerate(samples):
-        advantage, n = advantages[i // group, i % group].item(), len(each.ids)
+    for (_, prompt), each, advantage in zip(judged, samples, advantages.flatten().tolist()):
         if advantage == 0.0:  # counted above, not computed
             continue
-        columns = {
-            "advantage": [advantage] * n,
-            "weight": [1 / (counted * n)] * n,
-            "sampler_logps": each.logps,
-        }
-        mask = [0] * len(prompts[i]) + [1] * n
-        sequences.append(Sequence(prompts[i] + each.ids, mask, columns))
-    line["reward"] = rewards.mean().item()
+        n = len(each.ids)
+        columns = {"advantage": [advantage] * n, "weight": [1 / (counted * n)] * n}
+        columns["sampler_logps"] = each.logps
+        sequences.append(Sequence(prompt + each.ids, [0] * len(prompt) + [1] * n, columns))
+    line["reward"] = sum(rewards) / len(rewards)
     line["valid"] = sum(judgment is not None for judgment in judgments) / len(judgments)
     line["pools/dropped"] = 1 - counted / len(samples)
     return sequences, 1.0, line
@@ -272,18 +248,15 @@ def learning_rate(step: int, cfg) -> float:
     return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
-def update(
-    policy, optimizer, sequences: list[Sequence], total_weight: float, cfg: Config, run: Run
-) -> dict:
+def update(policy, optimizer, sequences: list, total_weight: float, cfg: Config, run: Run) -> dict:
     """One optimizer step; returns loss, grad_norm, dlogp/mean (grpo) and why it was skipped.
 
     sft: the weighted mean of -log p over the tokens; grpo: the clipped surrogate of `clipped_loss`.
     """
-    grpo = cfg.stage == "grpo"
-    columns = ("advantage", "weight", "sampler_logps") if grpo else ("weight",)
-    loss_sum, gap, compared, norm, skipped = 0.0, 0.0, 0, 0.0, ""
     if not sequences:
         return {"loss": 0.0, "grad_norm": 0.0, "skipped": ""}
+    grpo, loss_sum, gap, compared, skipped = cfg.stage == "grpo", 0.0, 0.0, 0, ""
+    columns = ("advantage", "weight", "sampler_logps") if grpo else ("weight",)
     for microbatch in balance(sequences, run.world, cfg.tokens_per_microbatch)[run.rank]:
         batch = collate(microbatch, columns, run.device)
         logps, _ = policy(batch, cfg.temperature if grpo else 1.0)
@@ -299,10 +272,8 @@ def update(
     norm = clip_gradients(policy, cfg.max_grad_norm)
     dlogp = gap / max(compared, 1)
     if not math.isfinite(norm + loss_sum) or dlogp > cfg.max_dlogp:
-        skipped = (
-            f"loss {loss_sum}, gradient norm {norm}, mean |dlogp| {dlogp:.4g} "
-            f"(max_dlogp = {cfg.max_dlogp})"
-        )
+        skipped = f"loss {loss_sum}, gradient norm {norm}, mean |dlogp| {dlogp:.4g}"
+        skipped += f" (max_dlogp = {cfg.max_dlogp})"
     else:
         optimizer.step()
     optimizer.zero_grad()
@@ -310,12 +281,9 @@ def update(
     return line | ({"dlogp/mean": dlogp} if grpo else {})
 
 
-BOUNDS = (
-    "judgments_per_step>0 group_size>1 temperature>0 max_judgment_tokens>0 max_context>0 "
-    "max_tokens_per_row>0 tokens_per_microbatch>0 max_grad_norm>0 log_interval>0 eval_interval>0 "
-    "save_interval>0 timeout_s>0 engine.tensor_parallel>0 engine.memory_share<=1 "
-    "leak_penalty<=1"
-)
+BOUNDS = """judgments_per_step>0 group_size>1 temperature>0 max_judgment_tokens>0 max_context>0
+max_tokens_per_row>0 tokens_per_microbatch>0 max_grad_norm>0 log_interval>0 eval_interval>0
+save_interval>0 timeout_s>0 engine.tensor_parallel>0 engine.memory_share<=1 leak_penalty<=1"""
 
 
 def main(cfg: Config) -> None:
@@ -323,11 +291,12 @@ def main(cfg: Config) -> None:
     check_numbers(cfg, BOUNDS)
     check_choices(cfg, stage="sft grpo")
     reward_model.read_rrm_prompt(cfg.prompt_file, cfg.request_file)  # before any work
-    check = check_rrm_row
+    check = reward_model.check_rrm_row
+    eval_rows = list(JsonlRows(cfg.eval_data, check)) if cfg.eval_data else []
     if cfg.stage == "sft":
-        check = check_judged_row if cfg.verdict_weight == 1.0 else check_weighted_row
+        check = reward_model.check_judged_row
+        check = check if cfg.verdict_weight == 1.0 else reward_model.check_weighted_row
     rows = JsonlRows(cfg.data, check)
-    eval_rows = list(JsonlRows(cfg.eval_data, check_rrm_row)) if cfg.eval_data else []
     chat = load_chat(cfg.model, tools=False)
 
     # ---------------------------------------------------------------- processes, policy, optimizer
@@ -363,9 +332,8 @@ def main(cfg: Config) -> None:
         prompts = [judge_ids(chat, row, cfg) for row in eval_rows]
         fitting = [i for i, prompt in enumerate(prompts) if prompt]
         seeds = [seed_of(cfg.seed, "eval", i) for i in fitting]
-        samples = sample(
-            [prompts[i] for i in fitting], seeds, reward_model.RewardModelConfig.temperature
-        )
+        temperature = reward_model.RewardModelConfig.temperature  # as at work
+        samples = sample([prompts[i] for i in fitting], seeds, temperature)
         judgments = [read_judgment(chat, each) for each in samples]
         lengths = [len(each.ids) for each in samples]
         figures = judgment_report(judgments, [eval_rows[i] for i in fitting], lengths)
@@ -376,10 +344,8 @@ def main(cfg: Config) -> None:
     start = run.resume(policy, optimizer)
     if cfg.stage == "grpo":
         sync()  # also at the start: an engine that slept has no weights
-    run.begin(
-        f"{cfg.stage}: {len(rows)} judged trajectories, {cfg.judgments_per_step} a step, from step "
-        f"{start} of {cfg.steps}"
-    )
+    what = f"{cfg.stage}: {len(rows)} judged trajectories, {cfg.judgments_per_step} a step"
+    run.begin(f"{what}, from step {start} of {cfg.steps}")
 
     # ---------------------------------------------------------------- loop
     for step in run.steps(start):

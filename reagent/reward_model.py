@@ -18,6 +18,7 @@ from toolkit.text import capped, spoken
 
 LEAST_ROOM = 64  # tokens: less holds no question with a trajectory
 CHECK_S = 2.0  # seconds that a server may be away when a run starts
+CUT = ("length", "content_filter", "abort")  # a reply that did not come to its end
 
 RRM_PROMPT = (
     "You review the work of an agent that answers questions with tools. Judge how it worked: the "
@@ -63,9 +64,8 @@ class RewardModelConfig:
     def check(self, timeout_s: float) -> None:
         """A chain waits for two judgments while the other ranks wait for it."""
         if self.served and 2 * self.seconds > timeout_s:
-            most = f"timeout_s = {timeout_s:g}, so at most {timeout_s / 2:g}"
-            what = f"rrm.seconds = {self.seconds:g}: two judgments of a chain must fit"
-            raise SystemExit(f"{what} {most}")
+            what = f"rrm.seconds = {self.seconds:g}: two judgments of a chain must fit timeout_s"
+            raise SystemExit(f"{what} = {timeout_s:g}, so at most {timeout_s / 2:g}")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,6 @@ def read_rrm_prompt(prompt_file: str, request_file: str) -> RRMPrompt:
 
 OURS = RRMPrompt()
 
-
 # --------------------------------------------------------------------------------------------------
 # reading a judgment
 
@@ -114,16 +113,13 @@ def parse_judgment(text: str) -> Judgment | None:
 
     Critique and score are read after the last </think>, so a score inside the analysis never wins.
     """
-    if len(text) > 100_000:
-        return None
     head, closer, rest = text.rpartition("</think>")
-    head = head.strip()
-    match = _BLOCKS.fullmatch(rest)
-    if not closer or not head.startswith("<think>") or not match:
+    before, _, think = head.partition("<think>")
+    match = _BLOCKS.fullmatch(rest) if closer and not before.strip() else None
+    if match is None or len(text) > 100_000:
         return None
-    think, critique = head[len("<think>") :].strip(), match[1].strip()
-    tags = re.search("</?think>", think) or _TAG.search(critique)
-    if tags or not think or not critique:
+    think, critique = think.strip(), match[1].strip()
+    if re.search("</?think>", think) or _TAG.search(critique) or not think or not critique:
         return None
     return Judgment(think, critique, float(match[2]))
 
@@ -183,38 +179,34 @@ def row_trajectory(row: dict) -> str:
     return trajectory_text(row["trajectory"])
 
 
+_TEXT, _BOOL = (str, "a text"), (bool, "true or false")
+_SCORE_FORM, _ANSWER_FORM = "a number from 0 to 1", "a text, a number or a list of these"
+_FIELDS = {"score": ((int, float), _SCORE_FORM), "correct": _BOOL, "grounded": _BOOL}
+_FIELDS |= {"answer": ((str, int, float, list), _ANSWER_FORM)}
+_FIELDS |= {"think": _TEXT, "critique": _TEXT, "judgment": _TEXT}
+
+
 def check_rrm_row(row: dict) -> str | None:
+    """What is wrong with an RRM row (docs/records), or None; so for the checks below."""
     question, trajectory = row.get("question"), row.get("trajectory")
     if not isinstance(question, str) or not isinstance(trajectory, (str, list)) or not trajectory:
         return f"an RRM row needs 'question' and 'trajectory'; found the keys {sorted(row)}"
     try:
-        plain_turns(row["trajectory"])
+        plain_turns(trajectory)
     except ValueError as error:
         return str(error)
     if row.get("score") is None and row.get("correct") is None and "judgment" not in row:
         return "an RRM row needs 'score', 'correct' or both"
-    for key, kinds, form in _FIELDS:
+    for key, (kinds, form) in _FIELDS.items():
         value = row.get(key)
-        if value is not None and not isinstance(value, kinds):
+        fits = value is None or isinstance(value, kinds)
+        if key == "answer" and isinstance(value, list):
+            fits = all(type(each) in (str, int, float) for each in value)
+        if key == "score" and fits and value is not None:
+            fits = not isinstance(value, bool) and 0 <= value <= 1
+        if not fits:
             return f"{key!r} is {value!r}: {form}"
-    answers = row["answer"] if isinstance(row.get("answer"), list) else []
-    if not all(type(each) in (str, int, float) for each in answers):
-        return f"'answer' is {answers!r}: a text, a number or a list of these"
-    score = row.get("score")
-    if score is not None and (isinstance(score, bool) or not 0 <= score <= 1):
-        return f"'score' is {score!r}: a number from 0 to 1"
     return None
-
-
-_FIELDS = (
-    ("score", (int, float), "a number from 0 to 1"),
-    ("correct", bool, "true or false"),
-    ("grounded", bool, "true or false"),
-    ("answer", (str, int, float, list), "a text, a number or a list of these"),
-    ("think", str, "a text"),
-    ("critique", str, "a text"),
-    ("judgment", str, "a text"),
-)
 
 
 def target_text(row: dict) -> str:
@@ -228,8 +220,7 @@ def target_text(row: dict) -> str:
 def check_judged_row(row: dict) -> str | None:
     """What SFT needs beyond check_rrm_row: a judgment to learn."""
     wanted = () if "judgment" in row else ("think", "critique", "score")
-    missing = [key for key in wanted if row.get(key) is None]
-    if missing:
+    if missing := [key for key in wanted if row.get(key) is None]:
         return f"SFT needs {', '.join(map(repr, missing))}; found the keys {sorted(row)}"
     problem = check_rrm_row(row)
     return problem or (None if parse_judgment(target_text(row)) else "the judgment is not valid")
@@ -237,8 +228,7 @@ def check_judged_row(row: dict) -> str | None:
 
 def check_weighted_row(row: dict) -> str | None:
     """What weighting the verdict needs beyond check_judged_row: where in its text it begins."""
-    at = row.get("verdict_at")
-    problem = check_judged_row(row)
+    at, problem = row.get("verdict_at"), check_judged_row(row)
     if not problem and (not isinstance(at, int) or not 0 <= at < len(target_text(row))):
         return f"'verdict_at' is {at!r}: the place in the judgment's text where its verdict begins"
     return problem
@@ -279,15 +269,13 @@ class RewardModel:
 
     async def judge(self, question: str, trajectory, key: tuple) -> tuple[Judgment | None, int]:
         """(the judgment or None, how many replies could not be read)."""
-        self.asked += 1
-        self.pending += 1
+        self.asked, self.pending = self.asked + 1, self.pending + 1
         try:
             judgment, unread = await self._judge(question, trajectory, key)
         finally:
             self.pending -= 1
             self._settle()
-        self.failed += judgment is None
-        self.unread += unread
+        self.failed, self.unread = self.failed + (judgment is None), self.unread + unread
         return judgment, unread
 
     async def _judge(self, question, trajectory, key) -> tuple[Judgment | None, int]:
@@ -312,11 +300,12 @@ class RewardModel:
                 return None, unread
             self.answered = True
             self._settle()
-            judgment = read_judgment(choice["message"]) if _ended(choice) else None
-            if judgment:
+            message, ended = choice["message"], choice.get("finish_reason")
+            # one that was cut may have gone on with another score
+            if ended not in CUT and (judgment := read_judgment(message)):
                 return judgment, unread
-            said = "".join(spoken(choice["message"]))[-200:]
-            self._note(f"no judgment in a reply ({choice.get('finish_reason')}) that ends {said!r}")
+            said = "".join(spoken(message))[-200:]
+            self._note(f"no judgment in a reply ({ended}) that ends {said!r}")
         return None, self.tries
 
     async def _was_answered(self) -> bool:
@@ -337,18 +326,15 @@ class RewardModel:
         self.problem = self.problem or problem
 
 
-def _ended(choice: dict) -> bool:
-    """Whether a reply came to its end: one that was cut may have gone on with another score."""
-    return choice.get("finish_reason") not in ("length", "content_filter", "abort")
-
+# --------------------------------------------------------------------------------------------------
+# trajectories
 
 # the start of a line of a turn that could be taken for the head of another turn, by a reader who
 # sees no difference between line ends, cases, spaces and brackets: brackets around a role, or
 # around a few words that have the line to themselves
 _ENDS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
-_ROLES = (
-    "system|developer|user|human|assistant|agent|model|ai|tool|function|observation|environment"
-)
+_ROLES = "system|developer|user|human|assistant|agent|model|ai|tool|function|observation"
+_ROLES += "|environment"
 _HEADER = re.compile(
     rf"(\A|[{_ENDS}])([^\w{_ENDS}\[\uff3b\u3010\\]*)(\\*[\[\uff3b\u3010]"
     rf"(?=[\W_]{{0,20}}(?:{_ROLES})"
@@ -379,11 +365,10 @@ def trajectory_text(trajectory: str | list[dict], cap: int | None = None) -> str
     of more than `cap` characters are cut in their middle."""
     parts = []
     for turn in plain_turns(trajectory):
-        text = turn["content"]
-        if turn["role"] == "tool" and cap is not None:
+        role, text = turn["role"], turn["content"]
+        if role == "tool" and cap is not None:
             text = capped(text, cap)
-        head = f"[{turn['role']}]\n" if turn["role"] else ""
-        parts.append(head + (_HEADER.sub(r"\1\2\\\3", text) if head else text))
+        parts.append(f"[{role}]\n" + _HEADER.sub(r"\1\2\\\3", text) if role else text)
     return "\n".join(parts)
 
 
@@ -398,6 +383,10 @@ def fit_trajectory(trajectory: str | list, room: int, size: Callable[[str], int]
             return None
         text = trajectory_text(trajectory, cap)
     return text
+
+
+# --------------------------------------------------------------------------------------------------
+# where one runs: a script, this process, servers
 
 
 def scripted_rrm(path: str, seconds: float) -> RewardModel:
@@ -418,28 +407,24 @@ def scripted_rrm(path: str, seconds: float) -> RewardModel:
     return RewardModel(ask, seconds=seconds, name=path)
 
 
-def rrm_in_process(
-    config: RewardModelConfig, engine: EngineConfig, prompt: RRMPrompt
-) -> RewardModel:
+def rrm_in_process(config: RewardModelConfig, engine: EngineConfig, prompt: RRMPrompt):
     """The reward model of a folder, on an engine of its own in this process."""
     from reagent.policy import load_chat
 
     if not Path(config.source).is_dir():
-        raise SystemExit(
-            f"no reward model in {config.source}: train one with train_rrm.py, or give a URL "
-            "(--rrm=http://…/v1) or a FILE.py with annotate(question, messages)"
-        )
+        cure = "train one with train_rrm.py, or give a URL (--rrm=http://…/v1) or a FILE.py with"
+        raise SystemExit(f"no reward model in {config.source}: {cure} annotate(question, messages)")
     chat = load_chat(config.source, tools=False)
-    share = config.memory_share
-    alone = replace(engine, sleep=False, tensor_parallel=1, memory_share=share)
-    own = make_engine(alone, config.source, chat.stop_ids, max_context=config.max_context)
+    alone = dict(sleep=False, tensor_parallel=1, memory_share=config.memory_share)
+    options = dict(max_context=config.max_context)
+    own = make_engine(replace(engine, **alone), config.source, chat.stop_ids, **options)
     return engine_rrm(own, chat, config, prompt)
 
 
 def engine_rrm(engine, chat, config: RewardModelConfig, prompt: RRMPrompt = OURS) -> RewardModel:
     """The client of a reward model behind an engine."""
-    most = config.max_tokens
-    options = dict(max_new_tokens=most, temperature=config.temperature, top_p=config.top_p)
+    options = dict(temperature=config.temperature, top_p=config.top_p)
+    options["max_new_tokens"] = config.max_tokens
 
     async def ask(question, trajectory, text, seed, seconds):
         ids = prompt_ids(chat, question, text, prompt)
@@ -447,7 +432,7 @@ def engine_rrm(engine, chat, config: RewardModelConfig, prompt: RRMPrompt = OURS
         said = chat.opened + chat.decode([i for i in sample.ids if i != chat.closer_id])
         return {"message": {"content": said}, "finish_reason": sample.finish_reason}
 
-    room = config.max_context - len(prompt_ids(chat, "", "", prompt)) - most
+    room = config.max_context - config.max_tokens - len(prompt_ids(chat, "", "", prompt))
     name = config.source
     rrm = RewardModel(ask, size=lambda text: len(chat.outside(text)), room=room, name=name)
     rrm.engine = engine
@@ -463,13 +448,11 @@ def served_rrm(
 ) -> RewardModel:
     """The client of OpenAI-compatible servers (key: RRM_API_KEY), asked here what they serve.
     `broken` breaks the control strings of a text."""
-    cards = {}
+    cards, within = {}, dict(request_s=30.0, patience_s=CHECK_S)
     for url in config.source.split(","):
         endpoint = endpoint_of(url, "RRM_API_KEY", config.in_flight)
-        within = dict(request_s=30.0, patience_s=CHECK_S)
-        listed = named_model(endpoint, config.model, "--rrm.model", **within)
         try:
-            cards[endpoint] = now(listed)
+            cards[endpoint] = now(named_model(endpoint, config.model, "--rrm.model", **within))
         except (Unavailable, Refused) as problem:
             hint = "start one with `vllm serve <RRM folder> --port …`"
             raise SystemExit(f"no reward model answers at {url} ({problem}): {hint}") from problem
@@ -487,16 +470,14 @@ def served_rrm(
         wait = dict(seconds=seconds, request_s=seconds, patience_s=seconds)
         return await insist(list(cards), once, **wait)
 
-    overhead = len((prompt.system + prompt.request).encode()) // 3 + config.max_tokens
+    def size(text: str) -> int:  # no tokenizer is at hand: three bytes are a token, or nearly so
+        return len(text.encode()) // 3
+
     held = [card.get("max_model_len") for card in cards.values()]
-    return RewardModel(
-        ask,
-        # no tokenizer is at hand: three bytes are at most a token, or nearly so
-        size=lambda text: len(text.encode()) // 3,
-        room=min([config.max_context, *(n for n in held if isinstance(n, int))]) - overhead,
-        seconds=config.seconds,
-        name=", ".join(sorted({served_name(card) for card in cards.values()})),
-    )
+    room = min([config.max_context, *(n for n in held if isinstance(n, int))]) - config.max_tokens
+    room -= size(prompt.system + prompt.request)
+    name = ", ".join(sorted(set(map(served_name, cards.values()))))
+    return RewardModel(ask, size=size, room=room, seconds=config.seconds, name=name)
 
 
 def open_rrm(config: RewardModelConfig, chat, *, engine: EngineConfig) -> RewardModel:
