@@ -6,14 +6,15 @@ count, numbers are equal by value.
 
 import re
 import unicodedata
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
 
 # --------------------------------------------------------------------------------------------------
 # a text as pieces: words, numbers by value, signs; a sign of a script without spaces is a piece
 
+SPACED, APART, GLUED = "\x01\x02\x03"  # behind white space, another mark, nothing (km in 5km)
+_MARK = f"[{SPACED}-{GLUED}]"
+_END = rf"(?={_MARK}|\Z)"
 _LOOK_ALIKE = str.maketrans("асеорхуіјѕԛԝһοøłđðı−–—‐‑⁄∕’", "aceopxyijsqwhoolddi-----//'", "\u00ad")
 _REWRITES = [  # in this order
     (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "),
@@ -35,79 +36,49 @@ _PIECE = re.compile(
     rf"|(?P<alone>[{_ALONE}])|(?P<word>[^\W_{_ALONE}]+)"
     rf"|(?P<sign>[{_SIGNS}+=<>^√]|(?<![\w)])-(?=[.\d])|(?<=\d)/|/(?=\d))"
 )
-_TRIVIAL = {"yes", "no", "true", "false", "none"}
+# a, an, the; not an a between single letters, which may be one of a spaced word
+_ARTICLE = re.compile(rf"{_MARK}(?:an|the){_END}|(?<!{_MARK}.){_MARK}a{_END}(?!{_MARK}.{_END})")
+_SIGN = re.compile(rf"{_MARK}[-{_SIGNS}]{_END}")
+_TRIVIAL = re.compile(rf"(?:{_MARK}(?:.|\d{{1,3}}|yes|no|true|false|none))?")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """`spaced`: after white space; `glued`: after nothing, on a word or number, as km in 5km."""
-
-    text: str
-    kind: str
-    spaced: bool
-    glued: bool
-
-
-def pieces(text: str) -> list[Piece]:
-    """The pieces of a text, without articles."""
+def pieces(text: str) -> str:
+    """The pieces of a text without articles, each behind the mark of what stands before it."""
     for pattern, new in _REWRITES:
         text = re.sub(pattern, new, text)
-    text = "".join(c for c in unicodedata.normalize("NFKC", text) if not _invisible(c))
-    text = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFD", text.casefold()))
-    text = unicodedata.normalize("NFC", text).translate(_LOOK_ALIKE)
+    text = unicodedata.normalize("NFKC", text)
+    text = "".join(c for c in text if c in "\t\n\r" or unicodedata.category(c) not in "Cf Cc")
+    text = unicodedata.normalize("NFD", text.casefold())
+    text = unicodedata.normalize("NFC", re.sub("[\u0300-\u036f]", "", text)).translate(_LOOK_ALIKE)
     for pattern, new in _LATEX:
         text = re.sub(pattern, new, text)
-    found, end = [], 0
+    found, end, before = "", 0, "sign"
     for match in _PIECE.finditer(text):
-        kind, between = match.lastgroup, text[end : match.start()]
-        plain = found and kind != "sign" and found[-1].kind != "sign"
-        spaced = bool(plain and re.search(r"\s", between))
-        glued = bool(plain and not between and {kind, found[-1].kind} <= {"word", "number"})
-        value = _value(match[0]) if kind == "number" else match[0]
-        found.append(Piece(value, kind, spaced, glued))
-        end = match.end()
-    return [p for i, p in enumerate(found) if not _article(found, i)]
-
-
-def _invisible(c: str) -> bool:
-    return unicodedata.category(c) in ("Cf", "Cc") and c not in "\t\n\r"
-
-
-def _article(found: list[Piece], i: int) -> bool:
-    """a, an, the; not an a between single letters, which may be one of a spaced word."""
-    beside = found[max(i - 1, 0) : i] + found[i + 1 : i + 2]
-    alone = found[i].text == "a" and any(len(p.text) == 1 for p in beside)
-    return found[i].text in ("a", "an", "the") and not alone
+        kind, between, mark = match.lastgroup, text[end : match.start()], APART
+        if "sign" not in (kind, before) and re.search(r"\s", between):
+            mark = SPACED
+        elif not between and {kind, before} <= {"word", "number"}:
+            mark = GLUED
+        found += mark + (_value(match[0]) if kind == "number" else match[0])
+        end, before = match.end(), kind
+    return _ARTICLE.sub("", found)
 
 
 def _value(number: str) -> str:
     """1,234.0 as 1234, .5 and 2/4 as 1/2."""
-    parts = re.sub("[,' ]", "", number).split("/")
+    over, _, under = re.sub("[,' ]", "", number).partition("/")
     try:
-        value = Fraction(parts[0])
-        for part in parts[1:]:
-            value /= Fraction(part)
+        return str(Fraction(over) / Fraction(under or 1))
     except (ZeroDivisionError, ValueError):  # 1/0, and more digits than int reads
         return number
-    return str(value)
 
 
-def holds(text: list[Piece], sought: list[Piece]) -> bool:
-    """Whether `sought` stands in the text as whole words, also spelt (U.S.A.) or run together."""
-    target = "".join(p.text for p in sought)
-    breaks = set(accumulate((len(p.text) for p in sought), initial=0))
-    ends = {i for i in range(len(text) + 1) if i == len(text) or not text[i].glued}
-    for start in ends - {len(text)}:
-        joined, gaps, end = "", set(), start
-        while end < len(text) and len(joined) < len(target):
-            if end > start and text[end].spaced:
-                gaps.add(len(joined))
-            joined += text[end].text
-            if not target.startswith(joined):
-                break
-            end += 1
-        letters = all(len(piece.text) == 1 for piece in text[start:end])
-        if joined == target and end in ends and (gaps <= breaks or letters):
+def holds(text: str, sought: str) -> bool:
+    """Whether `sought` stands in the text (both in pieces) as whole words, also spelt with marks
+    between its letters (U.S.A., U S A) or run together."""
+    for inside in (f"{APART}?", _MARK):
+        words = (inside.join(map(re.escape, word)) for word in re.split(_MARK, sought)[1:])
+        if re.search(f"[{SPACED}{APART}]{f'{_MARK}?'.join(words)}(?!{GLUED}){_END}", text):
             return True
     return False
 
@@ -122,33 +93,21 @@ def leaks(critique: str, golds: list[str], question: str, trajectory: str) -> bo
     Exempt are yes and no, single letters (choices) and whole numbers below 1000, which a critique
     may well say; with a sign of their own ($12, 50%, C++) they count where that stands too.
     """
-    said = pieces(critique)
+    said, known = pieces(critique), question + "\n" + trajectory
     stated = [gold for gold in golds if _states(said, critique, gold)]
-    if not stated:
-        return False
-    known = question + "\n" + trajectory
-    read = pieces(known)
+    read = pieces(known) if stated else ""
     return any(not _states(read, known, gold) for gold in stated)
 
 
-def _states(found: list[Piece], text: str, gold: str) -> bool:
+def _states(read: str, text: str, gold: str) -> bool:
+    """Whether a text, `read` in pieces, states an answer."""
     sought = pieces(re.sub(r"^\s*\$(.*)\$\s*$", r"\1", gold, flags=re.S))
-    core = _without_signs(sought)
+    core = _SIGN.sub("", sought)
     if not sought:  # an emoji, ∞
         return not gold.isascii() and gold.strip() in text
-    if not _trivial(core):
-        return holds(_without_signs(found), core)
-    return len(core) < len(sought) and holds(found, sought)
-
-
-def _without_signs(text: list[Piece]) -> list[Piece]:
-    return [p for p in text if not (p.kind == "sign" and p.text in _SIGNS + "-")]
-
-
-def _trivial(core: list[Piece]) -> bool:
-    joined = "".join(piece.text for piece in core)
-    small = len(core) == 1 and joined.isdigit() and len(joined) < 4
-    return len(joined) < 2 or joined in _TRIVIAL or small
+    if not _TRIVIAL.fullmatch(core):
+        return holds(_SIGN.sub("", read), core)
+    return core != sought and holds(read, sought)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -164,7 +123,7 @@ _OTHER_NAME = re.compile(rf"\d[\d.,]*\d|(?=([{_ALONE}]{{4}}))")  # numbers, four
 
 def prose(text: str, most: int = 10_000) -> float:
     """What a text can be worth, 0 to 1: 1 from FEWEST_WORDS to `most` that do not repeat."""
-    words = [piece.text for piece in pieces(text)]
+    words = re.split(_MARK, pieces(text))[1:]
     triples = list(zip(words, words[1:], words[2:])) or words
     if not triples:
         return 0.0
@@ -195,6 +154,4 @@ def _other_names(text: str) -> set[str]:
 def name_agreement(critique: str, annotated: str | None, trail: frozenset[str]) -> float:
     """F1 of the names of the trail in two critiques; where the second has none: has the first?"""
     own, wanted = named(critique, trail), named(annotated or "", trail)
-    if not wanted:
-        return float(bool(own))
-    return 2 * len(own & wanted) / (len(own) + len(wanted))
+    return 2 * len(own & wanted) / (len(own) + len(wanted)) if wanted else float(bool(own))
