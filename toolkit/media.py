@@ -11,31 +11,20 @@ host only and no redirect is followed:
 import base64
 import io
 import os
-import re
 import shutil
-import struct
 import time
 import wave
 from collections.abc import Iterator
 from functools import partial
 
-from urllib3.filepost import encode_multipart_formdata
-
-from toolkit.files import opened, read, running
+from toolkit.files import in_child, opened, read, running
 from toolkit.sandbox import ToolError, ToolFault
-from toolkit.web import api, bearer
+from toolkit.web import asked, completion
 
 MOST_IMAGE_BYTES, MOST_PIXELS = 20 << 20, 50_000_000
 MOST_AUDIO_BYTES, MOST_AUDIO_SECONDS = 100 << 20, 7200
 PIECE_BYTES, PIECE_SECONDS = 24 << 20, 600  # of a recording in one request
 AUDIO_TYPES = {"mp3": "audio/mpeg", "m4a": "audio/mp4"}  # others are audio/KIND
-MP3_FRAME = re.compile(rb"\xff[\xe2\xe3\xea\xeb\xf2\xf3\xfa\xfb]")  # the start of one of layer III
-MPEG1_KBITS = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
-MPEG2_KBITS = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
-
-
-# --------------------------------------------------------------------------------------------------
-# what headers say
 
 
 def image_size(body: bytes) -> tuple[str, int, int]:
@@ -53,96 +42,6 @@ def image_size(body: bytes) -> tuple[str, int, int]:
     return ("jpeg" if kind == "mpo" else kind), *image.size
 
 
-def audio_length(body: bytes) -> tuple[str, float | None]:
-    """(type, seconds or None if it does not say) of a wav, mp3, flac, ogg or m4a; ToolError."""
-    if body[:4] == b"RIFF" and body[8:12] == b"WAVE":
-        kind, measure = "wav", _wav_seconds
-    elif body[4:8] == b"ftyp":
-        kind, measure = "m4a", _m4a_seconds
-    elif body[:3] == b"ID3" or MP3_FRAME.match(body):
-        kind, measure = "mp3", _mp3_seconds
-    elif body[:4] == b"fLaC":
-        kind, measure = "flac", _flac_seconds
-    elif body[:4] == b"OggS":
-        kind, measure = "ogg", _ogg_seconds
-    else:
-        raise ToolError("The file is not a wav, mp3, flac, ogg or m4a recording.")
-    try:
-        return kind, measure(body)
-    except (struct.error, IndexError, ZeroDivisionError):
-        return kind, None
-
-
-def _wav_seconds(body: bytes) -> float | None:
-    at, rate = 12, 0
-    while at + 8 <= len(body):
-        name, size = struct.unpack_from("<4sI", body, at)
-        if name == b"fmt ":
-            rate = struct.unpack_from("<I", body, at + 16)[0]
-        elif name == b"data":  # a stream may not know its size
-            return min(size, len(body) - at - 8) / rate
-        at += 8 + size + size % 2
-    return None
-
-
-def _flac_seconds(body: bytes) -> float | None:
-    # 20 bits of rate, 3 of channels, 5 of depth, 36 of samples
-    packed = int.from_bytes(body[18:26], "big")
-    return (packed & (1 << 36) - 1) / (packed >> 44) or None
-
-
-def _ogg_seconds(body: bytes) -> float | None:
-    last = body.rfind(b"OggS")
-    samples = struct.unpack_from("<q", body, last + 6)[0]
-    at = body.find(b"\x01vorbis", 0, 512)
-    rate = struct.unpack_from("<I", body, at + 12)[0] if at >= 0 else 48_000  # Opus: always that
-    return samples / rate
-
-
-def _m4a_seconds(body: bytes) -> float | None:
-    start, end = 0, len(body)
-    while start + 8 <= end:
-        size, name = struct.unpack_from(">I4s", body, start)
-        head = 16 if size == 1 else 8
-        if size == 1:
-            size = struct.unpack_from(">Q", body, start + 8)[0]
-        size = size or end - start
-        if name == b"mvhd":
-            wide = body[start + 8] == 1
-            at = start + (28 if wide else 20)
-            rate, length = struct.unpack_from(">IQ" if wide else ">II", body, at)
-            return length / rate
-        if name == b"moov":
-            end, start = min(end, start + size), start + head
-        else:
-            start += max(size, 8)
-    return None
-
-
-def _mp3_seconds(body: bytes) -> float | None:
-    tag = 0
-    if body[:3] == b"ID3":
-        for byte in body[6:10]:
-            tag = tag << 7 | byte & 0x7F
-        tag += 10
-    if not (frame := MP3_FRAME.search(body, tag)):
-        return None
-    at = frame.start()
-    version, second = body[at + 1] >> 3 & 3, body[at + 2]  # 3: MPEG 1, 2: MPEG 2, 0: MPEG 2.5
-    rate = (44100, 48000, 32000)[second >> 2 & 3] / {3: 1, 2: 2, 0: 4}.get(version, 0)
-    for mark in (b"Xing", b"Info"):  # a header that counts the frames
-        found = body.find(mark, at, at + 64)
-        if found >= 0 and body[found + 7] & 1:
-            frames = struct.unpack_from(">I", body, found + 8)[0]
-            return frames * (1152 if version == 3 else 576) / rate
-    kbits = (MPEG1_KBITS if version == 3 else MPEG2_KBITS)[second >> 4]
-    return (len(body) - at) / (kbits * 125)
-
-
-# --------------------------------------------------------------------------------------------------
-# endpoints
-
-
 def describe_image(files_dir: str, path: str, question: str, *, seconds: float) -> str:
     """The vision endpoint's answer to `question` about a png, jpeg, gif or webp in `files_dir`.
 
@@ -150,8 +49,7 @@ def describe_image(files_dir: str, path: str, question: str, *, seconds: float) 
     image, that has more than 20 MB or 50 million pixels, or that the endpoint does not take;
     ToolFault if the endpoint fails or is not set.
     """
-    deadline = time.monotonic() + seconds
-    with os.fdopen(opened(files_dir, _no_member(path), MOST_IMAGE_BYTES), "rb") as stream:
+    with _open(files_dir, path, MOST_IMAGE_BYTES) as stream:
         body = stream.read(MOST_IMAGE_BYTES)
     kind, width, height = image_size(body)
     if not 0 < width * height <= MOST_PIXELS:
@@ -159,15 +57,8 @@ def describe_image(files_dir: str, path: str, question: str, *, seconds: float) 
         raise ToolError(f"The image has {size}; up to {MOST_PIXELS:,} can be looked at.")
     url = f"data:image/{kind};base64,{base64.b64encode(body).decode()}"
     content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": url}}]
-    messages = [{"role": "user", "content": content}]
-    reply = asked("VISION", "/chat/completions", {"messages": messages}, deadline)
-    try:
-        text = reply["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        text = None
-    if not isinstance(text, str) or not text.strip():
-        raise ToolFault(f"the vision endpoint answers without a text: {str(reply)[:200]}")
-    return text
+    reply = asked("vision", {"messages": [{"role": "user", "content": content}]}, seconds)
+    return completion("vision", reply)
 
 
 def transcribe_audio(files_dir: str, path: str, *, seconds: float) -> str:
@@ -179,45 +70,46 @@ def transcribe_audio(files_dir: str, path: str, *, seconds: float) -> str:
     recording needs an ffmpeg that is not there.
     """
     deadline = time.monotonic() + seconds
-    fd = opened(files_dir, _no_member(path), MOST_AUDIO_BYTES)
-    with os.fdopen(fd, "rb") as stream:
+    with _open(files_dir, path, MOST_AUDIO_BYTES) as stream:
+        found = in_child(stream.fileno(), {"do": "audio"}, seconds)
+        kind, length = found["kind"], found["seconds"] or 0.0
+        stream.seek(0)
         body = stream.read(MOST_AUDIO_BYTES)
-        kind, length = audio_length(body)
-        if length and length > MOST_AUDIO_SECONDS:
+        if length > MOST_AUDIO_SECONDS:
             most = f"up to {MOST_AUDIO_SECONDS:,} can be listened to"
             raise ToolError(f"The recording lasts {length:,.0f} s; {most}.")
-        if len(body) <= PIECE_BYTES and (length or 0) <= PIECE_SECONDS:
+        if len(body) <= PIECE_BYTES and length <= PIECE_SECONDS:
             pieces = iter([(kind, body)])
         elif kind == "wav" and (sliced := _wav_pieces(body)):
             pieces = sliced
         else:
-            pieces = _ffmpeg_pieces(fd, kind, deadline)
+            pieces = _ffmpeg_pieces(stream.fileno(), kind, deadline)
         texts = []
         for kind, piece in pieces:
             # the name on our disk is nobody's business; the endpoint goes by its ending
             file = (f"recording.{kind}", piece, AUDIO_TYPES.get(kind, f"audio/{kind}"))
             form = {"file": file, "response_format": "json"}
-            reply = asked("SPEECH", "/audio/transcriptions", form, deadline)
+            reply = asked("speech", form, deadline - time.monotonic())
             if not isinstance(reply, dict) or not isinstance(reply.get("text"), str):
                 raise ToolFault(f"the speech endpoint answers without a text: {str(reply)[:200]}")
             texts.append(reply["text"].strip())
     return "\n".join(texts).strip() or "(no words were heard)"
 
 
-def _no_member(path: str) -> str:
+def _open(files_dir: str, path: str, most_bytes: int):
     if "::" in path:
         raise ToolError("Images and recordings inside archives cannot be read.")
-    return path
+    return os.fdopen(opened(files_dir, path, most_bytes), "rb")
 
 
 def _wav_pieces(body: bytes) -> Iterator[tuple[str, bytes]] | None:
     """Cuts plain PCM; None for what the wave module does not read."""
     try:
         whole = wave.open(io.BytesIO(body))
-    except (wave.Error, EOFError):
+        frame = whole.getnchannels() * whole.getsampwidth()
+        frames = min(PIECE_SECONDS * whole.getframerate(), PIECE_BYTES // frame)
+    except (wave.Error, EOFError, ZeroDivisionError):
         return None
-    rate = whole.getframerate() * whole.getnchannels() * whole.getsampwidth()
-    frames = int(min(PIECE_SECONDS, PIECE_BYTES / rate) * whole.getframerate())
     pieces = iter(partial(whole.readframes, frames), b"")
     return (("wav", _as_wav(data, *whole.getparams()[:3])) for data in pieces)
 
@@ -246,20 +138,3 @@ def _ffmpeg_pieces(fd: int, kind: str, deadline: float) -> Iterator[tuple[str, b
         while data:
             yield "wav", _as_wav(data, 1, 2, 16_000)
             data = read(pipe, PIECE_SECONDS * 32_000, deadline)
-
-
-def asked(name: str, path: str, given: dict, deadline: float):
-    """The JSON that the endpoint of NAME_URL, NAME_MODEL and NAME_API_KEY answers, or ToolFault.
-
-    `given` goes as JSON, or as a form if it has a "file" (name, bytes, type).
-    """
-    url, model, key = (os.environ.get(f"{name}_{part}", "") for part in ("URL", "MODEL", "API_KEY"))
-    if not url.startswith(("http://", "https://")) or not model:
-        settings = f"set {name}_URL and {name}_MODEL (and {name}_API_KEY)"
-        raise ToolFault(f"no endpoint for this tool: {settings}")
-    body, headers = given | {"model": model}, bearer(key)
-    if "file" in body:
-        body, headers["Content-Type"] = encode_multipart_formdata(body)
-    url, what = url.rstrip("/") + path, f"the {name.lower()} endpoint"
-    left = deadline - time.monotonic()
-    return api("POST", url, headers=headers, body=body, seconds=left, what=what, share=1.0)

