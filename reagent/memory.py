@@ -14,83 +14,89 @@ DENSE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_val
 CURES = {
     "rollout": "lower engine.memory_share or rrm.memory_share, or serve the reward model elsewhere",
     "training": "lower tokens_per_microbatch, set checkpoint_activations or take more ranks",
-    "update": "take more ranks",
     "host": "take more memory or fewer ranks a host",
 }
 
 
-def model_sizes(config) -> tuple[int, int, int]:
-    """Parameters of a block, of an embedding table, and of the whole Llama-like model."""
+def widths(config) -> tuple[int, int, int, int]:
+    """Numbers of a token: hidden, inner of the MLP, queries, keys."""
     hidden, head = config.hidden_size, getattr(config, "head_dim", None)
     head = head or hidden // config.num_attention_heads
-    heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
-    block = hidden * (heads * head + 3 * config.intermediate_size)
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    return hidden, config.intermediate_size, queries, keys
+
+
+def model_sizes(config) -> tuple[int, int, int]:
+    """Parameters of a block, of an embedding table, and of the whole Llama-like model."""
+    hidden, inner, queries, keys = widths(config)
+    block = hidden * (2 * (queries + keys) + 3 * inner)
     table = config.vocab_size * hidden
     tables = table if config.tie_word_embeddings else 2 * table
     return block, table, config.num_hidden_layers * block + tables
 
 
-def step_parts(config, ranks: int, tokens: int, checkpoint_activations: bool, width: int) -> dict:
+def lora_size(config, rank: int) -> int:
+    """Parameters of the adapters: `rank` times inputs and outputs of seven layers in each block."""
+    hidden, inner, queries, keys = widths(config)
+    sides = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner)
+    return config.num_hidden_layers * rank * sides
+
+
+def step_parts(
+    config, *, ranks: int, tokens: int, checkpoint_activations: bool, width: int, lora_rank: int = 0
+) -> dict[str, float]:
     """Bytes that the forward and backward of a micro-batch add to what is resident, by part.
 
     tokens: all of them in the loss; width: bytes of a computed number (2: bf16 on a card, 4: fp32
     on a CPU). fp32 copies that norms make are counted where numbers are computed in bf16.
     """
     block, table, total = model_sizes(config)
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    (hidden, inner, queries, keys), layers = widths(config), config.num_hidden_layers
     # of a token in a block, what backward reads: of both norms input (fp32), normed and scaled; of
     # queries and keys before their norm (fp32), after it and after rotation; values; attention's
     # output; gate, its activation, up and their product
     saved = 4 * (2 * hidden + queries + keys) + width * (4 * hidden + 3 * (queries + keys))
-    saved += 4 * width * inner
+    saved += width * (4 * inner + 7 * lora_rank)
     kept = layers * width * hidden + saved if checkpoint_activations else layers * saved
     # two blocks and the tables whole, a block's gradient in fp32; one CPU rank has them anyway
-    gathered = width * (2 * block + total - layers * block) + 4 * block
+    trained = lora_size(config, lora_rank) or total
+    gathered = width * (2 * block + total - layers * block) + 4 * min(block, trained / layers)
     chunks = 3 * HEAD_CHUNK * config.vocab_size
     softmax = tokens * config.vocab_size if keeps_softmax(tokens, config.vocab_size) else 0
     return {
-        "gradients": 4 * total / ranks,
+        "gradients": 4 * trained / ranks,
         "gathered": 0 if ranks == 1 and width == 4 else gathered,
         "activations": tokens * (kept + 4 * width * hidden),
-        "head": 4 * (chunks + softmax + table),
+        "head": 4 * (chunks + softmax + (0 if lora_rank else table)),
     }
 
 
 def memory_plan(
     config,
     *,
-    ranks: int,
-    tokens: int,
-    checkpoint_activations: bool,
-    width: int,
     engine: float = 0.0,
     rrm: float = 0.0,
     sleep: bool = True,
     reference: bool = False,
     offload: bool = False,
+    **shape,
 ) -> dict[str, dict[str, float]]:
-    """phase of a step -> part -> bytes on the card of one of the `ranks` that share parameters.
+    """phase of a step -> part -> bytes on the card of one of the ranks that share parameters.
 
     engine, rrm: bytes that the policy's engine has in a rollout and with `sleep` only there, and
     that a reward model in this process has always. reference: a second policy, for forwards only.
-    offload: parameters, gradients and moments stay on the host.
+    offload: parameters, gradients and moments stay on the host. shape: what step_parts takes.
     """
-    total = model_sizes(config)[2]
-    resident = {} if offload else {"shards": 4 * total / ranks, "moments": 8 * total / ranks}
-    resident |= {"reward model": rrm, "reference": width * total / ranks if reference else 0}
+    parts, width, ranks = step_parts(config, **shape), shape["width"], shape["ranks"]
+    total, adapters = model_sizes(config)[2], lora_size(config, shape.get("lora_rank", 0))
+    weights = width * total + 4 * adapters if adapters else 4 * total
+    resident = {} if offload else {"shards": weights / ranks, "moments": 2 * parts["gradients"]}
+    second = reference and not adapters  # the base is the reference
+    resident |= {"reward model": rrm, "reference": width * total / ranks if second else 0}
     resident |= {"context": CONTEXT if width == 2 else 0}
-    awake = resident if sleep else resident | {"engine": engine}
-    parts = step_parts(config, ranks, tokens, checkpoint_activations, width)
-    if offload:
-        parts["gradients"] = 0
     plan = {"rollout": {"engine": engine} | resident} if engine else {}
-    plan["training"] = awake | parts
-    if width == 2 and not offload:  # Adam over all parameters at once makes a copy of their size
-        gradients = parts["gradients"]
-        plan["update"] = awake | {"gradients": gradients, "temporaries": gradients}
-    return plan
+    awake = resident if sleep else resident | {"engine": engine}
+    return plan | {"training": awake | parts | ({"gradients": 0} if offload else {})}
 
 
 def too_large(plan: dict, room: dict[str, float]) -> str:
@@ -120,8 +126,7 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None) -> None:
         return
     free, card = torch.cuda.mem_get_info() if cuda else (0, 0)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    ranks, offload = cfg.shard_ranks or run.world, getattr(cfg, "cpu_offload", False)
-    total = model_sizes(config)[2]
+    ranks, total = cfg.shard_ranks or run.world, model_sizes(config)[2]
     options = dict(tokens=max(cfg.tokens_per_microbatch, longest), width=2 if cuda else 4)
     if engine and cuda:
         weights = 2 * total / engine.tensor_parallel
@@ -133,9 +138,12 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None) -> None:
             raise SystemExit(f"{share} does not hold its weights, {weights / 1e9:.1f} GB: raise it")
     if rrm and cuda and Path(rrm.source).is_dir():
         options["rrm"] = rrm.memory_share * card
-    options |= dict(ranks=ranks, checkpoint_activations=cfg.checkpoint_activations, offload=offload)
+    options |= dict(ranks=ranks, checkpoint_activations=cfg.checkpoint_activations)
+    options |= dict(lora_rank=cfg.lora_rank, offload=cfg.cpu_offload)
     plan = memory_plan(config, reference=bool(getattr(cfg, "kl_coef", 0)), **options)
-    here = 16 * total / ranks * local if offload else 0
+    trained = lora_size(config, cfg.lora_rank)
+    here = 16 * trained + 2 * total if trained else 16 * total
+    here = here / ranks * local if cfg.cpu_offload else 0
     if not cuda:  # the ranks themselves are on the host
         here = local * max(sum(parts.values()) for parts in plan.values())
     plan["host"] = {"ranks": here, "rank 0 reads the model": 4 * total if run.rank < local else 0}

@@ -444,12 +444,16 @@ def _receive(unit: torch.nn.Module, device: torch.device) -> None:
 
 
 def make_optimizer(policy: Policy, *, lr: float, weight_decay: float, betas=(0.9, 0.999)):
-    """AdamW whose moments exist from the start: their memory is taken before the first rollout."""
+    """AdamW whose moments exist from the start: their memory is taken before the first rollout. On
+    a GPU it is fused: no copy of the parameters is made in a step."""
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=lr, betas=betas, weight_decay=weight_decay)
-    for parameter in weights:
-        moments = dict(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
-        optimizer.state[parameter] = dict(step=torch.tensor(0.0), **moments)
+    fused = weights[0].is_cuda
+    options = dict(lr=lr, betas=betas, weight_decay=weight_decay, fused=fused or None)
+    optimizer = torch.optim.AdamW(weights, **options)
+    for weight in weights:
+        step = torch.zeros((), device=weight.device if fused else "cpu")
+        moments = dict(exp_avg=torch.zeros_like(weight), exp_avg_sq=torch.zeros_like(weight))
+        optimizer.state[weight] = dict(step=step, **moments)
     return optimizer
 
 

@@ -10,11 +10,20 @@ import sys
 
 import pytest
 import torch
-from transformers import GPT2Config, Qwen3Config
+from transformers import GPT2Config, Qwen3Config, Qwen3ForCausalLM
 
 from reagent.config import parse_config
 from reagent.engines import EngineConfig
-from reagent.memory import CONTEXT, check_shares, memory_plan, plan_memory, too_large
+from reagent.lora import add_lora
+from reagent.memory import (
+    CONTEXT,
+    check_shares,
+    lora_size,
+    memory_plan,
+    model_sizes,
+    plan_memory,
+    too_large,
+)
 from reagent.reward_model import RewardModelConfig
 from reagent.run import init_distributed
 from tests.helpers.tiny import ROOT, load
@@ -58,8 +67,6 @@ print("peak", memory("VmHWM") - before + parameters)
 def test_the_plan_is_within_15_percent_of_the_measured_peak(
     tmp_path, what, layers, hidden, vocab, tokens, checkpoint_activations
 ):
-    from transformers import Qwen3ForCausalLM
-
     heads = dict(num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, head_dim=64)
     config = Qwen3Config(
         vocab_size=vocab,
@@ -109,6 +116,13 @@ QWEN3 = {
         intermediate_size=6144,
         num_hidden_layers=28,
         num_attention_heads=16,
+        tie_word_embeddings=True,
+    ),
+    "4b": dict(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
         tie_word_embeddings=True,
     ),
     "8b": dict(
@@ -172,11 +186,15 @@ class Ranks:
 @pytest.fixture
 def card(monkeypatch):
     """A machine with eight cards of 80 GB and 512 GB of memory, as the plan sees it."""
+    put_cards(monkeypatch, CARD, 8)
+
+
+def put_cards(monkeypatch, card: float, cards: int):
     sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 512e9 // 4096}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (CARD - 6e8, CARD))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (card - 6e8, card))
     monkeypatch.setattr("os.sysconf", sizes.get)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cards))
 
 
 def planned(monkeypatch, script, argv, size, world):
@@ -199,6 +217,47 @@ def test_every_recipe_fits_the_cards_that_it_names(path, card, monkeypatch, caps
     print(line)
     assert line.startswith("memory of a rank, GB: ") and line.count("\n") == 1
     assert all(word in line for word in ("training", "activations", "head", "host"))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "config").glob("*hotpotqa*.py")), ids=lambda path: path.stem
+)
+def test_a_recipe_of_one_card_fits_it_as_its_comment_says(path, monkeypatch, capsys):
+    _, size, card = path.stem.rsplit("_", 2)
+    put_cards(monkeypatch, {"80gb": CARD, "24gb": 25.3e9}[card], 1)
+    planned(monkeypatch, "grpo_unified.py", [str(path)], size, 1)
+    line = capsys.readouterr().out
+    totals = re.findall(r"(rollout|training) ([\d.]+) =", line)
+    comment = ", ".join(f"{phase} {total} GB" for phase, total in totals)
+    assert f"# Memory by plan: {comment}.\n" in path.read_text(), line
+
+
+@pytest.mark.parametrize("rank", [1, 32])
+def test_adapters_are_counted_as_they_are_made(rank):
+    config = Qwen3Config(hidden_size=32, intermediate_size=48, num_hidden_layers=3, vocab_size=64)
+    config.update(dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8))
+    with torch.device("meta"):
+        hf = Qwen3ForCausalLM(config)
+    add_lora(hf, rank)
+    made = sum(p.numel() for p in hf.parameters() if p.requires_grad)
+    assert lora_size(config, rank) == made > 0
+
+
+def test_lora_leaves_gradients_and_moments_of_the_adapters_only():
+    shape = dict(ranks=1, tokens=16_384, checkpoint_activations=True, width=2)
+    plan = memory_plan(qwen3("4b"), lora_rank=32, reference=True, **shape)["training"]
+    adapters = lora_size(qwen3("4b"), 32)
+    assert plan["gradients"] == 4 * adapters and plan["moments"] == 8 * adapters
+    assert plan["shards"] == 2 * model_sizes(qwen3("4b"))[2] + 4 * adapters
+    assert not plan["reference"]  # it is the base
+
+
+@pytest.mark.parametrize("script", ["sft.py", "train_rrm.py", "grpo_unified.py"])
+def test_the_host_of_a_run_with_offload_holds_what_the_card_does_not(
+    script, card, monkeypatch, capsys
+):
+    planned(monkeypatch, script, ["--cpu_offload"], "8b", 8)
+    assert "host 163.8 = ranks 131.0, rank 0 reads the model 32.8" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", ["sft.py", "train_rrm.py", "grpo_unified.py"])
