@@ -27,22 +27,25 @@ class JsonlRows:
         self.path, self.offsets = str(path), array("q")
         script = Path(path).with_name("prepare.py")
         hint = hint or (f"run python {script}" if script.is_file() else "")
+        hint = f": {hint}" if hint else ""
         if not Path(path).is_file():
-            raise SystemExit(f"no file {path}" + (f": {hint}" if hint else ""))
+            raise SystemExit(f"no file {path}{hint}")
         keys, offset = array("q"), 0  # of the ids: 8 bytes, however long they are
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.isspace():
-                    row = self._parse(line, number)
-                    problem = check(row) if check else None
-                    if problem:
-                        raise SystemExit(f"{path}:{number}: {problem}")
-                    keys.append(hash(repr(row["id"]) if unique and "id" in row else (number,)))
-                    self.offsets.append(offset)
-                offset += len(line)
+        for number, line in enumerate(self._lines(), 1):
+            if not line.isspace():
+                row = self._parse(line, number)
+                if problem := check(row) if check else None:
+                    raise SystemExit(f"{path}:{number}: {problem}")
+                keys.append(hash(repr(row["id"]) if unique and "id" in row else (number,)))
+                self.offsets.append(offset)
+            offset += len(line)
         if not self.offsets:
-            raise SystemExit(f"{path} is empty" + (f": {hint}" if hint else ""))
+            raise SystemExit(f"{path} is empty{hint}")
         self._check_unique(keys)
+
+    def _lines(self) -> Iterator[bytes]:
+        with open(self.path, "rb") as file:
+            yield from file
 
     def _parse(self, line: bytes, number: int) -> dict:
         try:
@@ -62,13 +65,9 @@ class JsonlRows:
         if len(firsts) < len(keys):
             again = int(np.setdiff1d(np.arange(len(keys)), firsts)[0])
             first = int(np.flatnonzero(keys == keys[again])[0])
-            where = f"{self.path}:{self._line(again)}: id {self[again]['id']!r}"
-            raise SystemExit(f"{where} stands in line {self._line(first)} too")
-
-    def _line(self, i: int) -> int:
-        with open(self.path, "rb") as file:
-            ends = (file.tell() for _ in iter(file.readline, b""))
-            return next(number for number, end in enumerate(ends, 1) if end > self.offsets[i])
+            numbers = [n for n, line in enumerate(self._lines(), 1) if not line.isspace()]
+            where = f"{self.path}:{numbers[again]}: id {self[again]['id']!r}"
+            raise SystemExit(f"{where} stands in line {numbers[first]} too")
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -81,14 +80,15 @@ class JsonlRows:
 
 def whole_rows(path: str | Path) -> Iterator[dict]:
     """The rows of a file that may be growing, none without it; a line without its end is none."""
-    if Path(path).is_file():
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+    if not Path(path).is_file():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
                 if line.endswith(b"\n"):
-                    try:
-                        yield json.loads(line)
-                    except ValueError as error:
-                        raise ValueError(f"{path}:{number}: not a JSON line ({error})") from error
+                    yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not a JSON line ({error})") from error
 
 
 def drop_cut_line(path: Path) -> None:
@@ -122,8 +122,7 @@ def check_rl_row(row: dict) -> str | None:
     """RL row: {"id", "question", "answer", "kind", "docs"?, "files"?, "meta"?} (README, records).
     Null docs or files are absent."""
     for key in ("id", "question", "answer"):
-        value = row.get(key)
-        if value is None or value == "" or value == []:
+        if row.get(key) in (None, "", []):
             return f"an RL row needs {key!r}; found the keys {sorted(row)}"
     if type(row["id"]) not in (str, int) or _SURROGATE.search(str(row["id"])):
         return f"'id' is a text or a whole number, not {row['id']!r:.80}"
@@ -132,12 +131,10 @@ def check_rl_row(row: dict) -> str | None:
         return "'question' is a text, 'answer' a text or a list of texts"
     if row.get("kind") not in ("math", "qa", "gaia", "choice"):
         return f"'kind' is {row.get('kind')!r}: math, qa, gaia or choice"
-    docs = [] if row.get("docs") is None else row["docs"]
-    if not isinstance(docs, list) or not all(
-        isinstance(d, dict) and _texts(d.get("title"), d.get("text")) for d in docs
-    ):
+    docs, files = ([] if row.get(key) is None else row[key] for key in ("docs", "files"))
+    whole = isinstance(docs, list) and all(isinstance(doc, dict) for doc in docs)
+    if not whole or not _texts(*(doc.get(key) for doc in docs for key in ("title", "text"))):
         return "'docs' is a list of {'title', 'text'}"
-    files = [] if row.get("files") is None else row["files"]
     if not isinstance(files, list) or not _texts(*files) or _SURROGATE.search("".join(files)):
         return "'files' is a list of paths"
     if not isinstance(row.get("meta") or {}, dict) or _deeper(row.get("meta"), MAX_DEPTH):
@@ -150,15 +147,12 @@ def _texts(*values) -> bool:
 
 
 def _deeper(value, depth: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value
-    if not isinstance(value, (dict, list)):
-        return False
-    return depth == 0 or any(_deeper(item, depth - 1) for item in inner)
+    inner = list(value.values()) if isinstance(value, dict) else value
+    return isinstance(inner, list) and (not depth or any(_deeper(x, depth - 1) for x in inner))
 
 
 # --------------------------------------------------------------------------------------------------
 # SFT rows, in the layouts that are in use
-
 
 _ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
 _ROLES |= dict.fromkeys(("observation", "function", "function_response"), "tool")
@@ -173,15 +167,14 @@ def sft_messages(row: dict) -> list[dict]:
     "content", "reasoning_content"?, "tool_calls"?, "trained"?}]. What is not understood is a
     ValueError. Nulls are absent: a parquet file gives every turn the keys of all others."""
     row = without_nulls(row)
-    for key in ("images", "videos", "audios"):
-        if row.get(key):
-            raise ValueError(f"{key!r}: only texts are trained on")
+    if other := [key for key in ("images", "videos", "audios") if row.get(key)]:
+        raise ValueError(f"{other[0]!r}: only texts are trained on")
     turns = row.get("messages", row.get("conversations"))
     if turns is None and "instruction" in row and "output" in row:
         question = row["instruction"] + ("\n" + row["input"] if row.get("input") else "")
-        turns = []
-        for asked, said in [*row.get("history", []), (question, row["output"])]:
-            turns += [dict(role="user", content=asked), dict(role="assistant", content=said)]
+        pairs = [*row.get("history", []), (question, row["output"])]
+        said = (turn for a, b in pairs for turn in (("user", a), ("assistant", b)))
+        turns = [dict(role=role, content=text) for role, text in said]
     if not isinstance(turns, list):
         known = "neither messages, conversations nor instruction/output"
         raise ValueError(f"{known}; found the keys {sorted(row)}")
@@ -189,14 +182,13 @@ def sft_messages(row: dict) -> list[dict]:
     messages: list[dict] = []
     for i, turn in enumerate(turns):
         try:
-            message = _message(turn)
+            message, role = _message(turn), turn.get("from", turn.get("role"))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"message {i}: cannot be read ({error})") from error
         if system and message["role"] == "system":
             raise ValueError(f"message {i}: a system turn beside 'system'")
-        called = turn.get("from", turn.get("role")) == "function_call"
-        last = messages[-1] if messages else {"role": ""}
-        if called and last["role"] == "assistant":  # what was said before the call
+        if role == "function_call" and messages and messages[-1]["role"] == "assistant":
+            last = messages[-1]  # what was said before the call
             last["content"] = "\n".join(filter(None, (last["content"], message["content"])))
             last["tool_calls"] += message["tool_calls"]
         else:
@@ -213,23 +205,24 @@ def _message(turn: dict) -> dict:
         if any(part.get("type", "text") != "text" for part in content):
             raise ValueError("a part of its content is no text")
         content = "".join(part["text"] for part in content)
-    calls = turn.get("tool_calls") or [turn[key] for key in ("function_call",) if turn.get(key)]
+    calls = turn.get("tool_calls") or list(filter(None, [turn.get("function_call")]))
     if role == "function_call":  # the turn is its calls, as JSON or raw, behind any thoughts
         role, raw = "assistant", "<tool_call>" in content
         head, closer, text = (content, "", "[]") if raw else content.rpartition("</think>")
         content, calls = head + closer, without_nulls(json.loads(text))
         calls = calls if isinstance(calls, list) else [calls]
-    message = {"role": _ROLES.get(role, role), "content": content}
-    if message["role"] != "assistant":
-        return message
+    role = _ROLES.get(role, role)
+    if role != "assistant":
+        return {"role": role, "content": content}
     thoughts = {turn[key] for key in _THOUGHTS if turn.get(key)}
     if len(thoughts) > 1 or content is None and not calls and not thoughts:
         raise ValueError("its reasoning stands there twice" if thoughts else "it holds nothing")
     marks = [turn[key] for key in _MARKS if key in turn]
     if any(mark not in (0, 1) for mark in marks):
         raise ValueError(f"whether it is trained is told by true or false, 1 or 0, not {marks}")
-    message["tool_calls"] = [{"arguments": {}, **call.get("function", call)} for call in calls]
-    return message | dict(reasoning_content="".join(thoughts), trained=all(marks))
+    calls = [{"arguments": {}, **call.get("function", call)} for call in calls]
+    message = dict(role=role, content=content, tool_calls=calls, trained=all(marks))
+    return message | {"reasoning_content": "".join(thoughts)}
 
 
 def sft_tools(row: dict) -> list[dict]:
