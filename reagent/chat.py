@@ -4,6 +4,8 @@ import json
 import re
 from dataclasses import replace
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 
 from reagent.calls import FORMATS, HERMES, Call, CallFormat, read_turn
 
@@ -36,7 +38,7 @@ def translated(text: str, form: CallFormat) -> str:
     for other in FORMATS:
         turn = read_turn(text, other)
         if turn.spans and not any(call.problem for call in turn.calls):
-            for (a, b), call in zip(reversed(turn.spans), reversed(turn.calls)):
+            for (a, b), call in zip(turn.spans[::-1], turn.calls[::-1]):
                 text = text[:a] + form.write(call.name, call.arguments) + text[b:]
             break
     return text
@@ -54,10 +56,8 @@ _KINDS = {"texts": {"type": "array", "items": {"type": "string"}}, "note": {"typ
 _PARAMETERS = {"type": "object", "properties": _KINDS, "required": ["texts"]}
 _PROBE = {"name": "probe_tool", "description": "A tool.", "parameters": _PARAMETERS}
 _PROBE_TOOLS = [{"type": "function", "function": _PROBE}]
-_PROBE_CALLS = [
-    Call(_PROBE["name"], {"texts": ['a "b"', "ü <c>"], "note": "d\ne"}),
-    Call(_PROBE["name"], {"texts": [], "note": "7"}),
-]
+_PROBE_CALLS = [Call("probe_tool", {"texts": ['a "b"', "ü <c>"], "note": "d\ne"})]
+_PROBE_CALLS += [Call("probe_tool", {"texts": [], "note": "7"})]
 _PROBE_RESULT = {"role": "tool", "content": "x", "tool_call_id": "probe0000"}
 _CURE = "give one that does with --chat_template=FILE"
 
@@ -82,12 +82,10 @@ class Chat:
         self._frame = lru_cache(maxsize=256)(self._render)
         self._inside = lru_cache(maxsize=1024)(lambda text: tuple(self._encode(text, split=False)))
         self._anchor, self._head = self._find_anchor()
-        self._control_ids, self._controls = set(), dict.fromkeys(_TAGS)
         # all_special_tokens lacks those without a name, such as <|im_start|>
-        for i, token in tokenizer.added_tokens_decoder.items():
-            if token.special or (str(token)[0], str(token)[-1]) == ("<", ">"):
-                self._control_ids.add(i)
-                self._controls[str(token)] = None
+        added = {i: (str(t), t.special) for i, t in tokenizer.added_tokens_decoder.items()}
+        added = {i: t for i, (t, special) in added.items() if special or t[0] + t[-1] == "<>"}
+        self._control_ids, self._controls = set(added), [*_TAGS, *added.values()]
         self.closer_id = self._find_closer()
         self.takes_system = self._takes_system()
         self.calls = self._find_calls() if tools else HERMES
@@ -118,8 +116,8 @@ class Chat:
 
     def _find_closer(self) -> int:
         """The control token that ends an assistant turn, whatever follows it or begins the turn."""
-        user = [{"role": "user", "content": "x"}]
-        closers = dict.fromkeys(tuple(self.fragment(turns)[:1]) for turns in ([], user))
+        turns = ([], [{"role": "user", "content": "x"}])
+        closers = dict.fromkeys(tuple(self.fragment(each)[:1]) for each in turns)
         shown = " or ".join(repr(self.decode(ids)) for ids in closers)
         if len(closers) > 1 or () in closers:
             self._refuse(f"has no token that ends an assistant turn: {shown} follows it")
@@ -135,10 +133,10 @@ class Chat:
     def _find_calls(self) -> CallFormat:
         """The format of the template's calls: a call and its result are rendered and read back."""
         roles = ("system", "user") if self.takes_system else ("user",)
-        if _PROBE["name"] not in "".join(self._frame(roles, json.dumps(_PROBE_TOOLS), True)):
+        if "probe_tool" not in "".join(self._frame(roles, json.dumps(_PROBE_TOOLS), True)):
             self._refuse(f"shows no tools: {_CURE}")
         text, result = self._turn_with(_PROBE_CALLS[:1])
-        if _PROBE["name"] not in text + result:
+        if "probe_tool" not in text + result:
             self._refuse(f"shows no tool calls: {_CURE}")
         for form in FORMATS:
             one = read_turn(text, form, _PROBE_TOOLS)
@@ -157,15 +155,14 @@ class Chat:
 
     def _turn_with(self, calls: list[Call]) -> tuple[str, str]:
         """What the template makes of a turn with calls, after its content, and of a result."""
-        user, said = ({"role": role, "content": _MARK.format(role)} for role in ("user", "said"))
-        said |= {"role": "assistant", "tool_calls": []}
-        for i, call in enumerate(calls):
-            function = dict(name=call.name, arguments=call.arguments)
-            said["tool_calls"].append(dict(type="function", id=f"probe{i:04}", function=function))
+        user, said = (dict(role=role, content=_MARK.format(role)) for role in ("user", "assistant"))
+        functions = (dict(name=call.name, arguments=call.arguments) for call in calls)
+        calls = [dict(id=f"probe{i:04}", function=each) for i, each in enumerate(functions)]
+        said["tool_calls"] = [dict(type="function") | call for call in calls]
         text = self._apply([user, said, _PROBE_RESULT], _PROBE_TOOLS, True)
         text = text.partition(user["content"])[2]
         after = text.partition(said["content"])[2]
-        if _PROBE["name"] not in after:  # some drop what is said, or put it behind
+        if "probe_tool" not in after:  # some drop what is said, or put it behind
             after = text.removeprefix(self._frame(("user", "assistant"), "[]", True)[1])
         turn, closer, result = after.partition(self.decode([self.closer_id]))
         return turn, closer + result
@@ -198,10 +195,9 @@ class Chat:
         text = self.broken(text)
         for _ in range(8):
             ids = self.text(text)
-            seen = self.decode(ids)
-            if self._control_ids.isdisjoint(ids) and not any(tag in seen for tag in _TAGS):
+            text = self.decode(ids)
+            if self._control_ids.isdisjoint(ids) and not any(tag in text for tag in _TAGS):
                 return ids
-            text = seen
             for control in self._controls:
                 text = text.replace(control, "?" + control[1:])
         raise ValueError(f"{self.name}: its tokenizer makes control tokens of {text[:80]!r}")
@@ -209,9 +205,8 @@ class Chat:
     def broken(self, text: str) -> str:
         """The text with a zero-width space in control strings, also for a judge behind a URL."""
         text = _utf8(text)
-        if any(control in text for control in self._controls):
-            for control in self._controls:
-                text = text.replace(control, control[0] + "\u200b" + control[1:])
+        for control in self._controls:
+            text = text.replace(control, control[0] + "\u200b" + control[1:])
         return text
 
     def decode(self, ids: list[int]) -> str:
@@ -247,47 +242,40 @@ class Chat:
 
         Where the template has no system turn, its text begins the first user turn.
         """
-        roles = _roles(messages, ("system", "user"))
-        contents = [
-            (self.text if role == "system" else self.outside)(message["content"])
-            for role, message in zip(roles, messages)
-        ]
+        roles, contents = _roles(messages, ("system", "user")), []
+        for message in messages:
+            encode = self.text if message["role"] == "system" else self.outside
+            contents.append(encode(message["content"]))
         if roles[:2] == ("system", "user") and not self.takes_system:
             contents[:2] = [contents[0] + self.text("\n\n") + contents[1]]
             roles = roles[1:]
-        first, *pieces = self._frame(roles, json.dumps(tools or []), True)
-        ids = list(self._inside(first))
-        for content, piece in zip(contents, pieces):
+        return self._joined(self._frame(roles, json.dumps(tools or []), True), contents)
+
+    def _joined(self, pieces: tuple[str, ...], contents: list[list[int]]) -> list[int]:
+        ids = list(self._inside(pieces[0]))
+        for content, piece in zip(contents, pieces[1:]):
             ids += [*content, *self._inside(piece)]
         return ids
 
     def fragment(self, messages: list[dict]) -> list[int]:
         """What follows an assistant turn: its closer, these turns, the start of the next one."""
         roles = _roles(messages, ("user", "tool"))
-        first, *pieces = self._frame(("user", "assistant", *roles), "[]", True)[2:]
-        ids = list(self._inside(first))
-        for message, piece in zip(messages, pieces):
-            ids += [*self.outside(message["content"]), *self._inside(piece)]
-        return ids
+        pieces = self._frame(("user", "assistant", *roles), "[]", True)[2:]
+        return self._joined(pieces, [self.outside(message["content"]) for message in messages])
 
     def check(self, messages: list[dict], tools: list[dict] | None = None) -> str | None:
         """check_messages, and whether the template renders turns in this order."""
-        problem = check_messages(messages)
-        if not problem:
-            blank = [dict(role=message["role"], content="") for message in messages]
-            try:
-                self.row(blank, tools)
-            except ValueError as error:
-                problem = str(error)
-        return problem
+        if problem := check_messages(messages):
+            return problem
+        try:
+            self.row([dict(role=message["role"], content="") for message in messages], tools)
+        except ValueError as error:
+            return str(error)
 
     def row(self, messages: list[dict], tools: list[dict] | None = None) -> tuple[list, list]:
         """An SFT row -> (ids, mask), as if the policy had sampled the assistant turns and closers.
-
-        Turns after the last assistant turn are left out: nothing in them is trained.
-        """
-        problem = check_messages(messages)
-        if problem:
+        Turns after the last assistant turn are left out: nothing in them is trained."""
+        if problem := check_messages(messages):
             raise ValueError(problem)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         ids = self.prompt(messages[: turns[0]], tools)
@@ -311,13 +299,11 @@ class Chat:
 
     def paint(self, ids: list[int], mask: list[int]) -> str:
         """The row as text for a terminal, trained tokens in green."""
-        parts, start = [], 0
-        for i in range(1, len(ids) + 1):
-            if i == len(ids) or mask[i] != mask[start]:
-                text = self.decode(ids[start:i])
-                parts.append(f"\033[32m{text}\033[0m" if mask[start] else text)
-                start = i
-        return "".join(parts)
+        painted = ""
+        for trained, pairs in groupby(zip(ids, mask), key=itemgetter(1)):
+            text = self.decode([i for i, _ in pairs])
+            painted += f"\033[32m{text}\033[0m" if trained else text
+        return painted
 
 
 def _roles(messages: list[dict], allowed: tuple[str, ...]) -> tuple[str, ...]:
@@ -333,21 +319,20 @@ def check_messages(messages) -> str | None:
     if not isinstance(messages, list) or not messages:
         return "'messages' is a list of turns"
     for i, message in enumerate(messages):
-        known = ("system", "user", "assistant", "tool")
-        if not isinstance(message, dict) or message.get("role") not in known:
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ("system", "user", "assistant", "tool"):
             return f"message {i}: the role is system, user, assistant or tool"
         content = message.get("content")
-        silent = content is None and message["role"] == "assistant"
-        if not silent and not isinstance(content, str):
+        if not isinstance(content, str) and (content is not None or role != "assistant"):
             return f"message {i}: 'content' is a text, not {type(content).__name__}"
         try:
             assistant_text(message)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             why = f"{type(error).__name__}: {error}"
             return f"message {i}: tool_calls or reasoning_content cannot be read ({why})"
-    roles = [m["role"] for m in messages]
     if not any(m["role"] == "assistant" and m.get("trained", True) for m in messages):
         return "no assistant turn to train on"
+    roles = [m["role"] for m in messages]
     first = roles.index("assistant")
     if not first or "tool" in roles[:first]:
         return "the first turns are system or user"
