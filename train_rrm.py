@@ -108,8 +108,7 @@ VALID = 0.1  # what the worst valid judgment earns: a broken format earns 0
 SHOWN = ("loss", "reward", "valid", "grad_norm", "dlogp/mean")
 SHOWN += ("eval/valid", "eval/mae", "eval/auc/grounded")
 
-# --------------------------------------------------------------------------------------------------
-# the reward of a judgment
+# ---------------------------------------------------------------- the reward of a judgment
 
 
 def judgment_reward(judgment, row: dict, cfg: Config) -> float:
@@ -137,8 +136,7 @@ def critique_worth(judgment, annotated: str | None, trail: frozenset[str]) -> fl
     return written * (1 + name_agreement(judgment.critique, annotated, trail)) / 2
 
 
-# --------------------------------------------------------------------------------------------------
-# GRPO on judgments: one stage, groups of G (grpo_unified.py has the pool of two stages)
+# ---------------------------------------------------------------- GRPO on judgments: groups of G
 
 
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -157,9 +155,6 @@ def clipped_loss(logps, columns: dict, clip_low: float, clip_high: float) -> tor
     plain = ratio * columns["advantage"]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * columns["advantage"]
     return -(columns["weight"] * torch.minimum(plain, clipped)).sum()
-
-
-# --------------------------------------------------------------------------------------------------
 
 
 def judge_ids(chat: Chat, row: dict, cfg) -> list[int] | None:
@@ -195,8 +190,7 @@ def read_judgment(chat: Chat, sample):
     return reward_model.parse_judgment(text) if sample.finish_reason == "stop" else None
 
 
-# --------------------------------------------------------------------------------------------------
-# the batches of the two stages
+# ---------------------------------------------------------------- the batches of the two stages
 
 
 def sft_batch(chat: Chat, rows: list[dict], cfg: Config) -> tuple[list[Sequence], float, dict]:
@@ -235,9 +229,6 @@ def grpo_batch(chat: Chat, rows: list[dict], sample, step: int, cfg: Config):
     line["valid"] = sum(judgment is not None for judgment in judgments) / len(judgments)
     line["pools/dropped"] = 1 - counted / len(samples)
     return sequences, 1.0, line
-
-
-# --------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, cfg) -> float:

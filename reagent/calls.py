@@ -35,8 +35,7 @@ class Turn:
     spans: list[tuple[int, int]]  # [a, b) of each call in the text
 
 
-# --------------------------------------------------------------------------------------------------
-# JSON as models write it
+# ---------------------------------------------------------------- JSON as models write it
 
 _STRING = r'"(?:[^"\\]|\\.)*+(?:"|\Z)'
 _JSON = re.compile(_STRING + r"|[\[{]|[\]}]|</?tool_call>", re.S)
@@ -100,8 +99,7 @@ def _finite(number: str) -> float:
     return float(number)
 
 
-# --------------------------------------------------------------------------------------------------
-# the two formats
+# ---------------------------------------------------------------- the two formats
 
 _CLOSER = re.compile(r"\s*(?:```\s*)?(</tool_call>)")
 _STOP = re.compile(r"</tool_call>|(?=<tool_call>)|\Z")
@@ -224,8 +222,7 @@ def parameter_kinds(tools: list[dict]) -> dict[str, dict]:
     return kinds
 
 
-# --------------------------------------------------------------------------------------------------
-# a turn
+# ---------------------------------------------------------------- a turn
 
 _MARK = re.compile(r"</?think>|<tool_call>")
 _BARE = re.compile(r"""\{\s*["']name["']\s*:|["'](?:arguments|parameters)["']\s*:|<function=""")

@@ -9,8 +9,7 @@ import unicodedata
 from fractions import Fraction
 from functools import lru_cache
 
-# --------------------------------------------------------------------------------------------------
-# a text as pieces: words, numbers by value, signs; a sign of a script without spaces is a piece
+# ---------------------------------------------------------------- a text as pieces
 
 SPACED, APART, GLUED = "\x01\x02\x03"  # behind white space, another mark, nothing (km in 5km)
 _MARK = f"[{SPACED}-{GLUED}]"
@@ -43,7 +42,8 @@ _TRIVIAL = re.compile(rf"(?:{_MARK}(?:.|\d{{1,3}}|yes|no|true|false|none))?")
 
 
 def pieces(text: str) -> str:
-    """The pieces of a text without articles, each behind the mark of what stands before it."""
+    """The pieces of a text without articles, each behind the mark of what stands before it: words,
+    numbers by value, signs; a sign of a script without spaces is one."""
     for pattern, new in _REWRITES:
         text = re.sub(pattern, new, text)
     text = unicodedata.normalize("NFKC", text)
@@ -83,8 +83,7 @@ def holds(text: str, sought: str) -> bool:
     return False
 
 
-# --------------------------------------------------------------------------------------------------
-# the answer
+# ---------------------------------------------------------------- the answer
 
 
 def leaks(critique: str, golds: list[str], question: str, trajectory: str) -> bool:
@@ -110,8 +109,7 @@ def _states(read: str, text: str, gold: str) -> bool:
     return core != sought and holds(read, sought)
 
 
-# --------------------------------------------------------------------------------------------------
-# length, repetition, names
+# ---------------------------------------------------------------- length, repetition, names
 
 FEWEST_WORDS = 5  # of an analysis or a critique; with fewer it is worth less, in proportion
 MOST_WORDS = 400  # of a critique, which the agent has to read

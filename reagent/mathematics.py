@@ -23,8 +23,7 @@ MOST_ITEMS = 50  # of a list that may stand in another order
 MOST_BITS = 20_000  # of an exact number: 2004! has 19,120
 
 
-# --------------------------------------------------------------------------------------------------
-# notation: one for LaTeX, Unicode and plain text. «…» are words.
+# ---------------------------------------------------------------- one notation
 
 _NAMES = "le leq leqslant ge geq geqslant ne neq lt gt infty infinity inf cup pm mp in cdot times"
 _NAMES += " approx ast div pi circ degree emptyset varnothing lvert rvert vert langle rangle lambda"
@@ -98,7 +97,7 @@ def _fraction(repeating: re.Match) -> str:
 
 
 def canonical(text: str) -> str:
-    """The answer in the one notation, spaces kept."""
+    """The answer in the one notation, spaces kept; «…» are words."""
     for _ in range(3):  # one style inside another
         text = STYLED.sub(_styled, text)
     text = unwrapped(_LEAD.sub("", unwrapped(text), count=1))
@@ -128,8 +127,7 @@ def _same_text(a: str, b: str) -> bool:
     return a == b != ""
 
 
-# --------------------------------------------------------------------------------------------------
-# form: (kind, ...) or a text, which is one value
+# ---------------------------------------------------------------- form
 
 AND, OR = r",?\s*(?<![A-Za-z])and(?![A-Za-z])", r",?\s*(?<![A-Za-z])or(?![A-Za-z])"
 SEPARATORS = f"{AND}|{OR}|[,;]"
@@ -156,7 +154,7 @@ def _split(text: str, at: str) -> list[str]:
 
 
 def _read(text: str) -> tuple | str:
-    """The form of an answer in the one notation."""
+    """The form of an answer in the one notation: (kind, ...) or a text, which is one value."""
     text = _BUILDER.sub(r"\2", re.sub(r"^[A-Za-z] *∈", "", text.strip())).strip()
     text = re.sub(r"^(\w)\s*≠(.*)", r"\1<\2 or \1>\2", text.replace("\\mathbb {R}", "(-∞,∞)"))
     if matrix := _MATRIX.fullmatch(text):
@@ -289,8 +287,7 @@ def _unordered(a: list, b: list) -> bool:
     return True
 
 
-# --------------------------------------------------------------------------------------------------
-# units
+# ---------------------------------------------------------------- units
 
 _UNITS = """cm centimeter centimetre|mm millimeter millimetre|m meter metre|km kilometer kilometre
 in inch inche|ft foot feet|yd yard|mi mile|kg kilogram|g gram|mg milligram|lb pound|oz ounce
@@ -336,8 +333,7 @@ def _same_value(a: str, b: str) -> bool:
     return _agree(x, y)
 
 
-# --------------------------------------------------------------------------------------------------
-# values: fractions where all is rational, else numbers of 500 digits
+# ---------------------------------------------------------------- values
 
 MP = MPContext()
 MP.dps = 500

@@ -92,8 +92,7 @@ def read_rrm_prompt(prompt_file: str, request_file: str) -> RRMPrompt:
 
 OURS = RRMPrompt()
 
-# --------------------------------------------------------------------------------------------------
-# reading a judgment
+# ---------------------------------------------------------------- reading a judgment
 
 
 @dataclass(frozen=True)
@@ -157,8 +156,7 @@ def _blocks(name: str, text: str) -> str:
     return inside.strip() if alone and closer else ""
 
 
-# --------------------------------------------------------------------------------------------------
-# rows of judgments
+# ---------------------------------------------------------------- rows of judgments
 
 
 def golds_of(row: dict) -> list[str]:
@@ -234,8 +232,7 @@ def check_weighted_row(row: dict) -> str | None:
     return problem
 
 
-# --------------------------------------------------------------------------------------------------
-# the client
+# ---------------------------------------------------------------- the client
 
 
 class RewardModel:
@@ -326,8 +323,7 @@ class RewardModel:
         self.problem = self.problem or problem
 
 
-# --------------------------------------------------------------------------------------------------
-# trajectories
+# ---------------------------------------------------------------- trajectories
 
 # the start of a line of a turn that could be taken for the head of another turn, by a reader who
 # sees no difference between line ends, cases, spaces and brackets: brackets around a role, or
@@ -385,8 +381,7 @@ def fit_trajectory(trajectory: str | list, room: int, size: Callable[[str], int]
     return text
 
 
-# --------------------------------------------------------------------------------------------------
-# where one runs: a script, this process, servers
+# ---------------------------------------------------------------- a script, this process, servers
 
 
 def scripted_rrm(path: str, seconds: float) -> RewardModel:

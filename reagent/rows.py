@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-# --------------------------------------------------------------------------------------------------
-# JSONL
+# ---------------------------------------------------------------- JSONL
 MAX_DEPTH = 64  # of nested JSON that is copied and written again
 _SURROGATE = re.compile("[\ud800-\udfff\0]")  # no file name or seed takes halves of characters
 _decode = json.JSONDecoder().decode  # json.loads guesses the encoding first, which takes as long
@@ -151,8 +150,7 @@ def _deeper(value, depth: int) -> bool:
     return isinstance(inner, list) and (not depth or any(_deeper(x, depth - 1) for x in inner))
 
 
-# --------------------------------------------------------------------------------------------------
-# SFT rows, in the layouts that are in use
+# ---------------------------------------------------------------- SFT rows
 
 _ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
 _ROLES |= dict.fromkeys(("observation", "function", "function_response"), "tool")

@@ -16,8 +16,7 @@ from functools import partial
 from reagent.mathematics import same
 from toolkit.text import last_boxed, plain, unwrapped
 
-# --------------------------------------------------------------------------------------------------
-# open answers: exact match and token F1
+# ---------------------------------------------------------------- open answers
 
 
 def normalize(text: str) -> str:
@@ -48,8 +47,7 @@ def score_qa(pred: str, golds: list[str], yes_no_exact: bool) -> dict:
     return {"correct": em, "em": float(em), "f1": f1}
 
 
-# --------------------------------------------------------------------------------------------------
-# GAIA
+# ---------------------------------------------------------------- GAIA
 
 
 def _number(text: str) -> Decimal | None:
@@ -89,8 +87,7 @@ def score_gaia(pred: str, gold: str) -> bool:
     return len(preds) == len(golds)
 
 
-# --------------------------------------------------------------------------------------------------
-# mathematics
+# ---------------------------------------------------------------- mathematics
 
 
 _FORMS = [("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac")]
@@ -141,8 +138,7 @@ def score_math(pred: str, gold: str) -> bool:
     return same(math_answer(pred), math_answer(gold))
 
 
-# --------------------------------------------------------------------------------------------------
-# multiple choice
+# ---------------------------------------------------------------- multiple choice
 
 _SAYS = r"(?:is|are|would be|should be|must be|:|=)"
 _ANSWER = r"(?:the )?(?:(?:final|correct|right|best|only) )*(?:answer|option|choice)"
@@ -186,9 +182,6 @@ def score_choice(pred: str, gold: str) -> bool:
     if option and words:
         return normalize(words) == normalize(option) and (not right or letter in ("", right))
     return bool(right) and letter == right
-
-
-# --------------------------------------------------------------------------------------------------
 
 
 def score(scorer: str, pred: str | None, gold) -> dict:
