@@ -52,6 +52,11 @@ LEVELS = (0.5, 0.7, 0.9)
 COLUMNS = (*TRIED, *(f"steps to {x}" for x in LEVELS), "attempts to 0.7", "score of wrong", "CPU-s")
 
 
+def folder_name(arm: str) -> str:
+    """Without commas, which separate folders on a command line."""
+    return arm.replace(", ", "_").replace(" ", "_")
+
+
 def per_step(arm: str) -> int:
     """Attempts that one step of an arm samples."""
     return QUESTIONS * GROUP * (2 if arm.startswith("U") else 1)
@@ -254,7 +259,7 @@ def accuracy_panel(folders: list[Path], arm: str, name: str) -> Panel:
 
 def finished(out: Path, name: str, arm: str, seeds: int) -> list[Path]:
     """The folders of an arm's finished runs."""
-    folder = out / name / arm.replace(" ", "_")
+    folder = out / name / folder_name(arm)
     runs = [folder / str(seed) for seed in range(seeds)]
     return [path for path in runs if (path / "result.json").is_file()]
 
@@ -338,9 +343,7 @@ def main(argv: list[str]) -> None:
         (before[name],) = try_out(worlds[name], [worlds[name].sft], out / name / "sft")
     with ThreadPoolExecutor(max_workers=2) as pool:
         jobs = [
-            pool.submit(
-                run, worlds[name], arm, seed, out / name / arm.replace(" ", "_") / str(seed)
-            )
+            pool.submit(run, worlds[name], arm, seed, out / name / folder_name(arm) / str(seed))
             for seed in range(seeds)
             for name in chosen
             for arm in worlds[name].arms
