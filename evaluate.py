@@ -7,6 +7,7 @@ loop of training, with numbers that can be trusted.
     python evaluate.py compare A.jsonl B.jsonl  # paired: difference, interval, gained and lost
     python evaluate.py page FOLDER  # report.html of a run again, or an index over runs
     python evaluate.py critique --rrm=FOLDER|URL FILE ...  # Agent-RRM on trajectories of any agent
+    python evaluate.py ask "question" --model=FOLDER|URL ...  # one question, as it is answered
 
 A run appends every finished chain to OUT/journal-<rank>.jsonl, keyed (dataset, id, rollout), and
 can be killed at any instant: the same command goes on with what is missing. At its end
@@ -22,6 +23,7 @@ import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from tqdm import tqdm
@@ -526,11 +528,9 @@ def score_file(path: str) -> None:
 
 
 def command(argv: list[str]) -> None:
-    """score FILE | compare A B | page FOLDER | critique … | the keys of a run."""
-    if argv[:1] == ["critique"]:
-        from data import critique
-
-        return critique.main(argv[1:])
+    """score FILE | compare A B | page FOLDER | critique … | ask … | the keys of a run."""
+    if argv[:1] in (["critique"], ["ask"]):
+        return import_module(f"data.{argv[0]}").main(argv[1:])
     files = {"score": 1, "compare": 2, "page": 1}
     if not argv or argv[0] not in files:
         return main(parse_config(Config, argv))

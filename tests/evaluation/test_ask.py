@@ -1,0 +1,113 @@
+"""One question on a server that takes messages only, and on the model of a folder: what is shown,
+in which order, and what is refused before anything starts.
+"""
+
+import json
+
+import pytest
+
+import evaluate
+from tests.helpers.chat_server import chat_server
+from tests.helpers.judge_server import judge_server
+
+CALL = '<tool_call>\n{"name": "search", "arguments": {"queries": ["Kiel"]}}\n</tool_call>'
+REPLIES = [
+    f"<think>I look.</think>Let me search.\n{CALL}",
+    '<tool_call>\n{"name": "search", "arguments": {"queries": 3}}\n</tool_call>',
+    "\\boxed{41}",
+    "Now I see: \\boxed{42}",
+]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "pages.jsonl"
+    path.write_text(json.dumps({"id": "1", "title": "Kiel", "text": "has code 42."}) + "\n")
+    return path
+
+
+def ask(*args) -> tuple[int, None]:
+    with pytest.raises(SystemExit) as end:
+        evaluate.command(["ask", *map(str, args)])
+    return end.value.code
+
+
+def in_order(text: str, *parts: str) -> None:
+    at = -1
+    for part in parts:
+        assert part in text[at + 1 :], (part, text)
+        at = text.index(part, at + 1)
+
+
+def test_a_server_of_messages_shows_attempt_critique_and_refined_attempt(corpus, capsys):
+    replies = iter(REPLIES)
+    score = iter(("0.20", "0.90"))
+
+    def judged(text):
+        critique = "Read the page of Kiel again."
+        return f"<think>t</think><critique>{critique}</critique><score>{next(score)}</score>"
+
+    with (
+        chat_server(lambda *_: next(replies), completions=False) as (url, seen),
+        judge_server(judged) as (rrm, _),
+    ):
+        code = ask(
+            "Which code has Kiel?",
+            f"--model={url}",
+            f"--rrm={rrm}",
+            "--refine",
+            f"--corpus={corpus}",
+            "--tools=search",
+        )
+    told = capsys.readouterr().out
+    in_order(told, "| I look.", "Let me search.", '> search({"queries": ["Kiel"]', "has code 42.")
+    in_order(told, "has code 42.", '> search({"queries": 3', "must be a list of texts", "{41}")
+    in_order(told, "{41}", "CRITIQUE, score 0.20", "Read the page of Kiel", "REFINED", "{42}")
+    assert told.endswith("ANSWER  42   score 0.20 -> 0.90\n") and code == 0
+    assert "<tool_call>" not in told and len(seen) == 4
+    assert "Read the page of Kiel again." in seen[-1]["messages"][-1]["content"]
+
+
+def test_files_are_read_and_no_answer_ends_with_1(tmp_path, capsys):
+    (tmp_path / "bill.txt").write_text("The sum is 17 francs.")
+    read = (
+        '<tool_call>\n{"name": "file_reader", "arguments": {"file_path": "bill.txt"}}\n</tool_call>'
+    )
+    replies = iter([read, "I cannot say."])
+    with chat_server(lambda *_: next(replies), completions=False) as (url, seen):
+        code = ask("What is the sum?", f"--model={url}", f"--files={tmp_path}/bill.txt")
+    told = capsys.readouterr().out
+    assert "file_reader" in told.splitlines()[1] and "File: bill.txt" in str(seen[0]["messages"])
+    assert "The sum is 17 francs." in told and "ANSWER  none (no_answer)" in told and code == 1
+
+
+def test_a_tokenizer_that_cannot_be_had_does_not_stop_the_question(tmp_path, capsys):
+    """The server takes token ids, but the folder it names is not on this machine."""
+
+    def reply(text, request):
+        return "\\boxed{4}"
+
+    class Tokenizer:
+        def encode(self, text, add_special_tokens):
+            return [7]
+
+        def decode(self, ids):
+            return "a"
+
+    with chat_server(reply, Tokenizer(), model="/models/not-here") as (url, seen):
+        assert ask("2 + 2?", f"--model={url}", "--tools=none") == 0
+    assert "messages" in seen[0] and "is asked with messages" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args, problem",
+    [
+        (["Q"], "ask needs --model"),
+        (["Q", "--model=http://127.0.0.1:9/v1", "--refine"], "--refine needs"),
+        (["Q", "--model=http://127.0.0.1:9/v1", "--files=nowhere.pdf"], "no file nowhere.pdf"),
+        (["Q", "--model=nowhere", "--engine=hf"], "no folder nowhere"),
+        (["Q", "--model=http://127.0.0.1:9/v1", "--patience_s=0.1"], "no answer from"),
+    ],
+)
+def test_what_is_missing_is_told_in_one_line(args, problem):
+    assert problem in str(ask(*args))
