@@ -4,9 +4,9 @@ GRPO on judgments.
     torchrun --nproc_per_node=8 train_rrm.py --stage=sft --lr=1e-5 …   # sft.py's loop on judgments
     torchrun --nproc_per_node=8 train_rrm.py  # GRPO, from that checkpoint
 
-What the paper leaves open and what we chose: the reward of the RRM's GRPO is not published. Ours is
-0 for a broken format or a judgment beyond the length bound. A valid one earns more, whatever it
-says: VALID + (1 - VALID) * the weighted mean of the parts that its row allows,
+The paper does not publish the reward of the RRM's GRPO. Ours is 0 for a broken format or a judgment
+beyond the length bound. A valid one earns more, whatever it says: VALID + (1 - VALID) * the
+weighted mean of the parts that its row allows,
 
     closeness  1 - |s - s*|, s* the annotated score
     agreement  1 - (s - correct)^2, correct = 0 or 1
@@ -16,9 +16,8 @@ says: VALID + (1 - VALID) * the weighted mean of the parts that its row allows,
 times 1 - leak_penalty where the critique states the gold answer. Where s* lies on the side that
 correctness says, it is the best score. On the other side that is .45 for a wrong answer and .55 for
 a right one (closeness_weight / (2 agreement_weight)), where the reward is flat: no optimum sits on
-a cliff. Advantages are not divided by the std of their own group but by that of the step: groups of
-the rarer label have the larger spread, and to give each group the same weight would let the common
-label win and drive scores to 0 and 1.
+a cliff. Advantages are divided by the std of the step, not of their own group: groups of the rarer
+label have the larger spread, and with equal weights the common label would drive scores to 0 and 1.
 """
 
 import asyncio
@@ -204,8 +203,7 @@ def grpo_batch(chat: Chat, rows: list[dict], sample, step: int, cfg: Config):
     """G judgments of each row -> (sequences, 1, metrics); `sample(prompts, seeds, temperature)`.
 
     N rows that fit, groups of G: rewards and advantages (N, G). A judgment weighs 1 / (judgments in
-    groups with a gradient), spread evenly over its tokens.
-    """
+    groups with a gradient), spread evenly over its tokens."""
     pairs = [(row, prompt) for row in rows if (prompt := judge_ids(chat, row, cfg))]
     line: dict = {"too_long": len(rows) - len(pairs)}
     if not pairs:
@@ -310,21 +308,20 @@ def main(cfg: Config) -> None:
         options = dict(max_new_tokens=cfg.max_judgment_tokens, temperature=temperature)
         share = range(run.rank, len(prompts), run.world)
         asked = [engine.generate(prompts[i], seed=seeds[i], **options) for i in share]
-        mine, error = [], None
         try:
-            mine = runner.run(run_together(asked))
+            mine, error = runner.run(run_together(asked)), None
         except Exception as problem:  # the others wait for this rank: they must hear of it
-            error = problem
+            mine, error = [], problem
         run.meet("the sampling of judgments", error)
         shares = run.gather(mine)
         return [shares[i % run.world][i // run.world] for i in range(len(prompts))]
 
     def evaluate_policy() -> dict:
         prompts = [judge_ids(chat, row, cfg) for row in eval_rows]
-        fitting = [i for i, prompt in enumerate(prompts) if prompt]
+        fitting = {i: prompt for i, prompt in enumerate(prompts) if prompt}
         seeds = [seed_of(cfg.seed, "eval", i) for i in fitting]
         temperature = reward_model.RewardModelConfig.temperature  # as at work
-        samples = sample([prompts[i] for i in fitting], seeds, temperature)
+        samples = sample(list(fitting.values()), seeds, temperature)
         judgments = [read_judgment(chat, each) for each in samples]
         lengths = [len(each.ids) for each in samples]
         figures = judgment_report(judgments, [eval_rows[i] for i in fitting], lengths)
@@ -381,7 +378,7 @@ def main(cfg: Config) -> None:
 
     # ---------------------------------------------------------------- report
     if run.rank == 0:
-        newest = run.log[-1] if run.log else {}
+        newest = (run.log or [{}])[-1]
         final = {key[5:]: value for key, value in newest.items() if key.startswith("eval/")}
         table = report_table(final) if final else ""
         print(table)

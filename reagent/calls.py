@@ -4,7 +4,6 @@ Structure (thoughts, calls, boxes) is never searched inside the strings of a cal
 leaves the meaning unambiguous is read and counted; anything else is told to the agent.
 """
 
-import contextlib
 import json
 import math
 import re
@@ -102,7 +101,7 @@ def _finite(number: str) -> float:
 # ---------------------------------------------------------------- the two formats
 
 _CLOSER = re.compile(r"\s*(?:```\s*)?(</tool_call>)")
-_STOP = re.compile(r"</tool_call>|(?=<tool_call>)|\Z")
+_STOP = re.compile(r"(</tool_call>)|(?=<tool_call>)|\Z")
 _UNCLOSED = "The tool call has no closing </tool_call>."
 
 
@@ -126,24 +125,21 @@ class HermesCalls(CallFormat):
         return f"<tool_call>\n{call}\n</tool_call>"
 
     def read(self, text: str, at: int, kinds: dict) -> tuple[Call, int]:
-        end = _json_end(text, at)
-        closer = _CLOSER.match(text, end) if end > at else None
-        if closer:
-            with contextlib.suppress(ValueError):
-                return _call_of(*read_json(text[at : closer.start(1)])), closer.end()
-        stop = _STOP.search(text, at)  # no whole object: up to the next tag, wherever it stands
-        if not stop[0]:
-            return Call(problem=_UNCLOSED), stop.end()
-        try:
-            return _call_of(*read_json(text[at : stop.start()])), stop.end()
-        except ValueError as error:
-            return Call(problem=f"The tool call is not valid JSON: {str(error)[:200]}"), stop.end()
+        stop, problem = _STOP.search(text, at), _UNCLOSED
+        # behind the first whole object; else up to the next tag, wherever it stands
+        for end in (_CLOSER.match(text, _json_end(text, at)), stop):
+            try:
+                if end and end[0]:
+                    return _call_of(*read_json(text[at : end.start(1)])), end.end()
+            except ValueError as error:
+                problem = f"The tool call is not valid JSON: {str(error)[:200]}"
+        return Call(problem=problem if stop[0] else _UNCLOSED), stop.end()
 
 
 def _call_of(value, repaired: bool) -> Call:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str):
         return Call(problem='A tool call is {"name": ..., "arguments": {...}}.')
-    name = value["name"]
     given = [key for key in ("arguments", "parameters") if value.get(key) is not None]
     if len(given) > 1:
         return Call(name, problem=f"The call of {name} has both arguments and parameters.")
@@ -200,13 +196,12 @@ class XmlCalls(CallFormat):
 def _typed(value: str, kinds: dict | None, key: str):
     """A parameter's value by its schema; without one lists and objects are read, others texts."""
     kind = (kinds or {}).get(key)
-    if kind == "string" or isinstance(kind, list) and "string" in kind:
-        return value
     try:
         decoded, _ = read_json(_LITERALS.get(value.strip(), value))
     except ValueError:
         return value
-    return decoded if kind or isinstance(decoded, (dict, list)) else value
+    is_text = "string" in kind if kind else not isinstance(decoded, (dict, list))
+    return value if is_text else decoded
 
 
 HERMES = HermesCalls()
@@ -216,9 +211,9 @@ FORMATS = (HERMES, XmlCalls())
 def parameter_kinds(tools: list[dict]) -> dict[str, dict]:
     """{tool: {parameter: JSON type or None}} of the tools' schemas."""
     kinds = {}
-    for tool in tools:
-        properties = (tool["function"].get("parameters") or {}).get("properties") or {}
-        kinds[tool["function"]["name"]] = {k: v.get("type") for k, v in properties.items()}
+    for tool in (tool["function"] for tool in tools):
+        properties = (tool.get("parameters") or {}).get("properties") or {}
+        kinds[tool["name"]] = {key: schema.get("type") for key, schema in properties.items()}
     return kinds
 
 
@@ -244,19 +239,17 @@ def read_turn(text: str, form: CallFormat = HERMES, tools: list[dict] = ()) -> T
 
 def made_up_result(text: str, form: CallFormat) -> int | None:
     """Where the model begins to write a tool result itself; inside a call it is only a text."""
-    if "<tool_response>" not in text:
-        return None
-    turn = read_turn(text, form)
+    starts = [match.start() for match in re.finditer("<tool_response>", text)]
+    turn = read_turn(text if starts else "", form)
     quoted = [span for span, call in zip(turn.spans, turn.calls) if not call.problem]
-    starts = (match.start() for match in re.finditer("<tool_response>", text))
     return next((at for at in starts if not any(a < at < b for a, b in quoted)), None)
 
 
 def _scan(text: str, form: CallFormat, kinds: dict):
     """-> (calls, their spans, text outside of thoughts and calls, does one stand in thoughts?)."""
-    calls, spans, said, at, begin = [], [], [], 0, 0
+    calls, spans, said = [], [], []
+    at = begin = tries = 0  # reading one may take time in proportion to the turn
     thinking = tagged = rehearsed = False
-    tries = 0  # reading one may take time in proportion to the turn
     while mark := _MARK.search(text, at):
         at = mark.end()
         if mark[0] == "<tool_call>":

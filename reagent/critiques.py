@@ -90,8 +90,7 @@ def leaks(critique: str, golds: list[str], question: str, trajectory: str) -> bo
     """Whether the critique states a gold answer that neither question nor trajectory contains.
 
     Exempt are yes and no, single letters (choices) and whole numbers below 1000, which a critique
-    may well say; with a sign of their own ($12, 50%, C++) they count where that stands too.
-    """
+    may well say; with a sign of their own ($12, 50%, C++) they count where that stands too."""
     said, known = pieces(critique), question + "\n" + trajectory
     stated = [gold for gold in golds if _states(said, critique, gold)]
     read = pieces(known) if stated else ""

@@ -26,8 +26,13 @@ MOST_BITS = 20_000  # of an exact number: 2004! has 19,120
 # ---------------------------------------------------------------- one notation
 
 _NAMES = "le leq leqslant ge geq geqslant ne neq lt gt infty infinity inf cup pm mp in cdot times"
-_NAMES += " approx ast div pi circ degree emptyset varnothing lvert rvert vert langle rangle lambda"
-COMMANDS = dict(zip(_NAMES.split(), "≤≤≤≥≥≥≠≠<>∞∞∞∪±∓∈··≈·/π°°∅∅|||()λ"))
+_NAMES += " approx ast div circ degree emptyset varnothing lvert rvert vert langle rangle"
+COMMANDS = dict(zip(_NAMES.split(), "≤≤≤≥≥≥≠≠<>∞∞∞∪±∓∈··≈·/°°∅∅|||()"))
+_GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho"
+_GREEK += " - sigma tau upsilon phi chi psi omega"  # between rho and sigma stands its final form
+for _i, _name in enumerate(_GREEK.split()):
+    COMMANDS |= {_name: chr(ord("α") + _i), _name.capitalize(): chr(ord("Α") + _i)}
+_COMMAND = re.compile(r"\\((?:var)?([a-zA-Z]+))\s*")  # \theta is θ, \leq is ≤, unknown ones stay
 SIGNS = str.maketrans("−–—‐‑×⋅∙*÷⁄∕⟨⟩′’", "-----····///()''", "\u200b\u2061\u2062")
 FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc exp log ln".split()
 THOUSANDS = re.compile(r"(?<![\w.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
@@ -67,17 +72,6 @@ def _character(c: str) -> str:
     return f"_{{{told}}}" if kind == "<sub" else told
 
 
-def _command(command: re.Match) -> str:
-    """\\theta as θ, \\leq as ≤; what is not known stays."""
-    name = command[1]
-    try:
-        size = "CAPITAL" if name[0].isupper() else "SMALL"
-        greek = f"GREEK {size} LETTER {name.removeprefix('var').upper()}"
-        return COMMANDS.get(name) or unicodedata.lookup(greek)
-    except KeyError:
-        return f"\\{name} "
-
-
 def _styled(style: re.Match) -> str:
     """\\text{ cm} as «cm»; separators, single letters and numbers without a mark."""
     words = style[1].strip(" ~\\,;")
@@ -109,11 +103,13 @@ def canonical(text: str) -> str:
     for pattern, to in REWRITES:
         text = re.sub(pattern, to, text)
     text = _REPEATING.sub(_fraction, text)
-    text = re.sub(r"\\([a-zA-Z]+)\s*", _command, text).strip().rstrip(".,;").strip()
+    text = _COMMAND.sub(lambda c: COMMANDS.get(c[1]) or COMMANDS.get(c[2], f"\\{c[1]} "), text)
+    text = text.strip().rstrip(".,;").strip()
     return re.sub(r"(?<![\w)}])\+∞", "∞", text)
 
 
-_CALLS = re.compile(rf"\\[A-Za-z]+|{'|'.join(FUNCTIONS)}")
+_WORDS = "|".join(FUNCTIONS)
+_CALLS = re.compile(rf"\\[A-Za-z]+|{_WORDS}")
 _IN_WORDS = re.compile(r"«|[A-Za-z]{3}|\s[A-Za-z]{2}(?:$|[\s.])|^\([A-Z]\)$")
 
 
@@ -169,8 +165,12 @@ def _read(text: str) -> tuple | str:
     around = re.fullmatch(r"\\?([(\[{])(.*?)\\?([)\]}])", text, re.S)
     if around and around[2] and not re.search(r"[][(){}]", _masked(around[2])):
         return _collection(around[1] + around[3], around[2], text)
-    items = _items(_ungrouped(text))
-    return ("list", items) if len(items) > 1 else _equation(items[0])
+    if len(items := _items(_ungrouped(text))) > 1:
+        return ("list", items)
+    exact, _, rounded = items[0].partition("≈")  # what is rounded counts where nothing exact stands
+    text = rounded if rounded and (not exact or _NAME.fullmatch(exact.strip())) else exact
+    sides = _split(text, "=")
+    return ("=", sides) if len(sides) > 1 else sides[0]
 
 
 def _ungrouped(text: str) -> str:
@@ -180,20 +180,10 @@ def _ungrouped(text: str) -> str:
 
 def _items(text: str) -> list:
     """The elements of a list; one with ± is two."""
-    pieces = _split(text, SEPARATORS)
     signs = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
-    for i in reversed(range(len(pieces))):
-        if re.search("[±∓]", pieces[i]):
-            pieces[i : i + 1] = [pieces[i].translate(sign) for sign in signs]
+    each = ([piece.translate(sign) for sign in signs] for piece in _split(text, SEPARATORS))
+    pieces = [piece for two in each for piece in dict.fromkeys(two)]
     return [_read(piece) for piece in pieces] if len(pieces) > 1 else pieces
-
-
-def _equation(text: str) -> tuple | str:
-    """The sides of an equation; what is rounded behind ≈ counts where nothing exact stands."""
-    exact, _, rounded = text.partition("≈")
-    text = rounded if rounded and (not exact or _NAME.fullmatch(exact.strip())) else exact
-    sides = _split(text, "=")
-    return ("=", sides) if len(sides) > 1 else sides[0]
 
 
 def _collection(brackets: str, inside: str, text: str) -> tuple | str:
@@ -280,10 +270,9 @@ def _unordered(a: list, b: list) -> bool:
         return False
     left = list(b)
     for item in a:
-        equal = [i for i, other in enumerate(left) if _equal(item, other)][:1]
-        if not equal:
+        if (at := next((i for i, other in enumerate(left) if _equal(item, other)), None)) is None:
             return False
-        del left[equal[0]]
+        del left[at]
     return True
 
 
@@ -325,11 +314,10 @@ def _same_value(a: str, b: str) -> bool:
     if _same_text(a, b):
         return True
     (x, unit), (y, other) = _quantity(a), _quantity(b)
-    if unit and other and unit != other:
+    if unit != other and unit and other:
         return False
-    if unit != other and "%" in (unit, other):
-        parts = (f"({x})/100", y) if unit == "%" else (x, f"({y})/100")
-        return _agree(x, y) or _agree(*parts)
+    if unit != other and "%" in (unit, other) and not _agree(x, y):
+        x, y = (f"({x})/100", y) if unit == "%" else (x, f"({y})/100")
     return _agree(x, y)
 
 
@@ -342,7 +330,6 @@ CONSTANTS = {"e": +MP.e, "π": +MP.pi, "i": MP.mpc(0, 1)}
 _GROUP = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
 _ATOM = r"(?:\d++(?:\.\d+)?|[A-Za-zΑ-Ωα-ω](?:_\w+)?(?:\*\*\([^()]*\))?|@(?:root|abs)" + _GROUP + ")"
 _ARGUMENT = rf"({_GROUP}|{_ATOM}(?:\s*{_ATOM})*+)"
-_WORDS = "|".join(FUNCTIONS)
 _F = rf"\\({_WORDS})"
 BELOW = str.maketrans("+-", "pm")  # of a_{n+1}, as part of a name
 _FIRST = [
@@ -370,9 +357,8 @@ _INSIDE_OUT = [
 ]
 _PLAIN = re.compile(r"(\\[A-Za-z]+ ?|[}\]] ?)?\{([^{}]*)\}")
 _NUMBER = r"\d+\.\d+e-?\d{1,3}|1e-\d{1,3}|\d+e\d{1,3}|\d+(?:\.\d*)?(?:E[+-]?\d{1,3})?|\.\d+"
-_TOKEN = re.compile(
-    rf"\s*(?:({_NUMBER})|@(\w+)(?=\()|([A-Za-zΑ-Ωα-ω](?:_\w+)?'*)|(\*\*|[-+·/(),]))"
-)
+_LETTER = r"[A-Za-zΑ-Ωα-ω](?:_\w+)?'*"
+_TOKEN = re.compile(rf"\s*(?:({_NUMBER})|@(\w+)(?=\()|({_LETTER})|(\*\*|[-+·/(),]))")
 
 
 def _parsed(text: str) -> ast.expr:
@@ -391,25 +377,23 @@ def _parsed(text: str) -> ast.expr:
     letters = re.sub(r"@\w+", "", text)  # three alone and four together are words, not products
     if re.search("[A-Za-z]{4}|^[A-Za-z]{3}$", letters) or _TOKEN.sub("", text).strip():
         raise ValueError(text)
-    words, product = [], False
+    python, product = "", False
     for number, function, name, sign in _TOKEN.findall(text):
         if product and number:  # 3 4 is no product
             raise ValueError(text)
-        if product and (function or name or sign == "("):
-            words.append("*")
-        words.append(f"({Fraction(number)})" if number else function or name.replace("'", "_p"))
-        words[-1] = words[-1] or sign.replace("·", "*")
+        python += "*" if product and (function or name or sign == "(") else ""
+        word = function or name.replace("'", "_p") or sign.replace("·", "*")
+        python += f"({Fraction(number)})" if number else word
         product = bool(number or name or sign == ")")
     try:
-        return ast.parse("".join(words), mode="eval").body
+        return ast.parse(python, mode="eval").body
     except (SyntaxError, MemoryError) as error:
         raise ValueError(text) from error
 
 
 def _value(node: ast.expr, point: tuple[int, int]):
-    """At a point (number, sign of the variables): a Fraction where all is rational, else a number
-    of MP.
-    """
+    """Its value at a point (number, sign of the variables): exact where all is rational, else of
+    500 digits."""
     if isinstance(node, ast.Constant):
         return Fraction(node.value)
     if isinstance(node, ast.Name):
@@ -421,9 +405,9 @@ def _value(node: ast.expr, point: tuple[int, int]):
     if isinstance(node, ast.Call):
         name, operands = node.func.id, node.args
     value = _applied(name, [_value(operand, point) for operand in operands])
-    if isinstance(value, Fraction) and _bits(value) > MOST_BITS:
-        raise ValueError("too long")
-    return value
+    if not isinstance(value, Fraction) or _bits(value) <= MOST_BITS:
+        return value
+    raise ValueError("too long")
 
 
 def _bits(value: Fraction) -> int:
@@ -473,8 +457,7 @@ def _whole(name: str, values: list[Fraction]) -> Fraction:
 
 def _values(a: str, b: str) -> list[tuple]:
     """The values of two expressions at several points (one where there are no variables); [] where
-    one has none. With roots and logarithms the variables are positive.
-    """
+    one has none. With roots and logarithms the variables are positive."""
     negative = 1 if re.search(r"sqrt|log|ln|\^\{[^}]*[^}\d-]", a + b) else -1
     try:
         nodes = _parsed(a), _parsed(b)

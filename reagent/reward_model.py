@@ -131,8 +131,7 @@ def read_judgment(message: dict) -> Judgment | None:
 
     After the thoughts, wherever they stand (a field of their own, one or several blocks, without
     their opener), one critique and one score; text around them and code fences do no harm. In
-    training the format reward goes by `parse_judgment`.
-    """
+    training the format reward goes by `parse_judgment`."""
     text, thoughts = spoken(message)
     if "</critique>" not in text and "</score>" not in text:  # a server that took all for thoughts
         text, thoughts = thoughts, ""
@@ -161,9 +160,8 @@ def _blocks(name: str, text: str) -> str:
 
 def golds_of(row: dict) -> list[str]:
     """The answers of a row; [] where it has none: then nothing is known of leaks."""
-    answer = row.get("answer")
-    answers = answer if isinstance(answer, list) else [] if answer is None else [answer]
-    return [str(each) for each in answers]
+    answer = [] if row.get("answer") is None else row["answer"]
+    return list(map(str, answer if isinstance(answer, list) else [answer]))
 
 
 def annotation(row: dict) -> tuple[float | None, str | None]:
@@ -226,10 +224,11 @@ def check_judged_row(row: dict) -> str | None:
 
 def check_weighted_row(row: dict) -> str | None:
     """What weighting the verdict needs beyond check_judged_row: where in its text it begins."""
-    at, problem = row.get("verdict_at"), check_judged_row(row)
-    if not problem and (not isinstance(at, int) or not 0 <= at < len(target_text(row))):
+    if problem := check_judged_row(row):
+        return problem
+    at = row.get("verdict_at")
+    if not isinstance(at, int) or not 0 <= at < len(target_text(row)):
         return f"'verdict_at' is {at!r}: the place in the judgment's text where its verdict begins"
-    return problem
 
 
 # ---------------------------------------------------------------- the client
@@ -241,8 +240,7 @@ class RewardModel:
     `ask(question, trajectory, its transcript, seed, seconds)` -> a choice {"message",
     "finish_reason"} of a chat completion, or Unavailable | Refused. `size` counts what `room`
     limits: question and transcript. `name`: what answers. Where it `must_answer`, Unavailable stops
-    the run instead of costing a judgment.
-    """
+    the run instead of costing a judgment."""
 
     def __init__(
         self, ask, *, size=len, room=1_000_000, seconds=600.0, name="", must_answer=False, tries=3
@@ -251,8 +249,8 @@ class RewardModel:
             what = "the reward model's context is too small for any judgment: its prompt and"
             left = f"leave {max(room, 0)} tokens for a question and its trajectory"
             raise SystemExit(f"{what} rrm.max_tokens {left}")
-        self.ask, self.size, self.room = ask, size, room
-        self.seconds, self.name, self.must_answer, self.tries = seconds, name, must_answer, tries
+        self.ask, self.size, self.room, self.tries = ask, size, room, tries
+        self.seconds, self.name, self.must_answer = seconds, name, must_answer
         self.asked = self.failed = self.unread = 0
         self.problem = ""  # the first reply that could not be read, or the first failure
         self.answered = False  # has any request been?
@@ -285,15 +283,13 @@ class RewardModel:
             left, seed = until - time.monotonic(), seed_of(*key, "judge", unread)
             try:
                 choice = await self.ask(question, trajectory, text, seed, left)
-            except Refused as refused:
-                if refused.hopeless or not await self._was_answered():
+            except (Refused, Unavailable) as problem:
+                refused = isinstance(problem, Refused)
+                if refused and (problem.hopeless or not await self._was_answered()):
                     raise
-                self._note(f"refused: {refused}")
-                return None, unread
-            except Unavailable as away:
-                if self.must_answer:
+                if not refused and self.must_answer:
                     raise
-                self._note(str(away))
+                self._note(f"refused: {problem}" if refused else str(problem))
                 return None, unread
             self.answered = True
             self._settle()
@@ -320,7 +316,7 @@ class RewardModel:
     def _note(self, problem: str) -> None:
         if not self.problem:
             print(f"reward model: {problem}", file=sys.stderr)
-        self.problem = self.problem or problem
+            self.problem = problem
 
 
 # ---------------------------------------------------------------- trajectories
@@ -370,12 +366,10 @@ def trajectory_text(trajectory: str | list[dict], cap: int | None = None) -> str
 
 def fit_trajectory(trajectory: str | list, room: int, size: Callable[[str], int]) -> str | None:
     """Shortens long tool results until size(text) <= room; the end is never cut. None: no fit."""
-    turns = plain_turns(trajectory)
-    cap = max((len(turn["content"]) for turn in turns if turn["role"] == "tool"), default=0)
-    text = trajectory_text(trajectory)
+    results = [turn["content"] for turn in plain_turns(trajectory) if turn["role"] == "tool"]
+    text, cap = trajectory_text(trajectory), max(map(len, results), default=0)
     while size(text) > room:
-        cap //= 2
-        if cap < 32:
+        if (cap := cap // 2) < 32:
             return None
         text = trajectory_text(trajectory, cap)
     return text

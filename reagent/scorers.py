@@ -21,8 +21,7 @@ from toolkit.text import last_boxed, plain, unwrapped
 
 def normalize(text: str) -> str:
     """Lower case, no punctuation, no articles, single spaces (SQuAD's and HotpotQA's evaluation
-    scripts: 3.5 is 35 to them), of text in Unicode's NFC.
-    """
+    scripts: 3.5 is 35 to them), of text in Unicode's NFC."""
     text = "".join(c for c in plain(text).lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -157,8 +156,7 @@ _DENIED = re.compile(r"\b(?:not|none|neither|nor|except|but|wrong|incorrect|fals
 
 def read_choice(text: str) -> tuple[str, str]:
     """(the one letter that is chosen or "", the option's words or ""): "(B) Paris", "The answer is
-    B", "B because …". Several letters, or a letter that is denied, are no choice.
-    """
+    B", "B because …". Several letters, or a letter that is denied, are no choice."""
     text = plain(text)
     if len(text) > 1000:
         return "", text
@@ -186,8 +184,7 @@ def score_choice(pred: str, gold: str) -> bool:
 
 def score(scorer: str, pred: str | None, gold) -> dict:
     """One prediction against one gold answer or a list of aliases; an unknown scorer is a
-    ValueError.
-    """
+    ValueError."""
     if problem := unknown(scorer):
         raise ValueError(problem)
     pred = "" if pred is None else str(pred)
