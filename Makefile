@@ -4,6 +4,7 @@
 # make test      everything that CI runs;  make test-slow  the long ones
 # make gpu       what a machine with GPUs needs, vLLM and flash-attention included
 # make locks     after a change of requirements*.txt: what they bring, by version and hash (needs uv)
+# make mutants   small faults planted one at a time: does the fast suite notice? An hour, by hand
 # make test-gpu  what only a card can show: one card, under 8 minutes; after make gpu
 PY := .venv/bin/python
 export OMP_NUM_THREADS := 1
@@ -97,7 +98,10 @@ test-gpu:
 	$(PY) -m pip install -q pytest==9.2.0
 	$(PY) -m pytest -q -s tests/gpu
 
+mutants: .venv/test-installed
+	$(PY) tests/mutants.py
+
 clean:
 	rm -rf out data/toy/*.jsonl data/toy/model
 
-.PHONY: atlas atlas-smoke gpu locks lint demo ablation test test-slow test-gpu clean
+.PHONY: atlas atlas-smoke gpu locks lint demo ablation mutants test test-slow test-gpu clean

@@ -26,7 +26,7 @@ class Recorder:
     def __init__(self, folder, **options):
         self.calls, self.running, self.kept = [], {}, None
         self.llm_engine = self.engine_core = self.model_executor = self.scheduler = self
-        self._finalizer, self.options = self, options
+        self._finalizer, self.options, self.parameters = self, options, []
         self.seconds, self.broken = 0.002, None
         self.note("build")
 
@@ -38,6 +38,7 @@ class Recorder:
         if not prompt["prompt_token_ids"]:
             raise ValueError("an empty prompt")
         self.running[name] = [parameters.max_tokens, []]
+        self.parameters.append(parameters)
 
     def step(self):
         self.note("step")
@@ -146,6 +147,22 @@ def weights(engine):
 
 async def together(*asked):
     return await asyncio.gather(*asked, return_exceptions=True)
+
+
+def test_vllm_samples_as_it_was_asked_and_tells_log_probs_of_that_distribution(engine):
+    """Nothing of the model folder's own settings, nothing of vLLM's, may change what is sampled."""
+    engine.stop_ids = [7, 9]
+    options = dict(max_new_tokens=3, temperature=0.7, top_p=0.9)
+    asyncio.run(together(*(engine.generate([1, 2], seed=seed, **options) for seed in (5, 6))))
+    for parameters, seed in zip(engine.llm.parameters, (5, 6), strict=True):
+        told = dict(vars(parameters))
+        assert told.pop("logprobs") == 0 and told.pop("ignore_eos") is True
+        assert (told.pop("detokenize"), told.pop("output_kind")) == (False, 2)
+        wanted = dict(max_tokens=3, temperature=0.7, top_p=0.9, seed=seed, stop_token_ids=[7, 9])
+        assert told == wanted
+    built = engine.llm.options
+    assert built["logprobs_mode"] == "processed_logprobs" and built["max_model_len"] == 64
+    assert built["generation_config"] == "vllm" and built["trust_remote_code"] is False
 
 
 # --------------------------------------------------------------------------------------------------

@@ -27,15 +27,15 @@ def run_here(script, arguments: list[str]) -> list[dict]:
 
 
 class Seen:
-    """What a run did, in order: ("step", lr, gradient norm), ("sync",), ("ask", seed, prompt) and
-    ("meet", phase), and what a test notes of its own.
+    """What a run did, in order: ("step", lr, gradient norm, settings), ("sync",), ("ask", seed,
+    prompt, temperature) and ("meet", phase), and what a test notes of its own.
     """
 
     def __init__(self, patch):
         self.events, self.patch = [], patch
         self.note(torch.optim.AdamW, "step", lambda optimizer: ("step", *step_facts(optimizer)))
         self.note(HFEngine, "load_weights", lambda *_: ("sync",))
-        self.note(HFEngine, "generate", lambda _, ids, **o: ("ask", o["seed"], tuple(ids)))
+        self.note(HFEngine, "generate", told_request)
         self.note(Run, "meet", lambda _, phase, error=None: ("meet", phase))
 
     def note(self, owner, name: str, told, after: bool = False):
@@ -56,9 +56,14 @@ class Seen:
         return [event[1:] for event in self.events if event[0] == kind]
 
 
-def step_facts(optimizer) -> tuple[float, float]:
-    """(learning rate, norm of the gradient that the optimizer is about to use)."""
+def told_request(_, ids, *, seed, temperature, **more):
+    return "ask", seed, tuple(ids), temperature
+
+
+def step_facts(optimizer) -> tuple[float, float, tuple]:
+    """(learning rate, norm of the gradient that is about to be used, weight decay and betas)."""
     (group,) = optimizer.param_groups
     gradients = [p.grad for p in group["params"]]
     whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
-    return group["lr"], torch.stack([g.norm() for g in whole]).norm().item()
+    norm = torch.stack([g.norm() for g in whole]).norm().item()
+    return group["lr"], norm, (group["weight_decay"], *group["betas"])

@@ -9,6 +9,7 @@ import torch
 
 from grpo_unified import (
     DUAL_CLIP,
+    check_failures,
     grpo_loss,
     kept_pools,
     kl_loss,
@@ -18,6 +19,7 @@ from grpo_unified import (
     training_sequences,
     write_episodes,
 )
+from reagent.reward_model import RewardModelConfig
 from rollout import Attempt, Episode
 
 NAN = math.nan
@@ -204,3 +206,12 @@ def test_token_arrays_of_a_step_are_kept_whole(tmp_path):
         assert arrays["logps"][spoken[i] : spoken[i + 1]].tolist() == episode.logps
     lines = (tmp_path / "episodes" / "step-000007.jsonl").read_text().splitlines()
     assert [json.loads(line)["tokens"] for line in lines] == [5, 3, 0]
+
+
+@pytest.mark.parametrize("failed, stops", [(0, False), (2, False), (3, True), (10, True)])
+def test_a_step_with_too_many_failed_judgments_stops_the_run(failed, stops):
+    rrm = RewardModelConfig("http://there/v1", max_failures=0.2)
+    if not stops:
+        return check_failures(4, 10, failed, rrm, ["", "late"])
+    with pytest.raises(SystemExit, match=f"step 5: {failed} of 10 .* http://there/v1 .* late"):
+        check_failures(4, 10, failed, rrm, ["", "late"])

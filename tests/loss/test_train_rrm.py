@@ -446,6 +446,14 @@ def test_each_judgment_is_trained_with_its_own_advantage_weight_and_logps():
         assert sequence.columns["sampler_logps"] == pytest.approx(logps)
 
 
+def test_a_judgment_with_the_mean_reward_of_its_group_counts_though_it_trains_nothing(monkeypatch):
+    monkeypatch.setattr(train_rrm, "judgment_reward", lambda found, *_: found.score)
+    sequences, line, _ = grpo_batch([[judgment_of(score) for score in (0.0, 0.5, 1.0)]] * 2)
+    assert len(sequences) == 4 and line["pools/dropped"] == 0.0
+    for sequence in sequences:
+        assert sum(sequence.columns["weight"]) == pytest.approx(1 / 6)
+
+
 def test_judgments_of_a_step_have_seeds_of_their_own_and_the_temperature_asked_for():
     _, _, asked = grpo_batch([[judgment_of(0.8)] * 3] * 2, temperature=0.7)
     assert len({seed for _, seed, _ in asked}) == 6 and {t for *_, t in asked} == {0.7}

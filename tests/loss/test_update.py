@@ -16,7 +16,7 @@ from rollout import Attempt, Episode
 from tests.helpers.tiny import Alone, tiny_model
 from tests.loss.test_model import policy_of
 
-GROUP, LR, T = 2, 0.5, 0.7
+GROUP, LR, T, KL = 2, 0.5, 0.7, 0.4
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def make_episodes(plain) -> list[Episode]:
     return episodes
 
 
-def parameters_by_hand(plain, episodes, old_logps: str, loss_agg: str) -> dict:
+def parameters_by_hand(plain, episodes, old_logps: str, loss_agg: str, reference=None) -> dict:
     """Equations 8 and 9, question by question = minibatch by minibatch, with SGD."""
     optimizer = torch.optim.SGD(plain.parameters(), lr=LR)
     jobs = []  # (question, episode, attempt, mu, old)
@@ -89,6 +89,10 @@ def parameters_by_hand(plain, episodes, old_logps: str, loss_agg: str) -> dict:
             ratio = (attempt_logps(plain, episode, attempt.span) - old).exp()
             surrogate = torch.minimum(ratio * advantage, ratio.clip(0.8, 1.34) * advantage)
             terms.append(surrogate * (old - mu).exp().clip(max=2.0))
+            if reference:
+                away = attempt_logps(plain, episode, attempt.span)
+                away = away - attempt_logps(reference, episode, attempt.span).detach()
+                terms[-1] = terms[-1] - KL * away.square() / 2
         loss = -(
             torch.cat(terms).mean()
             if loss_agg == "token_mean"
@@ -101,10 +105,17 @@ def parameters_by_hand(plain, episodes, old_logps: str, loss_agg: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "old_logps, loss_agg",
-    [("sampler", "seq_mean"), ("recomputed", "seq_mean"), ("sampler", "token_mean")],
+    "old_logps, loss_agg, kl",
+    [
+        ("sampler", "seq_mean", False),
+        ("recomputed", "seq_mean", False),
+        ("sampler", "token_mean", False),
+        ("sampler", "seq_mean", True),
+    ],
 )
-def test_three_minibatches_of_updates_equal_a_loop_over_attempts(folder, old_logps, loss_agg):
+def test_three_minibatches_of_updates_equal_a_loop_over_attempts(
+    folder, old_logps, loss_agg, kl, tmp_path
+):
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     episodes, policy = make_episodes(plain), policy_of(folder)
     start = {name: p.detach().clone() for name, p in plain.named_parameters()}
@@ -115,11 +126,16 @@ def test_three_minibatches_of_updates_equal_a_loop_over_attempts(folder, old_log
             episodes[q * GROUP :][:GROUP], advantages[q : q + 1], GROUP, loss_agg
         )
         minibatches.append(balance(rows, 1, 40)[0])
+    references = [None, None]  # another model, so that the KL pulls from the first step on
+    if kl:
+        other = tiny_model(tmp_path, seed=1)
+        references = [policy_of(other), AutoModelForCausalLM.from_pretrained(other)]
     cfg = grpo.Config(temperature=T, old_logps=old_logps, max_grad_norm=1e9, max_dlogp=10.0)
+    cfg.kl_coef = KL if kl else 0.0
     optimizer = torch.optim.SGD(policy.parameters(), lr=LR)
-    done = grpo.update(policy, optimizer, minibatches, cfg, Alone())
+    done = grpo.update(policy, optimizer, minibatches, cfg, Alone(), references[0])
     assert len(done["norms"]) == 3 and not done["skipped"] and done["clipped"] > 0
-    expected = parameters_by_hand(plain, episodes, old_logps, loss_agg)
+    expected = parameters_by_hand(plain, episodes, old_logps, loss_agg, references[1])
     for name, p in policy.hf.named_parameters():
         assert torch.allclose(p.full_tensor(), expected[name], atol=1e-5), name
     assert max((expected[name] - start[name]).abs().max() for name in start) > 1e-3

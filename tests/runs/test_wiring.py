@@ -16,7 +16,7 @@ import grpo_unified
 import sft
 import train_rrm
 from reagent.config import load_script
-from reagent.reward_model import Judgment
+from reagent.reward_model import Judgment, RewardModelConfig
 from reagent.run import checkpoints
 from tests.helpers.tiny import toy, toy_world
 from tests.helpers.trainers import Seen, run_here
@@ -27,6 +27,8 @@ COMMON = (
     "--lr=1e-3",
     "--lr_end=0.4",
     "--max_grad_norm=0.02",
+    "--weight_decay=0.03",
+    "--tokens_per_microbatch=300",
     "--save_interval=1",
     "--checkpoint_activations=false",
     "--timeout_s=100",
@@ -38,6 +40,7 @@ RRM = (
     "--max_context=1024",
     "--eval_interval=2",
     "--keep_last=0",
+    "--temperature=0.8",
 )
 U = (
     "--engine=hf",
@@ -45,7 +48,8 @@ U = (
     "--prompts_per_step=4",
     "--prompts_per_minibatch=2",
     "--group_size=2",
-    "--temperature=1.0",
+    "--temperature=0.8",
+    "--kl_coef=0.1",
     "--max_turns=2",
     "--max_new_tokens_per_turn=12",
     "--max_tokens_per_attempt=100",
@@ -85,16 +89,40 @@ def any_judgment(chat, sample):
     return Judgment("It did not read all pages.", words, sum(sample.ids) % 101 / 100)
 
 
+class Rules:
+    """In place of the rule reward, to an untrained agent that answers nothing: some attempts at a
+    question are right, by their order, every four alike. `of`: id -> what was said of it.
+    """
+
+    def __init__(self):
+        self.of = {}
+
+    def __call__(self, row, answer):
+        said, number = self.of.setdefault(row["id"], []), sum(map(ord, row["question"]))
+        flat = number % 4 == 0 and "train" in row["id"]  # as the scores of `same_for_all`
+        right = not flat and (number + len(said) % 4 + int(row["id"][-1])) % 3 == 0
+        said.append(right)
+        return float(right), right
+
+
 def run_u(world, out):
     with pytest.MonkeyPatch.context() as patch:
-        seen = Seen(patch)
+        seen, rules = Seen(patch), Rules()
+        patch.setattr(grpo_unified, "rule_reward", rules)
         seen.note(grpo_unified.rollout, "run_chains", told_keys)
         seen.note(grpo_unified, "training_sequences", told_minibatch, after=True)
         files = [f"--model={world}/model", f"--data={world}/rl.jsonl", f"--rrm={world}/rrm.py"]
         files.append("--rrm.seconds=50")
         files += [f"--eval_data={world}/eval.jsonl", f"--out_dir={out}"]
         log = run_here(grpo_unified, [*COMMON, *U, *files])
-    return SimpleNamespace(seen=seen, log=log, out=out)
+    return SimpleNamespace(seen=seen, log=log, out=out, rules=rules)
+
+
+LONGEST = 100  # tokens of a row of the cold start: some are longer
+
+
+def told_rows(policy, optimizer, rows, *_):
+    return "rows", [row.ids for row in rows]
 
 
 def told_keys(jobs, *_):
@@ -117,10 +145,12 @@ def run_rrm(stage, world, out):
 
 
 def run_sft(world, out, *more):
-    own = ["--rows_per_step=4", "--warmup_steps=2", "--keep_last=0"]
+    own = ["--rows_per_step=4", "--warmup_steps=2", "--keep_last=0", "--beta2=0.95"]
+    own.append(f"--max_tokens_per_row={LONGEST}")
     own += [f"--model={world}/model", f"--data={world}/sft.jsonl", f"--out_dir={out}"]
     with pytest.MonkeyPatch.context() as patch:
         seen = Seen(patch)
+        seen.note(sft, "update", told_rows)
         log = run_here(sft, [*COMMON, *own, *more])
     return SimpleNamespace(seen=seen, log=log, out=out)
 
@@ -146,19 +176,28 @@ def cold(world, tmp_path_factory):
 WARM = [5e-4, 1e-3, 1e-3]  # two steps of warm-up, then the top of the cosine
 
 
-def check_updates(run, rates, per_step=1):
-    """The optimizer steps with the logged rate and a clipped gradient; the log has the norm before
-    it was clipped.
+def check_updates(run, rates, per_step=1, beta2=0.999):
+    """The optimizer steps with the logged rate, the settings that were given and a clipped
+    gradient; the log has the norm before it was clipped.
     """
     steps, log = run.seen.of("step"), [line for line in run.log if line["step"]]
-    assert [lr for lr, _ in steps] == pytest.approx([r for r in rates for _ in range(per_step)])
+    assert [lr for lr, *_ in steps] == pytest.approx([r for r in rates for _ in range(per_step)])
     assert [line["lr"] for line in log] == pytest.approx(rates)
-    assert all(norm == pytest.approx(0.02, rel=1e-3) for _, norm in steps)
+    assert all(norm == pytest.approx(0.02, rel=1e-3) for _, norm, _ in steps)
+    assert {settings for *_, settings in steps} == {(0.03, 0.9, beta2)}
     assert all(line["grad_norm"] > 0.03 and not line["skipped"] for line in log)
 
 
 def test_the_cold_start_steps_with_its_schedule_and_a_clipped_gradient(cold):
-    check_updates(cold, WARM)
+    check_updates(cold, WARM, beta2=0.95)
+
+
+def test_the_cold_start_takes_new_rows_at_every_step_and_none_that_is_too_long(cold):
+    taken = [rows for (rows,) in cold.seen.of("rows")]
+    told = [(4 - len(rows), sum(map(len, rows))) for rows in taken]
+    assert told == [(line["too_long"], line["tokens"]) for line in cold.log]
+    whole = [tuple(ids) for rows in taken for ids in rows]
+    assert 3 < len(set(whole)) == len(whole) < 12 and max(map(len, whole)) <= LONGEST
 
 
 def test_the_reward_model_steps_with_its_schedule_and_a_clipped_gradient(rrm):
@@ -183,9 +222,12 @@ def test_ranks_meet_after_the_sampling_of_judgments(rrm):
 
 
 def test_no_two_judgments_of_a_run_are_asked_for_with_one_seed(rrm):
-    held = {seed for seed, _ in rrm.seen.of("ask")[-2:]}  # the same at every evaluation
-    asked = [seed for seed, _ in rrm.seen.of("ask") if seed not in held]
+    held = {seed for seed, *_ in rrm.seen.of("ask")[-2:]}  # the same at every evaluation
+    asked = [seed for seed, *_ in rrm.seen.of("ask") if seed not in held]
     assert len(set(asked)) == len(asked) == (24 if rrm.stage == "grpo" else 0)
+    temperatures = {(seed in held, temperature) for seed, _, temperature in rrm.seen.of("ask")}
+    at_work = {(True, RewardModelConfig.temperature)}
+    assert temperatures == at_work | ({(False, 0.8)} if rrm.stage == "grpo" else set())
 
 
 def test_no_two_turns_of_a_run_are_asked_for_with_one_seed(u):
@@ -247,8 +289,40 @@ def test_refinement_reads_the_fixed_critique(u):
     assert len(told) == 8 and all("Look again at Rome." in text for text in told)
 
 
-def test_the_best_checkpoint_is_kept_beside_the_newest(u):
-    assert [path.name for path in checkpoints(u.out)] == ["step-000001", "step-000003"]
+def test_evaluations_are_of_first_and_refined_answers_and_the_first_of_the_best_is_kept(u, world):
+    rows = [json.loads(line) for line in open(world / "eval.jsonl")]
+    said = [u.rules.of[row["id"]] for row in rows]  # an evaluation: first, refined
+    for name, stage in (("eval/first", 0), ("eval/refined", 1)):
+        shares = [statistics.mean(of[2 * i + stage] for of in said) for i in range(4)]
+        assert [line[name] for line in u.log] == shares
+    first = [line["eval/first"] for line in u.log[1:]]
+    best = {"step": 1 + first.index(max(first)), "accuracy": max(first)}
+    newest = checkpoints(u.out)[-1]
+    assert json.loads((newest / "trainer.json").read_text())["best"] == best
+    kept = sorted({best["step"], 3})
+    assert [path.name for path in checkpoints(u.out)] == [f"step-{n:06d}" for n in kept]
+    assert len(kept) == 2 and first.count(max(first)) == 2  # else this shows less than it says
+
+
+def test_the_figures_of_a_step_are_those_of_its_episodes(u):
+    for line in u.log[1:]:
+        path = u.out / "episodes" / f"step-{line['step']:06d}.jsonl"
+        episodes = [json.loads(text) for text in open(path)]
+        assert {e["policy_version"] for e in episodes} == {line["step"] - 1}
+        everything = [a for e in episodes for a in e["attempts"]]
+        for stage, name in enumerate(("first", "refined")):
+            attempts = [e["attempts"][stage] for e in episodes]
+            for key, field in (("accuracy", "correct"), ("reward", "reward"), ("score", "score")):
+                mean = statistics.mean(float(a[field]) for a in attempts)
+                assert line[f"{key}/{name}"] == pytest.approx(mean, abs=1e-6)
+        for name, right in (("right", True), ("wrong", False)):
+            scores = [a["score"] for a in everything if a["correct"] is right]
+            assert line[f"score/{name}"] == pytest.approx(statistics.mean(scores), abs=1e-6)
+        assert line["attempts"] == len(everything) == 16
+
+
+def test_the_kl_term_measures_how_far_the_policy_has_moved(u):
+    assert all(abs(line["kl"]) > 1e-4 for line in u.log[1:])
 
 
 def resumed(run, tmp_path, at: int, again) -> None:
@@ -287,10 +361,10 @@ def test_a_run_takes_more_steps_where_no_schedule_hangs_on_their_number(cold, wo
 
 
 GOLDEN = {  # of the last step: loss, norm of the gradient; how the weights moved
-    "cold": (5.5828580856, 2.9591848850, 0.1438013326),
-    "sft": (5.8344774246, 1.7869795561, 0.0410085254),
-    "grpo": (0.0, 1.2206542492, 0.0008570328),
-    "u": (-0.0547193089, 1.0591783226, -0.0976714689),
+    "cold": (5.6142206192, 3.2707531452, 0.2424380661),
+    "sft": (5.8344836235, 1.7868554592, 0.0418065768),
+    "grpo": (0.0, 1.5967590809, 0.0321158046),
+    "u": (-0.0412918305, 1.4223726392, 0.0458551538),
 }
 
 

@@ -1,0 +1,123 @@
+"""Small faults, planted one at a time in a copy of the tree: does the fast suite notice them?
+
+    make mutants                                # all of tests/mutants.txt
+    python tests/mutants.py --only=rollout.py   # those with this text in file, name or tests
+    python tests/mutants.py --stale             # runs nothing: does each still have its place?
+
+The list has a section a file, with the tests that cover it, and in it the faults:
+
+    @ FILE: TESTS, below tests/
+    # what is wrong
+    - text that stands in the file exactly once, on one line or several
+    + what stands there instead
+
+The exit status is 1 where one is not noticed or has lost its place.
+"""
+
+import importlib
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LIMIT_S = 240  # for the tests of a fault; one that hangs them is noticed
+LEFT_OUT = ".git .venv out model __pycache__ .*_cache"
+# imported once, before the forks; nothing of our own
+HEAVY = "pytest numpy mpmath h11 torch.distributed.checkpoint torch.distributed.fsdp "
+HEAVY += "transformers.models.auto.modeling_auto transformers.models.qwen3.modeling_qwen3"
+SETTINGS = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONDONTWRITEBYTECODE="1")
+
+
+@dataclass
+class Fault:
+    name: str
+    file: str
+    tests: list[str]
+    old: str = ""
+    new: str = ""
+
+    def planted(self, text: str) -> str | None:
+        """The text with the fault; None where `old` does not stand in it exactly once."""
+        there = self.old and text.count(self.old) == 1
+        return text.replace(self.old, self.new) if there else None
+
+
+def read_faults(path: Path) -> list[Fault]:
+    faults, file, tests = [], "", []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        mark, text = line[:1], line[2:]
+        if mark == "@":
+            file, _, names = text.partition(": ")
+            tests = [f"tests/{name}" for name in names.split()]
+        elif mark == "#":
+            faults.append(Fault(text, file, tests))
+        elif mark == "-":
+            faults[-1].old += "\n" * bool(faults[-1].old) + text
+        elif mark == "+":
+            faults[-1].new += "\n" * bool(faults[-1].new) + text
+    return faults
+
+
+def run_tests(tree: Path, tests: list[str]) -> tuple[bool, str]:
+    """Whether a test failed, and which, or the last line of pytest."""
+    said = tree / "said.txt"
+    if not (pid := os.fork()):
+        os.setsid()
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os.dup2(1, 2)
+        os.chdir(tree)
+        sys.path[0] = str(tree)
+        options = ["-x", "-q", "-m", "not slow", "--tb=no", "-p", "no:cacheprovider"]
+        os._exit(sys.modules["pytest"].main([*options, *tests]))
+    began = time.monotonic()
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        if time.monotonic() - began > LIMIT_S:
+            os.killpg(pid, signal.SIGKILL)
+        time.sleep(0.1)
+    text = said.read_text(encoding="utf-8", errors="replace")
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
+    last = text.strip().splitlines()[-1:] or [""]
+    return not re.search(r"^\d+ passed", last[0]), failed[1] if failed else last[0]
+
+
+def main(argv: list[str]) -> int:
+    only = next((arg.removeprefix("--only=") for arg in argv if arg.startswith("--only=")), "")
+    faults, dry = read_faults(ROOT / "tests" / "mutants.txt"), "--stale" in argv
+    faults = [f for f in faults if only in " ".join([f.file, f.name, *f.tests])]
+    outcomes = Counter()
+    if not dry:
+        os.environ.update(SETTINGS)
+        sys.dont_write_bytecode = True
+        list(map(importlib.import_module, HEAVY.split()))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        tree = Path(folder) / "tree"
+        if not dry:
+            shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*LEFT_OUT.split()))
+        for fault in faults:
+            place, began = (ROOT if dry else tree) / fault.file, time.perf_counter()
+            sound = place.read_text(encoding="utf-8")
+            changed, outcome, what = fault.planted(sound), "stale", ""
+            if changed is not None and dry:
+                continue
+            if changed is not None:
+                place.write_text(changed, encoding="utf-8")
+                noticed, what = run_tests(tree, fault.tests)
+                place.write_text(sound, encoding="utf-8")
+                outcome = "noticed" if noticed else "NOT noticed"
+            outcomes[outcome] += 1
+            took = f"{time.perf_counter() - began:4.0f} s"
+            print(f"{outcome:12}{took}  {fault.file}: {fault.name}  [{what}]", flush=True)
+    told = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())
+    print(f"{len(faults)} faults: {told or 'all have their place'}")
+    return bool(outcomes["stale"] + outcomes["NOT noticed"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
