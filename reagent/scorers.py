@@ -99,8 +99,7 @@ def plain_latex(text: str) -> str:
         text = text.replace(old, new)
     if text.count("\\text{ ") == 1:  # a unit behind the number
         text = text.partition("\\text{ ")[0]
-    text = text.replace("\\%", "").replace("%", "")
-    text = text.replace(" .", " 0.").replace("{.", "{0.")
+    text = text.replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
     text = "0" + text if text.startswith(".") else text
     head, sign, tail = text.partition("=")
     if sign and "=" not in tail and len(head) <= 2:
@@ -109,8 +108,7 @@ def plain_latex(text: str) -> str:
     text = re.sub(r"\\frac([^{\s])([^{\s])", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac([^{\s])\{", r"\\frac{\1}{", text)
     text = "\\frac{1}{2}" if text == "0.5" else text
-    ratio = re.fullmatch(r"(-?\d{1,1000})/(-?\d{1,1000})", text)
-    return f"\\frac{{{int(ratio[1])}}}{{{int(ratio[2])}}}" if ratio else text
+    return re.sub(r"^(0|-?[1-9]\d*)/(0|-?[1-9]\d*)$", r"\\frac{\1}{\2}", text)
 
 
 def score_hendrycks(pred: str, gold: str) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from reagent.calls import FORMATS, HERMES, MAX_CALLS, read_turn
 from toolkit.text import after_thoughts
 
-CASES = Path(__file__).parents[3] / "shared" / "cases" / "turns.jsonl"
+CASES = Path(__file__).parents[1] / "cases" / "turns.jsonl"
 XML = FORMATS[1]
 SCHEMA = {
     "queries": {"type": "array", "items": {"type": "string"}},
@@ -37,7 +37,6 @@ def only(text: str, form=HERMES):
 # ---------------------------------------------------------------- calls that are read
 
 
-@pytest.mark.skipif(not CASES.is_file(), reason="no cases here")
 def test_the_cases():
     for line in CASES.read_text().splitlines():
         case = json.loads(line)

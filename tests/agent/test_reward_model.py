@@ -21,7 +21,7 @@ from toolkit.http import Refused, Unavailable
 
 MESSAGES = [{"role": "assistant", "content": "\\boxed{1}"}]
 GOOD = "<think>a</think><critique>look again</critique><score>0.5</score>"
-CASES = Path(__file__).parents[3] / "shared" / "cases" / "judgments.jsonl"
+CASES = Path(__file__).parents[1] / "cases" / "judgments.jsonl"
 
 
 def asks(rrm, n=8):
@@ -121,7 +121,6 @@ def test_the_format_reward_of_training_stays_strict():
     assert set(strict) <= {"plain", "score in thoughts", "draft in thoughts"} and "plain" in strict
 
 
-@pytest.mark.skipif(not CASES.is_file(), reason="needs the cases")
 def test_the_cases():
     for line in open(CASES):
         case = json.loads(line)

@@ -26,7 +26,7 @@ from tests.helpers.tiny import ROOT, load, toy
 from toolkit.http import Unavailable
 
 SHARED = ROOT.parent / "shared" / "data"
-CASES = ROOT.parent / "shared" / "cases" / "verdicts.jsonl"
+CASES = ROOT / "tests" / "cases" / "verdicts.jsonl"
 
 
 def row_of(name, question="q?", answer="a", **more):
@@ -323,7 +323,8 @@ def test_the_bootstrap_interval_is_near_the_normal_one():
     low, high = statistics.bootstrap_interval(values)
     half = 1.96 * np.std(values) / 400**0.5
     mean = np.mean(values)
-    assert abs(low - (mean - half)) < 0.008 and abs(high - (mean + half)) < 0.008
+    # one of 90 % would be nearer to the mean by .0077 on each side
+    assert abs(low - (mean - half)) < 0.003 and abs(high - (mean + half)) < 0.003
 
 
 def chain(answer, correct, first=None):
@@ -617,7 +618,6 @@ def test_a_verdict_is_read_in_its_forms_and_never_where_it_is_hedged_or_said_bot
     assert [text for text in texts if verdicts.parse_verdict(text) is not verdict] == []
 
 
-@pytest.mark.skipif(not CASES.is_file(), reason="the cases are not here")
 def test_the_cases_of_verdicts():
     for row in map(json.loads, open(CASES, encoding="utf-8")):
         assert verdicts.parse_verdict(row["reply"]) is row["expected"], row

@@ -5,6 +5,7 @@ solutions.
 import itertools
 import json
 import random
+import re
 import time
 import unicodedata
 from fractions import Fraction
@@ -18,21 +19,25 @@ from results.statistics import bootstrap_interval, pass_at_k
 from tests.evaluation import reformatted
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-GOLDEN = SHARED / "golden" / "scorer_cases.jsonl"
+CASES = Path(__file__).parents[1] / "cases"
 
 
 def rows(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")] if path.is_file() else []
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
-@pytest.mark.skipif(not GOLDEN.is_file(), reason="the outputs of the official scorers are not here")
 def test_the_outputs_of_the_official_scorers():
-    for row in rows(GOLDEN):
+    for row in rows(CASES / "official.jsonl"):
         got = score(row["scorer"], row["pred"], row["gold"])
         if "expected" in row:
             assert got["correct"] == row["expected"], row
         else:
             assert (got["em"], round(got["f1"], 6)) == (float(row["em"]), row["f1"]), row
+
+
+def test_answers_that_fell_have_their_plain_sense():
+    for row in rows(CASES / "answers.jsonl"):
+        assert score(row["scorer"], row["pred"], row["gold"])["correct"] is row["expected"], row
 
 
 @pytest.mark.skipif(not (SHARED / "math500").is_dir(), reason="MATH500 is not here")
@@ -332,6 +337,32 @@ def test_of_rewritten_golds_of_the_public_sets_none_is_scored_against_its_truth(
 def test_exact_match_and_f1_of_the_sets(scorer, pred, gold, em, f1):
     got = score(scorer, pred, gold)
     assert (got["em"], got["f1"]) == (em, pytest.approx(f1))
+
+
+# what the published code of the benchmark calls the same, whatever it means
+HENDRYCKS = r"""
+\tfrac{3}{4} == \frac34 | \dfrac{3}{4} == \frac{3}{4} | \frac1{72} == \frac{1}{72}
+7/8 == \frac{7}{8} | -7/8 == \frac{-7}{8} | 0.5 == \frac12 | .25 == 0.25 | \sqrt7 == \sqrt{7}
+30^\circ == 30 | 45^{\circ} == 45 | \left(1, 2\right) == (1,2) | 12\text{ cm} == 12 | \$15 == 15
+20\% == 20 | 5\!000 == 5000 | k=9 == 9 | AB=9 == 9 | x \in .5 == x\in0.5 | {.5} == {0.5}
+1,000 != 1000 | 2.0 != 2 | 1/2 != .25 | \frac{2}{4} != \frac{1}{2} | x+1 != 1+x | ABC=9 != 9
+9 != -9 | (1,2) != (2,1) | 07/8 != 7/8 | 5\text{cm} != 5 | a=b=9 != 9 | 20% != 20 | Yes != yes
+"""
+GSM8K = r"""
+so #### 42 == #### 42 | #### 1,234 == #### 1234 | #### -7 == #### -7 | #### 3. == it is #### 3.
+#### 5 #### 6 == #### 5 | #### 18 dollars == #### 18 | #### 42 != #### 43 | 42 != #### 42
+####42 != #### 42 | #### 5.0 != #### 5 | #### $5 != #### 5 | #### 5 #### 6 != #### 6
+#### five != #### five
+"""
+
+
+@pytest.mark.parametrize(
+    "scorer, text", [("hendrycks_is_equiv", HENDRYCKS), ("gsm8k_official", GSM8K)]
+)
+def test_the_published_rules_of_math_and_gsm8k(scorer, text):
+    for pair in itertools.chain(*lines(text)):
+        pred, sign, gold = re.split(" ([=!]=) ", pair)
+        assert score(scorer, pred, gold)["correct"] is (sign == "=="), pair
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,17 @@ def test_a_limit_holds_and_the_call_returns_in_time(box, name):
     assert time.monotonic() - began < 5
 
 
+def test_code_runs_as_long_as_it_may_and_not_longer():
+    """By the code's own clock: what is told of the time is the setting, whatever was waited."""
+    box = make_box(RUNGS[0], "this user", seconds=2.0)
+    code = "import time\nbegan = time.monotonic()\nwhile True:\n"
+    code += " print(time.monotonic() - began, flush=True); time.sleep(.05)"
+    *clock, told = box.run(code).text.split("\n")
+    box.close()
+    assert "ran longer than 2 s" in told
+    assert 1.7 < float(clock[-1]) < 3  # 1 for a machine that does other things
+
+
 @pytest.mark.parametrize(
     "name, why",
     [

@@ -162,18 +162,19 @@ def test_an_allow_list_that_cannot_be_read_is_an_error_at_the_start(text):
 
 
 @pytest.mark.parametrize(
-    "target",
+    ("target", "problem"),
     [
-        "http://169.254.169.254/x",
-        "file:///etc/passwd",
-        "http://10.0.0.1/",
-        "//127.0.0.1:22/",
-        "/a b",
+        ("http://169.254.169.254/x", "169.254.169.254 is not on the public web"),
+        ("file:///etc/passwd", "an address begins with http"),
+        ("http://10.0.0.1/", "10.0.0.1 is not on the public web"),
+        ("//127.0.0.1:22/", "Port 22 is not open"),
+        ("/a b", "answers 404"),  # it was asked for
     ],
 )
-def test_064_redirects_are_checked_like_the_first_address(target):
-    with web_server({"/": (302, {"Location": target}, "")}) as server, pytest.raises(ToolError):
-        opened(server)
+def test_064_redirects_are_checked_like_the_first_address(target, problem):
+    with web_server({"/": (302, {"Location": target}, "")}) as server:
+        with pytest.raises(ToolError, match=problem):
+            opened(server)
     assert len(server.seen) == (2 if target == "/a b" else 1)
 
 
