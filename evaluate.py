@@ -15,12 +15,18 @@ OUT/results.jsonl holds the rows in the order of the data, without timings, and 
 report.html and summary.json the numbers. `-h` prints all keys.
 """
 
+import sys
+
+from reagent.config import show_help
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    show_help(__file__)  # before torch is imported
+
 import asyncio
 import contextlib
 import dataclasses
 import json
 import os
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from importlib import import_module

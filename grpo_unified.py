@@ -12,11 +12,17 @@ as in the released script with its dual clip, no KL term by default (kl_coef), p
 spread of rewards are dropped.
 """
 
+import sys
+
+from reagent.config import show_help
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    show_help(__file__)  # before torch is imported
+
 import asyncio
 import dataclasses
 import json
 import math
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -26,7 +32,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import rollout
 from reagent import engines, reward_model
@@ -48,7 +53,7 @@ from reagent.policy import (
 )
 from reagent.reward_model import RewardModelConfig
 from reagent.rows import JsonlRows, batch_indices, check_rl_row
-from reagent.run import Run
+from reagent.run import Run, say
 from reagent.scorers import rule_reward
 from results.runs import write_run_page
 from tools import Toolbox
@@ -112,6 +117,7 @@ class Config:
     keep_last: int = 2  # checkpoints besides the best
     timeout_s: float = 3600.0  # seconds that ranks wait for each other, rollouts included
     wandb: bool = False
+    check: bool = False  # stop after all checks, before anything heavy; writes nothing
 
 
 MAY_CHANGE = {
@@ -454,6 +460,7 @@ def check_config(cfg: Config) -> None:
 def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data
     check_config(cfg)
+    say(f"reading {cfg.data}")
     rows = JsonlRows(cfg.data, check_rl_row)
     eval_rows = JsonlRows(cfg.eval_data, check_rl_row) if cfg.eval_data else []
     chat = load_chat(cfg.model, cfg.chat_template)
@@ -468,18 +475,27 @@ def main(cfg: Config) -> None:
     beside = cfg.rrm if scored else None
     plan_memory(cfg, run, longest=cfg.max_context, engine=cfg.engine, rrm=beside)
     place, n_engines, tp_group = engine_places(cfg.engine.tensor_parallel, run)
+    runner, rrm = asyncio.Runner(), None
+    if scored and not cfg.rrm.in_process:
+        rrm = reward_model.open_rrm(cfg.rrm, chat, engine=cfg.engine)
+        question = rows[0]["question"]
+        run.on_first_rank("a first judgment", lambda: runner.run(rrm.try_out(question)))
+    if run.only_checks(whole_run(cfg, cfg.steps - run.saved, len(eval_rows))):
+        return toolbox.close()
+    say(f"starting the engine: {cfg.engine.kind}")
     engine = engines.make_engine(  # before the policy: it reseeds
         cfg.engine, cfg.model, chat.stop_ids, max_context=cfg.max_context, tp_group=tp_group
     )
     engines.rest(engine)  # until the first sync: the policy is loaded meanwhile
-    rrm = reward_model.open_rrm(cfg.rrm, chat, engine=cfg.engine) if scored else None
+    if scored and rrm is None:
+        rrm = reward_model.open_rrm(cfg.rrm, chat, engine=cfg.engine)
+    say(f"loading {cfg.model}")
     torch.manual_seed(cfg.seed)
     policy = make_policy(cfg, run.device)
     optimizer = make_optimizer(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
     reference = None
     if cfg.kl_coef:  # the policy at the start, for forwards only
         reference = make_reference(cfg, policy, run.device)
-    runner = asyncio.Runner()
     setup = rollout.Setup(
         engine=engine,
         chat=chat,
@@ -506,7 +522,7 @@ def main(cfg: Config) -> None:
         """Runs this engine's share of the jobs [(row, key)]; returns all episodes, in order."""
         now = dataclasses.replace(setup, policy_version=version)
         share = [job for i, job in enumerate(jobs) if i // cfg.group_size % n_engines == place]
-        bar = tqdm(desc=what, total=len(jobs), leave=False, disable=not run.has_bar)
+        bar = run.bar(what, len(jobs))
         mine, error = [], None
         try:
             if place is None:  # another rank of the tensor-parallel group leads
@@ -632,6 +648,17 @@ def main(cfg: Config) -> None:
         write_run_page(run.out)
     toolbox.close()
     run.end()
+
+
+def whole_run(cfg: Config, steps: int, held_out: int) -> dict[str, int]:
+    """What so many steps with their evaluations ask for."""
+    chains = steps * cfg.prompts_per_step * cfg.group_size
+    chains += held_out * (1 + -(-steps // cfg.eval_interval))
+    attempts = chains * (2 if cfg.variant == "u" else 1)
+    turns = attempts * cfg.max_turns * bool(cfg.tools)
+    counts = {"attempts": attempts, "judgments": attempts * (cfg.variant != "rule")}
+    tokens = attempts * cfg.max_tokens_per_attempt
+    return counts | {"tokens at most": tokens, "turns that search or use a tool at most": turns}
 
 
 def engine_places(tensor_parallel: int, run: Run) -> tuple[int | None, int, object]:

@@ -6,8 +6,14 @@ recipe in section 4).
     python sft.py config/sft_toy_tiny.py --show=3  # rows as the model sees them, trained ones green
 """
 
-import math
 import sys
+
+from reagent.config import show_help
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    show_help(__file__)  # before torch is imported
+
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +34,7 @@ from reagent.policy import (
     make_policy,
 )
 from reagent.rows import JsonlRows, batch_indices, sft_messages, sft_tools
-from reagent.run import Run
+from reagent.run import Run, say
 from results.runs import write_run_page
 
 
@@ -64,6 +70,7 @@ class Config:
     keep_last: int = 2  # checkpoints; 0: all
     timeout_s: float = 1800.0  # seconds that ranks wait for each other
     wandb: bool = False
+    check: bool = False  # stop after all checks, before anything heavy; writes nothing
     show: int = 0  # print that many rows with trained tokens in colour, then stop
 
 
@@ -123,6 +130,7 @@ BOUNDS = (
 def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data
     check_numbers(cfg, BOUNDS)
+    say(f"reading {cfg.data}")
     chat = load_chat(cfg.model, cfg.chat_template)
     rows = JsonlRows(cfg.data, partial(check_row, chat=chat))
     if cfg.show:
@@ -131,6 +139,10 @@ def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- processes, policy, optimizer
     run = Run(cfg, MAY_CHANGE)
     plan_memory(cfg, run, longest=cfg.max_tokens_per_row)
+    taken = (cfg.steps - run.saved) * cfg.rows_per_step
+    if run.only_checks({"rows": taken, "tokens at most": taken * cfg.max_tokens_per_row}):
+        return
+    say(f"loading {cfg.model}")
     torch.manual_seed(cfg.seed)
     policy = make_policy(cfg, run.device)
     betas = (cfg.beta1, cfg.beta2)

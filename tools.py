@@ -425,6 +425,10 @@ class Toolbox:
 def main(argv: list[str]) -> int:
     options, plain = {}, [arg for arg in argv if not arg.startswith("--")]
     known = {name: type(p.default) for name, p in _parameters(Toolbox).items()}
+    if {"-h", "--help"} & set(argv):
+        defaults = [f"  --{name}={p.default}" for name, p in _parameters(Toolbox).items()]
+        print(f"{__doc__}\nNAME: {', '.join(TOOLS)}", inspect.getdoc(Toolbox), *defaults, sep="\n")
+        return 0
     for name, equals, value in (arg[2:].partition("=") for arg in argv if arg.startswith("--")):
         if name not in known:
             raise SystemExit(f"no option --{name}: there are --{', --'.join(known)}")

@@ -20,9 +20,15 @@ a cliff. Advantages are divided by the std of the step, not of their own group: 
 label have the larger spread, and with equal weights the common label would drive scores to 0 and 1.
 """
 
+import sys
+
+from reagent.config import show_help
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    show_help(__file__)  # before torch is imported
+
 import asyncio
 import math
-import sys
 import time
 from dataclasses import dataclass
 
@@ -46,7 +52,7 @@ from reagent.policy import (
     make_policy,
 )
 from reagent.rows import JsonlRows, batch_indices, seed_of
-from reagent.run import Run
+from reagent.run import Run, say
 from results.judging import judgment_report, report_table
 from results.runs import write_run_page
 
@@ -100,6 +106,7 @@ class Config:
     keep_last: int = 2
     timeout_s: float = 3600.0
     wandb: bool = False
+    check: bool = False  # stop after all checks, before anything heavy; writes nothing
 
 
 VALID = 0.1  # what the worst valid judgment earns: a broken format earns 0
@@ -285,6 +292,7 @@ def main(cfg: Config) -> None:
     if cfg.stage == "sft":
         check = reward_model.check_judged_row
         check = check if cfg.verdict_weight == 1.0 else reward_model.check_weighted_row
+    say(f"reading {cfg.data}")
     rows = JsonlRows(cfg.data, check)
     chat = load_chat(cfg.model, tools=False)
 
@@ -292,9 +300,15 @@ def main(cfg: Config) -> None:
     run, engine = Run(cfg, set()), None
     samples = cfg.stage == "grpo" or bool(eval_rows)
     plan_memory(cfg, run, longest=cfg.max_context, engine=cfg.engine if samples else None)
-    if samples:  # before the policy: it reseeds
+    taken = (cfg.steps - run.saved) * cfg.judgments_per_step
+    taken *= cfg.group_size if cfg.stage == "grpo" else 1
+    if run.only_checks({"judgments": taken, "tokens at most": taken * cfg.max_context}):
+        return
+    if samples:
+        say(f"starting the engine: {cfg.engine.kind}")  # before the policy: it reseeds
         engine = make_engine(cfg.engine, cfg.model, chat.stop_ids, max_context=cfg.max_context)
     rest(engine)  # until the first sync: the policy is loaded meanwhile
+    say(f"loading {cfg.model}")
     torch.manual_seed(cfg.seed)
     policy = make_policy(cfg, run.device)
     optimizer = make_optimizer(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)

@@ -1,7 +1,9 @@
 """`[preset.py ...] [--key=value ...]` -> a dataclass; the facts of a run. No torch at import."""
 
+import ast
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -28,14 +30,15 @@ def parse_config(cls, argv: list[str]):
     preset, `rrm = dict(...)`. An unknown key or a value of the wrong type ends the program with a
     line that names the key and where it came from.
     """
-    if "-h" in argv or "--help" in argv:
-        print("\n".join(map(inspect.getsource, _dataclasses_of(cls))))
-        raise SystemExit(0)
+    if {"-h", "--help"} & set(argv):
+        show_help(inspect.getsourcefile(cls), cls.__name__)
     cfg = cls()
-    for arg in argv:
+    for arg, after in zip(argv, [*argv[1:], "--"]):
         if arg.startswith("--"):
             key, given, text = arg[2:].partition("=")
             pairs, origin = {key: text if given else True}, "command line"
+            if not given and not after.startswith("--") and not after.endswith(".py"):
+                raise SystemExit(f"command line: write {arg}={after}")
         elif arg.endswith(".py"):
             pairs, origin = _read_preset(arg), arg
         else:
@@ -45,11 +48,33 @@ def parse_config(cls, argv: list[str]):
     return cfg
 
 
-def _dataclasses_of(cls) -> list:
-    """The dataclass with those it inherits from and those of its fields, each once."""
-    found = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
-    inner = [kind for kind in typing.get_type_hints(cls).values() if dataclasses.is_dataclass(kind)]
-    return list(dict.fromkeys([*found, *inner]))
+def show_help(script: str, name: str = "Config") -> None:
+    """Prints the docstring of a script and its commented dataclasses, and ends the program. From
+    the source alone, so that a script can ask for it before it imports torch.
+    """
+    about = ast.get_docstring(ast.parse(Path(script).read_text("utf-8"))) or ""
+    print(about, *_sources(Path(script), name), sep="\n\n")
+    raise SystemExit(0)
+
+
+def _sources(path: Path, name: str) -> list[str]:
+    """The sources of a class that a file defines or imports, of its bases and its fields' kinds."""
+    source = path.read_text("utf-8")
+    body = ast.parse(source).body
+    for node in body:
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            module = Path(__file__).parents[1].joinpath(*node.module.split("."))
+            return _sources(module.with_suffix(".py"), name)
+    texts: list[str] = []
+    for node in body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+            kinds = dict.fromkeys(ast.unparse(field.annotation) for field in fields)
+            texts += [text for base in node.bases for text in _sources(path, ast.unparse(base))]
+            end = max((field.end_lineno for field in fields), default=node.lineno)
+            texts.append("\n".join(source.splitlines()[node.lineno - 1 : end]))
+            texts += [text for kind in kinds for text in _sources(path, kind)]
+    return list(dict.fromkeys(texts))
 
 
 def _with(cfg, key: str, value, origin: str, prefix: str = ""):
@@ -58,8 +83,10 @@ def _with(cfg, key: str, value, origin: str, prefix: str = ""):
     kind = typing.get_type_hints(type(cfg)).get(head)
     nested = dataclasses.is_dataclass(kind)
     if kind is None or (dotted and not nested):
-        names = type(cfg).__name__
-        raise SystemExit(f"{origin}: unknown key {prefix + key!r}; -h lists the keys of {names}")
+        known = [prefix + name for name in flat(dataclasses.asdict(cfg))]
+        near = difflib.get_close_matches(prefix + key, known, 1)
+        hint = f"did you mean {near[0]}?" if near else "-h lists them"
+        raise SystemExit(f"{origin}: unknown key {prefix + key!r}: {hint}")
     if not nested:
         return dataclasses.replace(cfg, **{head: _typed(value, kind, f"{origin}: {prefix}{head}")})
     first = dataclasses.fields(kind)[0].name

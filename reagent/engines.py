@@ -334,6 +334,7 @@ class VLLMEngine:
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
             enable_prefix_caching=True,
+            use_tqdm_on_load=False,
             seed=0,
             trust_remote_code=False,
         )

@@ -40,6 +40,21 @@ def claim(folder: str | Path, rank: int = 0):
     return file
 
 
+def check_free(folder: Path) -> None:
+    """SystemExit where `claim` would end, as far as that is known without writing."""
+    lock, there = folder / "lock-0", folder
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise SystemExit(f"out_dir {folder} cannot be written: {there} is no folder of yours")
+    if lock.exists():
+        with open(lock) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise SystemExit(f"{folder} is being written by {file.read().strip()}") from error
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file beside its name and renames it: a kill or a full disk leaves the old one."""
     part = path.with_name(f"{path.name}.part")

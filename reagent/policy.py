@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby, zip_longest
 from pathlib import Path
 
@@ -318,19 +319,30 @@ def make_reference(cfg, policy: Policy, device: torch.device):
     return shard(reference, device, cfg.shard_ranks, cfg.cpu_offload)
 
 
-def load_policy(
-    folder: str, checkpoint_activations: bool, lora_rank: int = 0, frozen: bool = False
-) -> Policy:
-    """A Hugging Face folder in fp32: rank 0 reads it on its CPU, the other ranks know its shapes;
-    `shard` gives each its part. A model whose function would be another here is refused.
-
-    What is `frozen`, as all but the adapters is with LoRA, is in bf16 where there is a GPU.
+@cache
+def check_model(folder: str):
+    """The config of a model that can be trained here; SystemExit for another, or without weights:
+    one whose function would be another here is refused.
     """
-    config = _read(AutoConfig, folder, "model")
+    config, path = _read(AutoConfig, folder, "model"), Path(folder)
     try:
         check_forward(config)
     except ValueError as error:
         raise SystemExit(f"{folder} ({config.model_type}) cannot be trained: {error}") from error
+    if path.is_dir() and not [*path.glob("*.safetensors"), *path.glob("*.bin")]:
+        raise SystemExit(f"{folder} has a config.json, but no weights")
+    return config
+
+
+def load_policy(
+    folder: str, checkpoint_activations: bool, lora_rank: int = 0, frozen: bool = False
+) -> Policy:
+    """A Hugging Face folder in fp32: rank 0 reads it on its CPU, the other ranks know its shapes;
+    `shard` gives each its part.
+
+    What is `frozen`, as all but the adapters is with LoRA, is in bf16 where there is a GPU.
+    """
+    config = check_model(folder)
     frozen = frozen or lora_rank > 0
     dtype = torch.bfloat16 if frozen and torch.cuda.is_available() else torch.float32
     options = dict(dtype=dtype, attn_implementation="varlen")

@@ -262,6 +262,16 @@ class RewardModel:
         """Judges an attempt (paper section 3.4) without the gold; None: no valid judgment."""
         return (await self.judge(question, trajectory, key))[0]
 
+    async def try_out(self, question: str) -> None:
+        """SystemExit where no judgment of a short attempt at the question can be read."""
+        attempt = [{"role": "assistant", "content": "I cannot find it. \\boxed{unknown}"}]
+        try:
+            judgment = await self(question, attempt, ("preflight",))
+        except (Refused, Unavailable) as problem:
+            judgment, self.problem = None, str(problem)
+        if judgment is None:
+            raise SystemExit(f"the reward model {self.name} gives no judgment: {self.problem}")
+
     async def judge(self, question: str, trajectory, key: tuple) -> tuple[Judgment | None, int]:
         """(the judgment or None, how many replies could not be read)."""
         self.asked, self.pending = self.asked + 1, self.pending + 1

@@ -4,11 +4,11 @@ A checkpoint is a Hugging Face folder (weights, tokenizer) with trainer/ (sharde
 trainer.json beside it.
 """
 
-import dataclasses
 import json
 import os
 import pickle
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -17,6 +17,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -30,8 +31,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from tqdm import tqdm
 
 from reagent.config import flat, run_facts
-from reagent.folder import check_digest, claim, read_json, write_digest, write_whole
-from reagent.policy import Policy, full_weights
+from reagent.folder import check_digest, check_free, claim, read_json, write_digest, write_whole
+from reagent.policy import Policy, check_model, full_weights
 
 MOST_SKIPS = 5  # steps in a row that bring no update, before a run stops
 
@@ -59,6 +60,12 @@ def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **alone)
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def say(what: str) -> None:
+    """Tells on rank 0 what is done now."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(what, flush=True)
 
 
 def meet(phase: str, group, timeout_s: float, error: BaseException | None = None) -> None:
@@ -305,7 +312,7 @@ def asked_to_stop() -> list[bool]:
 
 
 MAY_CHANGE = {"out_dir", "save_interval", "log_interval", "keep_last", "timeout_s"}
-MAY_CHANGE |= {"wandb", "tokens_per_microbatch", "checkpoint_activations"}
+MAY_CHANGE |= {"check", "wandb", "tokens_per_microbatch", "checkpoint_activations"}
 MAY_CHANGE |= {"shard_ranks", "cpu_offload"}
 MAY_CHANGE |= {"engine.memory_share", "engine.sleep"}  # keys that leave the math of a run alone
 
@@ -318,27 +325,62 @@ class Run:
     """
 
     def __init__(self, cfg, may_change: set[str]):
+        if cfg.wandb and not find_spec("wandb"):
+            raise SystemExit("wandb = True, but it is not installed: pip install wandb")
         self.cfg = cfg
         self.may_change = MAY_CHANGE | may_change | ({"steps"} if cfg.lr_end == 1.0 else set())
         self.rank, self.world, self.device = init_distributed(cfg.timeout_s)
+        if self.world % (cfg.shard_ranks or 1):
+            raise SystemExit(f"shard_ranks = {cfg.shard_ranks} does not divide {self.world} ranks")
         self.gloo = dist.new_group(backend="gloo")
         self.sampler_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.out, self.lock = Path(cfg.out_dir), None
-        self.claim()
-        self.facts, self.log, self.skips, self.saved = run_facts(cfg), [], 0, 0
+        self.out, self.saved = Path(cfg.out_dir), 0
+        own = check_free if cfg.check else claim
+        self.lock = self.on_first_rank("opening out_dir", own, self.out)
+        self.facts, self.log, self.skips = run_facts(cfg), [], 0
+        self.facts["wandb"] = secrets.token_hex(4) if cfg.wandb else None  # id of the run there
         self.best: dict = {"step": None, "accuracy": -1.0}
         self.tracker, self.stop_asked = None, []
         self.writer, self.writing = ThreadPoolExecutor(1), None
         self.has_bar = self.rank == 0 and sys.stderr.isatty()
+        check_model(cfg.model)
+        self.newest = self.find_newest()
 
-    def claim(self) -> None:
-        """One run a folder: rank 0 holds its lock, all stop together where another run has it."""
-        error = None
+    def on_first_rank(self, phase: str, work, *args):
+        """work(*args) on rank 0; where it fails all ranks stop together."""
+        result = error = None
         try:
-            self.lock = None if self.rank else claim(self.out)
-        except SystemExit as problem:
+            result = None if self.rank else work(*args)
+        except (Exception, SystemExit) as problem:
             error = problem
-        self.meet("opening out_dir", error)
+        self.meet(phase, error)
+        return result
+
+    def find_newest(self) -> Path | None:
+        """The checkpoint to go on from; SystemExit where a key that changes the math differs."""
+        found = checkpoints(self.out)
+        if not found:
+            return None
+        saved = read_json(found[-1] / "trainer.json", "step", "config", "log")
+        check_resume(saved["config"], self.facts["config"], self.may_change, found[-1])
+        self.log, self.best, self.saved = saved["log"], saved.get("best", self.best), saved["step"]
+        self.facts["wandb"] = saved.get("wandb") or self.facts["wandb"]
+        return found[-1]
+
+    def only_checks(self, counts: dict[str, int]) -> bool:
+        """All is checked, nothing heavy loaded: says how much is left of the run, `counts` of what.
+        True with --check: that was all, and nothing was written.
+        """
+        left = self.cfg.steps - self.saved
+        say(f"{left:,} steps: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
+        if self.cfg.check:
+            times = [line["seconds/step"] for line in self.log if "seconds/step" in line]
+            mean = sum(times) / max(len(times), 1)
+            rate = f"{left * mean / 3600:.1f} hours at {mean:.1f} s a step, as {len(times)} took"
+            rate = rate if times else "hours: unknown before a checkpoint has measured a step"
+            say(f"{rate}\nchecked: it can start")
+            self.end()
+        return self.cfg.check
 
     def meet(self, phase: str, error: BaseException | None = None) -> None:
         meet(phase, self.gloo, self.cfg.timeout_s, error)
@@ -358,14 +400,9 @@ class Run:
 
     def resume(self, policy: Policy, optimizer) -> int:
         """Restores the newest checkpoint, if there is one; returns how many steps are done."""
-        found = checkpoints(self.out)
-        if not found:
-            return 0
-        saved = read_json(found[-1] / "trainer.json", "step", "config", "log")
-        check_resume(saved["config"], self.facts["config"], self.may_change, found[-1])
-        load_checkpoint(found[-1], policy, optimizer, self.meet)
-        self.log, self.best = saved["log"], saved.get("best", self.best)
-        self.saved = saved["step"]
+        if self.newest:
+            say(f"going on from {self.newest}")
+            load_checkpoint(self.newest, policy, optimizer, self.meet)
         return self.saved
 
     def begin(self, what: str) -> None:
@@ -380,13 +417,18 @@ class Run:
         if self.cfg.wandb:
             import wandb
 
-            config = dataclasses.asdict(self.cfg)
-            self.tracker = wandb.init(project="reagent", name=self.cfg.out_dir, config=config)
+            known = dict(id=self.facts["wandb"], resume="allow", config=self.facts["config"])
+            self.tracker = wandb.init(project="reagent", name=self.cfg.out_dir, **known)
 
     def steps(self, start: int):
         """The steps that are left, with a bar on a terminal."""
         steps, total = range(start, self.cfg.steps), self.cfg.steps
         return tqdm(steps, initial=start, total=total, disable=not self.has_bar)
+
+    def bar(self, what: str, total: int):
+        """Rank 0's bar with the time left; without a terminal a line in 30 s, if it takes long."""
+        slow = {} if self.has_bar else dict(delay=30.0, mininterval=30.0)
+        return tqdm(desc=what, total=total, leave=False, disable=self.rank > 0, **slow)
 
     def write(self, line: dict, shown: tuple[str, ...] = (), quiet: bool = False) -> None:
         """Appends a line to the log and prints the `shown` keys of it."""

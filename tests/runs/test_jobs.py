@@ -249,7 +249,8 @@ def test_the_defaults_are_the_papers_recipe_and_what_is_missing_is_named_in_one_
         8,
     )
     assert (cfg.temperature, cfg.rrm_weight, cfg.max_turns, cfg.steps) == (0.7, 0.3, 13, 300)
-    text = run("grpo_unified.py", ok=False).strip()
+    doing, text = run("grpo_unified.py", ok=False).splitlines()
+    assert doing == "reading data/reagent/rl_train.jsonl"
     assert text == "no file data/reagent/rl_train.jsonl: run python data/reagent/prepare.py"
 
 

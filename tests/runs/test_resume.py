@@ -136,7 +136,7 @@ def test_with_vllm_data_order_seeds_and_step_numbers_are_the_same(world, tmp_pat
     )
 
 
-BOOKKEEPING = {"out_dir", "save_interval", "keep_last", "timeout_s", "wandb"}
+BOOKKEEPING = {"out_dir", "save_interval", "keep_last", "timeout_s", "wandb", "check"}
 BOOKKEEPING |= {"tokens_per_microbatch", "checkpoint_activations", "shard_ranks", "cpu_offload"}
 ENGINE = {"engine.memory_share", "engine.sleep"}
 FREE = {

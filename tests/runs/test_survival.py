@@ -246,7 +246,8 @@ def test_a_signal_during_a_rollout_gives_up_the_step_and_saves_what_was_done(
     began, hold = threading.Event(), threading.Event()
 
     def slow(text):
-        if (tmp_path / "run" / "log.jsonl").read_text():  # the second step
+        log = tmp_path / "run" / "log.jsonl"
+        if log.exists() and log.read_text():  # the second step
             began.set()
             hold.wait(60)
         return hashed_judgment(text)
@@ -398,10 +399,10 @@ def test_a_sampler_that_drifts_off_skips_and_then_stops_naming_the_last_good_che
 
 
 def test_a_step_whose_judgments_fail_beyond_the_limit_stops_with_one_line(world, tmp_path):
-    with (
-        judge_server(lambda text: "no judgment today") as (url, _),
-        pytest.raises(SystemExit) as stopped,
-    ):
+    def worse(text):  # the first one is asked for before anything loads
+        return hashed_judgment(text) if "boxed{unknown}" in text else "no judgment today"
+
+    with judge_server(worse) as (url, _), pytest.raises(SystemExit) as stopped:
         in_this_process(world, tmp_path, url, "--steps=2")
     text = str(stopped.value)
     assert "4 of 4 judgments failed, more than rrm.max_failures = 0.2" in text
@@ -415,9 +416,9 @@ def test_odd_and_unreadable_replies_of_the_reward_model_cost_nothing_and_are_cou
 
     def moody(text):
         asked.append(text)
-        if len(asked) in (3, 4):
+        if len(asked) in (4, 5):
             return "What a fine attempt!"
-        return b"<html>busy</html>" if len(asked) == 6 else hashed_judgment(text)
+        return b"<html>busy</html>" if len(asked) == 7 else hashed_judgment(text)
 
     with judge_server(moody) as (url, _):
         in_this_process(world, tmp_path, url, "--steps=1")
@@ -430,7 +431,8 @@ def test_odd_and_unreadable_replies_of_the_reward_model_cost_nothing_and_are_cou
 def test_a_wrong_key_for_the_reward_model_ends_the_run_with_the_servers_words(world, tmp_path):
     with judge_server(lambda text: 401) as (url, seen), pytest.raises(SystemExit) as stopped:
         in_this_process(world, tmp_path, url, "--steps=2")
-    assert "Refused: 401 " in str(stopped.value) and '"no"' in str(stopped.value)
+    assert "gives no judgment: " in str(stopped.value) and len(seen) == 1
+    assert "401 " in str(stopped.value) and '"no"' in str(stopped.value)
 
 
 def test_the_kl_term_is_zero_at_the_start_and_holds_the_policy_back(world, tmp_path):

@@ -1,0 +1,225 @@
+"""What is told before anything heavy loads: help, checks, the size of a run."""
+
+import importlib.machinery
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import types
+
+import pytest
+
+import grpo_unified
+import sft
+import train_rrm
+from reagent import run
+from reagent.config import parse_config
+from reagent.folder import claim
+from tests.helpers.judge_server import judge_server
+from tests.helpers.tiny import ROOT, toy, toy_world
+from tests.helpers.trainers import run_here
+
+SCRIPTS = {"sft": sft, "train_rrm": train_rrm, "grpo_unified": grpo_unified}
+SMALL = ("--steps=2", "--timeout_s=100", "--checkpoint_activations=false")
+AGENT = ("--engine=hf", "--tools=search", "--max_context=900", "--rrm.seconds=20")
+DATA = {"sft": "sft", "train_rrm": "rrm", "grpo_unified": "rl"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder, rng = toy_world(tmp_path_factory.mktemp("world")), random.Random(0)
+    toy.write(folder / "rrm.jsonl", (toy.rrm_row(rng, i) for i in range(8)))
+    return folder
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    """Whatever loads an engine or a model fails the test."""
+
+    def loads(*_, **__):
+        raise AssertionError("something heavy was loaded")
+
+    monkeypatch.setattr("reagent.engines.make_engine", loads)
+    for script in SCRIPTS.values():
+        monkeypatch.setattr(script, "make_policy", loads)
+    monkeypatch.setattr(train_rrm, "make_engine", loads)
+
+
+def checked(name, world, out, *more):
+    """main() with --check."""
+    script = SCRIPTS[name]
+    files = [f"--model={world}/model", f"--data={world}/{DATA[name]}.jsonl", f"--out_dir={out}"]
+    own = {"grpo_unified": [*AGENT, "--rrm=data/toy/prepare.py"], "train_rrm": ["--engine=hf"]}
+    given = [*SMALL, *files, *own.get(name, []), *more, "--check"]
+    try:
+        script.main(parse_config(script.Config, given))
+    finally:
+        if run.dist.is_initialized():
+            run.dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_check_says_how_much_a_run_is_and_writes_nothing(
+    name, world, tmp_path, no_loading, capsys
+):
+    checked(name, world, tmp_path / "out")
+    told = capsys.readouterr().out
+    sizes = {
+        "sft": "64 rows, 2,097,152 tokens at most",
+        "train_rrm": "512 judgments, 16,777,216 tokens at most",
+        "grpo_unified": "2,048 attempts, 2,048 judgments, 22,528,000 tokens at most, 26,624 turns",
+    }
+    assert f"2 steps: {sizes[name]}" in told and "memory of a rank" in told
+    assert "hours: unknown" in told and told.endswith("it can start\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bare_command_makes_307_200_attempts_and_as_many_judgments():
+    counts = grpo_unified.whole_run(grpo_unified.Config(), 300, 0)
+    assert counts["attempts"] == counts["judgments"] == 307_200
+
+
+REFUSED = {
+    "no weights": "no weights",
+    "no key": "data.jsonl:1: an RL row needs 'answer'",
+    "no docs": "nothing to search",
+    "no tool": "no tool named serach",
+    "no template": "chat_template = ",
+    "no judge": "no reward model answers at http://127.0.0.1:9/v1",
+    "prose": "a first judgment failed on rank 0: the reward model .* gives no judgment: no judg",
+    "broken": "a first judgment failed on rank 0: .*no annotator today",
+    "shards": "shard_ranks = 3 does not divide 1 ranks",
+    "engines": "engine.tensor_parallel = 2 does not divide 1 ranks",
+    "taken": "is being written by process",
+    "file": "cannot be written",
+    "wandb": "wandb = True, but it is not installed",
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_what_a_run_lacks_is_told_before_anything_heavy_loads(
+    fault, world, tmp_path, no_loading, monkeypatch
+):
+    out, more = tmp_path / "out", []
+    if fault == "no weights":
+        shutil.copytree(world / "model", tmp_path / "model")
+        (tmp_path / "model" / "model.safetensors").unlink()
+        more = [f"--model={tmp_path}/model"]
+    elif fault in ("no key", "no docs"):
+        row = {"id": 1, "question": "Where?", "kind": "qa"}
+        row |= {"answer": "there"} if fault == "no docs" else {}
+        (tmp_path / "data.jsonl").write_text(json.dumps(row))
+        more = [f"--data={tmp_path}/data.jsonl"]
+    elif fault in ("prose", "broken"):
+        body = "return 'Fine.'" if fault == "prose" else "raise KeyError('no annotator today')"
+        (tmp_path / "rrm.py").write_text(f"def annotate(question, messages):\n    {body}\n")
+        more = [f"--rrm={tmp_path}/rrm.py"]
+    elif fault == "taken":
+        held = claim(out)
+    elif fault == "file":
+        out.write_text("a file")
+    elif fault == "wandb":
+        monkeypatch.setattr(run, "find_spec", lambda name: None)
+    flags = {"no tool": "--tools=serach", "no template": "--chat_template=none.jinja"}
+    flags |= {"no judge": "--rrm=http://127.0.0.1:9/v1", "shards": "--shard_ranks=3"}
+    flags |= {"engines": "--engine.tensor_parallel=2", "wandb": "--wandb"}
+    with pytest.raises(SystemExit, match=REFUSED[fault]):
+        checked("grpo_unified", world, out, *more, *[flags[f] for f in flags if f == fault])
+    if fault == "taken":
+        held.close()
+
+
+@pytest.mark.parametrize("reply", ["Fine.", 503, 404, 400])
+def test_a_server_that_gives_no_judgment_is_told_before_anything_heavy_loads(
+    reply, world, tmp_path, no_loading
+):
+    with judge_server(lambda text: reply) as (url, _):
+        with pytest.raises(SystemExit, match="a first judgment failed on rank 0"):
+            checked("grpo_unified", world, tmp_path / "out", f"--rrm={url}", "--rrm.seconds=2")
+
+
+def test_a_server_is_asked_for_one_judgment(world, tmp_path, no_loading):
+    with judge_server() as (url, seen):
+        checked("grpo_unified", world, tmp_path / "out", f"--rrm={url}")
+    assert len(seen) == 1 and "boxed{unknown}" in seen[0]
+
+
+def train(world, out, *more):
+    files = [f"--model={world}/model", f"--data={world}/sft.jsonl", f"--out_dir={out}"]
+    return run_here(sft, [*SMALL, "--lr_end=1", "--rows_per_step=2", *files, *more])
+
+
+def test_hours_come_from_the_steps_that_the_run_has_measured(world, tmp_path, capsys):
+    log = train(world, tmp_path / "out")
+    mean = sum(line["seconds/step"] for line in log) / 2
+    held = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    again = ("--steps=7202", "--lr_end=1", "--rows_per_step=2")
+    checked("sft", world, tmp_path / "out", *again)
+    told = capsys.readouterr().out
+    assert "7,200 steps: 14,400 rows" in told
+    assert f"{2 * mean:.1f} hours at {mean:.1f} s a step, as 2 took" in told
+    assert held == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="seed: 0 -> 1"):
+        checked("sft", world, tmp_path / "out", *again, "--seed=1")
+
+
+class Tracker:
+    def __init__(self, **given):
+        self.given, self.lines = given, []
+
+    def log(self, line):
+        self.lines.append(line["step"])
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_wandb(world, tmp_path, monkeypatch):
+    made = []
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.init = lambda **given: made.append(Tracker(**given)) or made[-1]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for steps in (1, 2):
+        train(world, tmp_path / "out", f"--steps={steps}", "--wandb")
+    train(world, tmp_path / "another", "--steps=1", "--wandb")
+    names = [tracker.given["id"] for tracker in made]
+    assert names[0] == names[1] != names[2] and made[1].given["resume"] == "allow"
+    assert [tracker.lines for tracker in made] == [[1], [2], [1]]
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["wandb"] == names[0]
+
+
+@pytest.mark.parametrize(
+    "door", ["sft", "train_rrm", "grpo_unified", "evaluate", "rollout", "tools"]
+)
+def test_help_needs_no_torch_and_names_keys_and_commands(door, tmp_path):
+    for heavy in ("torch", "transformers"):
+        (tmp_path / f"{heavy}.py").write_text("raise ImportError('heavy')")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, f"{door}.py", "-h"], capture_output=True, text=True, cwd=ROOT, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    names = {"evaluate": ["evaluate.py compare", "rrm:", "memory_share"], "rollout": ["read"]}
+    names |= {"tools": ["search", "--corpus="], "sft": ["lr: float = 1e-5", "--show=3"]}
+    names |= {"train_rrm": ["stage: str", "max_live_chains"]}
+    names |= {"grpo_unified": ["rrm_weight: float = 0.3  # lambda", "in_flight: int = 64"]}
+    assert all(name in done.stdout for name in names[door]), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--lr", "1e-4"], "command line: write --lr=1e-4"),
+        (["--wandb", "true"], "command line: write --wandb=true"),
+        (["--seed", "-1"], "command line: write --seed=-1"),
+        (["--leraning_rate=1"], "unknown key 'leraning_rate': "),
+        (["--stpes=3"], "unknown key 'stpes': did you mean steps?"),
+        (["--rrm_seconds=3"], "unknown key 'rrm_seconds': did you mean rrm.seconds?"),
+        (["--rrm.secs=3"], "unknown key 'rrm.secs': did you mean rrm.seconds?"),
+        (["--engine.kin=hf"], "unknown key 'engine.kin': did you mean engine.kind?"),
+    ],
+)
+def test_a_slip_on_the_command_line_is_told_with_its_cure(given, told):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(grpo_unified.Config, given)
+    assert told in str(stopped.value)
