@@ -51,8 +51,8 @@ from reagent.rows import JsonlRows
 from reagent.scorers import SCORER_OF_KIND, score, unknown
 from results.benchmarks import DATASETS, DataSet, Task, load_tasks
 from results.journal import SEALED, Journal, about, check_served, named, sealed, write_results
-from results.runs import write_folder_page, write_run_page
-from results.statistics import compare, markdown, outcomes, report_facts, summarise
+from results.runs import write_run_page
+from results.statistics import markdown, report_facts, summarise
 from results.verdicts import open_judge, open_verdicts
 from toolkit.http import Refused, Unavailable
 from tools import Toolbox
@@ -518,7 +518,7 @@ def main(cfg: Config) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# scoring a file, comparing runs, pages
+# scoring a file; the other commands stand in data/
 
 
 def score_file(path: str) -> None:
@@ -534,25 +534,18 @@ def score_file(path: str) -> None:
 
 
 def command(argv: list[str]) -> None:
-    """score FILE | compare A B | page FOLDER | critique … | ask … | the keys of a run."""
-    if argv[:1] in (["critique"], ["ask"]):
-        return import_module(f"data.{argv[0]}").main(argv[1:])
-    files = {"score": 1, "compare": 2, "page": 1}
-    if not argv or argv[0] not in files:
-        return main(parse_config(Config, argv))
-    name, *paths = argv
-    if len(paths) != files[name] or paths[0].startswith("-"):
-        raise SystemExit(__doc__)
-    try:
-        if name == "score":
-            score_file(*paths)
-        elif name == "page":
-            write_folder_page(*paths)
-        else:
-            a, b = map(outcomes, paths)
-            print(json.dumps(compare(a, b), indent=1))
-    except ValueError as error:  # names file and line
-        raise SystemExit(str(error)) from error
+    """score FILE | critique … | ask … | compare A B | page FOLDER | the keys of a run."""
+    if argv[:1] == ["score"]:
+        if len(argv) != 2 or argv[1].startswith("-"):
+            raise SystemExit(__doc__)
+        try:
+            score_file(argv[1])
+        except ValueError as error:  # names file and line
+            raise SystemExit(str(error)) from error
+    elif argv and argv[0] in ("critique", "ask", "compare", "page"):
+        import_module(f"data.{argv[0]}").main(argv[1:])
+    else:
+        main(parse_config(Config, argv))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import evaluate
+from data import compare
 from evaluate import Config
 from reagent import served
 from reagent.calls import read_turn
@@ -423,13 +424,13 @@ def results_of(tmp_path, name, *chains, **more):
     """A result file of (id, correct) chains, read."""
     rows = [dict(dataset="d", id=i, correct=c, row=f"r{i}") | more for i, c in chains]
     toy.write(tmp_path / name, rows)
-    return statistics.outcomes(f"{tmp_path}/{name}")
+    return compare.outcomes(f"{tmp_path}/{name}")
 
 
 def test_comparing_reads_several_rollouts_of_a_question(tmp_path):
     a = results_of(tmp_path, "a", ("1", True), ("1", False), ("2", False), ("3", True))
     b = results_of(tmp_path, "b", ("1", True), ("2", True), ("3", False), ("4", True))
-    found = statistics.compare(a, b)
+    found = compare.compare(a, b)
     assert (found["questions"], found["only_in_a"], found["only_in_b"]) == (3, 0, 1)
     assert (found["a"], found["b"]) == (0.5, pytest.approx(2 / 3))
     assert (found["difference"], found["gained"], found["lost"]) == (pytest.approx(1 / 6), 2, 1)
@@ -440,9 +441,9 @@ def test_a_comparison_is_paired():
 
     def right(n):
         answers = {("d", str(i)): [i % 2 == 0 or i == n] for i in range(200)}
-        return {key: statistics.Outcome(a, {"row"}, {"rule"}) for key, a in answers.items()}
+        return {key: compare.Outcome(a, {"row"}, {"rule"}) for key, a in answers.items()}
 
-    low, high = statistics.compare(right(0), right(1))["interval_95"]
+    low, high = compare.compare(right(0), right(1))["interval_95"]
     assert -0.01 < low <= 0.005 <= high < 0.03
 
 
@@ -462,25 +463,25 @@ def test_the_last_verdict_of_a_judge_counts(tmp_path):
 def test_comparing_leaves_out_and_names_what_is_unscored_or_of_another_row(tmp_path):
     a = results_of(tmp_path, "a", ("1", True), ("2", None), ("3", True), ("4", True))
     b = results_of(tmp_path, "b", ("1", True), ("2", True), ("4", None), ("4", True))
-    b |= {("d", "3"): statistics.Outcome([False], {"another"}, {"rule"})}
-    found = statistics.compare(a, b)
+    b |= {("d", "3"): compare.Outcome([False], {"another"}, {"rule"})}
+    found = compare.compare(a, b)
     assert (found["questions"], found["unscored"], found["other_rows"]) == (1, 2, 1)
     assert found["left_out"]["unscored"] == ["d 2", "d 4"]
     assert found["left_out"]["other_rows"] == ["d 3"]
     assert found["difference"] == 0 and found["interval_95"][0] < -0.5  # one question
     with pytest.raises(SystemExit, match="only_in_a 0, only_in_b 0, other_rows 0, unscored 1"):
-        statistics.compare({("d", "2"): a["d", "2"]}, {("d", "2"): b["d", "2"]})
+        compare.compare({("d", "2"): a["d", "2"]}, {("d", "2"): b["d", "2"]})
 
 
 def test_answers_before_different_judges_are_not_compared(tmp_path):
     a = results_of(tmp_path, "a", ("1", True), judge="m/1")
     with pytest.raises(SystemExit, match="not comparable: judged by m/1 in a, by m/2 in b"):
-        statistics.compare(a, results_of(tmp_path, "b", ("1", True), judge="m/2"))
+        compare.compare(a, results_of(tmp_path, "b", ("1", True), judge="m/2"))
     open_ = results_of(tmp_path, "b", ("2", None), judge="none")  # nobody judged that one
     b = open_ | results_of(tmp_path, "b", ("1", True), judge="m/1")
-    assert statistics.compare(a | open_, b)["unscored"] == 1
+    assert compare.compare(a | open_, b)["unscored"] == 1
     with pytest.raises(SystemExit, match="judged by m/1 in a, by rule in b"):
-        statistics.compare(a, results_of(tmp_path, "b", ("1", True)))
+        compare.compare(a, results_of(tmp_path, "b", ("1", True)))
 
 
 def test_a_row_of_the_results_names_who_judged_it(tmp_path):

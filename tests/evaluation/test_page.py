@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ElementTree
 import pypdfium2
 import pytest
 
+from data.page import write_folder_page
 from reagent.config import flat
 from results.page import (
     INLINE,
@@ -23,7 +24,7 @@ from results.page import (
     write_report,
 )
 from results.plots import Line
-from results.runs import newest_episodes, set_tiles, write_folder_page
+from results.runs import newest_episodes, set_tiles
 from toolkit.text import visible
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
