@@ -100,8 +100,9 @@ def load_task(name: str, cfg) -> Task:
     elif (held_out := Path(cfg.data_dir).parent / name / "rl_test.jsonl").is_file():
         path, spec, hint = str(held_out), OWN_ROWS, ""
     else:
-        known = f"there are {', '.join(DATASETS)}, files of RL rows (*.jsonl), and atlas"
-        known += " (data/NAME/rl_test.jsonl) once they are prepared"
+        known = (
+            f"there are {', '.join(DATASETS)}, files of RL rows (*.jsonl) and, once prepared, atlas"
+        )
         raise SystemExit(f"--dataset: no {name!r}: {known}")
     changes = dict(tools=cfg.tools, max_turns=cfg.max_turns, seconds_per_call=cfg.seconds_per_call)
     spec = dataclasses.replace(spec, **{key: value for key, value in changes.items() if value})
