@@ -10,8 +10,8 @@ weighted mean of the parts that its row allows,
 
     closeness  1 - |s - s*|, s* the annotated score
     agreement  1 - (s - correct)^2, correct = 0 or 1
-    critique   an analysis and a critique that are neither too short nor repeat themselves, and a
-               critique that names what the annotated one names (reagent/critiques.py)
+    critique   an analysis and a critique that are neither too short nor repeat themselves; half of
+               it for naming what the annotated critique names (reagent/critiques.py)
 
 times 1 - leak_penalty where the critique states the gold answer. Where s* lies on the side that
 correctness says, it is the best score. On the other side that is .45 for a wrong answer and .55 for
@@ -124,7 +124,9 @@ def judgment_reward(judgment, row: dict, cfg: Config) -> float:
     score, critique = reward_model.annotation(row)
     transcript = reward_model.row_trajectory(row)
     trail = names(row["question"] + "\n" + transcript)
-    parts = [(cfg.critique_weight, critique_worth(judgment, critique, trail))]
+    written = prose(judgment.think) * prose(judgment.critique, MOST_WORDS)
+    worth = written * (1 + name_agreement(judgment.critique, critique, trail)) / 2
+    parts = [(cfg.critique_weight, worth)]
     if score is not None:
         parts.append((cfg.closeness_weight, 1 - abs(judgment.score - score)))
     if row.get("correct") is not None:
@@ -134,12 +136,6 @@ def judgment_reward(judgment, row: dict, cfg: Config) -> float:
     if leaks(judgment.critique, reward_model.golds_of(row), row["question"], transcript):
         value *= 1 - cfg.leak_penalty
     return VALID + (1 - VALID) * value
-
-
-def critique_worth(judgment, annotated: str | None, trail: frozenset[str]) -> float:
-    """From 0 to 1: prose, half of it for naming what the annotated critique names of the trail."""
-    written = prose(judgment.think) * prose(judgment.critique, MOST_WORDS)
-    return written * (1 + name_agreement(judgment.critique, annotated, trail)) / 2
 
 
 # ---------------------------------------------------------------- GRPO on judgments: groups of G

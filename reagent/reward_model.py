@@ -103,24 +103,21 @@ class Judgment:
 
 
 _SCORE = r"0(?:\.\d{1,6})?|1(?:\.0{1,6})?|\.\d{1,6}"
-_BLOCKS = re.compile(rf"\s*<critique>(.*?)</critique>\s*<score>\s*({_SCORE})\s*</score>\s*", re.S)
-_TAG = re.compile(r"</?(?:think|critique|score)>")
+_UNTAGGED = r"((?:(?!</?(?:{0})>).)*+)"  # a text without these tags
+_THINK, _CRITIQUE = _UNTAGGED.format("think"), _UNTAGGED.format("think|critique|score")
+_JUDGMENT = re.compile(
+    rf"\s*<think>{_THINK}</think>\s*<critique>{_CRITIQUE}</critique>"
+    rf"\s*<score>\s*({_SCORE})\s*</score>\s*",
+    re.S,
+)
 
 
 def parse_judgment(text: str) -> Judgment | None:
     """Exactly <think>…</think><critique>…</critique><score>s</score>, 0 <= s <= 1; else None.
-
-    Critique and score are read after the last </think>, so a score inside the analysis never wins.
-    """
-    head, closer, rest = text.rpartition("</think>")
-    before, _, think = head.partition("<think>")
-    match = _BLOCKS.fullmatch(rest) if closer and not before.strip() else None
-    if match is None or len(text) > 100_000:
-        return None
-    think, critique = think.strip(), match[1].strip()
-    if re.search("</?think>", think) or _TAG.search(critique) or not think or not critique:
-        return None
-    return Judgment(think, critique, float(match[2]))
+    Critique and score are read after the analysis, so a score inside it never wins."""
+    match = _JUDGMENT.fullmatch(text) if len(text) <= 100_000 else None
+    think, critique = (match[1].strip(), match[2].strip()) if match else ("", "")
+    return Judgment(think, critique, float(match[3])) if think and critique else None
 
 
 _NUMBER = re.compile(r"[\s*_`\"']*(0?\.\d{1,20}|0\.?|1(?:\.0{0,20})?)[\s*_`\"']*")

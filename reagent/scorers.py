@@ -11,7 +11,6 @@ import re
 import string
 from collections import Counter
 from decimal import Decimal, InvalidOperation
-from functools import partial
 
 from reagent.mathematics import same
 from toolkit.text import last_boxed, plain, unwrapped
@@ -140,7 +139,7 @@ def score_math(pred: str, gold: str) -> bool:
 _SAYS = r"(?:is|are|would be|should be|must be|:|=)"
 _ANSWER = r"(?:the )?(?:(?:final|correct|right|best|only) )*(?:answer|option|choice)"
 _LEAD = re.compile(rf"^(?:(?:so|thus|hence|therefore),? )?{_ANSWER} ?{_SAYS}?:?\s*", re.I)
-_MARKED = re.compile(r"(?:\(([A-Z])\)|\[([A-Z])\]|([A-Z])(?:[).:\n]| [-–—:]))\s*(.*)", re.S | re.I)
+_MARKED = re.compile(r"[(\[]?([A-Z])(?:[)\].:\n]| [-–—:]|$):?\s*(.*)", re.S | re.I)
 _OTHER = re.compile(  # another option among the words of one
     r"\([A-Ja-j]\)|(?:^|[\s,;/&])[A-J]\)|[,;\n]\s*[A-J][.:]"
     r"|^(?:or|and|is|[,;/&])(?!\w)|\b(?:or|and) [A-J]\b|(?:^|\n)[A-J](?:\n|$)"
@@ -160,12 +159,10 @@ def read_choice(text: str) -> tuple[str, str]:
         return "", text
     claim = re.split(r"(?i),? *\b(?:because|since)\b", text, maxsplit=1)[0].strip()
     claim = unwrapped(_LEAD.sub("", claim, count=1)).strip(" .,;!")
-    if re.fullmatch(r"[(\[]?[A-Za-z][)\]]?:?", claim):
-        return re.sub(r"\W", "", claim).upper(), ""
     if marked := _MARKED.fullmatch(claim):
-        letter = (marked[1] or marked[2] or marked[3]).upper()
-        if not _OTHER.search(marked[4]) and f" {chr(ord(letter) + 1)}. " not in marked[4]:
-            return letter, marked[4]
+        letter, words = marked[1].upper(), marked[2]
+        if not _OTHER.search(words) and f" {chr(ord(letter) + 1)}. " not in words:
+            return letter, words
     said = _SAID.search(claim) or _IS_IT.match(claim)
     if said and set(_LETTER.findall(claim)) <= {said[1]} and not _DENIED.search(claim):
         return said[1], ""
@@ -180,35 +177,34 @@ def score_choice(pred: str, gold: str) -> bool:
     return bool(right) and letter == right
 
 
+RULES = {  # name: prediction, gold answer -> is it right?
+    "gaia": score_gaia,
+    "gsm8k_official": score_gsm8k,
+    "hendrycks_is_equiv": score_hendrycks,
+    "choice": score_choice,
+    "math": score_math,
+}
+SCORERS = (*RULES, "hotpotqa", "2wiki", "bamboogle", "musique")  # these by the words
+
+
 def score(scorer: str, pred: str | None, gold) -> dict:
     """One prediction against one gold answer or a list of aliases; an unknown scorer is a
     ValueError."""
     if problem := unknown(scorer):
         raise ValueError(problem)
     pred = "" if pred is None else str(pred)
-    result = SCORERS[scorer](pred, list(map(str, gold if isinstance(gold, list) else [gold])))
+    golds = list(map(str, gold if isinstance(gold, list) else [gold]))
+    if scorer in RULES:
+        result = {"correct": any(RULES[scorer](pred, gold) for gold in golds)}
+    else:
+        result = score_qa(pred, golds, yes_no_exact=scorer != "musique")
     return result | {"correct": bool(result["correct"] and pred.strip())}
 
 
 def unknown(scorer) -> str | None:
     """What is wrong with the name of a scorer, or None."""
-    known = isinstance(scorer, str) and scorer in SCORERS
-    return None if known else f"no scorer {scorer!r}: {', '.join(SCORERS)}"
+    return None if scorer in SCORERS else f"no scorer {scorer!r}: {', '.join(SCORERS)}"
 
-
-def _any(rule):
-    return lambda pred, golds: {"correct": any(rule(pred, gold) for gold in golds)}
-
-
-SCORERS = {  # name: prediction, gold answers -> {"correct", ...}
-    "gaia": _any(score_gaia),
-    "gsm8k_official": _any(score_gsm8k),
-    "hendrycks_is_equiv": _any(score_hendrycks),
-    "choice": _any(score_choice),
-    "math": _any(score_math),
-    "musique": partial(score_qa, yes_no_exact=False),
-}
-SCORERS |= dict.fromkeys(("hotpotqa", "2wiki", "bamboogle"), partial(score_qa, yes_no_exact=True))
 
 SCORER_OF_KIND = {"qa": "hotpotqa", "math": "math", "gaia": "gaia", "choice": "choice"}
 
