@@ -104,6 +104,7 @@ class Config:
     )
     # engine and memory
     engine: EngineConfig = EngineConfig()
+    attention: str = "auto"  # torch | flash | cudnn | auto: on a GPU what is faster when it starts
     lora_rank: int = 0  # of adapters beside all linear layers of the blocks; 0: all weights train
     tokens_per_microbatch: int = 28_000
     checkpoint_activations: bool = True
@@ -437,6 +438,7 @@ def check_config(cfg: Config) -> None:
         pool="joint per_stage",
         drop="equal rule_equal release",
     )
+    check_choices(cfg, attention="auto torch flash cudnn")
     check_choices(cfg, loss_agg="seq_mean token_mean", old_logps="sampler recomputed")
     check_numbers(cfg, BOUNDS)
     if cfg.variant != "u" and cfg.group_size < 2:

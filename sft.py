@@ -21,7 +21,7 @@ from functools import partial
 import torch
 
 from reagent.chat import Chat, check_messages
-from reagent.config import check_numbers, parse_config
+from reagent.config import check_choices, check_numbers, parse_config
 from reagent.memory import plan_memory
 from reagent.policy import (
     Sequence,
@@ -57,6 +57,7 @@ class Config:
     beta2: float = 0.999
     max_grad_norm: float = 1.0
     # memory
+    attention: str = "auto"  # torch | flash | cudnn | auto: on a GPU what is faster when it starts
     lora_rank: int = 0  # of adapters beside all linear layers of the blocks; 0: all weights train
     tokens_per_microbatch: int = 32_768  # tokens one rank packs into one forward
     checkpoint_activations: bool = True
@@ -130,6 +131,7 @@ BOUNDS = (
 def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data
     check_numbers(cfg, BOUNDS)
+    check_choices(cfg, attention="auto torch flash cudnn")
     say(f"reading {cfg.data}")
     chat = load_chat(cfg.model, cfg.chat_template)
     rows = JsonlRows(cfg.data, partial(check_row, chat=chat))

@@ -92,6 +92,7 @@ class Config:
     max_dlogp: float = 0.05  # mean |logp(sampler) - logp(trainer)| beyond which a step is skipped
     # engine and memory
     engine: EngineConfig = EngineConfig()
+    attention: str = "auto"  # torch | flash | cudnn | auto: on a GPU what is faster when it starts
     lora_rank: int = 0  # of adapters beside all linear layers of the blocks; 0: all weights train
     tokens_per_microbatch: int = 28_000
     checkpoint_activations: bool = True
@@ -281,7 +282,7 @@ save_interval>0 timeout_s>0 engine.tensor_parallel>0 engine.memory_share<=1 leak
 def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data
     check_numbers(cfg, BOUNDS)
-    check_choices(cfg, stage="sft grpo")
+    check_choices(cfg, stage="sft grpo", attention="auto torch flash cudnn")
     reward_model.read_rrm_prompt(cfg.prompt_file, cfg.request_file)  # before any work
     check = reward_model.check_rrm_row
     eval_rows = list(JsonlRows(cfg.eval_data, check)) if cfg.eval_data else []

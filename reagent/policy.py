@@ -7,21 +7,22 @@ restart at 0 at each of them, and attention never crosses a border. Only the M t
 """
 
 import copy
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import groupby, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from reagent.attention import choose_attention
 from reagent.chat import Chat
 from reagent.folder import check_digest, refuse_code
 from reagent.lora import ADAPTERS, add_lora, base_of, merged
@@ -121,50 +122,6 @@ def collate(rows: list[Sequence], columns: tuple[str, ...], device: torch.device
 # the policy
 
 
-def varlen_attention(
-    module, query, key, value, _, scaling=None, sliding_window=None, lengths=None, **more
-):
-    """Causal attention within each row of a packed sequence, over the last `sliding_window` tokens
-    if given; query (1, heads, T, D) -> (1, T, heads, D).
-
-    torch's flash kernel on a GPU; on a CPU one SDPA call for each run of rows of equal length (a
-    dense block mask would cost T^2). What it lacks (a softcap, sinks) is a ValueError.
-    """
-    for name in ("softcap", "s_aux"):
-        if more.get(name) is not None:
-            raise ValueError(f"its attention has {_LACKING[name]}")
-    if not getattr(module, "is_causal", True):
-        raise ValueError("its attention is not causal")
-    if query.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
-
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-        n, window = max(lengths), (sliding_window - 1 if sliding_window else -1, 0)
-        options = dict(scale=scaling, window_size=window, enable_gqa=True)
-        ends = more["cu_seqlens"]
-        return varlen_attn(q, k, v, ends, ends, n, n, **options)[None], None
-    runs = [(len(list(run)), length) for length, run in groupby(lengths)]
-    sizes = [count * length for count, length in runs]
-    # split, not slices: the backward of a slice fills a tensor of all T with zeros
-    parts = [x[0].split(sizes, dim=1) for x in (query, key, value)]
-    out, options = [], dict(scale=scaling, enable_gqa=True)
-    for run, *qkv in zip(runs, *parts):
-        # (heads, count * L, D) -> (count, heads, L, D)
-        q, k, v = (x.unflatten(1, run).transpose(0, 1) for x in qkv)
-        if sliding_window and run[1] > sliding_window:
-            far = torch.ones(run[1], run[1], dtype=torch.bool).tril(-sliding_window)
-            mask = dict(attn_mask=far.logical_not().tril())
-        else:
-            mask = dict(is_causal=True)
-        o = F.scaled_dot_product_attention(q, k, v, **mask, **options)
-        out.append(o.transpose(1, 2).flatten(0, 1))  # (count * L, heads, D)
-    return torch.cat(out)[None], None
-
-
-_LACKING = {"softcap": "a softcap", "s_aux": "sinks"}
-AttentionInterface.register("varlen", varlen_attention)
-
-
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """(m, H) x (V, H) -> (m, V) in fp32; bf16 is multiplied as it is and accumulated in fp32."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
@@ -247,21 +204,20 @@ class Policy(torch.nn.Module):
             raise ValueError("it has no model.layers and lm_head, as decoders like Llama have")
         if getattr(head, "bias", None) is not None:
             raise ValueError("its head has a bias")
-        self.hf = hf
+        self.hf, self.cudnn_from = hf, math.inf  # tokens a row, on average
         hf.lm_head = ChunkedHead(hf.lm_head.weight)
 
     def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """-> (logps (M,) with gradient, entropy (M,) without), both in nats at `temperature`."""
-        cu_seqlens = None
-        if batch.input_ids.is_cuda:
-            ends = torch.tensor([0, *batch.lengths]).cumsum(0).int()
-            cu_seqlens = ends.to(batch.input_ids.device, non_blocking=True)
+        ends = torch.tensor([0, *batch.lengths]).cumsum(0).int()
+        rows = dict(ends=ends.to(batch.input_ids.device, non_blocking=True), host_ends=ends)
         hidden = self.hf.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
-            lengths=batch.lengths,
-            cu_seqlens=cu_seqlens,
+            kernel="cudnn" if ends[-1] >= self.cudnn_from * len(batch.lengths) else "torch",
+            longest=max(batch.lengths),
+            **rows,
         ).last_hidden_state[0]  # (T, H)
         return self.hf.lm_head(hidden[batch.index], batch.targets, temperature)
 
@@ -306,9 +262,23 @@ def load_chat(folder: str, chat_template: str = "", tools: bool = True) -> Chat:
 
 
 def make_policy(cfg, device: torch.device) -> Policy:
-    """The policy that a trainer's `cfg` describes, sharded, on `device`."""
+    """The policy that a trainer's `cfg` describes, sharded, on `device`; compiled on a GPU."""
     policy = load_policy(cfg.model, cfg.checkpoint_activations, cfg.lora_rank)
+    config = policy.hf.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = config.num_attention_heads, config.num_key_value_heads, head
+    policy.cudnn_from = choose_attention(cfg.attention, heads, device)
+    if device.type == "cuda":
+        compile_blocks(policy)
     return shard(policy, device, cfg.shard_ranks, cfg.cpu_offload)
+
+
+def compile_blocks(policy: Policy, backend: str = "inductor") -> None:
+    """Compiles each block's forward, without the hooks of FSDP and of recomputation around it."""
+    # with and without gradient, with either kernel, without adapters: one graph each
+    torch._dynamo.config.recompile_limit = 32
+    for block in policy.hf.model.layers:
+        block.forward = torch.compile(block.forward, backend=backend)
 
 
 def make_reference(cfg, policy: Policy, device: torch.device):

@@ -313,7 +313,7 @@ def asked_to_stop() -> list[bool]:
 
 MAY_CHANGE = {"out_dir", "save_interval", "log_interval", "keep_last", "timeout_s"}
 MAY_CHANGE |= {"check", "wandb", "tokens_per_microbatch", "checkpoint_activations"}
-MAY_CHANGE |= {"shard_ranks", "cpu_offload"}
+MAY_CHANGE |= {"shard_ranks", "cpu_offload", "attention"}
 MAY_CHANGE |= {"engine.memory_share", "engine.sleep"}  # keys that leave the math of a run alone
 
 

@@ -5,7 +5,8 @@ import torch
 import transformers
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from reagent.policy import check_forward, load_policy, varlen_attention
+from reagent.attention import varlen_attention
+from reagent.policy import check_forward, load_policy
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=4)
 SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
@@ -118,7 +119,8 @@ def test_a_windowed_gradient_is_that_of_dense_attention(device):
     options, total = dict(device=device, dtype=dtype, requires_grad=True), sum(lengths)
     q = torch.randn(1, 4, total, 64, **options)
     k, v = (torch.randn(1, 2, total, 64, **options) for _ in range(2))
-    ends = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    rows = dict(ends=ends.to(device), host_ends=ends, longest=max(lengths))
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     at = torch.cat([torch.arange(n) for n in lengths])
     back = at[:, None] - at[None]
@@ -126,9 +128,8 @@ def test_a_windowed_gradient_is_that_of_dense_attention(device):
     scores = q.float() @ k.float().repeat_interleave(2, 1).mT / 8
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     dense = (weights @ v.float().repeat_interleave(2, 1)).transpose(1, 2)
-    packed, _ = varlen_attention(
-        torch.nn.Module(), q, k, v, None, sliding_window=window, lengths=lengths, cu_seqlens=ends
-    )
+    options = dict(kernel="torch", sliding_window=window)
+    packed, _ = varlen_attention(torch.nn.Module(), q, k, v, None, **options, **rows)
     near = 1e-5 if device == "cpu" else 3e-2
     assert torch.allclose(packed.float(), dense, atol=near)
     expected = torch.autograd.grad(dense.square().sum(), (q, k, v))

@@ -137,7 +137,8 @@ def test_with_vllm_data_order_seeds_and_step_numbers_are_the_same(world, tmp_pat
 
 
 BOOKKEEPING = {"out_dir", "save_interval", "keep_last", "timeout_s", "wandb", "check"}
-BOOKKEEPING |= {"tokens_per_microbatch", "checkpoint_activations", "shard_ranks", "cpu_offload"}
+BOOKKEEPING |= {"tokens_per_microbatch", "checkpoint_activations", "shard_ranks"}
+BOOKKEEPING |= {"cpu_offload", "attention"}
 ENGINE = {"engine.memory_share", "engine.sleep"}
 FREE = {
     sft: BOOKKEEPING | {"log_interval", "show"},

@@ -1,0 +1,292 @@
+"""Causal attention within the rows of a packed sequence, and which kernel computes it.
+
+    torch   torch's varlen kernel on a GPU, in whose place flash-attn-4's is where it was activated;
+            on a CPU one SDPA call for each run of rows of equal length
+    cudnn   one call of SDPA's cuDNN kernel a row, for long rows; on a CPU of SDPA's own
+
+Letters in shapes: T tokens of all rows, D width of a head. Into a compiled block go tensors, one
+integer and the kernel's name, so that no batch makes it compile again.
+"""
+
+import functools
+import math
+import time
+from itertools import groupby, pairwise
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+LONG = 8192  # tokens a row, on average, from which auto takes cuDNN: its calls are one a row
+LIMIT = 0.02  # relative distance from dense fp32 that bf16 may have
+RAGGED, SHORT_ROWS, LONG_ROW = [70, 2, 300, 47, 300], [512] * 32, [16_384]
+DEVICES = ("cuda",)  # that torch's varlen kernel is built for
+LACKING = {"softcap": "a softcap", "s_aux": "sinks"}
+aten = torch.ops.aten
+
+
+def varlen_attention(
+    module, query, key, value, _, *, kernel, ends, scaling=None, sliding_window=None, **more
+):
+    """Causal attention within each row, over the last `sliding_window` tokens if given; query
+    (1, heads, T, D) -> (1, T, heads, D). What no kernel has (a softcap, sinks) is a ValueError.
+
+    ends (rows + 1,): where rows begin and end in T, on the device; host_ends: the same on the CPU;
+    longest: tokens of the longest row, at least.
+    """
+    for name, what in LACKING.items():
+        if more.get(name) is not None:
+            raise ValueError(f"its attention has {what}")
+    if not getattr(module, "is_causal", True):
+        raise ValueError("its attention is not causal")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+    scale = scaling or q.shape[-1] ** -0.5
+    if kernel == "cudnn" and not sliding_window:
+        out = row_attention(q, k, v, more["host_ends"], scale)[0]
+    elif q.device.type in DEVICES:
+        from torch.nn.attention.varlen import varlen_attn
+
+        longest, window = more["longest"], (sliding_window - 1 if sliding_window else -1, 0)
+        options = dict(scale=scale, window_size=window, enable_gqa=True)
+        out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+    else:
+        lengths = more["host_ends"].diff().tolist()
+        out = run_attention(query[0], key[0], value[0], lengths, sliding_window, scale)
+    return out[None], None
+
+
+AttentionInterface.register("varlen", varlen_attention)
+
+
+def run_attention(query, key, value, lengths: list[int], window: int | None, scale: float):
+    """query (heads, T, D) -> (T, heads, D); a dense block mask would cost T^2."""
+    runs = [(len(list(run)), length) for length, run in groupby(lengths)]
+    sizes = [count * length for count, length in runs]
+    # split, not slices: the backward of a slice fills a tensor of all T with zeros
+    parts = [x.split(sizes, dim=1) for x in (query, key, value)]
+    out = []
+    for run, *qkv in zip(runs, *parts):
+        # (heads, count * L, D) -> (count, heads, L, D)
+        q, k, v = (x.unflatten(1, run).transpose(0, 1) for x in qkv)
+        mask = dict(is_causal=True)
+        if window and run[1] > window:
+            far = torch.ones(run[1], run[1], dtype=torch.bool).tril(-window)
+            mask = dict(attn_mask=far.logical_not().tril())
+        o = F.scaled_dot_product_attention(q, k, v, **mask, scale=scale, enable_gqa=True)
+        out.append(o.transpose(1, 2).flatten(0, 1))  # (count * L, heads, D)
+    return torch.cat(out)
+
+
+# --------------------------------------------------------------------------------------------------
+# a call a row, as one operation: torch.compile does not look into it
+
+
+@torch.library.custom_op("reagent::row_attention", mutates_args=())
+def row_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, host_ends: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q, k, v (T, heads, D) -> out (T, heads, D) and the log of the softmax's sum (heads, T)."""
+    out, lse = _outputs(q, k, v)
+    k, v = _repeated(q, k, v)
+    for a, b in pairwise(host_ends.tolist()):
+        parts = [x[a:b].transpose(0, 1)[None] for x in (q, k, v)]
+        if q.is_cuda:
+            found = aten._scaled_dot_product_cudnn_attention(
+                *parts, None, True, is_causal=True, scale=scale
+            )
+        else:
+            found = aten._scaled_dot_product_flash_attention_for_cpu(
+                *parts, is_causal=True, scale=scale
+            )
+        out[a:b], lse[:, a:b] = found[0][0].transpose(0, 1), found[1].reshape(-1, b - a)
+    return out, lse
+
+
+@torch.library.custom_op("reagent::row_attention_backward", mutates_args=())
+def row_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    host_ends: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    keys, (k, v) = k.shape[1], _repeated(q, k, v)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    for a, b in pairwise(host_ends.tolist()):
+        parts = [x[a:b].transpose(0, 1)[None] for x in (grad, q, k, v, out)]
+        part = lse[None, :, a:b].contiguous()
+        if q.is_cuda:
+            none = torch.zeros((), dtype=torch.long, device=q.device)  # of a dropout's generator
+            more = (part[..., None], none, none, None, None, None, b - a, b - a, 0.0, True)
+            found = aten._scaled_dot_product_cudnn_attention_backward(*parts, *more, scale=scale)
+        else:
+            found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *parts, part, 0.0, True, scale=scale
+            )
+        for whole, row in zip(grads, found):
+            whole[a:b] = row[0].transpose(0, 1)
+    dq, *rest = grads
+    dk, dv = (x.unflatten(1, (keys, -1)).sum(2) for x in rest)
+    return dq, dk, dv
+
+
+def _repeated(q, k, v) -> list[torch.Tensor]:
+    return [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]
+
+
+def _outputs(q, k, v, *_):
+    # shape[0], not len(): a compiler would take that for a constant
+    out = v.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    return out, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors[:3], *output, tensors[3])
+
+
+def _gradients(ctx, grad, _):
+    q, k, v, out, lse, host_ends = ctx.saved_tensors
+    return *row_attention_backward(grad, q, k, v, out, lse, host_ends, ctx.scale), None, None
+
+
+row_attention.register_fake(_outputs)
+row_attention_backward.register_fake(
+    lambda grad, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v))
+)
+row_attention.register_autograd(_gradients, setup_context=_keep)
+
+
+# --------------------------------------------------------------------------------------------------
+# FlashAttention-4 under torch's varlen kernel
+
+
+def _flash_attn_fwd(*args, **options):
+    """flash-attn-4 returns five values where torch 2.13 takes two; these two names are torch's."""
+    from flash_attn.cute import interface
+
+    return interface._flash_attn_fwd(*args, **options)[:2]
+
+
+def _flash_attn_bwd(*args, **options):
+    from flash_attn.cute import interface
+
+    return interface._flash_attn_bwd(*args, **options)[:3]
+
+
+def use_flash() -> None:
+    """From here on torch's varlen kernel is FlashAttention-4 (Hopper and newer), in all threads."""
+    from torch.nn.attention import activate_flash_attention_impl, register_flash_attention_impl
+    from torch.nn.attention._fa4 import register_flash_attention_fa4
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("there is no GPU")
+    own = functools.partial(register_flash_attention_fa4, __name__)
+    register_flash_attention_impl("FA4", register_fn=own)
+    activate_flash_attention_impl("FA4")
+
+
+def leave_flash() -> None:
+    from torch.nn.attention import restore_flash_attention_impl
+
+    restore_flash_attention_impl(_raise_warn=False)
+
+
+# --------------------------------------------------------------------------------------------------
+# which kernel
+
+
+def choose_attention(asked: str, heads: tuple[int, int, int], device: torch.device) -> float:
+    """Tokens a row, on average, from which cuDNN computes (inf: never); FlashAttention-4 is
+    activated where it is taken. heads: of queries, of keys, and their width.
+
+    asked: torch | flash | cudnn | auto, which takes what is faster on this card when it starts. A
+    kernel that fails here or differs from dense fp32 is dropped, with a sentence.
+    """
+    if asked == "torch" or (asked == "auto" and device.type == "cpu"):
+        return math.inf
+    timed = asked == "auto"
+
+    def clock(kernel: str, lengths: list[int]) -> float:
+        return seconds(kernel, lengths, heads, device) if timed else 0.0
+
+    short, long, cudnn_from = clock("torch", SHORT_ROWS), clock("torch", LONG_ROW), math.inf
+    if asked in ("auto", "flash"):
+        why = problem("flash", heads, device)
+        if not why:
+            flash = clock("torch", SHORT_ROWS), clock("torch", LONG_ROW)
+            why = slower(sum(flash), short + long)
+            long = long if why else flash[1]
+        if why:
+            leave_flash()
+        tell("flash", why)
+    if asked in ("auto", "cudnn"):
+        why = problem("cudnn", heads, device) or slower(clock("cudnn", LONG_ROW), long)
+        cudnn_from = math.inf if why else LONG if timed else 0
+        tell("cudnn", why)
+    return cudnn_from
+
+
+def tell(name: str, why: str) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        what = f"dropped for torch's: {why}" if why else "taken"
+        print(f"attention: {name} is {what}", flush=True)
+
+
+def slower(seconds: float, other: float) -> str:
+    return f"{1e3 * seconds:.2f} ms against {1e3 * other:.2f}" if seconds > other else ""
+
+
+def problem(name: str, heads: tuple[int, int, int], device: torch.device) -> str:
+    """Why a kernel cannot be taken, or "": it is tried on a small ragged batch."""
+    try:
+        if name == "flash":
+            use_flash()
+        far = distance("torch" if name == "flash" else name, heads, device)
+    except Exception as error:  # foreign kernels fail in any way
+        text = str(error).strip().splitlines() or [""]
+        return f"it fails here ({type(error).__name__}: {text[0]})"
+    return "" if far <= LIMIT else f"it is {far:.2g} from dense fp32, more than {LIMIT}"
+
+
+def distance(kernel: str, heads: tuple[int, int, int], device: torch.device) -> float:
+    """The largest relative distance of outputs and gradients from dense attention in fp32."""
+    sides, attend = trial(kernel, RAGGED, heads, device)
+    row = torch.repeat_interleave(torch.arange(len(RAGGED)), torch.tensor(RAGGED)).to(device)
+    mask = (row[:, None] == row[None]).tril()
+    dense = [side.detach().float().requires_grad_() for side in sides]
+    expected = F.scaled_dot_product_attention(*dense, attn_mask=mask, enable_gqa=True)
+    expected, got = expected.transpose(1, 2), attend()
+    towards = torch.randn_like(expected)
+    expected = [expected, *torch.autograd.grad(expected, dense, towards)]
+    got = [got, *torch.autograd.grad(got, sides, towards.to(got.dtype))]
+    return max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, expected))
+
+
+def seconds(kernel: str, lengths: list[int], heads, device: torch.device) -> float:
+    """Of a forward and a backward on a GPU, the best of three after one."""
+    sides, attend = trial(kernel, lengths, heads, device)
+    found = []
+    for _ in range(4):
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        torch.autograd.grad(attend().sum(), sides)
+        torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - began)
+    return min(found[1:])
+
+
+def trial(kernel: str, lengths: list[int], heads: tuple[int, int, int], device: torch.device):
+    """Random queries, keys and values (1, heads, T, D) of rows, and what attends to them."""
+    queries, keys, width = heads
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    options = dict(device=device, dtype=dtype, requires_grad=True)
+    sides = [torch.randn(1, n, sum(lengths), width, **options) for n in (queries, keys, keys)]
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    more = dict(kernel=kernel, ends=ends.to(device), host_ends=ends, longest=max(lengths))
+    module = torch.nn.Module()
+    return sides, lambda: varlen_attention(module, *sides, None, **more)[0]

@@ -1,0 +1,231 @@
+"""Each kernel of attention against the dense oracle, how one is chosen and dropped, and how often
+compiled blocks compile again.
+"""
+
+import math
+import random
+import re
+import sys
+import types
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+
+from reagent import attention, run
+from reagent.attention import choose_attention, distance, problem, trial
+from reagent.policy import collate, compile_blocks, load_policy, shard
+from tests.helpers.tiny import random_rows, tiny_model
+from tests.loss.test_model import CPU
+
+HEADS = 4, 2, 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"), heads=4, kv_heads=2)
+
+
+def policy_of(folder, **options):
+    run.init_distributed(60)
+    torch.manual_seed(0)
+    return load_policy(folder, **dict(checkpoint_activations=False) | options)
+
+
+def by_hand(q, k, v, lengths):
+    """Softmax over the tokens of the same row up to its own, one row and one head at a time."""
+    group, out, start = q.shape[1] // k.shape[1], torch.zeros_like(q), 0
+    for n in lengths:
+        span = slice(start, start + n)
+        for head in range(q.shape[1]):
+            scores = q[0, head, span] @ k[0, head // group, span].T / q.shape[-1] ** 0.5
+            far = torch.ones(n, n, dtype=torch.bool).triu(1)
+            out[0, head, span] = (
+                scores.masked_fill(far, -math.inf).softmax(-1) @ v[0, head // group, span]
+            )
+        start += n
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "cudnn"])
+@pytest.mark.parametrize("lengths", [[7], [5, 5, 1, 12, 5], [33, 2]])
+def test_a_kernel_is_attention_within_rows(kernel, lengths):
+    torch.manual_seed(0)
+    sides, attend = trial(kernel, lengths, HEADS, CPU)
+    expected, got = by_hand(*sides, lengths), attend()
+    assert torch.allclose(got, expected, atol=1e-5)
+    towards = torch.randn_like(expected)
+    for a, b in zip(*(torch.autograd.grad(x, sides, towards) for x in (got, expected))):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_operation_of_a_call_a_row_is_what_it_says_it_is():
+    """Its fake kernels, which a compiler believes, against its real ones."""
+    (q, k, v), _ = trial("cudnn", [5, 9], HEADS, CPU)
+    sides = [x[0].transpose(0, 1).detach().requires_grad_() for x in (q, k, v)]
+    ends = torch.tensor([0, 5, 14], dtype=torch.int32)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(attention.row_attention, (*sides, ends, 0.25), test_utils=checks)
+
+
+def test_the_check_at_start_knows_attention_from_what_is_none():
+    for kernel in ("torch", "cudnn"):
+        assert distance(kernel, HEADS, CPU) < 1e-5 and not problem(kernel, HEADS, CPU)
+
+
+def no_mask(q, k, v, host_ends, scale):
+    out = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), enable_gqa=True)
+    return (out.transpose(0, 1),)
+
+
+def broken_backward(q, k, v, host_ends, scale):
+    out = attention.row_attention.planted(q, k, v, host_ends, scale)[0]
+    return (out + 0.5 * (q - q.detach()),)
+
+
+def not_built(*_):
+    raise NotImplementedError("no kernel image\nis available")
+
+
+def not_a_number(q, k, v, host_ends, scale):
+    return ((q + k.sum() + v.sum()) * math.nan,)
+
+
+@pytest.mark.parametrize(
+    "plant, told",
+    [
+        (no_mask, r"it is [\d.]+ from dense fp32, more than 0.02"),
+        (broken_backward, r"it is [\d.]+ from dense fp32, more than 0.02"),
+        (not_built, r"it fails here \(NotImplementedError: no kernel image\)"),
+        (not_a_number, "it is nan from dense fp32"),
+    ],
+    ids=["no-mask", "backward", "not-built", "nan"],
+)
+def test_a_kernel_that_is_wrong_is_dropped_with_a_sentence(plant, told, monkeypatch, capsys):
+    broken_backward.planted = attention.row_attention
+    monkeypatch.setattr(attention, "row_attention", plant)
+    assert choose_attention("cudnn", HEADS, CPU) == math.inf
+    printed = capsys.readouterr().out
+    assert re.search("attention: cudnn is dropped for torch's: " + told, printed), printed
+
+
+def test_a_sound_kernel_is_taken(capsys):
+    assert choose_attention("cudnn", HEADS, CPU) == 0
+    assert capsys.readouterr().out == "attention: cudnn is taken\n"
+
+
+def test_on_a_cpu_auto_is_torchs_and_flash_says_what_it_lacks(capsys):
+    assert choose_attention("auto", HEADS, CPU) == choose_attention("torch", HEADS, CPU) == math.inf
+    assert not capsys.readouterr().out
+    assert choose_attention("flash", HEADS, CPU) == math.inf
+    assert "flash is dropped for torch's: it fails here (RuntimeError: there is no GPU)" in (
+        capsys.readouterr().out
+    )
+    assert torch.nn.attention.current_flash_attention_impl() is None
+
+
+@pytest.mark.parametrize(
+    "torchs, flash, cudnn, taken, cudnn_from",
+    [
+        ((4, 9), (3, 5), 6, {"flash"}, math.inf),
+        ((4, 9), (3, 7), 6, {"flash", "cudnn"}, 8192),
+        ((4, 9), (5, 9), 6, {"cudnn"}, 8192),
+        ((4, 9), (5, 9), 10, set(), math.inf),
+    ],
+)
+def test_auto_takes_what_was_faster(torchs, flash, cudnn, taken, cudnn_from, monkeypatch, capsys):
+    flash_is_on = []
+    monkeypatch.setattr(attention, "use_flash", lambda: flash_is_on.append(1))
+    monkeypatch.setattr(attention, "leave_flash", flash_is_on.clear)
+    monkeypatch.setattr(attention, "distance", lambda *_: 0.0)
+
+    def seconds(kernel, lengths, *_):
+        long = len(lengths) == 1
+        return (cudnn if kernel == "cudnn" else (flash if flash_is_on else torchs)[long]) / 1e3
+
+    monkeypatch.setattr(attention, "seconds", seconds)
+    assert choose_attention("auto", HEADS, torch.device("cuda")) == cudnn_from
+    printed = capsys.readouterr().out
+    assert {name for name in ("flash", "cudnn") if f"{name} is taken" in printed} == taken
+    assert bool(flash_is_on) == ("flash" in taken)
+    if "flash" not in taken:
+        assert "flash is dropped for torch's: 14.00 ms against 13.00" in printed
+
+
+def test_flash_attn_4_answers_as_torch_expects(monkeypatch):
+    """torch 2.13 takes two values of its forward and three of its backward; it gives five."""
+    cute = types.SimpleNamespace(
+        _flash_attn_fwd=lambda *a, **o: (1, 2, None, None, None),
+        _flash_attn_bwd=lambda *a, **o: (1, 2, 3, 4),
+    )
+    package = types.ModuleType("flash_attn.cute")
+    package.interface = cute
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", package)
+    assert attention._flash_attn_fwd() == (1, 2) and attention._flash_attn_bwd() == (1, 2, 3)
+
+
+# --------------------------------------------------------------------------------------------------
+# compiled blocks
+
+
+def batches(count, seed=0):
+    """Ragged ones of one to six rows, a single row among them early and late."""
+    rng = random.Random(seed)
+    counts = [3, 1] + [rng.randint(1, 6) for _ in range(count - 3)] + [1]
+    return [
+        collate(random_rows([rng.randint(3, 40) for _ in range(n)], i), (), CPU)
+        for i, n in enumerate(counts)
+    ]
+
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters["stats"]
+    torch._dynamo.reset()
+
+
+def stand_in(q, k, v, ends, _, longest, __, scale, window_size, enable_gqa):
+    """In place of torch's varlen kernel, which has no CPU: its integer is used as one."""
+    out = attention.row_attention(q, k, v, ends, scale)[0]
+    return out + 0 * torch.full((), longest, dtype=torch.long)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "cudnn"])
+@pytest.mark.parametrize("again, lora_rank", [(False, 0), (True, 2)], ids=["kept", "again-lora"])
+def test_twenty_ragged_batches_do_not_compile_twenty_times(
+    folder, dynamo, kernel, again, lora_rank, monkeypatch
+):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    monkeypatch.setattr(attention, "DEVICES", ("cpu",))
+    policy = policy_of(folder, checkpoint_activations=again, lora_rank=lora_rank)
+    policy.cudnn_from = 0 if kernel == "cudnn" else math.inf
+    compile_blocks(policy, backend="eager")
+    policy = shard(policy, CPU)
+    for batch in batches(20):
+        policy(batch)[0].sum().backward()
+    most = 3 if lora_rank else 2  # below the first block of a frozen base nothing has a gradient
+    assert 1 <= dynamo["unique_graphs"] <= most, dict(dynamo)
+    assert not counters["graph_break"], dict(counters["graph_break"])
+
+
+def test_compiled_blocks_have_the_gradient_of_plain_ones(folder, dynamo):
+    found = []
+    for backend in (None, "aot_eager"):
+        policy = policy_of(folder)
+        policy.cudnn_from = 0
+        if backend:
+            compile_blocks(policy, backend)
+        policy, logps = shard(policy, CPU), []
+        for batch in batches(4):
+            logps.append(policy(batch)[0])
+            (logps[-1] * torch.linspace(-1, 1, len(logps[-1]))).sum().backward()
+        gradients = {n: p.grad.full_tensor() for n, p in policy.named_parameters()}
+        found.append((torch.cat(logps), gradients))
+    (a, grads_a), (b, grads_b) = found
+    assert dynamo["unique_graphs"] >= 1 and torch.allclose(a, b, atol=1e-5)
+    assert all(torch.allclose(grads_a[name], grads_b[name], atol=1e-4) for name in grads_a)
