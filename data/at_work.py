@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import evaluate
 import rollout
-from evaluate import AT_WORK
 from reagent import engines
 from reagent.engines import EngineConfig
 from reagent.rows import JsonlRows, check_rl_row
@@ -20,15 +20,18 @@ from tools import Toolbox
 
 @dataclass
 class Common:
-    """What annotate and report share: how the agent works."""
+    """What the scripts share: how the agent works."""
 
     data: str = "data/reagent/rl_train.jsonl"  # RL rows that the agent works on
     limit: int = 0  # rows; 0: all
-    tools: str = "search,browse,python"
+    tools: str = "search,browse,python"  # or none
     corpus: str = ""  # local pages for rows without docs
     files_dir: str = ""  # where the files of rows lie
     unsafe_python: bool = False  # run code without a sandbox where this machine has none
-    engine: EngineConfig = AT_WORK
+    engine: EngineConfig = evaluate.AT_WORK  # of a folder; max_live_chains of a URL too
+    tokenizer: str = ""  # of an agent behind a URL; "": what the server was started with
+    endpoint: str = "auto"  # of an agent behind a URL: auto | completions | chat
+    patience_s: float = 600.0  # how long to wait for its server
     temperature: float = 0.7
     max_turns: int = 13
     max_new_tokens_per_turn: int = 4096
@@ -37,32 +40,39 @@ class Common:
     seed: int = 0
 
 
-@contextlib.contextmanager
-def agent_at_work(cfg, folder: str):
-    """-> (Setup without a reward model, rows, run): an agent; `run(coroutine)` runs its chains."""
-    from reagent.policy import load_chat
+def open_agent(cfg: Common, source: str, runner: asyncio.Runner) -> evaluate.Agent:
+    """The agent of a folder or of a URL (URL#NAME where the server has several models)."""
+    model, _, name = source.partition("#")
+    parts = dict(model=model, served_model=name, tools=cfg.tools, engine=cfg.engine)
+    parts |= dict(tokenizer=cfg.tokenizer, endpoint=cfg.endpoint, patience_s=cfg.patience_s)
+    asked = evaluate.Config(**parts, max_context=cfg.max_context)
+    if model.startswith("http"):
+        return evaluate.served_agent(asked, runner)
+    return evaluate.local_agent(asked, None)
 
+
+@contextlib.contextmanager
+def agent_at_work(cfg: Common, source: str):
+    """-> (Setup without a reward model, rows, run): an agent; `run(coroutine)` runs its chains."""
     rows = JsonlRows(cfg.data, check_rl_row)
-    chat = load_chat(folder)
+    names = [name for name in cfg.tools.split(",") if name != "none"]
     places = dict(corpus=cfg.corpus, files_dir=cfg.files_dir)
-    toolbox = Toolbox(cfg.tools.split(","), **places, unsafe_python=cfg.unsafe_python)
+    toolbox = Toolbox(names, **places, unsafe_python=cfg.unsafe_python)
     toolbox.check_rows(rows, cfg.data)
-    engine = engines.make_engine(cfg.engine, folder, chat.stop_ids, max_context=cfg.max_context)
-    limits = rollout.Limits(
-        cfg.max_turns,
-        cfg.max_new_tokens_per_turn,
-        cfg.max_tokens_per_attempt,
-        cfg.max_context,
-        final_tokens=min(512, cfg.max_new_tokens_per_turn),
-    )
-    setup = rollout.Setup(engine, chat, toolbox, limits, rule_reward, temperature=cfg.temperature)
     with asyncio.Runner() as runner:
-        yield (
-            setup,
-            [rows[i] for i in range(min(cfg.limit or len(rows), len(rows)))],
-            runner.run,
+        agent = open_agent(cfg, source, runner)
+        limits = rollout.Limits(
+            cfg.max_turns,
+            cfg.max_new_tokens_per_turn,
+            cfg.max_tokens_per_attempt,
+            min(cfg.max_context, agent.positions),
+            final_tokens=min(512, cfg.max_new_tokens_per_turn),
         )
-    engines.close(engine)
+        parts = dict(engine=agent.engine, chat=agent.chat, toolbox=toolbox, limits=limits)
+        setup = rollout.Setup(**parts, rule_reward=rule_reward, temperature=cfg.temperature)
+        some = [rows[i] for i in range(min(cfg.limit or len(rows), len(rows)))]
+        yield setup, some, runner.run
+    engines.close(agent.engine)
     toolbox.close()
 
 
@@ -70,13 +80,10 @@ async def refine_with(episodes, rows, critiques, setup: rollout.Setup, key: tupl
     """Stage 2 after the first of finished episodes, with critiques of one's choice."""
 
     async def one(episode, row, critique):
-        first = episode.attempts[0]
-        fresh = copy.deepcopy(episode)
+        first, fresh = episode.attempts[0], copy.deepcopy(episode)
         fresh.ids, fresh.mask = fresh.ids[: first.span[1]], fresh.mask[: first.span[1]]
-        fresh.logps, fresh.messages = (
-            fresh.logps[: sum(fresh.mask)],
-            fresh.messages[: first.messages[1]],
-        )
+        fresh.logps = fresh.logps[: sum(fresh.mask)]
+        fresh.messages = fresh.messages[: first.messages[1]]
         fresh.attempts = fresh.attempts[:1]
         await rollout.refine(fresh, row, setup, critique, (*key, fresh.id))
         return fresh

@@ -507,12 +507,13 @@ async def run_together(coroutines, max_live: int = 0, on_done=None) -> list:
     slots = asyncio.Semaphore(max_live or max(len(coroutines), 1))
 
     async def one(chain):
-        async with slots:
-            rounds.start()
-            try:
-                result = await chain
-            finally:
-                rounds.end()
+        with contextlib.closing(chain):  # also of one that another's error keeps from its turn
+            async with slots:
+                rounds.start()
+                try:
+                    result = await chain
+                finally:
+                    rounds.end()
         if on_done:
             on_done(result)
         return result

@@ -1,0 +1,184 @@
+"""Rows of one's own: tables of questions, SFT rows of right attempts, RL rows that teach; agents
+behind URLs.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data import annotate, questions
+from reagent.config import parse_config
+from reagent.reward_model import check_rrm_row
+from reagent.rows import check_rl_row, sft_messages
+from tests.helpers.chat_server import chat_server
+from tests.helpers.judge_server import judge_server
+
+CALL = '<tool_call>\n{"name": "search", "arguments": {"queries": ["Kiel"]}}\n</tool_call>'
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --------------------------------------------------------------------------------------------------
+# a table of questions
+
+
+def made(tmp_path, name: str, text: str, *keys: str) -> list[dict]:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    questions.main([str(tmp_path / name), f"--out={tmp_path}/rl.jsonl", *keys])
+    rows = lines(tmp_path / "rl.jsonl")
+    assert not any(map(check_rl_row, rows))
+    return rows
+
+
+@pytest.mark.parametrize(
+    "question, answer, kind, kept",
+    [
+        ("Who wrote it?", "Ada Lovelace", "qa", "Ada Lovelace"),
+        ("How much?", "They pay 3 + 4 = <<3+4=7>>7.\n#### 7", "math", "7"),
+        ("Solve.", "So it is $\\boxed{\\frac{1}{2}}$.", "math", "\\frac{1}{2}"),
+        ("Which?\nA) red\nB) blue", "B", "choice", "B"),
+        ("Which band made it?", "U", "qa", "U"),
+        ("How many?", 12, "math", "12"),
+    ],
+)
+def test_the_answer_decides_the_rule(tmp_path, question, answer, kind, kept):
+    text = json.dumps({"problem": question, "solution": answer}) + "\n"
+    (row,) = made(tmp_path, "q.jsonl", text)
+    assert (row["kind"], row["answer"]) == (kind, kept)
+
+
+def test_a_table_is_read_as_a_spreadsheet_writes_it(tmp_path, capsys):
+    text = (
+        '\ufeffNr;Question;Answer\n1;"Who; then?\nSay it.";Ada\n2;Who else?;Bo\n2;who  ELSE?;Bo\n'
+    )
+    rows = made(tmp_path, "q.csv", text + "3;broken\n4;;x\n5;Empty?; \n")
+    assert [row["question"] for row in rows] == ["Who; then?\nSay it.", "Who else?"]
+    told = capsys.readouterr()
+    assert "2 of 6 rows" in told.out and "1 left out: asked before" in told.out
+    assert "q.csv:5: asked before" in told.err and "q.csv:6: not the 3 fields" in told.err
+    assert "q.csv:7: no question" in told.err and "q.csv:8: no answer" in told.err
+
+
+def test_columns_kinds_and_several_answers_can_be_named(tmp_path):
+    text = "ask,reply\nCapital?,Paris|City of Paris\n"
+    keys = ["--question=ask", "--answer=reply", "--separator=|", "--kind=gaia"]
+    (row,) = made(tmp_path, "q.csv", text, *keys)
+    assert row["answer"] == ["Paris", "City of Paris"] and row["kind"] == "gaia"
+    with pytest.raises(SystemExit, match="no row of 1"):
+        made(tmp_path, "q.csv", text)
+
+
+def test_held_out_rows_stand_beside_the_others_and_ids_are_unique(tmp_path):
+    text = "".join(
+        json.dumps({"id": "x", "question": f"Q{i}?", "answer": "a"}) + "\n" for i in range(9)
+    )
+    rows = made(tmp_path, "q.jsonl", text, "--held_out=3")
+    test = lines(tmp_path / "rl_test.jsonl")
+    assert (len(rows), len(test)) == (6, 3) and len({r["id"] for r in rows + test}) == 9
+
+
+# --------------------------------------------------------------------------------------------------
+# rows of agents behind URLs
+
+ROWS = [
+    {"id": f"{i}", "question": f"{word} code has Kiel?", "answer": "42", "kind": "qa"}
+    | {"docs": [{"title": "Kiel", "text": "has code 42."}]}
+    for i, word in enumerate(("Easy: which", "Even: which", "Never: which", "easy, WHICH"))
+]
+
+
+def agent(text: str, request: dict):
+    """Searches, then is right at easy questions, at even ones by its seed, never at the others."""
+    whole = json.dumps(request["messages"])
+    if "Kiel (doc" not in whole:
+        return f"<think>I look.</think>{CALL}"
+    right = "asy" in whole or "Even" in whole and request["seed"] % 2
+    return "\\boxed{42}" if right else "\\boxed{41}"
+
+
+def config(tmp_path, url: str, *keys: str):
+    (tmp_path / "rl.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    args = [f"--agents={url}#tiny", f"--data={tmp_path}/rl.jsonl", "--tools=search"]
+    args += ["--samples_per_question=8", f"--out={tmp_path}/out/rows.jsonl", *keys]
+    return parse_config(annotate.AnnotateConfig, args)
+
+
+def test_right_attempts_of_an_agent_behind_a_url_become_sft_rows(tmp_path, capsys):
+    with chat_server(agent, completions=False) as (url, seen):
+        annotate.annotate(config(tmp_path, url, "--make=sft", "--samples_per_question=2"))
+        count = len(seen)
+        annotate.annotate(config(tmp_path, url, "--make=sft", "--samples_per_question=2"))
+        assert len(seen) == count
+    rows = lines(tmp_path / "out/rows.jsonl")
+    assert {row["id"].split("/")[-2] for row in rows} >= {"0", "3"}
+    assert not any(row["id"].split("/")[-2] == "2" for row in rows)
+    assert len(rows) == len({row["messages"][1]["content"] for row in rows})
+    for row in rows:
+        roles = [message["role"] for message in sft_messages(row)]
+        assert roles == ["system", "user", "assistant", "tool", "assistant"]
+        assert row["messages"][-1]["content"] == "\\boxed{42}"
+        assert [tool["function"]["name"] for tool in row["tools"]] == ["search"]
+    told = capsys.readouterr().out
+    assert " wrong\n" in told and " right, beyond 1 of a question\n" in told
+    assert f"sft rows -> {tmp_path}/out/rows.jsonl" in told
+    assert (tmp_path / "out/rows.table.txt").read_text() in told
+
+
+def test_rl_rows_are_those_that_the_agent_solves_sometimes(tmp_path, capsys):
+    with chat_server(agent, completions=False) as (url, _):
+        annotate.annotate(config(tmp_path, url, "--make=rl"))
+        (row,) = lines(tmp_path / "out/rows.jsonl")
+        annotate.annotate(config(tmp_path, url, "--make=rl", "--keep_unsolved"))
+    assert row["id"] == "1" and 0 < row["meta"]["solved"][0] < row["meta"]["solved"][1] == 8
+    assert row == ROWS[1] | {"meta": row["meta"]} and check_rl_row(row) is None
+    assert [r["id"] for r in lines(tmp_path / "out/rows.jsonl")] == ["1", "2"]
+    told = capsys.readouterr().out
+    assert "1 always right" in told and "1 never right" in told and "1 asked before" in told
+
+
+def test_questions_asked_twice_and_golds_that_score_nothing_are_no_rl_rows():
+    rows = [
+        {"id": "a", "question": "Who is it?", "answer": "Ada", "kind": "qa"},
+        {"id": "b", "question": "who is it", "answer": "Ada", "kind": "qa"},
+        {"id": "c", "question": "Sum?", "answer": "a blue whale", "kind": "math"},
+        {"id": "d", "question": "New?", "answer": "x", "kind": "qa"},
+    ]
+    sampled = [{"row": i, "correct": c} for i in "abc" for c in (True, False)]
+    why = annotate.Counter()
+    kept = annotate.rl_rows(config_of_nothing(), sampled, rows, why)
+    assert [row["id"] for row in kept][:1] == ["a"] and why["asked before"] == 1
+    assert why["without a finished attempt"] == 1
+    assert len(kept) + sum(why.values()) == 4
+
+
+def config_of_nothing():
+    return annotate.AnnotateConfig(make="rl")
+
+
+def test_a_teacher_judges_an_agent_behind_a_url(tmp_path):
+    with chat_server(agent, completions=False) as (url, _), judge_server() as (teacher, _):
+        keys = ["--make=rrm", f"--teacher={teacher}", "--share_correct=0"]
+        annotate.annotate(config(tmp_path, url, *keys, "--samples_per_question=1"))
+    rows = lines(tmp_path / "out/rows.jsonl")
+    assert len(rows) == 4 and not any(map(check_rrm_row, rows))
+
+
+def test_an_agent_that_goes_away_ends_the_call_and_the_next_goes_on(tmp_path, capsys):
+    asked = []
+
+    def dying(text, request):
+        asked.append(text)
+        return agent(text, request) if len(asked) < 5 else 500
+
+    with chat_server(dying, completions=False) as (url, _):
+        keys = ("--make=rl", "--samples_per_question=2", "--patience_s=0.3")
+        with pytest.raises(SystemExit, match="no answer from .*: the same command goes on"):
+            annotate.annotate(config(tmp_path, url, *keys, "--engine.max_live_chains=1"))
+        done = len(lines(tmp_path / "out/rows.trajectories.jsonl"))
+        port = int(url.split(":")[2].split("/")[0])
+    with chat_server(agent, completions=False, port=port) as (url, _):
+        annotate.annotate(config(tmp_path, url, *keys))
+    assert done == 2 and len(lines(tmp_path / "out/rows.trajectories.jsonl")) == 8
