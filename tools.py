@@ -75,15 +75,12 @@ def search(context: Context, queries: list[str], top_k: int = 5) -> str:
         return context.web.search(query[:1000], most, context.left()) if query.strip() else []
 
     asked, blocks = queries[:MOST_QUERIES], []
-    if local is not None:
-        found = [hits_of(query) for query in asked]
-    else:
-        with ThreadPoolExecutor(max_workers=5) as pool:  # side by side: each waits for the network
-            found = list(pool.map(hits_of, asked))
+    with ThreadPoolExecutor(max_workers=5) as pool:  # the web side by side: each query waits for it
+        found = list((pool.map if local is None else map)(hits_of, asked))
     for query, hits in zip(asked, found):
         lines = [f"{i}. {title} ({url})\n{text}" for i, (title, text, url) in enumerate(hits, 1)]
-        title = f'Results for "{query}":' if hits else f'No results for "{query}".'
-        blocks.append("\n".join([title, *lines]))
+        head = f'Results for "{query}":' if hits else f'No results for "{query}".'
+        blocks.append("\n".join([head, *lines]))
     if (more := len(queries) - MOST_QUERIES) > 0:
         blocks.append(f"[{more} queries left out: a call takes {MOST_QUERIES}]")
     return "\n\n".join(blocks)
@@ -165,7 +162,7 @@ def audio2text(context: Context, audio_path: str) -> str:
     return transcribe_audio(*_file(context, audio_path), seconds=context.left())
 
 
-TOOLS = (search, browse, python, file_reader, image2text, audio2text)
+TOOLS = [search, browse, python, file_reader, image2text, audio2text]
 TOOLS = {tool.__name__: tool for tool in TOOLS}
 
 
@@ -199,8 +196,8 @@ def _file(context: Context, path: str) -> tuple[str, str]:
 
 def schema_of(tool) -> dict:
     """The OpenAI function schema from type hints and docstring (its `name: meaning` lines)."""
-    kinds = {str: "string", int: "integer", float: "number", bool: "boolean"}
-    kinds = {kind: {"type": name} for kind, name in kinds.items()}
+    names = {str: "string", int: "integer", float: "number", bool: "boolean"}
+    kinds = {kind: {"type": name} for kind, name in names.items()}
     kinds[list[str]] = {"type": "array", "items": kinds[str]}
     text = inspect.getdoc(tool)
     about = dict(re.findall(r"^(\w+): (.+)$", text, re.M))
@@ -229,18 +226,15 @@ def repaired(tool, arguments) -> dict:
         kind = type(arguments).__name__
         raise ToolError(f"The arguments of {tool.__name__} are a JSON object, not {kind}.")
     known = _parameters(tool)
-    unknown = sorted(str(name)[:50] for name in set(arguments) - set(known))
-    if unknown:
+    if unknown := sorted(str(name)[:50] for name in set(arguments) - set(known)):
         names = f"{', '.join(unknown[:5])}; it takes {', '.join(known)}"
         raise ToolError(f"{tool.__name__} does not take {names}.")
     given = {name: value for name, value in arguments.items() if value is not None}
-    missing = [name for name, p in known.items() if p.default is p.empty and name not in given]
-    if missing:
+    needed = [name for name, parameter in known.items() if parameter.default is parameter.empty]
+    if missing := [name for name in needed if name not in given]:
         raise ToolError(f"{tool.__name__} needs {', '.join(missing)}.")
-    return {
-        name: _typed(tool.__name__, name, value, known[name].annotation)
-        for name, value in given.items()
-    }
+    kinds = {name: known[name].annotation for name in given}
+    return {name: _typed(tool.__name__, name, given[name], kind) for name, kind in kinds.items()}
 
 
 def _typed(tool: str, name: str, value, kind):
@@ -298,8 +292,7 @@ class Toolbox:
         replay: bool = False,
         allow: str = "",
     ):
-        unknown = [name for name in names if name not in TOOLS]
-        if unknown:
+        if unknown := [name for name in names if name not in TOOLS]:
             raise SystemExit(f"no tool named {', '.join(unknown)}: there are {', '.join(TOOLS)}")
         if files_dir and not Path(files_dir).is_dir():
             raise SystemExit(f"no folder {files_dir}: --files_dir is where the rows' files lie")
@@ -339,10 +332,11 @@ class Toolbox:
         context.files = None if files is None else tuple(files)
         try:
             if name in ("search", "browse") and docs is not None:  # too quick for a thread
-                text, status = self._run(name, arguments, context), "ok"
+                text = self._run(name, arguments, context)
             else:
                 async with self._gate(name):
-                    text, status = await self._in_thread(name, arguments, context), "ok"
+                    text = await self._in_thread(name, arguments, context)
+            status = "ok"
         except (ToolError, ToolFault) as error:
             text, status = str(error), "error" if isinstance(error, ToolError) else "fault"
         except TimeoutError as error:

@@ -215,16 +215,19 @@ def system_calls(rung: str) -> Filter:
     rules = common_rules() + (family if rung == "bubblewrap" else lone_rules())
     verdicts = dict.fromkeys({*ALLOWED.values(), *RULED.values()}, ALLOW)
     verdicts |= dict.fromkeys(PRETENDED.values(), ERROR | DONE)
-    table = [(number, verdicts.get(number, ERROR | EPERM)) for number in range(FIRST_UNKNOWN)]
-    table.append((FIRST_UNKNOWN, ERROR | ENOSYS))  # nor is x32 there
-    changes = [table[0]] + [b for a, b in zip(table, table[1:]) if a[1] != b[1]]
+    verdicts[FIRST_UNKNOWN] = ERROR | ENOSYS  # nor is x32 there
+    table = [verdicts.get(number, ERROR | EPERM) for number in range(FIRST_UNKNOWN + 1)]
+    ends = []
+    for number in range(FIRST_UNKNOWN, 0, -1):  # from the last run of one verdict to the first
+        if table[number] != table[number - 1]:
+            ends += [instruction(ABOVE, number, 0, 1), instruction(RETURN, table[number])]
     start = [
         instruction(LOAD, 4),
         instruction(EQUAL, 0xC00000B7 if ARM else 0xC000003E, 1, 0),
         instruction(RETURN, KILL),  # it speaks for another machine: a 32-bit call
         instruction(LOAD, 0),
     ]
-    return Filter([*start, *rules, decision(changes)])
+    return Filter([*start, *rules, *ends, instruction(RETURN, table[0])])
 
 
 def starts() -> Filter:
@@ -238,15 +241,6 @@ def starts() -> Filter:
     return Filter(
         [instruction(LOAD, 0), *asks, instruction(RETURN, ALLOW), instruction(RETURN, NOTIFY)]
     )
-
-
-def decision(verdicts: list[tuple[int, int]]) -> bytes:
-    """Finds the verdict of a number by halving; each holds from its number to the next one's."""
-    if len(verdicts) == 1:
-        return instruction(RETURN, verdicts[0][1])
-    half = len(verdicts) // 2
-    below, above = decision(verdicts[:half]), decision(verdicts[half:])
-    return instruction(ABOVE, verdicts[half][0], len(below) // 8) + below + above
 
 
 def permit(listener: int, allowed: bool) -> None:
@@ -265,12 +259,12 @@ def permit(listener: int, allowed: bool) -> None:
 READ, FILE_BITS, EVERYTHING = 0b1101, 0b1100000000000111, 0xFFFF
 
 
-def landlock(rights: dict[str, int], handled: int = EVERYTHING) -> None:
-    """Closes every path to the `handled` rights but those under the given ones; also TCP, abstract
-    sockets and signals to the outside. OSError if there is no Landlock.
+def landlock(rights: dict[str, int]) -> None:
+    """Closes every path but those given to what they are not given for; also TCP, abstract sockets
+    and signals to the outside. OSError if there is no Landlock.
     """
     version = checked(LIBC.syscall(444, None, 0, 1), "Landlock")
-    handled &= (1 << (13, 14, 15, 15, 16)[min(version, 5) - 1]) - 1
+    handled = (1 << (13, 14, 15, 15, 16)[min(version, 5) - 1]) - 1
     # files; TCP bind and connect; abstract sockets and signals
     attributes = struct.pack("=QQQ", handled, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
     size = 24 if version >= 6 else 16 if version >= 4 else 8
@@ -284,10 +278,8 @@ def landlock(rights: dict[str, int], handled: int = EVERYTHING) -> None:
     os.close(ruleset)
 
 
-def own_namespaces(folder: str, megabytes: int) -> None:
-    """A user, mount, network and IPC namespace, and a file system of bounded size on the folder;
-    OSError if refused.
-    """
+def own_namespaces() -> None:
+    """A user, mount, network and IPC namespace; OSError if refused."""
     ids = {
         "setgroups": "deny",
         "uid_map": f"{os.getuid()} {os.getuid()} 1",
@@ -298,19 +290,17 @@ def own_namespaces(folder: str, megabytes: int) -> None:
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
     checked(LIBC.mount(b"none", b"/", None, MS_PRIVATE_BELOW, None), "mount")
-    bounded(folder, megabytes)
 
 
 def bounded(folder: str, megabytes: int) -> None:
+    """Mounts a file system of bounded size."""
     options = f"size={megabytes}m,nr_inodes={MOST_FILES},mode=1777".encode()
     checked(LIBC.mount(b"tmpfs", folder.encode(), b"tmpfs", MS_NOSUID_NODEV, options), "mount")
 
 
 def first_process(stack: ctypes.Array) -> int:
-    """Process 1 of a new pid namespace, in which our next child will be. With it they all end.
-
-    It only waits, in libc's pause and in our own memory, of which nothing need be copied; what is
-    orphaned there the kernel reaps, since it ignores SIGCHLD.
+    """Process 1 of a new pid namespace, in which our next child will be; with it they all end. It
+    only waits, in our own memory; orphans the kernel reaps, since it ignores SIGCHLD.
     """
     checked(LIBC.unshare(NEW_PID), "unshare")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -319,11 +309,6 @@ def first_process(stack: ctypes.Array) -> int:
     pid = checked(LIBC.clone(pause, top, CLONE_VM | signal.SIGCHLD, None), "clone")
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return pid
-
-
-def drop_capabilities() -> None:
-    """Gives up what root may do beyond its own files; for what it starts no_new_privs does."""
-    checked(LIBC.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24)), "capset")
 
 
 def limit(given: dict) -> None:
@@ -351,10 +336,10 @@ def limit(given: dict) -> None:
 
 
 def fresh_scratch(given: dict) -> None:
-    """An empty scratch; in bubblewrap a file system, in which what must be read below it (a virtual
-    environment may lie in /tmp) is bound again.
+    """An empty scratch: where we may mount a file system, in which what must be read below it (a
+    virtual environment may lie in /tmp) is bound again.
     """
-    if given["rung"] != "bubblewrap":
+    if not given["mounts"]:
         os.mkdir(given["scratch"], 0o700)
         return
     bounded(given["scratch"], given["scratch_mb"])
@@ -369,19 +354,16 @@ def fresh_scratch(given: dict) -> None:
 
 def remove_scratch(given: dict, removers: list[subprocess.Popen]) -> None:
     """Takes the scratch down with all that is in it; what may take long on a disk of the host's is
-    left to a process. An error, which ends the server and its namespaces, if it is not soon gone.
+    left to a process.
     """
     scratch, nothing = given["scratch"], subprocess.DEVNULL
-    if given["rung"] == "bubblewrap":
+    if given["mounts"]:
         checked(LIBC.umount2(scratch.encode(), MNT_DETACH), "umount")
         return
     with contextlib.suppress(OSError):  # it holds folders
         for name in os.listdir(scratch)[:100]:
             os.unlink(f"{scratch}/{name}")
         os.rmdir(scratch)
-        return
-    if given["rung"] == "landlock+namespaces":
-        subprocess.run(["rm", "-rf", scratch], stdin=nothing, check=True, timeout=0.5)
         return
     removers[:] = [remover for remover in removers if remover.poll() is None]
     while len(removers) > 4:
@@ -428,10 +410,11 @@ def confine(given: dict, filters: tuple[Filter, Filter], server: socket.socket) 
     """Puts on this process what its rung has; tells the server where it will ask to start more."""
     rung = given["rung"]
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if rung == "bubblewrap":
-        drop_capabilities()
+    # what root may do beyond its own files; what it starts gets nothing back: no_new_privs
+    checked(LIBC.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24)), "capset")
     if rung.startswith("landlock"):
-        landlock({given["scratch"]: EVERYTHING, "/dev/null": FILE_BITS}, handled=~READ)
+        read = {path: READ if os.path.isdir(path) else READ & FILE_BITS for path in given["read"]}
+        landlock(read | {given["scratch"]: EVERYTHING, "/dev/null": FILE_BITS})
     if rung == "landlock":
         LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # so that its watcher can see what it holds
     if rung != "unsafe":
@@ -540,16 +523,13 @@ def answer(given: dict, channel, filters: tuple, stack, myself: int, removers: l
 
 def serve(given: dict) -> None:
     """Answers calls until the caller is gone."""
-    rung, folder = given["rung"], os.path.dirname(given["scratch"])
     checked(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    if rung == "landlock+namespaces":
-        own_namespaces(folder, given["scratch_mb"])
-    if rung != "bubblewrap":
+    if given["rung"] == "landlock+namespaces":
+        own_namespaces()
+        os.mkdir(given["scratch"])
+    given["mounts"] = given["rung"] in ("bubblewrap", "landlock+namespaces")
+    if given["rung"] != "bubblewrap":
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if rung.startswith("landlock"):
-        drop_capabilities()
-        read = {path: READ if os.path.isdir(path) else READ & FILE_BITS for path in given["read"]}
-        landlock(read | {folder: EVERYTHING, "/dev/null": FILE_BITS})
     # its memory is closed to others of its user, and there is no core
     LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     with contextlib.suppress(ImportError):
@@ -559,7 +539,7 @@ def serve(given: dict) -> None:
     sys.path.insert(0, given["scratch"])
     # what was printed before a timeout is told, and in its order
     sys.stdout.reconfigure(line_buffering=True)
-    filters, stack = (starts(), system_calls(rung)), ctypes.create_string_buffer(1 << 16)
+    filters, stack = (starts(), system_calls(given["rung"])), ctypes.create_string_buffer(1 << 16)
     myself, channel = os.pidfd_open(os.getpid()), socket.socket(fileno=0)
     gc.collect()
     gc.freeze()  # what is here stays: forks need not copy it

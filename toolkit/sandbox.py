@@ -78,8 +78,7 @@ class BrokenServer(Exception):
 
 def libraries() -> list[str]:
     """What the interpreter needs: itself, its libraries, the system's and its programs. Never the
-    checkout or the folder that we run in, wherever they lie.
-    """
+    checkout or the folder that we run in, wherever they lie."""
     given = ["/usr/bin", "/bin", "/usr/share/zoneinfo", "/etc/alternatives", "/etc/ld.so.cache"]
     given += [f"{top}/lib{bits}" for top in ("", "/usr") for bits in ("", "32", "64", "x32")]
     given += ["/etc/localtime", "/etc/mime.types", sys.executable, f"{sys.prefix}/pyvenv.cfg"]
@@ -139,9 +138,8 @@ def bubblewrap(paths: list[str], below: dict[str, str]) -> list[str]:
 
 
 def family(pid: int) -> list[int]:
-    """A process and its descendants, up to one more than a call may have. Of a fork bomb this must
-    cost little: it leaves its watcher hardly any time.
-    """
+    """A process and its descendants, up to one more than a call may have: it costs little in a fork
+    bomb, which leaves its watcher hardly any time."""
     found, left = [], [pid]
     while left and len(found) <= MOST_PROCESSES:
         found.append(here := left.pop())
@@ -181,14 +179,12 @@ def overfull(folder: str, most_bytes: int) -> bool:
     count = used = 0
     with contextlib.suppress(OSError):  # what is gone meanwhile
         for path, folders, names, fd in os.fwalk(folder):
-            if path.count("/") - folder.count("/") > DEEPEST:
-                return True
             for name in names:
                 with contextlib.suppress(OSError):
-                    found = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                    used += found.st_blocks * 512
+                    used += os.stat(name, dir_fd=fd, follow_symlinks=False).st_blocks * 512
             count += len(folders) + len(names)
-            if count > MOST_FILES or used > most_bytes:
+            deep = path.count("/") - folder.count("/") > DEEPEST
+            if deep or count > MOST_FILES or used > most_bytes:
                 return True
     return False
 
@@ -213,7 +209,7 @@ class _Server:
 
     def __init__(self, rung: str, memory_mb: int, scratch_mb: int, chars: int):
         self.rung, self.memory, self.disk = rung, memory_mb << 20, scratch_mb << 20
-        self.keep, self.code, self.out, self.usable = 4 * chars, None, -1, True
+        self.keep, self.code, self.usable = 4 * chars, None, True
         self.folder = "" if rung == "bubblewrap" else tempfile.mkdtemp(prefix="python-tool-")
         self.scratch = f"{self.folder}/scratch" if self.folder else "/tmp"
         paths, below = libraries(), {}
@@ -224,10 +220,10 @@ class _Server:
         given |= dict(below=below, read=[*paths, "/dev/random", "/dev/urandom"])
         command = bubblewrap(paths, below) if rung == "bubblewrap" else []
         command += [sys.executable, "-I", "-B", "-c", JAIL, json.dumps(given)]
+        streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         environment = {"OMP_NUM_THREADS": "1"}
         if self.folder:
             environment |= {"TMPDIR": self.scratch, "HOME": self.scratch}
-        streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.process = subprocess.Popen(
@@ -238,8 +234,8 @@ class _Server:
         """Notes the memory that it has when it is idle, which is nobody's call."""
         pids = family(self.process.pid)
         self.idle_bytes = max(threads_and_bytes(pid)[1] for pid in pids)
-        shared = divided(pids, 10.0)  # if this cannot be read, nor can that of a call
-        self.idle_divided = 0.0 if shared == math.inf else shared
+        shared = divided(pids, 10.0)
+        self.idle_divided = shared if shared < math.inf else 0.0  # nor will a call's be read
 
     def ready(self, seconds: float) -> None:
         """Waits until a process, fenced in, waits for code; BrokenServer if none does."""
@@ -248,17 +244,16 @@ class _Server:
             message, fds, *_ = socket.recv_fds(self.channel, 100, 2, socket.MSG_CMSG_CLOEXEC)
         except OSError as error:
             raise BrokenServer(f"it does not answer ({error})") from error
-        for fd in fds[:-1]:
-            self.code = socket.socket(fileno=fd)
-        self.out = fds[-1] if fds else -1
         if message != b"ready" or len(fds) != 2:
+            for fd in fds:
+                os.close(fd)
             raise BrokenServer("it said what none says" if message else self.last_words())
+        self.code, self.out = socket.socket(fileno=fds[0]), fds[1]
         os.set_blocking(self.out, False)
 
     def call(self, code: str, seconds: float) -> tuple[bytes, int, int, str]:
         """Runs code: (the beginning of what it prints, bytes printed, exit status, why it was
-        stopped). BrokenServer if the server must be put away and did not say how the call ended.
-        """
+        stopped). BrokenServer if the server did not say how the call ended."""
         text, secret = code.encode("utf-8", "surrogatepass"), secrets.token_hex(16)
         self.kept, self.total, self.seen, self.unread = bytearray(), 0, 0, 0
         try:
@@ -325,9 +320,8 @@ class _Server:
         raise BrokenServer("it said what none says")
 
     def overgrown(self) -> str:
-        """What a call has too much of, or "". Seen from outside: limits of a process do not bound a
-        family, nor those on processes root.
-        """
+        """What a call has too much of, or "": limits of a process bound no family, and not root's
+        processes."""
         pids = family(self.process.pid)
         if len(pids) > MOST_PROCESSES:
             return "too many processes"
@@ -349,11 +343,9 @@ class _Server:
         return ""
 
     def _is_large(self, pids: list[int]) -> bool:
-        """Whether processes have too much memory when what they share is counted once.
-
-        Forks may write to all that they inherit. To find out takes longer, and in a fork bomb too
-        long: it is done when their number does not grow, and may fail a few times.
-        """
+        """Whether processes have too much memory when what they share is counted once: forks may
+        write to all of it. To find out takes long, in a fork bomb too long: it is done when their
+        number does not grow, and may fail a few times."""
         settled, self.seen = len(pids) <= self.seen, len(pids)
         used = divided(pids, 0.25) - self.idle_divided if settled else 0.0
         self.unread = self.unread + 1 if used == math.inf else 0
@@ -366,11 +358,10 @@ class _Server:
 
     def let_go(self) -> None:
         """Closes the ends of the pipes of a call."""
-        if self.code is not None:
+        if self.code:
             self.code.close()
-        if self.out >= 0:
             os.close(self.out)
-        self.code, self.out = None, -1
+        self.code = None
 
     def kill(self) -> None:
         """Returns when no process of the server or its call is there."""
@@ -468,13 +459,10 @@ class Sandbox:
             raise SandboxUnavailable(f"it does not isolate here ({told})")
 
     def run(self, code: str, seconds: float | None = None) -> Result:
-        """Runs `code` in a fresh namespace: what it printed, the value of the last expression, or
-        the traceback.
-        """
+        """What `code` prints, run afresh, and the value of its last expression or a traceback."""
         seconds = seconds or self.seconds
         with self.room:
-            began = time.monotonic()
-            server = None
+            server, began = None, time.monotonic()
             try:
                 server = self._take()
                 began = time.monotonic()
@@ -494,12 +482,13 @@ class Sandbox:
 
     def _result(self, kept: bytes, total: int, exit_status: int, stopped: str, spent) -> Result:
         whole = kept.decode("utf-8", "replace")
-        text = whole[: self.output_chars]
-        cut = total - len(text.encode())
-        notes = [f"[output cut: {cut:,} more bytes]"] if cut > 0 and len(whole) > len(text) else []
-        notes += [f"Stopped: {stopped}."] if stopped else []
-        crashed = exit_status < 0 and not stopped
-        notes += [f"[crashed (signal {-exit_status})]"] if crashed else []
+        text, notes = whole[: self.output_chars], []
+        if total > len(text.encode()) and len(whole) > len(text):
+            notes.append(f"[output cut: {total - len(text.encode()):,} more bytes]")
+        if stopped:
+            notes.append(f"Stopped: {stopped}.")
+        elif exit_status < 0:
+            notes.append(f"[crashed (signal {-exit_status})]")
         if notes:
             text = "\n".join([text.removesuffix("\n")] * bool(text) + notes)
         status = "error" if stopped or exit_status else "ok"

@@ -15,18 +15,11 @@ def capped(text: str, most: int) -> str:
 
 
 COMBINING = "\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"
-
 STACKED = f"(?<=[{COMBINING}]{{8}})[{COMBINING}]+"
-
-CONTROLS = (  # and what turns the direction of a line, and tags
-    r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f"
-)
-
-UNSEEN = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b."  # terminal sequences
-    f"|[{CONTROLS}]|{STACKED}"
-)
-
+# and what turns the direction of a line, and tags
+CONTROLS = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f"
+TERMINAL = r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b."
+UNSEEN = re.compile(f"{TERMINAL}|[{CONTROLS}]|{STACKED}")
 MARKED = re.compile(f"[{CONTROLS}\r\u200e\u200f\u2028\u2029\ufeff]|{STACKED}")
 
 
@@ -35,17 +28,11 @@ def clean(text: str) -> str:
     \\n at line ends.
     """
     text = UNSEEN.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return (
-        text.encode("utf-8", "replace").decode("utf-8")
-        if re.search("[\ud800-\udfff]", text)
-        else text
-    )
+    return text.encode("utf-8", "replace").decode()
 
 
 def visible(text: str) -> str:
-    """Any text as a page shows it to somebody who must see what is there: what `clean` takes out
-    stands as an escape.
-    """
+    """Any text for somebody who must see what is there: what `clean` takes out is escaped."""
     text = text.replace("\r\n", "\n").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return MARKED.sub(_escaped, text)
 
@@ -65,9 +52,7 @@ def after_thoughts(text: str) -> str:
 
 _BOX = re.compile(r"\\f?box(?:ed)?(?![a-z])\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.S)  # \{ and \} are no braces
-_BARE = re.compile(
-    r"(?!\\f?box)[-+.\d\\$]\S*|[A-Z]\b"
-)  # what may stand behind \boxed without braces
+_BARE = re.compile(r"(?!\\f?box)[-+.\d\\$]\S*|[A-Z]\b")  # may stand behind \boxed without braces
 _BLANK = re.compile(r"[\s.…_?]*|\\[lc]?dots|<?(?:your |the |final )*answer(?: here)?>?", re.I)
 
 
@@ -99,9 +84,7 @@ def partners(text: str) -> dict[int, int]:
     return partner
 
 
-# --------------------------------------------------------------------------------------------------
 # what stands around an answer: LaTeX and markdown
-
 STYLES = (
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|[mh]box|math(?:rm|bf|it|sf|tt)|operatorname\*?|emph"
     r"|underline|boldsymbol|bm|boxed|fbox)(?![a-z])\s*"
@@ -155,14 +138,8 @@ def spoken(message: dict) -> tuple[str, str]:
     """(text, thoughts) of a message in a chat. The text is one string or parts (an image is named
     only); thoughts stand in `reasoning_content`, in `reasoning` or in parts of their own.
     """
-    thoughts = next(
-        (
-            t
-            for key in ("reasoning_content", "reasoning")
-            if isinstance(t := message.get(key), str) and t
-        ),
-        "",
-    )
+    given = (message.get(key) for key in ("reasoning_content", "reasoning"))
+    thoughts = next((text for text in given if isinstance(text, str) and text), "")
     content, text = message.get("content"), ""
     if isinstance(content, str):
         return content, thoughts

@@ -74,24 +74,15 @@ class Target:
     """A URL that may be opened, and the addresses that were checked with it."""
 
     url: str
-    scheme: str
+    exact: str  # the URL as it is asked for, all of it in ASCII
     host: str
     port: int
-    path: str  # with the query
     addresses: tuple[str, ...]
-
-    @property
-    def exact(self) -> str:
-        """The address as it is asked for, all of it in ASCII."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        port = "" if self.port == PORTS[self.scheme] else f":{self.port}"
-        return f"{self.scheme}://{host}{port}{self.path}"
 
 
 def look_up(host: str, port: int, type: int, seconds: float = LOOK_UP_S) -> list:
     """As socket.getaddrinfo, in a process that can be killed: a name server that the model chose
-    with the host may keep one waiting.
-    """
+    with the host may keep one waiting."""
     try:
         command = ["getent", "ahosts", "--", host]
         said = subprocess.run(command, capture_output=True, text=True, timeout=max(seconds, 0))
@@ -128,8 +119,10 @@ def checked(url: str, allow=frozenset(), resolve=look_up) -> Target:
     if not allowed and not all(is_public(address) for address in addresses):
         raise ToolError(f"{host} is not on the public web.")
     path = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-    path = urllib.parse.quote(path, safe=IN_ADDRESSES)
-    return Target(url, parts.scheme, host=host, port=port, path=path, addresses=addresses)
+    place = f"[{host}]" if ":" in host else host
+    place += "" if port == PORTS[parts.scheme] else f":{port}"
+    exact = f"{parts.scheme}://{place}{urllib.parse.quote(path, safe=IN_ADDRESSES)}"
+    return Target(url, exact, host=host, port=port, addresses=addresses)
 
 
 def _resolved(host: str, port: int, resolve) -> tuple[str, ...]:
@@ -178,8 +171,6 @@ def fetch(
     """Opens a page in `seconds`, each redirect checked as the URL is. ToolError | ToolFault."""
     deadline, hops = time.monotonic() + seconds, []
     while len(hops) <= MOST_REDIRECTS:
-        if time.monotonic() > deadline:
-            raise ToolError(f"{url[:300]} took too long to open.")
         target = checked(url, allow, resolve)
         hops.append(target.url)
         within = dict(seconds=deadline - time.monotonic(), most_bytes=most_bytes)
@@ -245,22 +236,17 @@ def bearer(key: str | None) -> dict:
 
 
 def asked(name: str, given: dict, seconds: float, environ=os.environ):
-    """The JSON that the model of NAME_URL, NAME_MODEL and NAME_API_KEY answers; ToolFault |
-    ToolError, see `api`. `given` is a chat, or a recording: with a "file" (name, bytes, type).
-    """
-    part = {part: environ.get(f"{name}_{part}".upper(), "") for part in ("url", "model", "api_key")}
-    if not part["url"].startswith(("http://", "https://")) or not part["model"]:
-        needs = f"set {name}_URL and {name}_MODEL (and {name}_API_KEY)".upper()
-        raise ToolFault(f"no endpoint for this tool: {needs}")
-    body, headers, path = (
-        given | {"model": part["model"]},
-        bearer(part["api_key"]),
-        "chat/completions",
-    )
+    """The JSON that the model of NAME_URL, NAME_MODEL and NAME_API_KEY answers; as `api` fails.
+    `given` is a chat, or a recording: with a "file" (name, bytes, type)."""
+    own = [f"{name}_{part}".upper() for part in ("url", "model", "api_key")]
+    url, model, key = (environ.get(setting, "") for setting in own)
+    if not url.startswith(("http://", "https://")) or not model:
+        raise ToolFault(f"no endpoint for this tool: set {own[0]} and {own[1]} (and {own[2]})")
+    body, headers, path = given | {"model": model}, bearer(key), "chat/completions"
     if "file" in body:
         path = "audio/transcriptions"
         body, headers["Content-Type"] = encode_multipart_formdata(body)
-    url, what = f"{part['url'].rstrip('/')}/{path}", f"the {name} endpoint"
+    url, what = f"{url.rstrip('/')}/{path}", f"the {name} endpoint"
     return api("POST", url, headers=headers, body=body, seconds=seconds, what=what, share=1.0)
 
 
@@ -350,10 +336,9 @@ class Blocklist:
 
 
 class Cache:
-    """Answers on disk by (tool, arguments, version), safe under threads and processes.
-
-    The version holds the settings (which provider, which summariser); a replay takes those of the
-    last recorded answer, so it does as that run did, whatever keys it has itself.
+    """Answers on disk by (tool, arguments, version), safe under threads and processes. The version
+    holds the settings (which provider, which summariser); a replay takes those of the last recorded
+    answer, so it does as that run did, whatever keys it has itself.
     """
 
     def __init__(self, path: str, settings: dict, replay: bool):
