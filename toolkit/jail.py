@@ -77,17 +77,16 @@ munmap:11:215 mremap:25:216 mprotect:10:226 brk:12:214 select:23:- pselect6:270:
 ppoll:271:73 epoll_create:213:- epoll_create1:291:20 epoll_ctl:233:21 epoll_wait:232:-
 epoll_pwait:281:22 epoll_pwait2:441:441 eventfd:284:- eventfd2:290:19 signalfd:282:-
 signalfd4:289:74 timerfd_create:283:85 timerfd_settime:286:86 timerfd_gettime:287:87
-timer_create:222:107 timer_settime:223:110 timer_gettime:224:108 timer_getoverrun:225:109
-timer_delete:226:111 nanosleep:35:101 clock_nanosleep:230:115 clock_gettime:228:113
-clock_getres:229:114 gettimeofday:96:169 time:201:- times:100:153 alarm:37:- getitimer:36:102
+timer_settime:223:110 timer_gettime:224:108 timer_getoverrun:225:109 timer_delete:226:111
+nanosleep:35:101 gettimeofday:96:169 time:201:- times:100:153 alarm:37:- getitimer:36:102
 setitimer:38:103 pause:34:- rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigpending:127:136
 rt_sigreturn:15:139 rt_sigsuspend:130:133 rt_sigtimedwait:128:137 sigaltstack:131:132
 restart_syscall:219:128 execve:59:221 execveat:322:281 exit:60:93 exit_group:231:94 wait4:61:260
-waitid:247:95 futex:202:98 set_tid_address:218:96 set_robust_list:273:99 rseq:334:293
-arch_prctl:158:- sched_yield:24:124 getcpu:309:168 getpid:39:172 getppid:110:173 gettid:186:178
-getpgid:121:155 getpgrp:111:- getsid:124:156 getuid:102:174 geteuid:107:175 getgid:104:176
-getegid:108:177 getgroups:115:158 getresuid:118:148 getresgid:120:150 capget:125:90
-getpriority:140:141 sched_getaffinity:204:123 sched_getscheduler:145:120 sched_getparam:143:121
+waitid:247:95 set_tid_address:218:96 set_robust_list:273:99 rseq:334:293 arch_prctl:158:-
+sched_yield:24:124 getcpu:309:168 getpid:39:172 getppid:110:173 gettid:186:178 getpgid:121:155
+getpgrp:111:- getsid:124:156 getuid:102:174 geteuid:107:175 getgid:104:176 getegid:108:177
+getgroups:115:158 getresuid:118:148 getresgid:120:150 capget:125:90 getpriority:140:141
+sched_getaffinity:204:123 sched_getscheduler:145:120 sched_getparam:143:121
 sched_get_priority_max:146:125 sched_get_priority_min:147:126 sched_rr_get_interval:148:127
 getrlimit:97:163 setrlimit:160:164 getrusage:98:165 sysinfo:99:179 uname:63:160 getrandom:318:278
 accept:43:202 accept4:288:242 listen:50:201 getsockname:51:204 getpeername:52:205 getsockopt:55:209
@@ -100,6 +99,7 @@ RULED = numbers("""
 open:2:- openat:257:56 mmap:9:222 madvise:28:233 fcntl:72:25 ioctl:16:29 prctl:157:167
 prlimit64:302:261 clone:56:220 clone3:435:435 fork:57:- vfork:58:- kill:62:129 tgkill:234:131
 setsid:112:157 setpgid:109:154 openat2:437:437 truncate:76:45 socket:41:198 socketpair:53:199
+futex:202:98 clock_gettime:228:113 clock_getres:229:114 clock_nanosleep:230:115 timer_create:222:107
 setsockopt:54:208 connect:42:203 bind:49:200 sendmsg:46:211 sendmmsg:307:269 fallocate:285:47
 chmod:90:- fchmod:91:52 fchmodat:268:53 fchmodat2:452:452 utime:132:- utimes:235:- futimesat:261:-
 utimensat:280:88 chown:92:- fchown:93:55 lchown:94:- fchownat:260:54
@@ -117,6 +117,8 @@ SHARED_ANONYMOUS, HUGE_PAGES = 0x21, 0x40000  # of mmap: memory that no process 
 LOCKS, FCNTL = [6, 7, 37, 38], [0, 1, 2, 3, 4, 5, 36, 1030, 1032]
 IOCTL = [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451]  # is it a terminal, FIONREAD, FIOCLEX, …
 PRCTL = [3, 15, 16, 23, 38, 39, 0x53564D41]  # names, no_new_privs and what only asks
+FUTEX = [6, 7, 8, 11, 12, 13]  # with an owner, who may be any process: it inherits the priority
+CLOCKS, OF_OTHERS = "clock_gettime clock_getres clock_nanosleep timer_create".split(), 1 << 31
 SOCKET_OPTIONS = [2, 9, 13, 16, 20, 21]  # not the sizes of buffers, which are nobody's memory
 
 
@@ -152,8 +154,7 @@ def rule(name: str, error=EPERM, argument=0, *, among=None, but=None, mask=0xFFF
 
 def common_rules() -> list[bytes]:
     """For every call: no leases, owners or locks on files, no memory that is nobody's, no
-    namespaces, only sockets that end with the processes that hold them.
-    """
+    namespaces, no timers of others, only sockets that end with the processes that hold them."""
     return [
         rule("clone3", ENOSYS),  # glibc then uses clone, whose flags can be read
         rule("openat2", ENOSYS),
@@ -165,6 +166,8 @@ def common_rules() -> list[bytes]:
         rule("mmap", EPERM, 3, among=[SHARED_ANONYMOUS], mask=SHARED_ANONYMOUS),
         rule("mmap", EPERM, 3, among=[HUGE_PAGES], mask=HUGE_PAGES),
         rule("madvise", EPERM, 2, among=[MADV_COLD, MADV_PAGEOUT]),
+        rule("futex", ENOSYS, 1, among=FUTEX, mask=0x7F),
+        *(rule(name, EPERM, 0, among=[OF_OTHERS], mask=OF_OTHERS) for name in CLOCKS),
         rule("clone", EPERM, 0, but=[0], mask=CLONE_NEVER),
         rule("socket", EPERM, 0, but=[AF_UNIX]),
         rule("socketpair", EPERM, 0, but=[AF_UNIX]),

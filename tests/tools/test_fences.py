@@ -354,6 +354,13 @@ attempt('oom', lambda: open(f'/proc/{v}/oom_score_adj', 'w').write('1000'))
 attempt('memory', libc.process_vm_writev, v, None, 0, None, 0, 0)
 attempt('trace', libc.ptrace, 16, v, 0, 0)
 attempt('pages', libc.syscall, 256, v, 0, None, None)
+clock = ctypes.c_long(~v << 3 | 2)  # of the processor time of another
+attempt('clock', libc.syscall, 228, clock, ctypes.create_string_buffer(16))
+attempt('timer', libc.syscall, 222, clock, None, ctypes.byref(ctypes.c_int()))
+attempt('sleep', libc.syscall, 230, clock, 0, (ctypes.c_long * 2)(0, 1), None)
+past = (ctypes.c_long * 2)(0, 1)  # a lock of v's: v gets the priority of who waits for it
+futex = libc.syscall(202, ctypes.byref(ctypes.c_int(v)), 6, 0, past), ctypes.get_errno()
+if futex != (-1, errno.ENOSYS): print('DID heir', futex)
 a, b = socket.socketpair()
 r, w = os.pipe()
 for fd in (r, a.fileno()):
