@@ -34,7 +34,7 @@ class Config(Common):
     rrm: RewardModelConfig = RewardModelConfig()  # its critiques are read by the refined attempts
     prompt_file: str = ""  # another system prompt
     closed_book: bool = False  # also without tools
-    transcripts: int = 3  # printed of the first agent
+    transcripts: int = 3  # printed of the last agent, at the end one that refinement fixed
     out: str = ""  # folder of trial.json; "": the one that holds the last agent
 
 
@@ -96,12 +96,31 @@ def transcript(episode) -> str:
     return "\n".join(lines)
 
 
-def fixed_first(episodes: list, count: int) -> list:
-    """Episodes that refinement fixed, then others; which of them is drawn."""
+def change(episode) -> str:
+    """What refinement did to a chain of two attempts."""
+    first, last = (bool(attempt.correct) for attempt in episode.attempts)
+    return ("left wrong", "fixed", "broken", "left right")[2 * first + last]
+
+
+def fixed_last(episodes: list, count: int) -> list:
+    """`count` chains with a refined attempt, drawn; those that refinement fixed come last."""
     whole = [episode for episode in episodes if len(episode.attempts) > 1]
     random.Random(0).shuffle(whole)
-    fixed = [e for e in whole if not e.attempts[0].correct and e.attempts[1].correct]
-    return (fixed + [e for e in whole if e not in fixed])[:count]
+    return sorted(whole, key=lambda episode: change(episode) == "fixed")[
+        max(len(whole) - count, 0) :
+    ]
+
+
+def show_chains(episodes: list, folder: str, count: int) -> None:
+    """Some chains of an agent, at the end one that refinement fixed; where the page is."""
+    for episode in fixed_last(episodes, count):
+        print(f"\n--- {folder}, {change(episode)} by refinement\n{transcript(episode)}")
+    changes = [change(episode) for episode in episodes if len(episode.attempts) > 1]
+    wrong = changes.count("fixed") + changes.count("left wrong")
+    print(f"\nrefinement fixed {changes.count('fixed')} of {wrong} wrong answers of {folder}")
+    page = Path(folder).parent / "report.html"
+    if page.is_file():
+        print(f"its curves and episodes: {page}")
 
 
 def main(cfg: Config) -> None:
@@ -110,16 +129,15 @@ def main(cfg: Config) -> None:
         raise SystemExit("trial needs --agents=FOLDER[,FOLDER] and --rrm")
     table = {folder: trial(folder, cfg) for folder in folders}
     figures, episodes = table[folders[-1]]
-    for n, episode in enumerate(fixed_first(episodes, cfg.transcripts), 1):
-        print(f"\n--- transcript {n}: {folders[-1]}\n{transcript(episode)}")
     print(f"\n{len(episodes)} held-out questions; ± half of the 95 % interval")
     print(f"{'':32}" + "".join(f"{name:>14}" for name in figures))
-    for folder, (figures, _) in table.items():
-        cells = [f"{mean:.3f} ±{(high - low) / 2:.3f}" for mean, low, high in figures.values()]
+    for folder, (of, _) in table.items():
+        cells = [f"{mean:.3f} ±{(high - low) / 2:.3f}" for mean, low, high in of.values()]
         print(f"{folder:32}" + "".join(f"{cell:>14}" for cell in cells))
     out = Path(cfg.out or Path(folders[-1]).parent)
-    kept = {folder: figures for folder, (figures, _) in table.items()}
+    kept = {folder: of for folder, (of, _) in table.items()}
     (out / "trial.json").write_text(json.dumps(kept, indent=1))
+    show_chains(episodes, folders[-1], cfg.transcripts)
 
 
 if __name__ == "__main__":

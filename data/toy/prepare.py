@@ -236,7 +236,7 @@ def annotate(question: str, messages: list[dict]) -> str:
     )
     place, was = seen["needed"][-1]
     opening = DONE if seen["grounded"] else WRONG
-    if not was:
+    if not was and not seen["grounded"]:
         opening = NOT_ADDED if len(seen["needed"]) > seen["hops"] else STOPPED
     return judgment_text(
         think, f"{opening}{place}.", score_of(done, seen["steps"], seen["grounded"])

@@ -98,6 +98,7 @@ def test_only_the_trail_from_the_questions_place_ends_in_the_answer():
 def test_scores_and_places_of_attempts_worked_out_by_hand(messages, score, place):
     judgment = parse_judgment(toy.annotate(QUESTION, messages))
     assert judgment.score == score and judgment.critique.endswith(f" {place}.")
+    assert (score == 1.0) == judgment.critique.startswith(toy.DONE)
 
 
 HARD = "Follow the trail of 2 from Ada. What do toll and code at its end add up to?"
@@ -134,7 +135,7 @@ def hard_attempt(*names, add="", ending="\\boxed{47}"):
         (
             hard_attempt("Rome", add="5 + 42"),
             1.0,
-            toy.STOPPED + "Ada.",
+            toy.DONE + "Ada.",
         ),  # a refined attempt judged alone
         (hard_attempt(add="5 + 42"), 0.0, toy.STOPPED + "Ada."),  # nothing of it was looked up
         (hard_attempt("Ada"), 0.15, toy.STOPPED + "Rome."),
