@@ -313,8 +313,12 @@ def test_a_template_whose_calls_are_not_known_is_refused_with_what_was_seen(name
 def test_a_reward_model_needs_no_calls_but_turns_that_end_and_begin_as_the_template_says():
     for template in (PLAIN, *templates.FOREIGN.values()):
         assert Chat(make_tokenizer(template), tools=False).closer_id
-    for template in (templates.CHANNELS, templates.NO_CLOSER):
-        with pytest.raises(ValueError):
+    refused = {
+        templates.CHANNELS: "lets a turn begin with",
+        templates.NO_CLOSER: "no token that ends",
+    }
+    for template, problem in refused.items():
+        with pytest.raises(ValueError, match=problem):
             Chat(make_tokenizer(template), tools=False)
 
 

@@ -91,6 +91,24 @@ def test_an_image_arrives_whole_with_its_true_type_and_the_question(folder, serv
     assert seen["headers"]["authorization"] == "Bearer vision-key"
 
 
+IMAGES = {
+    "bomb.png": "30,000 x 30,000 pixels",
+    "none.png": "no png, jpeg, gif or webp",
+    "big.png": "5,368,709,120 bytes",
+    "a.svg": "no png, jpeg, gif or webp",
+    "a.tif": "no png, jpeg, gif or webp",
+    "link.png": "is a link",
+    "../secret.txt": "not inside the folder",
+    "a.zip::b.png": "inside archives",
+}
+RECORDINGS = {
+    "long.flac": "lasts 7,201 s",
+    "big.wav": "105,906,176 bytes",
+    "a.txt": "not a wav, mp3, flac",
+    "../secret.txt": "not inside the folder",
+}
+
+
 def test_55_57_images_too_large_are_refused_before_they_are_sent(folder, server):
     for name, size in (("bomb.png", (30_000, 30_000)), ("none.png", (0, 5))):
         head = b"IHDR" + struct.pack(">II5B", *size, 8, 2, 0, 0, 0)
@@ -105,17 +123,8 @@ def test_55_57_images_too_large_are_refused_before_they_are_sent(folder, server)
     )
     (folder / "a.tif").write_bytes(b"II*\0" + bytes(50))
     (folder / "link.png").symlink_to("bomb.png")
-    for path in (
-        "bomb.png",
-        "none.png",
-        "big.png",
-        "a.svg",
-        "a.tif",
-        "link.png",
-        "../secret.txt",
-        "a.zip::b.png",
-    ):
-        with pytest.raises(ToolError):
+    for path, problem in IMAGES.items():
+        with pytest.raises(ToolError, match=problem):
             describe_image(str(folder), path, "?", seconds=10)
     assert server.seen == []
 
@@ -264,8 +273,8 @@ def test_recordings_too_long_or_too_large_or_of_another_kind_are_refused(folder,
     with open(folder / "big.wav", "wb") as file:
         file.truncate(101 << 20)
     (folder / "a.txt").write_text("#EXTM3U\nfile:///etc/passwd\n")
-    for path in ("long.flac", "big.wav", "a.txt", "../secret.txt"):
-        with pytest.raises(ToolError):
+    for path, problem in RECORDINGS.items():
+        with pytest.raises(ToolError, match=problem):
             transcribe_audio(str(folder), path, seconds=10)
     assert server.seen == []
 

@@ -106,7 +106,8 @@ def test_061_public_addresses_are_open(address):
     + ["", "  ", "http://a b.org/"],
 )
 def test_062_other_schemes_are_refused(url):
-    with pytest.raises(ToolError):
+    scheme_or_host = "an address begins with http|the host must be a plain name"
+    with pytest.raises(ToolError, match=scheme_or_host):
         checked(url, resolve=says("1.1.1.1"))
 
 
@@ -131,7 +132,7 @@ def test_062_other_schemes_are_refused(url):
 def test_063_a_url_is_judged_on_its_real_host(url, host):
     resolve = says("1.1.1.1")
     if host is None:
-        with pytest.raises(ToolError):
+        with pytest.raises(ToolError, match="plain name|not a web address|no address has"):
             checked(url, resolve=resolve)
         assert resolve.asked == []
     else:
@@ -146,8 +147,12 @@ def test_071_other_ports_are_closed_unless_allowed(port):
 
 
 def test_an_allowed_pair_opens_nothing_else():
-    for other in ("http://127.0.0.1:80/", "http://127.0.0.2:8080/"):
-        with pytest.raises(ToolError):
+    refused = {
+        "http://127.0.0.1:80/": "not on the public web",
+        "http://127.0.0.2:8080/": "Port 8080",
+    }
+    for other, problem in refused.items():
+        with pytest.raises(ToolError, match=problem):
             checked(other, web.allowed_hosts("127.0.0.1:8080"))
 
 
