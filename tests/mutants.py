@@ -1,7 +1,7 @@
 """Small faults, planted one at a time in a copy of the tree: does the fast suite notice them?
 
     make mutants                                # all of tests/mutants.txt
-    python tests/mutants.py --only=rollout.py   # those with this text in file, name or tests
+    python tests/mutants.py --only=^rollout.py  # where "FILE: what is wrong" fits this pattern
     python tests/mutants.py --stale             # runs nothing: does each still have its place?
 
 The list has a section a file, with the tests that cover it, and in it the faults:
@@ -84,13 +84,15 @@ def run_tests(tree: Path, tests: list[str]) -> tuple[bool, str]:
     text = said.read_text(encoding="utf-8", errors="replace")
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
     last = text.strip().splitlines()[-1:] or [""]
-    return not re.search(r"^\d+ passed", last[0]), failed[1] if failed else last[0]
+    if failed:
+        return True, failed[1]
+    return not re.match(r"\d+ passed", last[0]), last[0]
 
 
 def main(argv: list[str]) -> int:
     only = next((arg.removeprefix("--only=") for arg in argv if arg.startswith("--only=")), "")
     faults, dry = read_faults(ROOT / "tests" / "mutants.txt"), "--stale" in argv
-    faults = [f for f in faults if only in " ".join([f.file, f.name, *f.tests])]
+    faults = [f for f in faults if re.search(only, f"{f.file}: {f.name}")]
     outcomes = Counter()
     if not dry:
         os.environ.update(SETTINGS)

@@ -95,6 +95,7 @@ def test_a_served_model_is_asked_with_token_ids_that_only_grow(world, tmp_path):
         (q, n, q != "q3") for q in ANSWERS for n in (0, 1)
     ]
     assert len(seen) == 16 and len({request["seed"] for request in seen}) == 16
+    assert {(request["temperature"], request["top_p"]) for request in seen} == {(0.6, 0.95)}
     assert all(
         request["top_k"] == -1 and request["ignore_eos"] and request["stop_token_ids"]
         for request in seen

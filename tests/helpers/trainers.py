@@ -4,6 +4,7 @@ import json
 import signal
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -67,3 +68,22 @@ def step_facts(optimizer) -> tuple[float, float, tuple]:
     whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
     norm = torch.stack([g.norm() for g in whole]).norm().item()
     return group["lr"], norm, (group["weight_decay"], *group["betas"])
+
+
+def trained_tokens(out: Path, step: int) -> int:
+    """How many tokens a step of Reagent-U has to train, by its episodes: those of attempts whose
+    reward is not the mean of their pool.
+    """
+    path = out / "episodes" / f"step-{step:06d}"
+    episodes = [json.loads(line) for line in open(path.with_suffix(".jsonl"))]
+    arrays, pools = np.load(path.with_suffix(".npz")), {}
+    for episode, start in zip(episodes, arrays["starts"]):
+        for attempt in episode["attempts"]:
+            a, b = attempt["span"]
+            told = attempt["reward"], int(arrays["mask"][start + a : start + b].sum())
+            pools.setdefault(episode["id"], []).append(told)
+    total = 0
+    for pool in pools.values():
+        mean = sum(reward for reward, _ in pool) / len(pool)
+        total += sum(tokens for reward, tokens in pool if abs(reward - mean) > 1e-9)
+    return total

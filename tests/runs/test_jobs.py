@@ -19,6 +19,7 @@ from reagent.config import parse_config
 from reagent.policy import load_tokenizer
 from tests.helpers.judge_server import judge_server
 from tests.helpers.tiny import ROOT, tiny_model, toy, toy_world
+from tests.helpers.trainers import trained_tokens
 from tests.loss.test_model import torchrun
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -141,10 +142,9 @@ def test_reagent_u_on_two_ranks_resumed_is_bit_identical(world, tmp_path):
 
         resumed_equals_straight(start, tmp_path / "out", tmp_path, steps=2, at=1)
     log = [json.loads(line) for line in open(tmp_path / "out" / "log.jsonl")]
-    assert all(
-        line["updates"] == 2 and line["attempts"] == 16 and line["dlogp/mean"] < 1e-4
-        for line in log
-    )
+    for line in log:
+        assert line["updates"] == 2 and line["attempts"] == 16 and line["dlogp/mean"] < 1e-4
+        assert line["trained_tokens"] == trained_tokens(tmp_path / "out", line["step"])
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from reagent.config import load_script
 from reagent.reward_model import Judgment, RewardModelConfig
 from reagent.run import checkpoints
 from tests.helpers.tiny import toy, toy_world
-from tests.helpers.trainers import Seen, run_here
+from tests.helpers.trainers import Seen, run_here, trained_tokens
 from tests.runs.test_jobs import final_state
 
 COMMON = (
@@ -319,6 +319,7 @@ def test_the_figures_of_a_step_are_those_of_its_episodes(u):
             scores = [a["score"] for a in everything if a["correct"] is right]
             assert line[f"score/{name}"] == pytest.approx(statistics.mean(scores), abs=1e-6)
         assert line["attempts"] == len(everything) == 16
+        assert line["trained_tokens"] == trained_tokens(u.out, line["step"])
 
 
 def test_the_kl_term_measures_how_far_the_policy_has_moved(u):
