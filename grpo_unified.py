@@ -85,6 +85,7 @@ class Config:
     max_new_tokens_per_turn: int = 4096
     max_tokens_per_attempt: int = 11_000  # tool results included
     max_context: int = 32_768  # tokens of a chain
+    max_seconds_per_chain: float = 1800.0  # then its attempt ends as it stands; 0: no limit
     # loss and optimisation
     pool: str = "joint"  # joint: over 2G | per_stage
     drop: str = "equal"  # pools without gradient: equal | rule_equal | release
@@ -123,6 +124,7 @@ class Config:
 
 MAY_CHANGE = {
     "engine.max_live_chains",
+    "max_seconds_per_chain",
     "rrm.memory_share",
     "rrm.seconds",
     "rrm.in_flight",
@@ -507,6 +509,7 @@ def main(cfg: Config) -> None:
             cfg.max_new_tokens_per_turn,
             cfg.max_tokens_per_attempt,
             cfg.max_context,
+            cfg.max_seconds_per_chain or math.inf,
             final_tokens=min(512, cfg.max_new_tokens_per_turn),
         ),
         rule_reward=rule_reward,
@@ -535,7 +538,7 @@ def main(cfg: Config) -> None:
                 try:
                     mine = runner.run(chains)
                 finally:  # also after an error: those that follow would wait for ever
-                    if tp_group:
+                    if hasattr(engine, "finish"):
                         engine.finish()
         except Exception as problem:  # the others wait for this rank: they must hear of it
             error = problem

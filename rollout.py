@@ -10,6 +10,8 @@ append-only, the mask is written when a token is appended, history is never rend
 import argparse
 import asyncio
 import json
+import math
+import time
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,9 +49,8 @@ class Attempt:
     span: tuple[int, int]
     messages: tuple[int, int]
     answer: str | None
-    termination: (
-        str  # answered|no_answer|turn_limit|turn_tokens|token_limit|context_limit|fault|aborted
-    )
+    # answered|no_answer|turn_limit|turn_tokens|token_limit|context_limit|time_limit|fault|aborted
+    termination: str
     seed: int
     # name, arguments, repaired, status, seconds, turn
     calls: list[dict] = field(default_factory=list)
@@ -96,6 +97,7 @@ class Limits:
     max_new_tokens_per_turn: int = 4096
     max_tokens_per_attempt: int = 11_000
     max_context: int = 32_768  # tokens of a whole chain
+    max_seconds_per_chain: float = math.inf  # both attempts and the judgment between them
     final_tokens: int = 512  # kept free for the call for a final answer and that answer
     force_answer: bool = True
 
@@ -136,13 +138,13 @@ async def run_chain(row: dict, setup: Setup, key: tuple) -> Episode:
     if len(ids) + setup.limits.final_tokens >= setup.limits.max_context:
         episode.dropped = "prompt_too_long"
         return episode
-    await run_attempt(episode, row, setup, (*key, 1))
+    until = time.monotonic() + setup.limits.max_seconds_per_chain
+    await run_attempt(episode, row, setup, (*key, 1), until)
     if setup.rrm and not episode.dropped:
         await judge_attempt(episode, setup, (*key, 1))
-        if setup.refine and episode.attempts[0].critique is not None:
-            await refine(
-                episode, row, setup, setup.fixed_critique or episode.attempts[0].critique, key
-            )
+        critique = episode.attempts[0].critique
+        if setup.refine and critique is not None and time.monotonic() < until:
+            await refine(episode, row, setup, setup.fixed_critique or critique, key, until)
     return episode
 
 
@@ -154,14 +156,15 @@ def opening(chat, system: str, question: str, schemas: list[dict]) -> tuple[list
     return messages, list(chat.prompt(messages, [] if "<tools>" in system else schemas))
 
 
-async def refine(episode: Episode, row: dict, setup: Setup, critique: str, key: tuple) -> None:
+async def refine(
+    episode: Episode, row: dict, setup: Setup, critique: str, key: tuple, until: float = math.inf
+) -> None:
     """Stage 2 of the conversation: a user turn with the critique, another attempt, its score."""
     message = {"role": "user", "content": setup.refine_prompt.replace("{critique}", critique)}
-    if not append_fragment(
-        episode, setup, [message], room=setup.limits.max_context - setup.limits.final_tokens - 1
-    ):
+    room = setup.limits.max_context - setup.limits.final_tokens - 1
+    if not append_fragment(episode, setup, [message], room):
         return
-    await run_attempt(episode, row, setup, (*key, 2))
+    await run_attempt(episode, row, setup, (*key, 2), until)
     if setup.rrm and not episode.dropped:
         await judge_attempt(episode, setup, (*key, 2))
 
@@ -172,17 +175,37 @@ async def judge_attempt(episode: Episode, setup: Setup, key: tuple) -> None:
     turns = episode.messages[slice(*attempt.messages)]
     judgment, attempt.unread = await setup.rrm.judge(episode.question, turns, key)
     if judgment:
-        attempt.think, attempt.critique, attempt.score = (
-            judgment.think,
-            judgment.critique,
-            judgment.score,
-        )
+        attempt.think, attempt.critique = judgment.think, judgment.critique
+        attempt.score = judgment.score
 
 
-async def run_attempt(episode: Episode, row: dict, setup: Setup, key: tuple) -> None:
-    """Turns of the policy and its tools until an answer or a limit; appends the Attempt."""
+async def run_attempt(
+    episode: Episode, row: dict, setup: Setup, key: tuple, until: float = math.inf
+) -> None:
+    """Turns of the policy and its tools until an answer or a limit; appends the Attempt. `until`:
+    time.monotonic() at which it ends as it stands; one without a turn is no attempt."""
+    begin, first = len(episode.ids), len(episode.messages)
+    attempt = Attempt((begin, begin), (first, first), None, "", seed_of(*key))
+    left = until - time.monotonic()
+    try:
+        async with asyncio.timeout(left if left < math.inf else None) as clock:
+            await take_turns(episode, row, setup, attempt, key)
+    except TimeoutError:
+        if not clock.expired():
+            raise
+        attempt.termination = "time_limit"
+        episode.dropped = "" if sum(episode.mask[begin:]) else "time_limit"
+    attempt.span, attempt.messages = (begin, len(episode.ids)), (first, len(episode.messages))
+    if not episode.dropped:
+        attempt.rule_reward, attempt.correct = setup.rule_reward(row, attempt.answer)
+    episode.attempts.append(attempt)
+
+
+async def take_turns(
+    episode: Episode, row: dict, setup: Setup, attempt: Attempt, key: tuple
+) -> None:
+    """The turns of `attempt`: sets its answer, calls and termination."""
     limits, begin = setup.limits, len(episode.ids)
-    attempt = Attempt((begin, begin), (len(episode.messages),) * 2, None, "", seed_of(*key))
     end = min(begin + limits.max_tokens_per_attempt, limits.max_context)  # where the ids must end
     limit, turn = "", 0
     while not attempt.termination:
@@ -222,13 +245,6 @@ async def run_attempt(episode: Episode, row: dict, setup: Setup, key: tuple) -> 
         limit, goes_on = _append_results(episode, setup, results, limit, end)
         if not goes_on:
             attempt.termination = limit
-    attempt.span, attempt.messages = (
-        (begin, len(episode.ids)),
-        (attempt.messages[0], len(episode.messages)),
-    )
-    if not episode.dropped:
-        attempt.rule_reward, attempt.correct = setup.rule_reward(row, attempt.answer)
-    episode.attempts.append(attempt)
 
 
 def _full(end: int, limits: Limits) -> str:
@@ -316,7 +332,8 @@ def append_fragment(episode: Episode, setup: Setup, messages: list[dict], room: 
 
 
 async def run_chains(jobs, setup: Setup, max_live: int = 0, on_done=None) -> list[Episode]:
-    """`jobs` = (row, key) pairs -> one Episode each."""
+    """`jobs` = (row, key) pairs -> one Episode each; max_live 0: what the engine holds."""
+    max_live = max_live or getattr(setup.engine, "holds", 0)
     return await run_together((run_chain(row, setup, key) for row, key in jobs), max_live, on_done)
 
 

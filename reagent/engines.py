@@ -40,11 +40,12 @@ class EngineConfig:
     tensor_parallel: int = 1  # adjacent ranks that share an engine
     memory_share: float = 0.6  # of the GPU
     sleep: bool = True  # it gives its memory back while the policy trains
-    max_live_chains: int = 0  # at a time on one engine, bounds its KV cache; 0: all
+    max_live_chains: int = 0  # at a time on one engine; 0: what vLLM's KV cache holds
 
 
 class Engine(Protocol):
-    """What the loop needs of a sampler; `sleep`, `close`, `follow` and `finish` are optional.
+    """What the loop needs of a sampler; `sleep`, `close`, `follow`, `finish` and `holds`, how many
+    chains live in it at a time, are optional. A chain whose time is over cancels `generate`.
 
     Yours is made as Class(folder, stop_ids, config=EngineConfig, max_context=n, tp_group=None).
     """
@@ -119,11 +120,19 @@ class HFEngine:
 
     async def generate(self, ids, *, max_new_tokens, temperature, seed, top_p=1.0) -> Sample:
         done, rounds = asyncio.get_running_loop().create_future(), Rounds.here()
-        self.queue.append(Request(ids, max_new_tokens, temperature, seed, top_p, done))
+        request = Request(ids, max_new_tokens, temperature, seed, top_p, done)
+        self.queue.append(request)
         rounds.asked.add(self)
         rounds.waiting += 1
         rounds.check()
-        return await done
+        try:
+            return await done
+        except asyncio.CancelledError:
+            if request in self.queue:
+                self.queue.remove(request)
+                rounds.waiting -= 1
+                rounds.asked -= set() if self.queue else {self}
+            raise
 
     def run_round(self):
         rounds = Rounds.here()
@@ -248,7 +257,7 @@ class EngineThread(threading.Thread):
     def run(self):
         _choose_device()
         while not self.stopping:
-            busy = [engine for engine in self.engines if engine.waiting]
+            busy = [engine for engine in self.engines if engine.waiting or engine.added]
             self._do_jobs(wait=not busy)
             for engine in busy:
                 engine.advance()
@@ -348,7 +357,8 @@ class VLLMEngine:
             self.names = set(AutoModelForCausalLM.from_config(shape, **own).state_dict())
         self.stop_ids, self.group = list(stop_ids), tp_group
         self.sleeps, self.asleep = config.sleep and cuda, False
-        self.added: list[NamedRequest] = []  # join at the next step
+        # what joins at the next step, and names of requests that nobody waits for any more
+        self.added: list[NamedRequest | str] = []
         self.waiting: dict[str, tuple] = {}  # name -> (event loop, future) of its chain
         self.count, self.busy_seconds = 0, 0.0
         self.thread = EngineThread.shared()
@@ -359,6 +369,9 @@ class VLLMEngine:
 
         self.llm = LLM(folder, **options)
         self.thread.engines.append(self)
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        # of its longest a live chain has half on average; one that waits for a tool may be evicted
+        self.holds = int(2 * (cache.kv_cache_max_concurrency or 0))
 
     async def generate(self, ids, *, max_new_tokens, temperature, seed, top_p=1.0) -> Sample:
         if self.asleep or self.llm is None:
@@ -369,11 +382,19 @@ class VLLMEngine:
         loop = asyncio.get_running_loop()
         done = loop.create_future()
         self.thread.jobs.put(functools.partial(self._join, request, loop, done))
-        return await done
+        try:
+            return await done
+        except asyncio.CancelledError:
+            self.thread.jobs.put(functools.partial(self._leave, request.name))
+            raise
 
     def _join(self, request: NamedRequest, loop, done) -> None:
         self.added.append(request)
         self.waiting[request.name] = loop, done
+
+    def _leave(self, name: str) -> None:
+        if self.waiting.pop(name, None):
+            self.added.append(name)
 
     def advance(self) -> None:
         """One step: requests that arrived meanwhile join, samples that are whole go back."""
@@ -381,7 +402,8 @@ class VLLMEngine:
             added, self.added = self.added, []
             self._tell(added)
             for name, result in self._step(added):
-                _answer(*self.waiting.pop(name), result)
+                if name in self.waiting:
+                    _answer(*self.waiting.pop(name), result)
         except Exception as error:  # every chain that waits must hear why
             self._drop_requests(error)
 
@@ -392,7 +414,7 @@ class VLLMEngine:
         with contextlib.suppress(Exception):  # an engine that broke may not even do this
             self.llm.llm_engine.abort_request([*left])
 
-    def _step(self, added: list[NamedRequest]) -> list[tuple]:
+    def _step(self, added: list[NamedRequest | str]) -> list[tuple]:
         """-> (name, vLLM's output or the error) of each request that has ended."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -401,6 +423,9 @@ class VLLMEngine:
         fixed = dict(logprobs=0, stop_token_ids=self.stop_ids, ignore_eos=True, detokenize=False)
         fixed["output_kind"] = RequestOutputKind.FINAL_ONLY  # no partial outputs at every step
         for request in added:
+            if isinstance(request, str):
+                engine.abort_request([request])
+                continue
             parameters = SamplingParams(**request.options, **fixed)
             try:
                 engine.add_request(request.name, {"prompt_token_ids": request.ids}, parameters)
@@ -437,6 +462,8 @@ class VLLMEngine:
         self.thread.call(self._finish)
 
     def _finish(self) -> None:
+        if self.added:
+            self.advance()
         self._drop_requests(RuntimeError("the rollout has ended"))
         self._tell(None)
 

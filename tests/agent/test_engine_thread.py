@@ -28,6 +28,8 @@ class Recorder:
         self.llm_engine = self.engine_core = self.model_executor = self.scheduler = self
         self._finalizer, self.options, self.parameters = self, options, []
         self.seconds, self.broken = 0.002, None
+        self.vllm_config = types.SimpleNamespace(cache_config=types.SimpleNamespace())
+        self.vllm_config.cache_config.kv_cache_max_concurrency = 2.5
         self.note("build")
 
     def note(self, what):
@@ -284,8 +286,14 @@ def test_a_chain_that_gave_up_and_a_loop_that_closed_do_no_harm(engine):
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(ask(engine, 20), 0.01)
 
-    asyncio.run(go())  # the request still runs while its loop closes
+    asyncio.run(go())
+    engine.finish()  # what the chain left runs no more: the engine may sleep, its cache be reset
+    assert not engine.llm.running and engine.llm.calls[-2][0] == "abort"
     assert len(asyncio.run(ask(engine, 25)).ids) == 25
+
+
+def test_chains_that_fit_the_cache_may_live_at_a_time(engine):
+    assert engine.holds == 5  # 2.5 at their longest, of which they have half on average
 
 
 def test_a_failed_rollout_leaves_nothing_that_steps(engine):

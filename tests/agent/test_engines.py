@@ -221,3 +221,23 @@ def test_an_engine_of_ones_own_is_one_file(folder, tmp_path):
     assert engine.context == 9
     with pytest.raises(SystemExit, match="stub.py has no Other"):
         make_engine(EngineConfig(f"{tmp_path}/stub.py:Other"), folder, [], max_context=9)
+
+
+def test_a_chain_that_gives_up_does_not_hold_the_round_of_the_others(folder):
+    engine = HFEngine(folder, [])
+
+    async def ask(new):
+        options = dict(max_new_tokens=new, temperature=1.0, seed=0)
+        return await engine.generate([1, 2, 3], **options)
+
+    async def gives_up():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(ask(4), 0.1)
+        return "gave up"
+
+    async def late():  # waits for a tool while the other chain's time ends
+        await asyncio.sleep(0.3)
+        return await ask(2)
+
+    gave_up, sample = asyncio.run(engines.run_together([gives_up(), late()]))
+    assert gave_up == "gave up" and len(sample.ids) == 2 and not engine.queue

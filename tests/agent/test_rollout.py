@@ -505,3 +505,100 @@ def test_the_command_read_names_a_row_that_is_none(tmp_path, row):
     done = read(tmp_path, {"turn": ""}, row)
     assert done.returncode == 1 and "rows.jsonl:2: a row has" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# a chain whose time is over
+
+
+class Stalls(Script):
+    """Does not answer the request of that number."""
+
+    def __init__(self, at, *turns):
+        super().__init__(*turns)
+        self.at = at
+
+    async def generate(self, ids, **options):
+        if len(self.prompts) == self.at:
+            await asyncio.sleep(60)
+        return await super().generate(ids, **options)
+
+
+async def judge_now(question, trajectory, text, seed, seconds):
+    return {"message": {"content": JUDGMENT}}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_chain_that_stalls_ends_in_time_and_is_judged_as_it_stands(stage):
+    turns = [CALL, "\\boxed{here}", CALL, "\\boxed{here}"]
+    engine, rrm = Stalls(2 * stage - 1, *turns), RewardModel(judge_now)
+    began = time.monotonic()
+    episode = episode_of(engine=engine, rrm=rrm, refine=True, max_seconds_per_chain=0.3)
+    assert time.monotonic() - began < 5 and not episode.dropped
+    ended = [attempt.termination for attempt in episode.attempts]
+    assert ended == ["answered"] * (stage - 1) + ["time_limit"]  # and nothing is refined after it
+    last = episode.attempts[-1]
+    assert (last.answer, last.rule_reward, last.score) == (None, 0.0, 0.5)
+    assert last.span[1] == len(episode.ids) == len(episode.mask)
+    assert len(episode.logps) == sum(episode.mask) and last.calls[0]["name"] == "search"
+    assert last.messages[1] == len(episode.messages)
+
+
+def test_a_chain_that_stalls_in_a_tool_ends_in_time(monkeypatch):
+    def slow(context, url: str, query: str = "") -> str:
+        """Waits.
+
+        url: nothing
+        query: nothing
+        """
+        time.sleep(3)
+        return ""
+
+    monkeypatch.setitem(TOOLS, "browse", slow)
+    call = '<tool_call>{"name": "browse", "arguments": {"url": "a"}}</tool_call>'
+    row, began = {**ROW, "docs": None}, time.monotonic()
+    episode = episode_of(call, row=row, max_seconds_per_chain=0.3)
+    assert time.monotonic() - began < 2.5
+    assert episode.attempts[0].termination == "time_limit" and not episode.attempts[0].calls
+
+
+def test_a_chain_without_a_turn_when_its_time_is_over_is_no_attempt_to_train():
+    episode = episode_of(engine=Stalls(0), rrm=RewardModel(judge_now), max_seconds_per_chain=0.1)
+    assert episode.dropped == "time_limit" and episode.attempts[0].rule_reward is None
+
+
+def test_time_that_is_over_during_the_judgment_leaves_the_first_attempt():
+    async def slow(question, trajectory, text, seed, seconds):
+        await asyncio.sleep(0.3)
+        return {"message": {"content": JUDGMENT}}
+
+    given = dict(rrm=RewardModel(slow), refine=True, max_seconds_per_chain=0.2)
+    episode = episode_of("\\boxed{here}", **given)
+    (attempt,) = episode.attempts
+    assert (attempt.termination, attempt.score) == ("answered", 0.5)
+
+
+def test_a_timeout_of_the_engines_own_is_an_error():
+    class Late(Script):
+        async def generate(self, ids, **options):
+            raise TimeoutError("the engine's own")
+
+    with pytest.raises(TimeoutError, match="the engine's own"):
+        episode_of(engine=Late(), max_seconds_per_chain=5)
+
+
+def test_as_many_chains_live_as_the_engine_holds_unless_told_otherwise():
+    class Counts(Script):
+        holds = live = most = 2
+
+        async def generate(self, ids, **options):
+            self.live += 1
+            self.most = max(self.most, self.live - 2)
+            await asyncio.sleep(0.01)
+            self.live -= 1
+            return await super().generate(ids, **options)
+
+    for told, most in ((0, 2), (3, 3)):
+        engine = Counts(*["\\boxed{here}"] * 6)
+        setup = Setup(engine, CHAT, Toolbox([]), Limits(), lambda *_: (0.0, False))
+        asyncio.run(run_chains([(ROW | {"id": str(i)}, (i,)) for i in range(6)], setup, told))
+        assert engine.most == most
