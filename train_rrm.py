@@ -31,6 +31,7 @@ import asyncio
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -287,8 +288,7 @@ def main(cfg: Config) -> None:
     check = reward_model.check_rrm_row
     eval_rows = list(JsonlRows(cfg.eval_data, check)) if cfg.eval_data else []
     if cfg.stage == "sft":
-        check = reward_model.check_judged_row
-        check = check if cfg.verdict_weight == 1.0 else reward_model.check_weighted_row
+        check = partial(reward_model.check_judged_row, weighted=cfg.verdict_weight != 1.0)
     say(f"reading {cfg.data}")
     rows = JsonlRows(cfg.data, check)
     chat = load_chat(cfg.model, tools=False)

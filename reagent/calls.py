@@ -208,15 +208,6 @@ HERMES = HermesCalls()
 FORMATS = (HERMES, XmlCalls())
 
 
-def parameter_kinds(tools: list[dict]) -> dict[str, dict]:
-    """{tool: {parameter: JSON type or None}} of the tools' schemas."""
-    kinds = {}
-    for tool in (tool["function"] for tool in tools):
-        properties = (tool.get("parameters") or {}).get("properties") or {}
-        kinds[tool["name"]] = {key: schema.get("type") for key, schema in properties.items()}
-    return kinds
-
-
 # ---------------------------------------------------------------- a turn
 
 _MARK = re.compile(r"</?think>|<tool_call>")
@@ -226,7 +217,11 @@ _BARE = re.compile(r"""\{\s*["']name["']\s*:|["'](?:arguments|parameters)["']\s*
 def read_turn(text: str, form: CallFormat = HERMES, tools: list[dict] = ()) -> Turn:
     """The calls and the answer of a turn, its thoughts left out. A call that is only rehearsed in
     the thoughts is nothing where a call or an answer follows; else the agent is told."""
-    calls, spans, said, rehearsed = _scan(text, form, parameter_kinds(tools))
+    kinds = {}  # {tool: {parameter: JSON type or None}}
+    for tool in (tool["function"] for tool in tools):
+        properties = (tool.get("parameters") or {}).get("properties") or {}
+        kinds[tool["name"]] = {key: schema.get("type") for key, schema in properties.items()}
+    calls, spans, said, rehearsed = _scan(text, form, kinds)
     answer = last_boxed(said)
     if not calls and answer is None:
         if "</tool_call>" in said or _BARE.search(said):

@@ -12,23 +12,20 @@ from reagent.calls import FORMATS, HERMES, Call, CallFormat, read_turn
 
 def assistant_text(message: dict, form: CallFormat = HERMES) -> str:
     """The raw text of an assistant turn: reasoning, content, then its tool calls."""
-    text = message.get("content") or ""
-    calls = [form.write(*_name_and_arguments(call)) for call in message.get("tool_calls") or []]
+    text, calls = message.get("content") or "", []
+    for call in message.get("tool_calls") or []:
+        function = call.get("function", call)
+        name, arguments = function["name"], function["arguments"]
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise ValueError("a call has a name and an object of arguments")
+        calls.append(form.write(name, arguments))
     if calls:
         text += (form.lead if text.strip() else "") + form.between.join(calls) + form.trail
     if message.get("reasoning_content"):
         thoughts = message["reasoning_content"].strip("\n")
         text = f"<think>\n{thoughts}\n</think>\n\n" + text.lstrip("\n")
     return text
-
-
-def _name_and_arguments(call: dict) -> tuple[str, dict]:
-    function = call.get("function", call)
-    name, arguments = function["name"], function["arguments"]
-    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise ValueError("a call has a name and an object of arguments")
-    return name, arguments
 
 
 def translated(text: str, form: CallFormat) -> str:
@@ -80,13 +77,16 @@ class Chat:
         self.template = tokenizer.get_chat_template(tools=_PROBE_TOOLS if tools else None)
         self._frame = lru_cache(maxsize=256)(self._render)
         self._inside = lru_cache(maxsize=1024)(lambda text: tuple(self._encode(text, split=False)))
-        self._anchor, self._head = self._find_anchor()
+        self._find_anchor()
         # all_special_tokens lacks those without a name, such as <|im_start|>
         added = {i: (str(t), t.special) for i, t in tokenizer.added_tokens_decoder.items()}
         added = {i: t for i, (t, special) in added.items() if special or t[0] + t[-1] == "<>"}
         self._control_ids, self._controls = set(added), [*_TAGS, *added.values()]
         self.closer_id = self._find_closer()
-        self.takes_system = self._takes_system()
+        try:
+            self.takes_system = bool(self._frame(("system", "user"), "[]", True))
+        except ValueError:
+            self.takes_system = False
         self.calls = self._find_calls() if tools else HERMES
         begun = self._frame(("user",), "[]", True)[-1]
         # how the template itself begins every turn
@@ -102,7 +102,7 @@ class Chat:
     def _refuse(self, why: str):
         raise ValueError(f"{self.name}: its chat template {why}")
 
-    def _find_anchor(self) -> tuple[str, list[int]]:
+    def _find_anchor(self) -> None:
         """What texts are encoded behind, and its ids: SentencePiece begins with a piece."""
         parts = (" a", "b", "\n", "c")
         for anchor in ("", _MARK[0]):
@@ -110,7 +110,7 @@ class Chat:
             self._anchor, self._head = anchor, self._encode(anchor, split=True)
             ids = [i for part in parts for i in self._encode(part, split=True)]
             if self.decode(ids) == "".join(parts):
-                return self._anchor, self._head
+                return
         raise ValueError(f"{self.name}: its tokenizer changes texts that are encoded one by one")
 
     def _find_closer(self) -> int:
@@ -165,12 +165,6 @@ class Chat:
             after = text.removeprefix(self._frame(("user", "assistant"), "[]", True)[1])
         turn, closer, result = after.partition(self.decode([self.closer_id]))
         return turn, closer + result
-
-    def _takes_system(self) -> bool:
-        try:
-            return bool(self._frame(("system", "user"), "[]", True))
-        except ValueError:
-            return False
 
     # ---------------------------------------------------------------- text and ids
 

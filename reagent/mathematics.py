@@ -164,7 +164,11 @@ def _read(text: str) -> tuple | str:
         return _interval(re.split("[≤≥<>]", text), re.findall("[≤≥<>]", text)) or text
     around = re.fullmatch(r"\\?([(\[{])(.*?)\\?([)\]}])", text, re.S)
     if around and around[2] and not re.search(r"[][(){}]", _masked(around[2])):
-        return _collection(around[1] + around[3], around[2], text)
+        brackets, inside = around[1] + around[3], around[2]  # in brackets 1,000 may be two items
+        items = _items(_ungrouped(inside) if re.search(r"[,;]\s", inside) else inside)
+        if len(items) > 1:
+            return ("set", items) if brackets == "{}" else ("tuple", brackets, items)
+        return _read(inside) if brackets in ("()", "{}") or "\\begin" in inside[:8] else text
     if len(items := _items(_ungrouped(text))) > 1:
         return ("list", items)
     exact, _, rounded = items[0].partition("≈")  # what is rounded counts where nothing exact stands
@@ -184,14 +188,6 @@ def _items(text: str) -> list:
     each = ([piece.translate(sign) for sign in signs] for piece in _split(text, SEPARATORS))
     pieces = [piece for two in each for piece in dict.fromkeys(two)]
     return [_read(piece) for piece in pieces] if len(pieces) > 1 else pieces
-
-
-def _collection(brackets: str, inside: str, text: str) -> tuple | str:
-    """A set, a tuple or an interval; a value in brackets."""
-    items = _items(_ungrouped(inside) if re.search(r"[,;]\s", inside) else inside)  # 1,000, 2,000
-    if len(items) > 1:
-        return ("set", items) if brackets == "{}" else ("tuple", brackets, items)
-    return _read(inside) if brackets in ("()", "{}") or "\\begin" in inside[:8] else text
 
 
 def _interval(terms: list[str], signs: list[str]) -> tuple | None:

@@ -210,21 +210,18 @@ def target_text(row: dict) -> str:
     return f"<think>{think}</think><critique>{critique}</critique><score>{score:.2f}</score>"
 
 
-def check_judged_row(row: dict) -> str | None:
-    """What SFT needs beyond check_rrm_row: a judgment to learn."""
+def check_judged_row(row: dict, weighted: bool = False) -> str | None:
+    """What SFT needs beyond check_rrm_row: a judgment to learn; if its verdict is to be weighted,
+    also where in its text that begins."""
     wanted = () if "judgment" in row else ("think", "critique", "score")
     if missing := [key for key in wanted if row.get(key) is None]:
         return f"SFT needs {', '.join(map(repr, missing))}; found the keys {sorted(row)}"
-    problem = check_rrm_row(row)
-    return problem or (None if parse_judgment(target_text(row)) else "the judgment is not valid")
-
-
-def check_weighted_row(row: dict) -> str | None:
-    """What weighting the verdict needs beyond check_judged_row: where in its text it begins."""
-    if problem := check_judged_row(row):
+    if problem := check_rrm_row(row):
         return problem
+    if parse_judgment(target_text(row)) is None:
+        return "the judgment is not valid"
     at = row.get("verdict_at")
-    if not isinstance(at, int) or not 0 <= at < len(target_text(row)):
+    if weighted and (not isinstance(at, int) or not 0 <= at < len(target_text(row))):
         return f"'verdict_at' is {at!r}: the place in the judgment's text where its verdict begins"
 
 
@@ -403,20 +400,6 @@ def scripted_rrm(path: str, seconds: float) -> RewardModel:
     return RewardModel(ask, seconds=seconds, name=path)
 
 
-def rrm_in_process(config: RewardModelConfig, engine: EngineConfig, prompt: RRMPrompt):
-    """The reward model of a folder, on an engine of its own in this process."""
-    from reagent.policy import load_chat
-
-    if not Path(config.source).is_dir():
-        cure = "train one with train_rrm.py, or give a URL (--rrm=http://…/v1) or a FILE.py with"
-        raise SystemExit(f"no reward model in {config.source}: {cure} annotate(question, messages)")
-    chat = load_chat(config.source, tools=False)
-    alone = dict(sleep=False, tensor_parallel=1, memory_share=config.memory_share)
-    options = dict(max_context=config.max_context)
-    own = make_engine(replace(engine, **alone), config.source, chat.stop_ids, **options)
-    return engine_rrm(own, chat, config, prompt)
-
-
 def engine_rrm(engine, chat, config: RewardModelConfig, prompt: RRMPrompt = OURS) -> RewardModel:
     """The client of a reward model behind an engine."""
     options = dict(temperature=config.temperature, top_p=config.top_p)
@@ -477,10 +460,20 @@ def served_rrm(
 
 
 def open_rrm(config: RewardModelConfig, chat, *, engine: EngineConfig) -> RewardModel:
-    """The client of the reward model of `config`; `chat` breaks control strings for servers."""
+    """The client of the reward model of `config`; `chat` breaks control strings for servers. That
+    of a folder has an engine of its own in this process."""
     prompt = read_rrm_prompt(config.prompt_file, config.request_file)
     if config.served:
         return served_rrm(config, prompt, chat.broken)
-    if config.in_process:
-        return rrm_in_process(config, engine, prompt)
-    return scripted_rrm(config.source, config.seconds)
+    if not config.in_process:
+        return scripted_rrm(config.source, config.seconds)
+    if not Path(config.source).is_dir():
+        cure = "train one with train_rrm.py, or give a URL (--rrm=http://…/v1) or a FILE.py with"
+        raise SystemExit(f"no reward model in {config.source}: {cure} annotate(question, messages)")
+    from reagent.policy import load_chat
+
+    own = load_chat(config.source, tools=False)
+    alone = dict(sleep=False, tensor_parallel=1, memory_share=config.memory_share)
+    options = dict(max_context=config.max_context)
+    made = make_engine(replace(engine, **alone), config.source, own.stop_ids, **options)
+    return engine_rrm(made, own, config, prompt)

@@ -121,17 +121,14 @@ def score_gsm8k(pred: str, gold: str) -> bool:
     return all(found) and len({number[1].replace(",", "") for number in found}) == 1
 
 
-def math_answer(text: str) -> str:
-    """What a solution states: after ####, else its last box, else all of it."""
-    if "####" in text:
-        return text.rpartition("####")[2].strip()
-    boxed = last_boxed(text)
-    return text.strip() if boxed is None else boxed
-
-
 def score_math(pred: str, gold: str) -> bool:
-    """Whether what the two solutions state is the same in notation, form and value."""
-    return same(math_answer(pred), math_answer(gold))
+    """Whether what two solutions state (after ####, else in the last box, else all of it) is the
+    same in notation, form and value."""
+    stated = []
+    for text in (pred, gold):
+        boxed = None if "####" in text else last_boxed(text)
+        stated.append(text.rpartition("####")[2].strip() if boxed is None else boxed)
+    return same(*stated)
 
 
 # ---------------------------------------------------------------- multiple choice
