@@ -3,7 +3,7 @@ loop of training, with numbers that can be trusted.
 
     python evaluate.py --model=FOLDER|URL --dataset=hotpotqa,math500 [preset.py] [--key=value ...]
     torchrun --nproc_per_node=8 evaluate.py --model=FOLDER --dataset=gaia_text
-    python evaluate.py score rows.jsonl  # {"scorer", "pred", "gold"} rows -> one JSON line each
+    python evaluate.py score FILE|FOLDER ...  # finished answers again: pass@1, pass@k over files
     python evaluate.py compare A.jsonl B.jsonl  # paired: difference, interval, gained and lost
     python evaluate.py page FOLDER  # report.html of a run again, or an index over runs
     python evaluate.py critique --rrm=FOLDER|URL FILE ...  # Agent-RRM on trajectories of any agent
@@ -16,11 +16,13 @@ report.html and summary.json the numbers. `-h` prints all keys.
 """
 
 import sys
+from pathlib import Path
 
 from reagent.config import show_help
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
-    show_help(__file__)  # before torch is imported
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # before torch is imported
+    command = Path(__file__).parent / "data" / f"{sys.argv[1]}.py"
+    show_help(command if command.is_file() else __file__)
 
 import asyncio
 import contextlib
@@ -30,7 +32,6 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -47,8 +48,7 @@ from reagent.config import (
 from reagent.engines import EngineConfig
 from reagent.folder import read_json, refuse_code, write_whole
 from reagent.reward_model import RewardModelConfig
-from reagent.rows import JsonlRows
-from reagent.scorers import SCORER_OF_KIND, score, unknown
+from reagent.scorers import SCORER_OF_KIND, score
 from results.benchmarks import DATASETS, DataSet, Task, load_tasks
 from results.journal import SEALED, Journal, about, check_served, named, sealed, write_results
 from results.runs import write_run_page
@@ -287,7 +287,7 @@ def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
 
 
 def setup_of(cfg: Config, task: Task, agent: Agent, toolbox, rrm) -> rollout.Setup:
-    system = read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
+    system = read_prompt(cfg.prompt_file or task.spec.prompt_file, rollout.SYSTEM_PROMPT)
     task.limits = limits = limits_of(cfg, task, agent, prompt_tokens(task, agent, toolbox, system))
     what = f"{task.name}: {len(task.rows)} questions x {task.rollouts}, subset {task.subset}"
     attempts = f"{1 + cfg.refine} attempt(s) of {limits.max_tokens_per_attempt} tokens"
@@ -518,31 +518,14 @@ def main(cfg: Config) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# scoring a file; the other commands stand in data/
 
 
-def score_file(path: str) -> None:
-    """One JSON line for each row of {"scorer", "pred", "gold"}."""
-
-    def check(row):
-        if not {"scorer", "pred", "gold"} <= set(row) or row["gold"] == []:
-            return "needs scorer, pred and at least one gold"
-        return unknown(row["scorer"])
-
-    for row in JsonlRows(path, check, "score takes a file of rows with scorer, pred and gold"):
-        print(json.dumps(score(row["scorer"], row["pred"], row["gold"])))
+COMMANDS = ("ask", "compare", "critique", "page", "score")  # they stand in data/
 
 
 def command(argv: list[str]) -> None:
-    """score FILE | critique … | ask … | compare A B | page FOLDER | the keys of a run."""
-    if argv[:1] == ["score"]:
-        if len(argv) != 2 or argv[1].startswith("-"):
-            raise SystemExit(__doc__)
-        try:
-            score_file(argv[1])
-        except ValueError as error:  # names file and line
-            raise SystemExit(str(error)) from error
-    elif argv and argv[0] in ("critique", "ask", "compare", "page"):
+    """ask … | compare A B | critique … | page FOLDER | score … | the keys of a run."""
+    if argv and argv[0] in COMMANDS:
         import_module(f"data.{argv[0]}").main(argv[1:])
     else:
         main(parse_config(Config, argv))

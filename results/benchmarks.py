@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from reagent.config import read_prompt
 from reagent.folder import read_json
 from reagent.rows import JsonlRows, check_rl_row, shown_question
 from results.journal import unsealed
@@ -25,6 +26,7 @@ class DataSet:
     rollouts: int = 1
     max_turns: int = 30  # turns with tool calls (paper, appendix C.3)
     seconds_per_call: float = 30.0
+    prompt_file: str = ""  # its system prompt; "": that of training. --prompt_file goes before it
 
 
 DATASETS = {
@@ -108,6 +110,7 @@ def load_task(name: str, cfg) -> Task:
     spec = dataclasses.replace(spec, **{key: value for key, value in changes.items() if value})
     if cfg.judged == "all":
         spec = dataclasses.replace(spec, scorer="judge")
+    read_prompt(spec.prompt_file, "")  # a missing one is told here
     rows, canaries = read_rows(path, hint)
     longest = sorted((shown_question(row) for row in rows), key=len)[-20:]
     if cfg.ids:

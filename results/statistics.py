@@ -226,6 +226,8 @@ def report_facts(cfg, tasks: list, judge: str, how: str, search: str) -> list[st
     ]
     for task in tasks:
         facts.append(f"{task.name}: rows of {task.revision}; tools {task.spec.tools}")
+        if task.spec.prompt_file and not cfg.prompt_file:
+            facts[-1] += f", prompt {task.spec.prompt_file}"
         if task.limits:
             facts[-1] += (
                 f", {task.limits.max_tokens_per_attempt} tokens an attempt, "
