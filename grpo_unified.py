@@ -45,6 +45,7 @@ from reagent.policy import (
     balance,
     clip_gradients,
     collate,
+    each_microbatch,
     full_weights,
     load_chat,
     make_optimizer,
@@ -305,7 +306,7 @@ def update(policy, optimizer, minibatches: list, cfg: Config, run: Run, referenc
             continue
         first = not norms  # before the first update sampler and trainer are the same policy
         sums = Counter()
-        for k, microbatch in enumerate(microbatches):
+        for k, microbatch in enumerate(each_microbatch(policy, microbatches)):
             batch = collate(microbatch, COLUMNS, run.device)
             logps, entropy = policy(batch, cfg.temperature)
             sampler_logps, weights = batch.columns["sampler_logps"], batch.columns["weight"]

@@ -29,6 +29,7 @@ from reagent.policy import (
     balance,
     clip_gradients,
     collate,
+    each_microbatch,
     load_chat,
     make_optimizer,
     make_policy,
@@ -109,7 +110,8 @@ def update(policy, optimizer, rows: list[Sequence], cfg: Config, run: Run) -> tu
     if not trained:
         return 0.0, 0.0
     total = 0.0
-    for microbatch in balance(rows, run.world, cfg.tokens_per_microbatch)[run.rank]:
+    mine = balance(rows, run.world, cfg.tokens_per_microbatch)[run.rank]
+    for microbatch in each_microbatch(policy, mine):
         logps, _ = policy(collate(microbatch, (), run.device))
         loss = -logps.sum() / trained
         backward(loss)

@@ -47,6 +47,7 @@ from reagent.policy import (
     balance,
     clip_gradients,
     collate,
+    each_microbatch,
     full_weights,
     load_chat,
     make_optimizer,
@@ -251,7 +252,8 @@ def update(policy, optimizer, sequences: list, total_weight: float, cfg: Config,
         return {"loss": 0.0, "grad_norm": 0.0, "skipped": ""}
     grpo, loss_sum, gap, compared, skipped = cfg.stage == "grpo", 0.0, 0.0, 0, ""
     columns = ("advantage", "weight", "sampler_logps") if grpo else ("weight",)
-    for microbatch in balance(sequences, run.world, cfg.tokens_per_microbatch)[run.rank]:
+    mine = balance(sequences, run.world, cfg.tokens_per_microbatch)[run.rank]
+    for microbatch in each_microbatch(policy, mine):
         batch = collate(microbatch, columns, run.device)
         logps, _ = policy(batch, cfg.temperature if grpo else 1.0)
         if grpo:

@@ -350,6 +350,8 @@ class VLLMEngine:
         if "RANK" in os.environ:
             options["distributed_executor_backend"] = "external_launcher"
         gpu = dict(gpu_memory_utilization=config.memory_share, enable_sleep_mode=config.sleep)
+        # the head's products in fp32, as the trainer has them
+        gpu["hf_overrides"] = dict(head_dtype="float32")
         options |= gpu if cuda else dict(enforce_eager=True)
         own = dict(trust_remote_code=False)
         with torch.device("meta"):

@@ -61,8 +61,10 @@ def step_parts(
     # two blocks and the tables whole, a block's gradient in fp32; one CPU rank has them anyway
     trained = lora_size(config, lora_rank) or total
     gathered = width * (2 * block + total - layers * block) + 4 * min(block, trained / layers)
-    chunks = 3 * HEAD_CHUNK * config.vocab_size
-    softmax = tokens * config.vocab_size if keeps_softmax(tokens, config.vocab_size) else 0
+    cuda = width == 2  # logits and their gradient in bf16; on a CPU three of these in fp32
+    chunks = (1.5 * HEAD_CHUNK["cuda"] if cuda else 3 * HEAD_CHUNK["cpu"]) * config.vocab_size
+    keeps = not cuda and keeps_softmax(tokens, config.vocab_size)
+    softmax = tokens * config.vocab_size if keeps else 0
     return {
         "gradients": 4 * trained / ranks,
         "gathered": 0 if ranks == 1 and width == 4 else gathered,

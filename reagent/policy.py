@@ -27,7 +27,8 @@ from reagent.chat import Chat
 from reagent.folder import check_digest, refuse_code
 from reagent.lora import ADAPTERS, add_lora, base_of, merged
 
-HEAD_CHUNK = 256  # tokens that pass the head at once: V = 152k in fp32 is 0.6 MB a token
+# tokens that pass the head at once: V = 152k in fp32 is 0.6 MB a token; a CPU has small caches
+HEAD_CHUNK = {"cpu": 256, "cuda": 2048}
 HEAD_KEPT = 1 << 26  # numbers (M V) up to which a softmax is kept for backward: 256 MB
 
 
@@ -129,21 +130,46 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (hidden @ weight.t()).float()
 
 
+def head_statistics(logits, targets, temperature: float, keep: bool):
+    """logits (m, V), targets (m, 1) -> log-probs of targets and entropy (m,), log of the softmax's
+    sum (m, 1), softmax (m, V) if `keep`. The logits are read for their largest, then for sums."""
+    logits = logits / temperature
+    top = logits.amax(-1, keepdim=True)
+    probs = (logits - top).exp_()
+    total = probs.sum(-1, keepdim=True)
+    norm = top + total.log()
+    entropy = norm[:, 0] - torch.linalg.vecdot(probs, logits) / total[:, 0]
+    logps = (logits.gather(1, targets) - norm)[:, 0]
+    return logps, entropy, norm, probs.div_(total) if keep else None
+
+
+def head_gradient(logits, probs, targets, norm, scale, temperature: float, dtype: torch.dtype):
+    """(one-hot minus softmax) * scale, (m, V) in `dtype`; of the logits where no softmax is kept.
+    targets, norm, scale (m, 1)."""
+    if probs is None:
+        probs = (logits / temperature).sub_(norm).exp_()
+    one_hot = (torch.arange(probs.shape[1], device=probs.device) == targets).float()
+    return one_hot.sub_(probs).mul_(scale).to(dtype)
+
+
+@cache
+def _compiled(function):
+    return torch.compile(function)  # read once, written once
+
+
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Log-probs of targets and entropy, HEAD_CHUNK tokens at a time; backward repeats them."""
+    """Log-probs of targets and entropy, some tokens at a time; backward repeats them."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        logps = hidden.new_empty(len(targets), dtype=torch.float32)
-        entropy, norm, kept = torch.empty_like(logps), torch.empty_like(logps), []
-        for part in _parts(len(targets)):
-            logits = _logits(hidden[part], weight).div_(temperature)
-            norm[part] = logits.logsumexp(-1)
-            logps[part] = logits.gather(1, targets[part, None])[:, 0] - norm[part]
-            probs = (logits - norm[part, None]).exp_()
-            entropy[part] = norm[part] - torch.linalg.vecdot(probs, logits)
-            if keeps_softmax(len(targets), len(weight)):
-                kept.append(probs)
+        work = _compiled(head_statistics) if hidden.is_cuda else head_statistics
+        logps, entropy = (torch.empty_like(targets, dtype=torch.float32) for _ in range(2))
+        targets, norm = targets[:, None], torch.empty_like(logps)[:, None]
+        kept, keep = [], not hidden.is_cuda and keeps_softmax(len(targets), len(weight))
+        for part in _parts(hidden):
+            *found, probs = work(_logits(hidden[part], weight), targets[part], temperature, keep)
+            logps[part], entropy[part], norm[part] = found
+            kept += [probs] if keep else []
         ctx.save_for_backward(hidden, weight, targets, norm, *kept)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -152,16 +178,15 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logps, _):
         hidden, weight, targets, norm, *kept = ctx.saved_tensors
+        work = _compiled(head_gradient) if hidden.is_cuda else head_gradient
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         if ctx.needs_input_grad[1]:  # not with LoRA
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for part, probs in zip_longest(_parts(len(targets)), kept):
-            if probs is None:
-                logits = _logits(hidden[part], weight).div_(ctx.temperature)
-                probs = logits.sub_(norm[part, None]).exp_()
-            scale = grad_logps[part, None] / ctx.temperature
-            # one-hot minus softmax
-            grad = (probs * -scale).scatter_add_(1, targets[part, None], scale).to(hidden.dtype)
+        scales = grad_logps[:, None] / ctx.temperature
+        for part, probs in zip_longest(_parts(hidden), kept):
+            logits = _logits(hidden[part], weight) if probs is None else None
+            rest = targets[part], norm[part], scales[part], ctx.temperature, hidden.dtype
+            grad = work(logits, probs, *rest)
             grad_hidden[part] = grad @ weight
             if grad_weight is None:
                 continue
@@ -175,12 +200,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 
 def keeps_softmax(tokens: int, vocab: int) -> bool:
-    """Whether the head's softmax of so many tokens is kept for backward."""
+    """Whether the head's softmax of so many tokens is kept for backward, on a CPU."""
     return tokens * vocab <= HEAD_KEPT
 
 
-def _parts(n: int) -> list[slice]:
-    return [slice(a, min(a + HEAD_CHUNK, n)) for a in range(0, n, HEAD_CHUNK)]
+def _parts(hidden: torch.Tensor) -> list[slice]:
+    n, chunk = len(hidden), HEAD_CHUNK[hidden.device.type]
+    return [slice(a, min(a + chunk, n)) for a in range(0, n, chunk)]
 
 
 class ChunkedHead(torch.nn.Module):
@@ -441,6 +467,13 @@ def make_optimizer(policy: Policy, *, lr: float, weight_decay: float, betas=(0.9
 
 # --------------------------------------------------------------------------------------------------
 # gradients and weights
+
+
+def each_microbatch(policy: Policy, microbatches: list) -> Iterator:
+    """The micro-batches in turn; HSDP's replicas add up their gradients once, at the last."""
+    for i, microbatch in enumerate(microbatches, 1):
+        policy.set_requires_all_reduce(i == len(microbatches))
+        yield microbatch
 
 
 def backward(loss: torch.Tensor) -> None:

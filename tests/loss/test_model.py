@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from grpo_unified import grpo_loss
-from reagent import run
+from reagent import policy, run
 from reagent.policy import (
+    ChunkedHead,
     Sequence,
     _ChunkedLogprobs,
     backward,
     balance,
     collate,
+    each_microbatch,
     load_policy,
     load_tokenizer,
     make_optimizer,
@@ -85,21 +87,25 @@ def test_packed_logps_equal_those_of_single_rows_in_transformers(which, request)
 
 @pytest.mark.parametrize("kept", [399, 400])  # numbers; the softmax of the 10 tokens has 400
 def test_the_chunked_head_has_the_gradient_of_full_logits(kept, monkeypatch):
-    monkeypatch.setattr("reagent.policy.HEAD_CHUNK", 3)
+    monkeypatch.setattr("reagent.policy.HEAD_CHUNK", {"cpu": 3})
     monkeypatch.setattr("reagent.policy.HEAD_KEPT", kept)
     torch.manual_seed(0)
     hidden, weight = torch.randn(10, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
     targets, scale = torch.randint(40, (10,)), torch.randn(10)
-    logps, _ = _ChunkedLogprobs.apply(hidden, weight, targets, 0.7)
-    got = torch.autograd.grad((scale * logps).sum(), (hidden, weight))
+    logps, entropy = ChunkedHead(weight)(hidden, targets, 0.7)
+    got = torch.autograd.grad((scale * logps).sum(), (hidden, weight), retain_graph=True)
+    again = torch.autograd.grad((scale * logps).sum(), (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(got, again))  # what is kept stays as it is
     full = F.log_softmax(hidden @ weight.t() / 0.7, -1).gather(1, targets[:, None])[:, 0]
     expected = torch.autograd.grad((scale * full).sum(), (hidden, weight))
+    each = F.log_softmax(hidden @ weight.t() / 0.7, -1)
     assert torch.allclose(logps, full, atol=1e-5)
+    assert torch.allclose(entropy, -(each.exp() * each).sum(-1), atol=1e-5)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected))
 
 
 def test_the_chunked_head_sums_the_gradient_of_its_chunks_in_bf16_too(monkeypatch):
-    monkeypatch.setattr("reagent.policy.HEAD_CHUNK", 3)
+    monkeypatch.setattr("reagent.policy.HEAD_CHUNK", {"cpu": 3})
     torch.manual_seed(0)
     hidden, weight = torch.randn(10, 8), torch.randn(40, 8)
     targets, scale = torch.randint(40, (10,)), torch.randn(10)
@@ -196,6 +202,59 @@ def test_two_ranks_with_unequal_rows_have_the_gradient_of_one(folder, tmp_path):
     assert "lm_head.weight" in names  # tied, and yet yielded: the sampler's head would go stale
 
 
+HSDP = """
+import sys, torch
+sys.path[:0] = [{root!r}]
+import torch.distributed as dist
+import sft
+from reagent import run
+from reagent.policy import load_policy, make_optimizer, shard
+from tests.helpers.tiny import random_rows
+class Two:
+    rank, world, device = run.init_distributed(60)
+    sum = staticmethod(run.sum_over_ranks)
+policy = shard(load_policy({folder!r}, False), Two.device, shard_ranks=1)
+optimizer, reduced, plain = make_optimizer(policy, lr=0.0, weight_decay=0.0), [], dist.all_reduce
+def noted(tensor, *args, **options):
+    reduced.append(tensor.numel())
+    return plain(tensor, *args, **options)
+dist.all_reduce = noted
+kept, seen = [], []
+def keep():
+    kept.append({{n: p.grad.full_tensor() for n, p in policy.named_parameters()}})
+optimizer.step = keep
+cfg = sft.Config(tokens_per_microbatch=16, max_grad_norm=1e9)
+sft.update(policy, optimizer, random_rows([9, 4, 16, 11, 5]), cfg, Two)
+if Two.rank == 0:
+    torch.save((kept[0], [n for n in reduced if n > 100]), {out!r})
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_replicas_add_their_gradients_once_a_step(folder, tmp_path):
+    script, out = tmp_path / "hsdp.py", tmp_path / "hsdp.pt"
+    script.write_text(HSDP.format(root=str(ROOT), folder=folder, out=str(out)))
+    torchrun(script)
+    got, reduced = torch.load(out)
+    assert len(reduced) == 3  # two blocks and the root, not once more a micro-batch
+    rows, policy = random_rows([9, 4, 16, 11, 5]), policy_of(folder)
+    policy(collate(rows, (), CPU))[0].sum().div(-sum(sum(row.mask) for row in rows)).backward()
+    for name, p in policy.named_parameters():
+        assert torch.allclose(got[name], p.grad.full_tensor(), atol=1e-5), name
+
+
+def test_only_the_last_microbatch_adds_up_replicas():
+    class Recorder:
+        def set_requires_all_reduce(self, value):
+            seen.append(value)
+
+    seen = []
+    for microbatch in each_microbatch(Recorder(), ["a", "b", "c"]):
+        seen.append(microbatch)
+    assert seen == [False, "a", False, "b", True, "c"]
+
+
 ONE_READS = """
 import sys, torch
 sys.path[:0] = [{root!r}]
@@ -243,6 +302,23 @@ def test_rank_0_reads_and_the_others_receive_their_shards(tied, tmp_path, monkey
         peaks.append(peak)
     print(f"{size / 1e6:.0f} MB of parameters, peaks {[round(p / 1e6) for p in peaks]} MB")
     assert peaks[1] < 0.8 * size
+
+
+def test_the_head_compiled_is_the_head(monkeypatch):
+    """As on a GPU, through the compiler's front (no code is generated here)."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(10, 8), torch.randn(40, 8)
+    targets = torch.randint(40, (10, 1))
+    logits = hidden @ weight.t()
+    plain = policy.head_statistics(logits, targets, 0.7, False)
+    fast = torch.compile(policy.head_statistics, backend="aot_eager", fullgraph=True)
+    for a, b in zip(fast(logits, targets, 0.7, False)[:3], plain):
+        assert torch.allclose(a, b, atol=1e-6)
+    options = dict(logits=logits, probs=None, targets=targets, norm=plain[2], temperature=0.7)
+    options |= dict(scale=torch.randn(10, 1), dtype=torch.bfloat16)
+    fast = torch.compile(policy.head_gradient, backend="aot_eager", fullgraph=True)
+    assert torch.equal(fast(**options), policy.head_gradient(**options))
+    assert torch.equal(logits, hidden @ weight.t())  # its input is read only
 
 
 def test_moments_made_ahead_change_no_step(folder):
