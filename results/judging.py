@@ -54,10 +54,13 @@ def judgment_report(judgments: list, rows: list[dict], lengths: list[int]) -> di
         if told:
             report[f"auc/{name}"] = auc(*zip(*told))
     report |= critique_report(pairs)
+    report["ece"] = 0.0 if labelled else math.nan  # expected calibration error, over ten bins
     for tenth in range(10):
-        inside = [right for score, right in labelled if min(int(score * 10), 9) == tenth]
+        inside = [pair for pair in labelled if min(int(pair[0] * 10), 9) == tenth]
         if inside:
-            report[f"calibration/{tenth / 10:.1f}"] = [round(_mean(inside), 3), len(inside)]
+            told, right = map(_mean, zip(*inside))
+            report[f"calibration/{tenth / 10:.1f}"] = [round(right, 3), len(inside)]
+            report["ece"] += abs(told - right) * len(inside) / len(labelled)
     unknown = {k for k, v in report.items() if isinstance(v, float) and math.isnan(v)}
     figures = {k: round(v, 4) if isinstance(v, float) else v for k, v in report.items()}
     return figures | dict.fromkeys(unknown, "unknown")

@@ -289,6 +289,7 @@ def test_the_report_counts_invalid_judgments_and_calibrates():
     )
     assert report["valid"] == 0.75
     assert report["calibration/0.9"] == [0.5, 2] and report["calibration/0.1"] == [0.0, 1]
+    assert report["ece"] == pytest.approx((2 * 0.45 + 0.15) / 3, abs=1e-4)
     assert report["mae"] == pytest.approx((0.15 + 0.15 + 0.65) / 3, abs=1e-4)
     assert report["brier"] == pytest.approx((0.95**2 + 0.05**2 + 0.15**2) / 3, abs=1e-4)
 
