@@ -37,6 +37,7 @@ import rollout
 from reagent import engines, reward_model
 from reagent.chat import Chat
 from reagent.config import check_choices, check_numbers, parse_config, prompt_facts, read_prompt
+from reagent.critiques import leak_shares
 from reagent.engines import EngineConfig
 from reagent.memory import plan_memory
 from reagent.policy import (
@@ -56,6 +57,7 @@ from reagent.reward_model import RewardModelConfig
 from reagent.rows import JsonlRows, batch_indices, check_rl_row
 from reagent.run import Run, say
 from reagent.scorers import rule_reward
+from results.judging import auc, has_fallen
 from results.runs import write_run_page
 from tools import Toolbox
 
@@ -395,6 +397,11 @@ def step_metrics(episodes: list, rewards, rules, advantages, kept) -> dict:
             }
     attempts = [a for e in episodes for a in e.attempts]
     line |= {f"ended/{why}": n for why, n in Counter(a.termination for a in attempts).items()}
+    firsts = [e.attempts[0] for e in episodes if e.attempts and not e.dropped]
+    pairs = [(a.score, a.correct) for a in firsts if a.score is not None]
+    found = auc(*zip(*pairs)) if pairs else math.nan
+    line["score/auc"] = found if math.isfinite(found) else None  # of one kind only: none
+    line |= leak_shares(episodes, rollout.REFINE_PROMPT.replace("{critique}", ""))
     for name, right in (("right", True), ("wrong", False)):
         part = [a for a in attempts if a.correct is right]
         line[f"score/{name}"] = _mean(a.score for a in part)
@@ -603,6 +610,9 @@ def main(cfg: Config) -> None:
         kept = kept_pools(rewards, rules, cfg.drop)
         advantages = pooled_advantages(rewards, pool=cfg.pool) * kept[:, None, None]
         line |= step_metrics(episodes, rewards, rules, advantages, kept)
+        aucs = [each["score/auc"] for each in [*run.log, line] if "score/auc" in each]
+        if "score/auc" in line and has_fallen(aucs):
+            line["alarm"] = "score/auc fell: the reward model no longer tells right from wrong"
 
         # ------------------------------------------------------------ update, by whole questions
         minibatches = []

@@ -152,3 +152,44 @@ def name_agreement(critique: str, annotated: str | None, trail: frozenset[str]) 
     """F1 of the names of the trail in two critiques; where the second has none: has the first?"""
     own, wanted = named(critique, trail), named(annotated or "", trail)
     return 2 * len(own & wanted) / (len(own) + len(wanted)) if wanted else float(bool(own))
+
+
+# --------------------------------------------------------------------------------------------------
+# the critique's request in the agent's own words
+
+_REVIEW = re.compile(r"(?:review|critique|feedback)")  # how words begin that name it
+ECHO = 3  # so many words in a row are somebody's wording
+
+
+def speaks_of_review(said: str, request: str, known: str) -> bool:
+    """Whether a text names the review, or repeats ECHO words in a row of the turn that brought it,
+    where `known`, all else that its writer could read, does not.
+    """
+    own, asked, read = (re.findall(r"\w+", text.lower()) for text in (said, request, known))
+    named = {word for word in own if _REVIEW.match(word)} - set(read)
+    return bool(named or (_runs(own) & _runs(asked)) - _runs(read))
+
+
+def _runs(words: list[str]) -> set[tuple]:
+    return set(zip(*(words[i:] for i in range(ECHO))))
+
+
+def leak_shares(episodes: list, request: str) -> dict[str, float]:
+    """{"leak/first", "leak/refined"}: the share of attempts that speak of the review. A first one
+    has not read any: `request` is the wording of the turn that asks for a refined one.
+    """
+    shares = {}
+    for stage, name in enumerate(("first", "refined")):
+        leaks = []
+        for episode in episodes:
+            if len(episode.attempts) > stage and not episode.dropped:
+                a, b = episode.attempts[stage].messages
+                turns, before = episode.messages[a:b], episode.messages[: a - stage]
+                said = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+                read = [turn["content"] for turn in turns if turn["role"] != "assistant"]
+                known = [turn["content"] for turn in before] + read
+                asked = episode.messages[a - 1]["content"] if stage else request
+                leaks.append(speaks_of_review("\n".join(said), asked, "\n".join(known)))
+        if leaks:
+            shares[f"leak/{name}"] = sum(leaks) / len(leaks)
+    return shares

@@ -443,6 +443,7 @@ class Run:
             known = [key for key in shown if isinstance(line.get(key), (int, float))]
             text = "  ".join(f"{key} {line[key]:.4g}" for key in known)
             text += f"  SKIPPED: {line['skipped']}" if line.get("skipped") else ""
+            text += f"  ALARM: {line['alarm']}" if line.get("alarm") else ""
             tqdm.write(f"step {line['step']:5d}  {text}  {line['seconds/step']:.1f} s")
 
     def count_skip(self, step: int, why: str) -> None:

@@ -31,6 +31,15 @@ def auc(scores, labels) -> float:
     return float(above / (positives * negatives))
 
 
+WINDOW, CLEAR_FALL = 10, 0.1  # steps of a running mean; how far below its best is clear
+
+
+def has_fallen(values: list[float]) -> bool:
+    """Whether the mean of the last WINDOW values is CLEAR_FALL below the best such mean so far."""
+    means = [sum(values[i - WINDOW : i]) / WINDOW for i in range(WINDOW, len(values) + 1)]
+    return bool(means) and means[-1] < max(means) - CLEAR_FALL
+
+
 def judgment_report(judgments: list, rows: list[dict], lengths: list[int]) -> dict:
     """Figures of judgments (None: not valid) of rows; "unknown" where no row says it."""
     pairs = [(j, row) for j, row in zip(judgments, rows) if j is not None]
