@@ -27,11 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIMIT_S = 240  # for the tests of a fault; one that hangs them is noticed
+LIMIT_S = 240  # for the tests of a fault
 LEFT_OUT = ".git .venv out model __pycache__ .*_cache"
 # imported once, before the forks; nothing of our own
 HEAVY = "pytest numpy mpmath h11 torch.distributed.checkpoint torch.distributed.fsdp "
 HEAVY += "transformers.models.auto.modeling_auto transformers.models.qwen3.modeling_qwen3"
+# tests of whole vLLM processes: on a busy machine they fail, or take minutes, without any fault
+UNSTEADY = "agent/test_engines.py::test_vllm_beside_fsdp_on_two_ranks "
+UNSTEADY += "agent/test_engine_thread.py::test_a_process_that_ends_in_mid_step_lets_the_step_finish"
 SETTINGS = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONDONTWRITEBYTECODE="1")
 
 
@@ -75,7 +78,8 @@ def run_tests(tree: Path, tests: list[str]) -> tuple[bool, str]:
         os.chdir(tree)
         sys.path[0] = str(tree)
         options = ["-x", "-q", "-m", "not slow", "--tb=no", "-p", "no:cacheprovider"]
-        os._exit(sys.modules["pytest"].main([*options, *tests]))
+        left_out = [f"--deselect=tests/{name}" for name in UNSTEADY.split()]
+        os._exit(sys.modules["pytest"].main([*options, *left_out, *tests]))
     began = time.monotonic()
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
         if time.monotonic() - began > LIMIT_S:
