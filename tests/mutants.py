@@ -11,9 +11,11 @@ The list has a section a file, with the tests that cover it, and in it the fault
     - text that stands in the file exactly once, on one line or several
     + what stands there instead
 
-The exit status is 1 where one is not noticed or has lost its place.
+The exit status is 1 where one is not noticed or has lost its place. What has no end within LIMIT_S
+is told as such: is it the fault, or is the machine busy?
 """
 
+import contextlib
 import importlib
 import os
 import re
@@ -68,9 +70,9 @@ def read_faults(path: Path) -> list[Fault]:
     return faults
 
 
-def run_tests(tree: Path, tests: list[str]) -> tuple[bool, str]:
-    """Whether a test failed, and which, or the last line of pytest."""
-    said = tree / "said.txt"
+def run_tests(tree: Path, tests: list[str]) -> tuple[str, str]:
+    """(what came of it, the test that failed or the last line of pytest)."""
+    said, began = tree / "said.txt", time.monotonic()
     if not (pid := os.fork()):
         os.setsid()
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
@@ -80,17 +82,21 @@ def run_tests(tree: Path, tests: list[str]) -> tuple[bool, str]:
         options = ["-x", "-q", "-m", "not slow", "--tb=no", "-p", "no:cacheprovider"]
         left_out = [f"--deselect=tests/{name}" for name in UNSTEADY.split()]
         os._exit(sys.modules["pytest"].main([*options, *left_out, *tests]))
-    began = time.monotonic()
-    while os.waitpid(pid, os.WNOHANG) == (0, 0):
-        if time.monotonic() - began > LIMIT_S:
+    try:
+        while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() - began < LIMIT_S:
+            time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-        time.sleep(0.1)
+    if not ended[0]:
+        os.waitpid(pid, 0)
+        return "no end", f"after {LIMIT_S} s"
     text = said.read_text(encoding="utf-8", errors="replace")
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
     last = text.strip().splitlines()[-1:] or [""]
-    if failed:
-        return True, failed[1]
-    return not re.match(r"\d+ passed", last[0]), last[0]
+    code = os.waitstatus_to_exitcode(ended[1])  # of pytest; 4 and 5: no such test
+    outcome = {0: "NOT noticed", 4: "stale", 5: "stale"}.get(code, "noticed")
+    return outcome, failed[1] if failed else last[0]
 
 
 def main(argv: list[str]) -> int:
@@ -114,9 +120,8 @@ def main(argv: list[str]) -> int:
                 continue
             if changed is not None:
                 place.write_text(changed, encoding="utf-8")
-                noticed, what = run_tests(tree, fault.tests)
+                outcome, what = run_tests(tree, fault.tests)
                 place.write_text(sound, encoding="utf-8")
-                outcome = "noticed" if noticed else "NOT noticed"
             outcomes[outcome] += 1
             took = f"{time.perf_counter() - began:4.0f} s"
             print(f"{outcome:12}{took}  {fault.file}: {fault.name}  [{what}]", flush=True)
