@@ -4,7 +4,7 @@
     python tests/mutants.py --only=^rollout.py  # where "FILE: what is wrong" fits this pattern
     python tests/mutants.py --stale             # runs nothing: does each still have its place?
 
-The list has a section a file, with the tests that cover it, and in it the faults:
+The list has a section for each file, with the tests that cover it, and in it the faults:
 
     @ FILE: TESTS, below tests/
     # what is wrong
@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -34,40 +33,22 @@ LEFT_OUT = ".git .venv out model __pycache__ .*_cache"
 # imported once, before the forks; nothing of our own
 HEAVY = "pytest numpy mpmath h11 torch.distributed.checkpoint torch.distributed.fsdp "
 HEAVY += "transformers.models.auto.modeling_auto transformers.models.qwen3.modeling_qwen3"
-# tests of whole vLLM processes: on a busy machine they fail, or take minutes, without any fault
+# whole vLLM processes: on a busy machine they fail, or take minutes, without any fault
 UNSTEADY = "agent/test_engines.py::test_vllm_beside_fsdp_on_two_ranks "
 UNSTEADY += "agent/test_engine_thread.py::test_a_process_that_ends_in_mid_step_lets_the_step_finish"
+OPTIONS = ["-x", "-q", "-m", "not slow", "--tb=no", "-p", "no:cacheprovider"]
+OPTIONS += [f"--deselect=tests/{name}" for name in UNSTEADY.split()]
 SETTINGS = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONDONTWRITEBYTECODE="1")
 
 
-@dataclass
-class Fault:
-    name: str
-    file: str
-    tests: list[str]
-    old: str = ""
-    new: str = ""
-
-    def planted(self, text: str) -> str | None:
-        """The text with the fault; None where `old` does not stand in it exactly once."""
-        there = self.old and text.count(self.old) == 1
-        return text.replace(self.old, self.new) if there else None
-
-
-def read_faults(path: Path) -> list[Fault]:
-    faults, file, tests = [], "", []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        mark, text = line[:1], line[2:]
-        if mark == "@":
-            file, _, names = text.partition(": ")
-            tests = [f"tests/{name}" for name in names.split()]
-        elif mark == "#":
-            faults.append(Fault(text, file, tests))
-        elif mark == "-":
-            faults[-1].old += "\n" * bool(faults[-1].old) + text
-        elif mark == "+":
-            faults[-1].new += "\n" * bool(faults[-1].new) + text
-    return faults
+def read_faults(text: str):
+    """(file, what is wrong, tests, what stands there, what stands there instead) of each."""
+    for section in re.split("^@ ", text, flags=re.M)[1:]:
+        head, *blocks = re.split("^# ", section, flags=re.M)
+        file, _, names = head.strip().partition(": ")
+        for name, *lines in map(str.splitlines, blocks):
+            old, new = ("\n".join(x[2:] for x in lines if x[:1] == mark) for mark in "-+")
+            yield file, name, [f"tests/{each}" for each in names.split()], old, new
 
 
 def run_tests(tree: Path, tests: list[str]) -> tuple[str, str]:
@@ -79,9 +60,7 @@ def run_tests(tree: Path, tests: list[str]) -> tuple[str, str]:
         os.dup2(1, 2)
         os.chdir(tree)
         sys.path[0] = str(tree)
-        options = ["-x", "-q", "-m", "not slow", "--tb=no", "-p", "no:cacheprovider"]
-        left_out = [f"--deselect=tests/{name}" for name in UNSTEADY.split()]
-        os._exit(sys.modules["pytest"].main([*options, *left_out, *tests]))
+        os._exit(sys.modules["pytest"].main(OPTIONS + tests))
     try:
         while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() - began < LIMIT_S:
             time.sleep(0.1)
@@ -101,32 +80,28 @@ def run_tests(tree: Path, tests: list[str]) -> tuple[str, str]:
 
 def main(argv: list[str]) -> int:
     only = next((arg.removeprefix("--only=") for arg in argv if arg.startswith("--only=")), "")
-    faults, dry = read_faults(ROOT / "tests" / "mutants.txt"), "--stale" in argv
-    faults = [f for f in faults if re.search(only, f"{f.file}: {f.name}")]
-    outcomes = Counter()
-    if not dry:
-        os.environ.update(SETTINGS)
-        sys.dont_write_bytecode = True
-        list(map(importlib.import_module, HEAVY.split()))
+    faults, outcomes = read_faults((ROOT / "tests" / "mutants.txt").read_text("utf-8")), Counter()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        tree = Path(folder) / "tree"
-        if not dry:
+        tree = ROOT
+        if "--stale" not in argv:
+            os.environ.update(SETTINGS)
+            sys.dont_write_bytecode, tree = True, Path(folder) / "tree"
             shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*LEFT_OUT.split()))
-        for fault in faults:
-            place, began = (ROOT if dry else tree) / fault.file, time.perf_counter()
-            sound = place.read_text(encoding="utf-8")
-            changed, outcome, what = fault.planted(sound), "stale", ""
-            if changed is not None and dry:
+            list(map(importlib.import_module, HEAVY.split()))
+        for file, name, tests, old, new in faults:
+            if not re.search(only, f"{file}: {name}"):
                 continue
-            if changed is not None:
-                place.write_text(changed, encoding="utf-8")
-                outcome, what = run_tests(tree, fault.tests)
-                place.write_text(sound, encoding="utf-8")
+            sound, began = (tree / file).read_text("utf-8"), time.perf_counter()
+            outcome, what = ("stale", "") if sound.count(old) != 1 else ("in place", "")
+            if outcome == "in place" and tree != ROOT:
+                (tree / file).write_text(sound.replace(old, new), "utf-8")
+                outcome, what = run_tests(tree, tests)
+                (tree / file).write_text(sound, "utf-8")
             outcomes[outcome] += 1
-            took = f"{time.perf_counter() - began:4.0f} s"
-            print(f"{outcome:12}{took}  {fault.file}: {fault.name}  [{what}]", flush=True)
-    told = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())
-    print(f"{len(faults)} faults: {told or 'all have their place'}")
+            if outcome != "in place":
+                took = f"{time.perf_counter() - began:4.0f} s"
+                print(f"{outcome:12}{took}  {file}: {name}  [{what}]", flush=True)
+    print(f"{outcomes.total()} faults: " + ", ".join(f"{n} {what}" for what, n in outcomes.items()))
     return bool(outcomes["stale"] + outcomes["NOT noticed"])
 
 
