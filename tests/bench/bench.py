@@ -5,6 +5,7 @@
     python tests/bench/bench.py --vs=trl [--vocab=32000]
         # the trainer's step against TRL's GRPOTrainer, in one run
     python tests/bench/bench.py --vs=trl --what=step  # a whole step with tools against TRL's
+    python tests/bench/bench.py --device=cuda  # the training step on one card; dry: on none
 
 Seconds are CPU-seconds of this process on one thread, medians of --repeats runs after a warm-up,
 unless a line says wall. Two floors stand beside each figure: its FLOPs over the measured matrix
@@ -41,7 +42,7 @@ import grpo_unified
 import rollout
 from reagent import engines, reward_model, run
 from reagent.chat import Chat
-from reagent.config import parse_config, run_facts
+from reagent.config import check_choices, parse_config, run_facts
 from reagent.policy import (
     Policy,
     Sequence,
@@ -64,6 +65,8 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Config:
+    device: str = "cpu"  # cuda: the training step on one card, beside what was measured; dry: its
+    # steps on a CPU with tiny shapes
     # sections, in the order they run
     what: str = "trainer,chain,memory,sync,rollout,judge,idle,growth,step"
     vs: str = ""  # trl: against TRL's GRPOTrainer, sections trainer (default) and step
@@ -982,6 +985,11 @@ SECTIONS |= dict(judge=bench_judge, idle=bench_idle, growth=bench_growth, step=b
 
 
 def main(cfg: Config) -> None:
+    if cfg.device != "cpu":
+        from tests.bench import card
+
+        check_choices(cfg, device="cpu cuda dry")
+        return card.main(dry=cfg.device == "dry")
     torch.set_num_threads(1)
     Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     machine = measure_machine()

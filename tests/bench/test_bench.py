@@ -11,7 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from tests.bench import bench
+from reagent import policy
+from tests.bench import bench, card
+from tests.helpers.tiny import ROOT
 
 VOCAB = 50
 
@@ -137,6 +139,40 @@ def test_an_unknown_section_is_an_error_that_lists_the_known(tmp_path, monkeypat
     monkeypatch.setattr(bench, "measure_machine", lambda: bench.Machine(1e9, 1e9))
     with pytest.raises(SystemExit, match="what = 'speed': one of trainer"):
         bench.main(bench.Config(what="speed", out_dir=str(tmp_path)))
+
+
+def test_the_dry_run_of_a_card_makes_the_steps_of_its_table(monkeypatch, capsys):
+    kinds = {(c.what, c.compiled, c.attention, c.again, c.lora_rank): c for c in card.CASES}
+    wanted = [("sft", True, "auto", False, 0), ("rl", True, "cudnn", False, 0)]
+    wanted += [("rl", True, "auto", True, 0), ("rl", True, "auto", False, 32)]
+    monkeypatch.setattr(card, "CASES", [kinds[kind] for kind in wanted])
+    chunks = dict(policy.HEAD_CHUNK)
+    bench.main(bench.Config(device="dry"))
+    rows = capsys.readouterr().out.splitlines()[3:]
+    assert len(rows) == 4 and all("| 2 steps ran |" in row for row in rows)
+    assert "| 38,945 | 36.5 |" in rows[1]  # what was measured before stands beside
+    assert policy.HEAD_CHUNK == chunks
+
+
+def test_the_table_of_a_card_holds_what_was_measured_before():
+    """docs/measured.md has the figures of the one run on a GPU."""
+    text = (ROOT / "docs" / "measured.md").read_text()
+    told = {c.before for c in card.CASES if c.before}
+    assert len(told) == 10
+    for tokens, peak in re.findall(r"\| ([\d,]+) \| [\d.]+ % \| ([\d.]+) \|", text):
+        assert (int(tokens.replace(",", "")), float(peak)) in told
+
+
+def test_without_a_card_the_table_of_a_card_says_so():
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="there is no GPU here; --device=dry"):
+            bench.main(bench.Config(device="cuda"))
+
+
+def test_after_its_time_no_row_is_begun(monkeypatch, capsys):
+    monkeypatch.setattr(card, "LIMIT", -1.0)
+    card.main(dry=True)
+    assert capsys.readouterr().out.count("not begun after") == len(card.CASES)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is not None, reason="TRL is installed")
