@@ -120,6 +120,7 @@ class Config:
     eval_interval: int = 20  # steps; two decoded episodes are printed as often
     save_interval: int = 20  # steps
     keep_last: int = 2  # checkpoints besides the best
+    save_dtype: str = "auto"  # of its Hugging Face folder: bf16 | fp32 | auto: bf16 on a GPU
     timeout_s: float = 3600.0  # seconds that ranks wait for each other, rollouts included
     wandb: bool = False
     check: bool = False  # stop after all checks, before anything heavy; writes nothing

@@ -70,6 +70,7 @@ class Config:
     log_interval: int = 1  # steps
     save_interval: int = 500  # steps; the last step is always saved
     keep_last: int = 2  # checkpoints; 0: all
+    save_dtype: str = "auto"  # of its Hugging Face folder: bf16 | fp32 | auto: bf16 on a GPU
     timeout_s: float = 1800.0  # seconds that ranks wait for each other
     wandb: bool = False
     check: bool = False  # stop after all checks, before anything heavy; writes nothing

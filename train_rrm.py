@@ -107,6 +107,7 @@ class Config:
     eval_interval: int = 100
     save_interval: int = 100
     keep_last: int = 2
+    save_dtype: str = "auto"  # of its Hugging Face folder: bf16 | fp32 | auto: bf16 on a GPU
     timeout_s: float = 3600.0
     wandb: bool = False
     check: bool = False  # stop after all checks, before anything heavy; writes nothing

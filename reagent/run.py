@@ -1,7 +1,7 @@
 """Ranks that meet, checkpoints, resume, the log: what the trainers keep beside their loops.
 
-A checkpoint is a Hugging Face folder (weights, tokenizer) with trainer/ (sharded state) and
-trainer.json beside it.
+A checkpoint is step-N, a Hugging Face folder that can be served or uploaded as it is (weights,
+tokenizer, model card, trainer.json), and trainer/step-N: fp32 weights and optimizer, sharded.
 """
 
 import json
@@ -30,10 +30,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from reagent.config import flat, run_facts
+from reagent.config import check_choices, flat, run_facts
 from reagent.folder import check_digest, check_free, claim, read_json, write_digest, write_whole
 from reagent.policy import Policy, check_model, full_weights
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MOST_SKIPS = 5  # steps in a row that bring no update, before a run stops
 
 # --------------------------------------------------------------------------------------------------
@@ -120,58 +121,86 @@ def checkpoints(folder: str | Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def state_of(checkpoint: Path) -> Path:
+    return checkpoint.parent / "trainer" / checkpoint.name
+
+
 def save_checkpoint(
-    folder, step: int, policy: Policy, optimizer, tokenizer, facts: dict, meet_all
+    folder, step: int, policy: Policy, optimizer, tokenizer, facts: dict, meet_all, dtype=None
 ) -> Path:
-    """Writes step-NNNNNN beside its final name, flushes, renames: a kill at any instant leaves only
-    whole ones.
+    """Writes both parts of step-NNNNNN beside their final names, flushes, renames: a kill at any
+    instant leaves only whole ones.
 
     `facts` goes to trainer.json; `meet_all(phase, error)` stops all ranks together when one could
-    not write.
+    not write; dtype: of the Hugging Face folder, fp32 unless given.
     """
-    final = Path(folder) / f"step-{step:06d}"
-    part = final.with_suffix(".tmp")
-    rank, error = dist.get_rank(), None
+    final, dtype = Path(folder) / f"step-{step:06d}", dtype or torch.float32
+    part, state = final.with_suffix(".tmp"), state_of(final).with_suffix(".tmp")
+    rank, error, hf = dist.get_rank(), None, policy.hf
     if rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
+        for path in (part, state):
+            shutil.rmtree(path, ignore_errors=True)
     meet_all("clearing the checkpoint folder", None)
-    weights = {
-        name: whole.cpu() for name, whole in full_weights(policy, torch.float32) if rank == 0
-    }
-    if (
-        policy.hf.lm_head.weight is policy.hf.model.embed_tokens.weight
-    ):  # tied: one copy, whatever the number of ranks
+    weights = {name: whole.cpu() for name, whole in full_weights(policy, dtype) if rank == 0}
+    if hf.lm_head.weight is hf.model.embed_tokens.weight:  # tied: one copy, on any number of ranks
         weights.pop("lm_head.weight", None)
     try:
-        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        states = dict(zip(("model", "optimizer"), get_state_dict(policy, optimizer)))
         with warnings.catch_warnings():  # DCP warns that gloo stages nothing asynchronously
             warnings.simplefilter("ignore")
-            dcp.save(
-                {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=part / "trainer"
-            )
+            dcp.save(states, checkpoint_id=state)
         if rank == 0:
-            policy.hf.save_pretrained(part, state_dict=weights)
+            hf.save_pretrained(part, state_dict=weights)
+            named = read_json(part / "config.json") | {"dtype": str(dtype).partition(".")[2]}
+            (part / "config.json").write_text(json.dumps(named, indent=2))
             tokenizer.save_pretrained(part)
+            (part / "README.md").write_text(model_card(step, facts))
             (part / "trainer.json").write_text(json.dumps({"step": step, **facts}, indent=1))
-        mine = [*(part / "trainer").glob(f"__{rank}_*")]
-        mine += [*part.glob("*.safetensors"), part / "trainer" / ".metadata"] if rank == 0 else []
+        mine = [*state.glob(f"__{rank}_*")]
+        mine += [*part.glob("*.safetensors"), state / ".metadata"] if rank == 0 else []
         for path in mine:
             write_digest(path)
     # a full disk shows up as many types; all ranks must hear of it
     except (Exception, CheckpointException) as problem:
         error = _first(problem)
-        shutil.rmtree(part, ignore_errors=True)
+        for path in (part, state):
+            shutil.rmtree(path, ignore_errors=True)
     meet_all(f"saving {final}", error)
     if rank == 0:
-        try:
-            _flush(part)
-            if final.exists():
-                shutil.rmtree(final)
-            part.rename(final)
+        try:  # the state first: a Hugging Face folder without one is no checkpoint
+            for path, name in ((state, state_of(final)), (part, final)):
+                _flush(path)
+                if name.exists():
+                    shutil.rmtree(name)
+                path.rename(name)
         except OSError as problem:
             error = problem
     meet_all(f"renaming {part}", error)
     return final
+
+
+def model_card(step: int, facts: dict) -> str:
+    """README.md of a Hugging Face folder: what it was made from, by what, and its last figures."""
+    config, log = facts.get("config", {}), facts.get("log") or [{}]
+    script = Path(facts.get("command", ["?"])[0]).name
+    last = {key: value for key, value in log[-1].items() if isinstance(value, (int, float))}
+    figures = "".join(f"| {key} | {value:.6g} |\n" for key, value in last.items())
+    return f"""---
+library_name: transformers
+tags: [reagent]
+---
+# {config.get("out_dir")}, step {step}
+
+Trained by `{script}` of Reagent (commit {facts.get("git")}) from `{config.get("model")}` on
+`{config.get("data")}`. What the figures mean: docs/metrics.md there.
+
+| last step | |
+|---|---|
+{figures}
+```json
+{json.dumps(config, indent=1)}
+```
+"""
 
 
 def _first(problem: BaseException) -> BaseException:
@@ -191,7 +220,7 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, meet_all) -> dict:
     """Restores sharded parameters and optimizer in place; returns trainer.json. All ranks stop
     together where a file is damaged or not ours; no code of the checkpoint runs.
     """
-    trainer, reader, error = Path(folder) / "trainer", None, None
+    trainer, reader, error = state_of(Path(folder)), None, None
     try:
         check_digest(trainer / ".metadata")
         reader = PlainReader(trainer)
@@ -281,11 +310,16 @@ def check_resume(saved: dict, config: dict, may_change: set[str], folder) -> Non
 
 
 def prune(folder, keep_last: int, best_step: int | None) -> None:
-    """Deletes all but the newest `keep_last` checkpoints and the best, and what a kill left."""
-    for path in checkpoints(folder)[:-keep_last] if keep_last else []:
-        if best_step is None or path.name != f"step-{best_step:06d}":
+    """Deletes all but the newest `keep_last` checkpoints (0: keeps all) and the best, and what a
+    kill left.
+    """
+    found = checkpoints(folder)
+    kept = {path.name for path in found[-keep_last:]} | {f"step-{best_step or 0:06d}"}
+    for path in found:
+        if path.name not in kept:
             shutil.rmtree(path)
-    for path in Path(folder).glob("step-*.tmp"):
+    left = [path for path in Path(folder).glob("trainer/*") if path.name not in kept]
+    for path in [*left, *Path(folder).glob("step-*.tmp")]:
         shutil.rmtree(path)
 
 
@@ -311,7 +345,7 @@ def asked_to_stop() -> list[bool]:
 # the bookkeeping of a trainer
 
 
-MAY_CHANGE = {"out_dir", "save_interval", "log_interval", "keep_last", "timeout_s"}
+MAY_CHANGE = {"out_dir", "save_interval", "save_dtype", "log_interval", "keep_last", "timeout_s"}
 MAY_CHANGE |= {"check", "wandb", "tokens_per_microbatch", "checkpoint_activations"}
 MAY_CHANGE |= {"shard_ranks", "cpu_offload", "attention"}
 MAY_CHANGE |= {"engine.memory_share", "engine.sleep"}  # keys that leave the math of a run alone
@@ -327,6 +361,7 @@ class Run:
     def __init__(self, cfg, may_change: set[str]):
         if cfg.wandb and not find_spec("wandb"):
             raise SystemExit("wandb = True, but it is not installed: pip install wandb")
+        check_choices(cfg, save_dtype="auto bf16 fp32")
         self.cfg = cfg
         self.may_change = MAY_CHANGE | may_change | ({"steps"} if cfg.lr_end == 1.0 else set())
         self.rank, self.world, self.device = init_distributed(cfg.timeout_s)
@@ -361,6 +396,8 @@ class Run:
         found = checkpoints(self.out)
         if not found:
             return None
+        if not state_of(found[-1]).is_dir():
+            raise SystemExit(f"{found[-1]} has no {state_of(found[-1])} to go on from")
         saved = read_json(found[-1] / "trainer.json", "step", "config", "log")
         check_resume(saved["config"], self.facts["config"], self.may_change, found[-1])
         self.log, self.best, self.saved = saved["log"], saved.get("best", self.best), saved["step"]
@@ -471,9 +508,10 @@ class Run:
 
     def save(self, step: int, policy: Policy, optimizer, tokenizer) -> None:
         facts = {**self.facts, "log": self.log, "best": self.best}
-        save_checkpoint(
-            self.out, step, policy, optimizer, tokenizer=tokenizer, facts=facts, meet_all=self.meet
-        )
+        auto = "bf16" if self.device.type == "cuda" else "fp32"
+        given = auto if self.cfg.save_dtype == "auto" else self.cfg.save_dtype
+        more = dict(meet_all=self.meet, dtype=DTYPES[given])
+        save_checkpoint(self.out, step, policy, optimizer, tokenizer, facts, **more)
         self.saved = step
         if self.rank == 0:
             prune(self.out, self.cfg.keep_last, self.best["step"])

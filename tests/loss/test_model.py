@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from grpo_unified import grpo_loss
@@ -335,7 +336,8 @@ def test_moments_made_ahead_change_no_step(folder):
     assert all(torch.equal(a, b) for a, b in zip(ahead, lazy))
 
 
-def test_a_checkpoint_restores_parameters_optimizer_and_facts_to_the_bit(folder, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_restores_parameters_optimizer_and_facts_to_the_bit(folder, tmp_path, dtype):
     policy = policy_of(folder)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
     tokenizer = load_tokenizer(folder)
@@ -346,24 +348,29 @@ def test_a_checkpoint_restores_parameters_optimizer_and_facts_to_the_bit(folder,
         return [p.full_tensor().clone() for p in policy.parameters()]
 
     step()
-    saved = run.save_checkpoint(
-        tmp_path, 1, policy, optimizer, tokenizer, {"log": [1]}, lambda *_: None
-    )
+    named = {"log": [{"step": 1, "loss": 2.5}]}
+    parts = (policy, optimizer, tokenizer, named, lambda *_: None)
+    saved = run.save_checkpoint(tmp_path, 1, *parts, dtype)
     straight = step()
     step()
     facts = run.load_checkpoint(saved, policy, optimizer, lambda *_: None)
-    assert facts == {"step": 1, "log": [1]}
+    assert facts == {"step": 1, **named}
     assert all(torch.equal(a, b) for a, b in zip(step(), straight))
-    again = AutoModelForCausalLM.from_pretrained(
-        saved, dtype=torch.float32
-    )  # and it is a Hugging Face folder
-    assert again.config.model_type == "qwen3"
+    # and beside it is a Hugging Face folder, without the state: to be served or uploaded as it is
+    again = AutoModelForCausalLM.from_pretrained(saved)
+    assert again.config.model_type == "qwen3" and again.dtype == dtype
+    assert json.loads((saved / "config.json").read_text())["dtype"] == str(dtype)[6:]
+    stored = load_file(saved / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {dtype}
+    assert not [path for path in saved.rglob("*") if "distcp" in path.name or path.is_dir()]
+    assert "| loss | 2.5 |" in (saved / "README.md").read_text()
 
 
 def made(folder, *steps):
     for step in steps:
         (folder / f"step-{step:06d}").mkdir()
         (folder / f"step-{step:06d}" / "trainer.json").write_text("{}")
+        run.state_of(folder / f"step-{step:06d}").mkdir(parents=True)
 
 
 def test_a_half_written_or_empty_folder_is_no_checkpoint(tmp_path):
@@ -379,6 +386,17 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     run.prune(tmp_path, 2, best_step=1)
     left = ["step-000001", "step-000003", "step-000004"]
     assert [p.name for p in run.checkpoints(tmp_path)] == left
+    states = sorted(path.name for path in (tmp_path / "trainer").iterdir())
+    assert states == left
+
+
+def test_prune_without_a_number_keeps_all_and_drops_what_a_kill_left(tmp_path):
+    made(tmp_path, 1, 2)
+    (tmp_path / "step-000003.tmp").mkdir()
+    (tmp_path / "trainer" / "step-000003").mkdir()  # its folder was not renamed any more
+    run.prune(tmp_path, 0, best_step=None)
+    names = sorted(path.name for path in tmp_path.glob("**/step-*"))
+    assert names == ["step-000001", "step-000001", "step-000002", "step-000002"]
 
 
 def test_resume_names_the_changed_field():

@@ -142,7 +142,7 @@ def resealed(path, body):
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_the_index_of_a_checkpoint_runs_no_code(saved, trained, tmp_path, inside):
-    index = saved / "trainer" / ".metadata"
+    index = run.state_of(saved) / ".metadata"
     plant = Evil(tmp_path / "ran")
     if inside:  # a real index that carries it
         plant, whole = pickle.loads(index.read_bytes()), plant
@@ -161,20 +161,20 @@ def test_an_index_names_nothing_but_its_records(saved, trained, names):
     body = b"\x80\x04" + b"".join(
         b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name)
     )
-    resealed(saved / "trainer" / ".metadata", body + b"\x93.")
+    resealed(run.state_of(saved) / ".metadata", body + b"\x93.")
     with pytest.raises(SystemExit, match=re.escape(f"names {module}.{name}")):
         load(saved, trained)
 
 
 @pytest.mark.parametrize("body", [b"", b"\x80", pickle.dumps({}), pickle.dumps(None), b"no pickle"])
 def test_an_index_that_is_none_is_told_in_a_sentence(saved, trained, body):
-    resealed(saved / "trainer" / ".metadata", body)
+    resealed(run.state_of(saved) / ".metadata", body)
     with pytest.raises(SystemExit, match="not a checkpoint of this trainer"):
         load(saved, trained)
 
 
 def test_a_shard_outside_the_checkpoint_is_refused(saved, trained):
-    path = saved / "trainer" / ".metadata"
+    path = run.state_of(saved) / ".metadata"
     index = pickle.loads(path.read_bytes())
     next(iter(index.storage_data.values())).relative_path = "../../other.distcp"
     resealed(path, pickle.dumps(index))
@@ -183,7 +183,7 @@ def test_a_shard_outside_the_checkpoint_is_refused(saved, trained):
 
 
 def test_numbers_of_the_optimizer_run_no_code(saved, trained, tmp_path):
-    shard_path, path = saved / "trainer" / "__0_0.distcp", saved / "trainer" / ".metadata"
+    shard_path, path = run.state_of(saved) / "__0_0.distcp", run.state_of(saved) / ".metadata"
     index = pickle.loads(path.read_bytes())
     key = next(k for k in index.storage_data if k.fqn == "optimizer.param_groups.0.lr")
     torch.save(Evil(tmp_path / "ran"), tmp_path / "evil")
@@ -199,7 +199,7 @@ def test_numbers_of_the_optimizer_run_no_code(saved, trained, tmp_path):
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_one_flipped_bit_of_a_checkpoint_is_found(saved, trained, name, share):
-    path = saved / "trainer" / name
+    path = run.state_of(saved) / name
     body = bytearray(path.read_bytes())
     body[int(share * len(body))] ^= 1
     path.write_bytes(body)
@@ -217,13 +217,13 @@ def test_one_flipped_bit_of_the_weights_is_found_where_a_stage_begins_with_them(
 
 
 def test_a_checkpoint_without_its_digest_is_told(saved, trained):
-    (saved / "trainer" / "__0_0.distcp.sha256").unlink()
+    (run.state_of(saved) / "__0_0.distcp.sha256").unlink()
     with pytest.raises(SystemExit, match="__0_0.distcp cannot be checked"):
         load(saved, trained)
 
 
 def test_digests_are_those_of_sha256sum(saved):
-    for folder in (saved, saved / "trainer"):
+    for folder in (saved, run.state_of(saved)):
         names = [path.name for path in folder.glob("*.sha256")]
         names += [path.name for path in folder.glob(".*.sha256")]
         done = subprocess.run(["sha256sum", "--check", *names], cwd=folder, capture_output=True)

@@ -63,7 +63,7 @@ def final_state(out, steps):
     for path in sorted(out.glob("episodes/*.npz")):
         arrays = np.load(path)
         untimed.append({name: arrays[name].tolist() for name in arrays})
-    optimizer = sorted((newest / "trainer").glob("*.distcp"))
+    optimizer = sorted((out / "trainer" / newest.name).glob("*.distcp"))
     return weights, timeless, untimed, [path.read_bytes() for path in optimizer]
 
 
@@ -80,7 +80,8 @@ def resumed_equals_straight(start, out, tmp_path, steps, at):
     """
     start(out)
     again = tmp_path / "again"
-    shutil.copytree(out / f"step-{at:06d}", again / f"step-{at:06d}")
+    for name in (f"step-{at:06d}", f"trainer/step-{at:06d}"):
+        shutil.copytree(out / name, again / name)
     if (out / "episodes").exists():
         shutil.copytree(out / "episodes", again / "episodes")
         for kind in ("*.jsonl", "*.npz"):

@@ -136,7 +136,7 @@ def test_with_vllm_data_order_seeds_and_step_numbers_are_the_same(world, tmp_pat
     )
 
 
-BOOKKEEPING = {"out_dir", "save_interval", "keep_last", "timeout_s", "wandb", "check"}
+BOOKKEEPING = {"out_dir", "save_interval", "keep_last", "timeout_s", "wandb", "check", "save_dtype"}
 BOOKKEEPING |= {"tokens_per_microbatch", "checkpoint_activations", "shard_ranks"}
 BOOKKEEPING |= {"cpu_offload", "attention"}
 ENGINE = {"engine.memory_share", "engine.sleep"}
@@ -146,7 +146,7 @@ FREE = {
     grpo_unified: BOOKKEEPING
     | ENGINE
     | {"engine.max_live_chains", "rrm.seconds", "rrm.in_flight", "rrm.memory_share", "files_dir"}
-    | {"unsafe_python"},
+    | {"unsafe_python", "max_seconds_per_chain"},
 }
 
 

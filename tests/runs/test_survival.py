@@ -114,7 +114,7 @@ def check_newest(out):
         assert json.loads((found[-1] / "trainer.json").read_text())["step"] == int(
             found[-1].name[5:]
         )
-        assert (found[-1] / "trainer" / ".metadata").stat().st_size > 0
+        assert (run.state_of(found[-1]) / ".metadata").stat().st_size > 0
     return len(found)
 
 

@@ -328,7 +328,8 @@ def test_the_kl_term_measures_how_far_the_policy_has_moved(u):
 
 def resumed(run, tmp_path, at: int, again) -> None:
     """The run that goes on from a checkpoint leaves what the run that was never stopped left."""
-    shutil.copytree(run.out / f"step-{at:06d}", tmp_path / f"step-{at:06d}")
+    for name in (f"step-{at:06d}", f"trainer/step-{at:06d}"):
+        shutil.copytree(run.out / name, tmp_path / name)
     if (run.out / "episodes").exists():
         shutil.copytree(run.out / "episodes", tmp_path / "episodes")
         for path in sorted((tmp_path / "episodes").glob("*.*"))[2 * at :]:
