@@ -5,7 +5,7 @@
 # make gpu       what a machine with GPUs needs, vLLM and flash-attention included
 # make locks     after a change of requirements*.txt: what they bring, by version and hash (needs uv)
 # make mutants   small faults planted one at a time: does the fast suite notice? An hour, by hand
-# make test-gpu  what only a card can show: one card, under 8 minutes; after make gpu
+# make test-gpu  what only a card can show: one card, under 10 minutes; after make gpu
 PY := .venv/bin/python
 export OMP_NUM_THREADS := 1
 export VLLM_ENABLE_V1_MULTIPROCESSING := 0

@@ -1,4 +1,4 @@
-"""What only a GPU can show, most important first, each within its own time: one card, under 8
+"""What only a GPU can show, most important first, each within its own time: one card, under 10
 minutes together. Also without pytest, on a borrowed machine:
 
     python tests/gpu/checks.py [NAME …]     # all, each in a process of its own
@@ -21,7 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT)]
-LIMITS = {"dense": 60, "engine": 210, "toy": 140, "plan": 60}  # seconds of a process
+# seconds of a process
+LIMITS = {"dense": 50, "kernels": 100, "speed": 150, "engine": 140, "toy": 120, "plan": 30}
 VOCABULARY = 151_936
 QWEN3_06B = dict(
     hidden_size=1024,
@@ -139,6 +140,80 @@ def dense(small: bool) -> tuple[dict, list[str]]:
         faults.append("log-probs in bf16 are far from fp32")
     if cosines[worst] < 0.998 or len(cosines) != len(gradients):
         faults.append("a gradient in bf16 points elsewhere, or is missing")
+    return found, faults
+
+
+def kernels(small: bool) -> tuple[dict, list[str]]:
+    """Each kernel of attention against dense fp32, with its seconds for short and long rows; then
+    compiled blocks and head against plain ones: log-probs and gradients.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from reagent import attention
+    from reagent.lora import add_lora
+    from reagent.policy import Policy, backward, collate, compile_blocks, shard
+
+    run, heads, found, faults = Alone(), (16, 8, 128), {}, []
+    cuda = run.device.type == "cuda"
+    for name in ("torch", "cudnn", "flash"):
+        why = attention.problem(name, heads, run.device)
+        if why:  # flash-attn-4 may be missing on a borrowed machine: then its figure says so
+            found[name] = why
+            faults += [f"{name}: {why}"] if name != "flash" else []
+        else:
+            kernel = "torch" if name == "flash" else name
+            found[f"{name}_distance"] = attention.distance(kernel, heads, run.device)
+            for rows in (attention.SHORT_ROWS, attention.LONG_ROW) if cuda else ():
+                spent = attention.seconds(kernel, rows, heads, run.device)
+                found[f"{name}_{len(rows)}_rows_ms"] = round(1e3 * spent, 2)
+        attention.leave_flash()
+    config = shape_of(small, num_hidden_layers=2, vocab_size=20_000 if cuda else 512)
+    lengths = [[300, 12, 150], [700], [64] * 5, [333, 500, 9]]
+    batches = [collate(sequences_of(n, config.vocab_size), (), run.device) for n in lengths]
+    told = {}
+    for backend in (None, "inductor" if cuda else "eager"):
+        torch.manual_seed(0)
+        with torch.device(run.device):
+            options = dict(attn_implementation="varlen", dtype=torch.float32)
+            hf = AutoModelForCausalLM.from_config(config, **options)
+        policy = Policy(hf).train()
+        if backend:
+            compile_blocks(policy, backend)
+        policy, logps = shard(policy, run.device), []
+        for batch in batches:
+            logps.append(policy(batch)[0])
+            backward(logps[-1].mean())
+        told[backend] = (
+            torch.cat(logps).detach(),
+            {name: p.grad.full_tensor().flatten() for name, p in policy.named_parameters()},
+        )
+    (a, grads_a), (b, grads_b) = told.values()
+    cosines = [torch.cosine_similarity(grads_a[n], grads_b[n], dim=0).item() for n in grads_a]
+    found |= dict(compiled_dlogp=(a - b).abs().mean().item(), compiled_cosine=min(cosines))
+    if found["compiled_dlogp"] > 0.02 or min(cosines) < 0.995:
+        faults.append("compiled blocks compute something else")
+    hf = AutoModelForCausalLM.from_config(config, attn_implementation="varlen").to(run.device)
+    add_lora(hf, 8)
+    policy = shard(Policy(hf).train(), run.device)
+    backward(policy(batches[0])[0].mean())
+    grads = [n for n, p in policy.named_parameters() if p.grad is not None]
+    if not grads or not all("lora_" in name for name in grads):
+        faults.append("LoRA: gradients elsewhere than in the adapters, or none")
+    return found, faults
+
+
+def speed(small: bool) -> tuple[dict, list[str]]:
+    """The step as it is now beside what it was (tests/bench/card.py): 1.9 and 2.4 times."""
+    from tests.bench import card
+
+    run, found, faults = Alone(), {}, []
+    goals = {"RL, rows of 16,384, now": 1.9 * 21_460, "RL, rows of 512, now": 2.4 * 36_588}
+    for case in card.CASES[:2]:
+        told = card.measure(card.small(case) if small else case, run, small)
+        found[case.name] = told
+        if not small and not told.get("tokens", 0) >= goals[case.name]:
+            faults.append(f"{case.name}: {told}, not {goals[case.name]:,.0f} tokens/s")
     return found, faults
 
 
@@ -353,7 +428,8 @@ def parameters_of(policy) -> int:
     return sum(p.numel() for p in policy.parameters())
 
 
-CHECKS = {"dense": dense, "engine": engine, "toy": toy, "plan": plan}
+CHECKS = {"dense": dense, "kernels": kernels, "speed": speed}
+CHECKS |= {"engine": engine, "toy": toy, "plan": plan}
 
 
 def run_check(name: str, small: bool = False) -> dict:
