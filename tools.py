@@ -64,8 +64,7 @@ def search(context: Context, queries: list[str], top_k: int = 5) -> str:
     """Searches for pages; each query is answered by a ranked list of titles, addresses and texts.
 
     queries: one or several search queries
-    top_k: how many results for each query, 1 to 20
-    """
+    top_k: how many results for each query, 1 to 20"""
     local, most = _local(context), max(1, min(top_k, 20))
 
     def hits_of(query: str) -> list[tuple[str, str, str]]:
@@ -90,8 +89,7 @@ def browse(context: Context, url: str, query: str = "") -> str:
     """Opens a page by its address and returns its text.
 
     url: the address of the page, as search gave it
-    query: what to look for on the page
-    """
+    query: what to look for on the page"""
     local = _local(context)
     if local is not None:
         page = None if _blocked(context, url) else local.page(url.strip())
@@ -120,8 +118,7 @@ def python(context: Context, code: str) -> str:
     """Runs Python code in a fresh sandbox and returns what it prints and the value of its last
     expression.
 
-    code: the code to run
-    """
+    code: the code to run"""
     result = context.sandbox.run(code)
     if result.status == "fault":
         raise ToolFault(result.text)
@@ -134,8 +131,7 @@ def file_reader(context: Context, file_path: str) -> str:
     """Reads a file that came with the question (text, code, table, document, PDF, archive) and
     returns its text.
 
-    file_path: the file; a member of an archive as archive.zip::member
-    """
+    file_path: the file; a member of an archive as archive.zip::member"""
     from toolkit.files import file_to_text
 
     return file_to_text(*_file(context, file_path), seconds=context.left())
@@ -145,8 +141,7 @@ def image2text(context: Context, image_path: str, query: str = "Describe the ima
     """Looks at an image that came with the question and answers what is asked about it.
 
     image_path: the image file
-    query: what to find out about the image
-    """
+    query: what to find out about the image"""
     from toolkit.media import describe_image
 
     return describe_image(*_file(context, image_path), query, seconds=context.left())
@@ -155,8 +150,7 @@ def image2text(context: Context, image_path: str, query: str = "Describe the ima
 def audio2text(context: Context, audio_path: str) -> str:
     """Writes down what is said in a recording that came with the question.
 
-    audio_path: the audio file
-    """
+    audio_path: the audio file"""
     from toolkit.media import transcribe_audio
 
     return transcribe_audio(*_file(context, audio_path), seconds=context.left())
@@ -274,8 +268,7 @@ class Toolbox:
     corpus: rows with id, title and text; files_dir: where rows' files lie; block: a file of
     addresses that search and browse leave out (`blocked` counts them); cache: a sqlite file of web
     answers, from which alone `replay` answers; allow: host:port pairs beyond the public web,
-    separated by commas. web.py says which keys the environment may hold.
-    """
+    separated by commas. web.py says which keys the environment may hold."""
 
     def __init__(
         self,

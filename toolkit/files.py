@@ -31,8 +31,7 @@ def opened(files_dir: str, path: str, most_bytes: int) -> int:
 
     Every component is opened in the one before it, without following links and without any effect
     on devices and pipes (O_PATH); what was looked at is what is then opened for reading, however
-    the folder changes in between.
-    """
+    the folder changes in between."""
     shown, parts = repr(path[:200]), [part for part in path.split("/") if part not in ("", ".")]
     if "\0" in path or len(path) > 4096 or path.startswith("/") or ".." in parts or not parts:
         what = "give a path relative to it, up to 4096 characters without '..'"
@@ -69,8 +68,7 @@ def file_to_text(files_dir: str, path: str, *, seconds: float = 30.0, chars: int
     Read by what the file is, not by its name; a member of an archive is "a.zip::b.csv", an archive
     alone lists its members. XML is shown as written, no entity is ever expanded; a formula is shown
     where its value is not stored. ToolError for what cannot be read, within about `seconds`;
-    ToolFault if the reader does not start.
-    """
+    ToolFault if the reader does not start."""
     outer, *members = path.split("::")
     given = {"do": "file", "name": outer, "members": members, "chars": chars}
     with os.fdopen(opened(files_dir, outer, MOST_BYTES), "rb") as file:
@@ -82,8 +80,7 @@ def page_to_text(
 ) -> tuple[str, str]:
     """(title, text and links) of what stood at `url`: HTML, or what file_to_text reads; errors too.
 
-    `packed` and `charset` are what the server said; the child undoes both, where all work ends.
-    """
+    `packed` and `charset` are what the server said; the child undoes both, where all work ends."""
     given = {"do": "page", "name": "page", "members": [], "chars": chars, "url": url}
     given |= {"packed": packed, "charset": charset, "most": MOST_PAGE}
     with os.fdopen(os.memfd_create("page"), "w+b") as file:

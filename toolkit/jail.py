@@ -135,8 +135,7 @@ NOTICE_RECEIVE, NOTICE_SEND, NOTICE_CONTINUE = 0xC0502100, 0xC0182101, 1
 
 def rule(name: str, error=EPERM, argument=0, *, among=None, but=None, mask=0xFFFFFFFF) -> bytes:
     """Answers a call with `error`: always, or if (argument & mask) is `among` values, or is
-    anything `but` them.
-    """
+    anything `but` them."""
     if name not in RULED:
         return b""
     body = instruction(RETURN, ERROR | error)
@@ -181,8 +180,7 @@ def lone_rules() -> list[bytes]:
 
     Landlock does not know about owners, modes and times,
     nor (when it was new) about signals and truncation, nor about sockets that have a path. Changes
-    of mode and time are made believe, so that shutil.copy works; the others are refused.
-    """
+    of mode and time are made believe, so that shutil.copy works; the others are refused."""
     refused = "fork vfork setsid setpgid socket connect bind sendmsg sendmmsg truncate"
     return [
         *(rule(name) for name in refused.split()),
@@ -237,8 +235,7 @@ def starts() -> Filter:
     """Who starts a thread or process asks the reader of a descriptor (see permit).
 
     A fork bomb of root's is bound by no limit, and leaves who should end it no time to: asking, its
-    processes wait.
-    """
+    processes wait."""
     calls = [RULED[name] for name in ("clone", "fork", "vfork") if name in RULED]
     asks = [instruction(EQUAL, n, len(calls) - i, 0) for i, n in enumerate(calls)]
     return Filter(
@@ -264,8 +261,7 @@ READ, FILE_BITS, EVERYTHING = 0b1101, 0b1100000000000111, 0xFFFF
 
 def landlock(rights: dict[str, int]) -> None:
     """Closes every path but those given to what they are not given for; also TCP, abstract sockets
-    and signals to the outside. OSError if there is no Landlock.
-    """
+    and signals to the outside. OSError if there is no Landlock."""
     version = checked(LIBC.syscall(444, None, 0, 1), "Landlock")
     handled = (1 << (13, 14, 15, 15, 16)[min(version, 5) - 1]) - 1
     # files; TCP bind and connect; abstract sockets and signals
@@ -303,8 +299,7 @@ def bounded(folder: str, megabytes: int) -> None:
 
 def first_process(stack: ctypes.Array) -> int:
     """Process 1 of a new pid namespace, in which our next child will be; with it they all end. It
-    only waits, in our own memory; orphans the kernel reaps, since it ignores SIGCHLD.
-    """
+    only waits, in our own memory; orphans the kernel reaps, since it ignores SIGCHLD."""
     checked(LIBC.unshare(NEW_PID), "unshare")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     top = (ctypes.addressof(stack) + len(stack)) & ~15
@@ -340,8 +335,7 @@ def limit(given: dict) -> None:
 
 def fresh_scratch(given: dict) -> None:
     """An empty scratch: where we may mount a file system, in which what must be read below it (a
-    virtual environment may lie in /tmp) is bound again.
-    """
+    virtual environment may lie in /tmp) is bound again."""
     if not given["mounts"]:
         os.mkdir(given["scratch"], 0o700)
         return
@@ -357,8 +351,7 @@ def fresh_scratch(given: dict) -> None:
 
 def remove_scratch(given: dict, removers: list[subprocess.Popen]) -> None:
     """Takes the scratch down with all that is in it; what may take long on a disk of the host's is
-    left to a process.
-    """
+    left to a process."""
     scratch, nothing = given["scratch"], subprocess.DEVNULL
     if given["mounts"]:
         checked(LIBC.umount2(scratch.encode(), MNT_DETACH), "umount")
@@ -378,8 +371,7 @@ def remove_scratch(given: dict, removers: list[subprocess.Popen]) -> None:
 
 def run(code: str) -> int:
     """Runs code as a script, prints the value of its last expression or the traceback; returns the
-    exit status.
-    """
+    exit status."""
     linecache.cache["<code>"] = (len(code), None, code.splitlines(True), "<code>")
     script = types.ModuleType("__main__")
     sys.modules["__main__"], scope, status = script, script.__dict__, 0
@@ -430,8 +422,7 @@ def confine(given: dict, filters: tuple[Filter, Filter], server: socket.socket) 
 
 def call(given: dict, filters: tuple[Filter, Filter], server: socket.socket, out: int) -> None:
     """The forked process of one call: confines itself, says so, then waits for the code. Never
-    returns.
-    """
+    returns."""
     status = 1
     try:
         os.setsid()
@@ -463,8 +454,7 @@ def put_away(given: dict, pid: int, init: int) -> int:
 def start(given: dict, filters: tuple, stack: ctypes.Array) -> tuple[int, int, int, list[int]]:
     """A process that waits, confined, for the code of one call; process 1 of its namespace; where
     it asks to start others (0: it has none, or nowhere); and the caller's ends of its pipes: for
-    the code, and of its output. RuntimeError if it could not be confined.
-    """
+    the code, and of its output. RuntimeError if it could not be confined."""
     fresh_scratch(given)
     # before the pipes are made: it would hold their ends
     init = first_process(stack) if given["rung"] == "bubblewrap" else 0
@@ -501,8 +491,7 @@ def answer(given: dict, channel, filters: tuple, stack, myself: int, removers: l
 
     Sends b"ready" with the ends of the pipes; receives a secret when the caller sends the code;
     sends {"secret", "exit"} when all of the call is gone. Anything else that comes ends the call.
-    The secret comes after the fork: the process that the code runs in never held it.
-    """
+    The secret comes after the fork: the process that the code runs in never held it."""
     pid, init, listener, ends = start(given, filters, stack)
     try:
         if init:

@@ -47,8 +47,7 @@ def describe_image(files_dir: str, path: str, question: str, *, seconds: float) 
 
     The image goes as it is, in a data URI of its true type. ToolError for a file that is no such
     image, that has more than 20 MB or 50 million pixels, or that the endpoint does not take;
-    ToolFault if the endpoint fails or is not set.
-    """
+    ToolFault if the endpoint fails or is not set."""
     with _open(files_dir, path, MOST_IMAGE_BYTES) as stream:
         body = stream.read(MOST_IMAGE_BYTES)
     kind, width, height = image_size(body)
@@ -67,8 +66,7 @@ def transcribe_audio(files_dir: str, path: str, *, seconds: float) -> str:
     A long one is sent in pieces of up to ten minutes: wav by itself, the others through ffmpeg.
     ToolError for a file that is no such recording, that has more than 100 MB or two hours, or that
     the endpoint does not take; ToolFault if the endpoint fails or is not set, or if a long
-    recording needs an ffmpeg that is not there.
-    """
+    recording needs an ffmpeg that is not there."""
     deadline = time.monotonic() + seconds
     with _open(files_dir, path, MOST_AUDIO_BYTES) as stream:
         found = in_child(stream.fileno(), {"do": "audio"}, seconds)

@@ -131,8 +131,7 @@ def unpacked(body: bytes, packed: str, most: int) -> bytes:
     """The body as it was before gzip, up to `most` bytes; ToolError for any other packing.
 
     A piece at a time: what follows a member is copied for each, and a body may be nothing but
-    empty members.
-    """
+    empty members."""
     packed = packed.strip().lower()
     if packed in ("", "identity"):
         return body
@@ -279,8 +278,7 @@ def html_text(text: str, url: str, chars: int) -> tuple[str, str]:
     """(title, text) of HTML: of a page at `url` main text and links, of a file whatever it says.
 
     The main text, which trafilatura finds, gives way to all words of a page where it is short (a
-    list, a form), and of a file where it leaves out more than a fifth.
-    """
+    list, a form), and of a file where it leaves out more than a fifth."""
     import trafilatura
 
     tree, note = _tree(text)

@@ -102,7 +102,7 @@ def without_checkout(path: str) -> list[str]:
     beside = []
     for entry in sorted(os.scandir(path), key=operator.attrgetter("path")):
         real = os.path.realpath(entry)
-        if os.path.exists(real) and not any(_below(real + "/", folder) for folder in private):
+        if os.path.exists(real) and not any(_below(f"{real}/", folder) for folder in private):
             beside += without_checkout(entry.path)
     return beside
 
@@ -114,14 +114,13 @@ def _below(path: str, folder: str) -> bool:
 def bubblewrap(paths: list[str], below: dict[str, str]) -> list[str]:
     """The command that gives what follows it a root of its own: these paths (those of `below` also
     by another name), three devices and no /proc; for the server the right to mount, which no call
-    has.
-    """
+    has."""
     command = "bwrap --unshare-all --unshare-user --die-with-parent --new-session --as-pid-1"
     command += " --clearenv --uid 65534 --gid 65534 --cap-drop ALL --cap-add CAP_SYS_ADMIN"
     command += " --dir /proc --dir /tmp --dir /dev --symlink /tmp /dev/shm"
-    arguments = command.split()
     for name in ("null", "random", "urandom"):
-        arguments += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+        command += f" --dev-bind /dev/{name} /dev/{name}"
+    arguments = command.split()
     for path in paths:
         if os.path.islink(path) and path.count("/") == 1:  # /lib -> usr/lib
             arguments += ["--symlink", os.readlink(path), path]
@@ -129,8 +128,7 @@ def bubblewrap(paths: list[str], below: dict[str, str]) -> list[str]:
             arguments += ["--ro-bind", path, path]
     for kept, path in below.items():
         arguments += ["--ro-bind", path, kept]
-    last = "--remount-ro / --setenv OMP_NUM_THREADS 1 --chdir / --"
-    return arguments + last.split()
+    return [*arguments, *"--remount-ro / --setenv OMP_NUM_THREADS 1 --chdir / --".split()]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -162,13 +160,13 @@ def divided(pids: list[int], seconds: float) -> float:
     """Bytes of their own memory, what forks share counted once; inf if not to be read in time."""
     total, deadline = 0, time.monotonic() + seconds
     for pid in pids:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-            try:
-                text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            except PermissionError:
-                return math.inf
-            sizes = re.findall(r"^(?:Pss_Anon|SwapPss):\s+(\d+)", text, re.M)
-            total += sum(map(int, sizes)) << 10
+        try:
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
+        except PermissionError:
+            return math.inf
+        total += sum(map(int, re.findall(r"^(?:Pss_Anon|SwapPss):\s+(\d+)", text, re.M))) << 10
         if time.monotonic() > deadline:
             return math.inf
     return total
@@ -225,10 +223,9 @@ class _Server:
         if self.folder:
             environment |= {"TMPDIR": self.scratch, "HOME": self.scratch}
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        streams |= dict(stdin=theirs, cwd="/", env=environment, start_new_session=True)
         with theirs:
-            self.process = subprocess.Popen(
-                command, stdin=theirs, env=environment, cwd="/", start_new_session=True, **streams
-            )
+            self.process = subprocess.Popen(command, **streams)
 
     def measure(self) -> None:
         """Notes the memory that it has when it is idle, which is nobody's call."""
@@ -256,13 +253,12 @@ class _Server:
         stopped). BrokenServer if the server did not say how the call ended."""
         text, secret = code.encode("utf-8", "surrogatepass"), secrets.token_hex(16)
         self.kept, self.total, self.seen, self.unread = bytearray(), 0, 0, 0
+        for end in (self.channel, self.code):
+            end.settimeout(10.0)
         try:
-            self.channel.settimeout(10.0)
             self.channel.send(secret.encode())
-            self.code.settimeout(10.0)
             self.code.sendall(len(text).to_bytes(8, sys.byteorder) + text)
-            stopped = self._watch(seconds)
-            if stopped:
+            if stopped := self._watch(seconds):
                 self.channel.send(b"stop")
             self.usable = _readable(self.channel, 1.0)
             status = self._report(secret) if self.usable or not stopped else 0
@@ -276,13 +272,10 @@ class _Server:
     def _watch(self, seconds: float) -> str:
         """Reads what a call prints until its server speaks (""), or it must be stopped: why."""
         began = looked = time.monotonic()
-        poller = select.poll()
-        for source in (self.channel.fileno(), self.out):
-            poller.register(source, select.POLLIN)
-        while True:
-            ready = [fd for fd, _ in poller.poll(20)]
-            if self.channel.fileno() in ready:
-                return ""
+        poller, said = select.poll(), self.channel.fileno()
+        poller.register(said, select.POLLIN)
+        poller.register(self.out, select.POLLIN)
+        while said not in (ready := [fd for fd, _ in poller.poll(20)]):
             if ready and not self._read():
                 poller.unregister(self.out)
             now = time.monotonic()
@@ -294,6 +287,7 @@ class _Server:
                 if why := self.overgrown():
                     return why
                 looked = time.monotonic()
+        return ""
 
     def _read(self) -> bool:
         """Takes what there is of the output; whether there can be more."""
@@ -395,8 +389,7 @@ def _readable(source, seconds: float) -> bool:
 
 class Sandbox:
     """Runs code from any thread. `rung`: the one to use; by default the first of the ladder that
-    works.
-    """
+    works."""
 
     def __init__(
         self,
@@ -434,8 +427,7 @@ class Sandbox:
 
     def _probe(self) -> None:
         """The canary: it must print, must not reach a listener of ours, and must not read or change
-        a file outside: one in the temporary folder, one beside the project's, and the project's.
-        """
+        a file outside: one in the temporary folder, one beside the project's, and the project's."""
         if self.rung == "unsafe":
             return
         if self.rung == "bubblewrap" and not shutil.which("bwrap"):

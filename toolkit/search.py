@@ -4,12 +4,12 @@ import array
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import threading
 import zipfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -40,37 +40,60 @@ def _stem(word: str) -> str:
     return word[:-1] if plural else word
 
 
+def postings(texts: Iterable[tuple[str, str]]) -> dict[str, np.ndarray]:
+    """BM25 of (title, text) pages: word i, in the order of their hashes, is in the pages
+    hit_page[word_start[i] : word_start[i + 1]] with the weights hit_weight there."""
+    vocabulary: dict[str, int] = {}
+    page_of, word_of, times, lengths = (array.array("i") for _ in range(4))
+    for title, text in texts:
+        count = Counter(words(title) * 2 + words(text))
+        page_of.extend([len(lengths)] * len(count))
+        word_of.extend([vocabulary.setdefault(word, len(vocabulary)) for word in count])
+        times.extend(count.values())
+        lengths.append(count.total())
+    hashes = np.array([_hash(word) for word in vocabulary], "<u8")
+    order = np.argsort(hashes)
+    word = np.argsort(order)[np.array(word_of, "<i8")]  # numbered as their hashes are sorted
+    page, n, length = np.array(page_of, "<i4"), np.array(times, "<f8"), np.array(lengths, "<f8")
+    in_pages = np.bincount(word, minlength=len(order))
+    idf = np.log(1 + (len(length) - in_pages + 0.5) / (in_pages + 0.5))
+    norm = 1.2 * (0.25 + 0.75 * length / max(length.mean() if len(length) else 0.0, 1e-9))
+    by_word = np.argsort(word, kind="stable")
+    weight = idf[word] * (n * 2.2 / (n + norm[page]))
+    word_start = np.concatenate([[0], np.cumsum(in_pages)])
+    hits = {"hit_page": page[by_word], "hit_weight": weight[by_word]}
+    return {"word_hash": hashes[order], "word_start": word_start, **hits}
+
+
 class Index:
-    """BM25 over (title, text, url) pages in memory: of every word a list of (page, weight)."""
+    """BM25 over (title, text, url) pages in memory."""
 
     def __init__(self, pages: list[tuple[str, str, str]]):
-        self.pages = pages
-        counts = [Counter(words(title) * 2 + words(text)) for title, text, _ in pages]
-        lengths = [sum(count.values()) for count in counts]
-        mean = sum(lengths) / max(len(lengths), 1) or 1.0
-        self.postings: dict[str, list[tuple[int, float]]] = {}
-        for page, (count, length) in enumerate(zip(counts, lengths)):
-            norm = 1.2 * (0.25 + 0.75 * length / mean)
-            for word, n in count.items():
-                self.postings.setdefault(word, []).append((page, n * 2.2 / (n + norm)))
+        self.pages, self.count = pages, len(pages)
+        vars(self).update(postings((title, text) for title, text, _ in pages))
+
+    def row(self, page: int) -> tuple[str, str, str]:
+        return self.pages[page]
+
+    def rows_at(self, url: str) -> Iterable[int]:
+        return range(len(self.pages))
 
     def search(self, query: str, top_k: int) -> list[tuple[str, str, str]]:
-        scores: dict[int, float] = {}
-        for word in set(words(query)):
-            hits = self.postings.get(word, ())
-            idf = math.log(1 + (len(self.pages) - len(hits) + 0.5) / (len(hits) + 0.5))
-            for page, weight in hits:
-                scores[page] = scores.get(page, 0.0) + idf * weight
-        best = sorted(scores, key=lambda page: (-scores[page], page))[:top_k]
-        return [self.pages[page] for page in best]
+        scores = np.zeros(self.count, self.hit_weight.dtype)
+        for word in sorted(set(words(query))):
+            found = np.searchsorted(self.word_hash, np.uint64(_hash(word)))
+            if found < len(self.word_hash) and self.word_hash[found] == _hash(word):
+                hits = slice(*self.word_start[found : found + 2])
+                scores[self.hit_page[hits]] += self.hit_weight[hits]
+        best = np.flatnonzero(scores)
+        if len(best) > top_k:  # all that tie with the last one stay: no order of a partition
+            best = best[scores[best] >= np.partition(scores[best], -top_k)[-top_k]]
+        return [self.row(page) for page in best[np.lexsort((best, -scores[best]))][:top_k]]
 
     def page(self, url: str) -> tuple[str, str] | None:
         """(title, text) of an address; paragraphs under one address are one page."""
-        return _joined([page for page in self.pages if page[2] == url])
-
-
-def _joined(found: list[tuple[str, str, str]]) -> tuple[str, str] | None:
-    return (found[0][0], "\n\n".join(text for _, text, _ in found)) if found else None
+        found = [row for row in map(self.row, self.rows_at(url)) if row[2] == url]
+        return (found[0][0], "\n\n".join(text for _, text, _ in found)) if found else None
 
 
 @lru_cache(maxsize=4096)
@@ -78,7 +101,7 @@ def docs_index(docs: tuple[tuple[str, str], ...]) -> Index:
     return Index([(title, text, f"doc:{title}") for title, text in docs])
 
 
-class Corpus:
+class Corpus(Index):
     """BM25 over a file of `{"id", "title", "text", "url"?}` rows, one a line. The index is kept
     beside it (`.bm25.npz`) and built again when the file has changed; texts are read from the file
     when they are found."""
@@ -93,11 +116,11 @@ class Corpus:
         key = np.array([self.VERSION, about.st_size, about.st_mtime_ns])
         arrays = self._kept(key)
         if arrays is None:
-            arrays = self._build() | {"key": key}
+            arrays = self._built() | {"key": key}
             # in a folder that cannot be written it is built again the next time
             with contextlib.suppress(OSError):
                 self._keep(arrays)
-        vars(self).update(arrays)  # see the end of _build
+        vars(self).update(arrays, count=len(arrays["row_start"]))
 
     def _kept(self, key: np.ndarray) -> dict[str, np.ndarray] | None:
         try:
@@ -115,69 +138,38 @@ class Corpus:
         finally:
             Path(beside).unlink(missing_ok=True)
 
-    def _build(self) -> dict[str, np.ndarray]:
-        vocabulary: dict[str, int] = {}
-        row_start, row_bytes, urls, lengths, at = [], [], [], [], 0
-        page_of, word_of, times = array.array("i"), array.array("i"), array.array("i")
-        for number, line in enumerate(self.file, 1):
-            if line.strip():
-                title, text, url = _corpus_row(self.path, number, line)
-                count = Counter(words(title) * 2 + words(text))
-                page_of.extend([len(urls)] * len(count))
-                word_of.extend([vocabulary.setdefault(word, len(vocabulary)) for word in count])
-                times.extend(count.values())
-                row_start.append(at)
-                row_bytes.append(len(line))
-                urls.append(url)
-                lengths.append(count.total())
-            at += len(line)
-        hashes = np.array([_hash(word) for word in vocabulary], "<u8")
-        order = np.argsort(hashes)
-        word = np.argsort(order)[np.array(word_of, "<i8")]  # numbered as their hashes are sorted
-        page, n, length = np.array(page_of, "<i4"), np.array(times, "<f8"), np.array(lengths, "<f8")
-        in_pages = np.bincount(word, minlength=len(order))
-        idf = np.log(1 + (len(urls) - in_pages + 0.5) / (in_pages + 0.5))
-        norm = 1.2 * (0.25 + 0.75 * length / max(length.mean() if len(length) else 0.0, 1e-9))
-        by_word = np.argsort(word, kind="stable")
-        url_hash = np.array([_hash(url) for url in urls], "<u8")
-        by_url = np.argsort(url_hash, kind="stable")
-        weight = idf[word] * n * 2.2 / (n + norm[page])
-        # hashes are sorted; word i is in hit_page[word_start[i] : word_start[i + 1]], hit_weight
-        return {
-            "word_hash": hashes[order],
-            "word_start": np.concatenate([[0], np.cumsum(in_pages)]),
-            "hit_page": page[by_word],
-            "hit_weight": weight[by_word].astype("<f4"),
-            "url_hash": url_hash[by_url],
-            "url_row": by_url,
-            "row_start": np.array(row_start, "<i8"),
-            "row_bytes": np.array(row_bytes, "<i8"),
-        }
+    def _built(self) -> dict[str, np.ndarray]:
+        """The postings; where each row begins, its bytes, and rows by the hashes of their URLs."""
+        starts, sizes, urls = array.array("q"), array.array("q"), []
 
-    def _row(self, page: int) -> tuple[str, str, str]:
+        def texts() -> Iterator[tuple[str, str]]:
+            at = 0
+            for number, line in enumerate(self.file, 1):
+                if line.strip():
+                    title, text, url = _corpus_row(self.path, number, line)
+                    yield title, text
+                    starts.append(at)
+                    sizes.append(len(line))
+                    urls.append(_hash(url))
+                at += len(line)
+
+        arrays, url_hash = postings(texts()), np.array(urls, "<u8")
+        arrays["hit_weight"] = arrays["hit_weight"].astype("<f4")
+        by_url = np.argsort(url_hash, kind="stable")
+        arrays |= {"url_hash": url_hash[by_url], "url_row": by_url}
+        return arrays | {"row_start": np.array(starts), "row_bytes": np.array(sizes)}
+
+    def row(self, page: int) -> tuple[str, str, str]:
         line = os.pread(self.file.fileno(), int(self.row_bytes[page]), int(self.row_start[page]))
         try:
             return _corpus_row(self.path, page + 1, line)
         except SystemExit as error:
             raise ToolFault(f"the corpus {self.path} was changed while it is in use") from error
 
-    def search(self, query: str, top_k: int) -> list[tuple[str, str, str]]:
-        scores = np.zeros(len(self.row_start), "<f4")
-        for word in sorted(set(words(query))):
-            found = np.searchsorted(self.word_hash, np.uint64(_hash(word)))
-            if found < len(self.word_hash) and self.word_hash[found] == _hash(word):
-                hits = slice(*self.word_start[found : found + 2])
-                scores[self.hit_page[hits]] += self.hit_weight[hits]
-        best = np.flatnonzero(scores)
-        if len(best) > top_k:  # all that tie with the last one stay: no order of a partition
-            best = best[scores[best] >= np.partition(scores[best], -top_k)[-top_k]]
-        return [self._row(page) for page in best[np.lexsort((best, -scores[best]))][:top_k]]
-
-    def page(self, url: str) -> tuple[str, str] | None:
-        """(title, text) of an address; paragraphs under one address are one page."""
+    def rows_at(self, url: str) -> np.ndarray:
         key = np.uint64(_hash(url))
         ends = [np.searchsorted(self.url_hash, key, side) for side in ("left", "right")]
-        return _joined([row for row in map(self._row, self.url_row[slice(*ends)]) if row[2] == url])
+        return self.url_row[slice(*ends)]
 
 
 def _hash(text: str) -> int:

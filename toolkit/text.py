@@ -6,8 +6,7 @@ import unicodedata
 
 def capped(text: str, most: int) -> str:
     """The text with its middle left out where it is longer than `most` characters, and a note of
-    how much.
-    """
+    how much."""
     if len(text) <= most:
         return text
     half, rest = text[: most // 2], text[len(text) - (most - most // 2) :]
@@ -25,8 +24,7 @@ MARKED = re.compile(f"[{CONTROLS}\r\u200e\u200f\u2028\u2029\ufeff]|{STACKED}")
 
 def clean(text: str) -> str:
     """Text that a terminal, a page and a JSON file can show: no control codes, no lone surrogates,
-    \\n at line ends.
-    """
+    \\n at line ends."""
     text = UNSEEN.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     return text.encode("utf-8", "replace").decode()
 
@@ -44,8 +42,7 @@ def _escaped(found: re.Match) -> str:
 def after_thoughts(text: str) -> str:
     """What a turn says last outside of its thoughts: those between <think> and </think>, those that
     are never closed, and those before a first </think>, since a template or a server may have
-    opened them. A closer with nothing behind it is a stray one.
-    """
+    opened them. A closer with nothing behind it is a stray one."""
     outside = re.sub(r"<think>.*?(?:</think>|\Z)", "</think>", text, flags=re.S)
     return next((said for said in reversed(outside.split("</think>")) if said.strip()), "")
 
@@ -58,8 +55,7 @@ _BLANK = re.compile(r"[\s.…_?]*|\\[lc]?dots|<?(?:your |the |final )*answer(?: 
 
 def last_boxed(text: str) -> str | None:
     """What the last valid \\boxed{} or \\fbox{} (or "\\boxed 5") holds. A box that never closes, is
-    blank or only shows the form ("\\boxed{...}") is none.
-    """
+    blank or only shows the form ("\\boxed{...}") is none."""
     boxes = list(_BOX.finditer(text))
     partner = partners(text) if boxes else {}
     for box in reversed(boxes):
@@ -136,8 +132,7 @@ def plain(text: str) -> str:
 
 def spoken(message: dict) -> tuple[str, str]:
     """(text, thoughts) of a message in a chat. The text is one string or parts (an image is named
-    only); thoughts stand in `reasoning_content`, in `reasoning` or in parts of their own.
-    """
+    only); thoughts stand in `reasoning_content`, in `reasoning` or in parts of their own."""
     given = (message.get(key) for key in ("reasoning_content", "reasoning"))
     thoughts = next((text for text in given if isinstance(text, str) and text), "")
     content, text = message.get("content"), ""

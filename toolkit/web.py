@@ -204,8 +204,7 @@ def api(
     A body goes as JSON, or as it is with a Content-Type in `headers`. One try takes up to `share`
     of the time that is left. What may pass (429, 5xx, no JSON, no connection) is tried again within
     `seconds`, then a ToolFault; so are, at once, wrong keys and used-up quotas. A request that the
-    endpoint does not take is a ToolError.
-    """
+    endpoint does not take is a ToolError."""
     deadline, url = time.monotonic() + seconds, urllib.parse.quote(url, safe=IN_ADDRESSES)
     for attempt in range(tries):
         left = deadline - time.monotonic()
@@ -338,8 +337,7 @@ class Blocklist:
 class Cache:
     """Answers on disk by (tool, arguments, version), safe under threads and processes. The version
     holds the settings (which provider, which summariser); a replay takes those of the last recorded
-    answer, so it does as that run did, whatever keys it has itself.
-    """
+    answer, so it does as that run did, whatever keys it has itself."""
 
     def __init__(self, path: str, settings: dict, replay: bool):
         self.path, self.replay, self.settings = path, replay, {"version": VERSION} | settings
