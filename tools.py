@@ -19,19 +19,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit.sandbox import Sandbox, SandboxUnavailable, ToolError, ToolFault
+from toolkit.sandbox import Observation, Sandbox, SandboxUnavailable, ToolError, ToolFault
 from toolkit.search import Corpus, Index, docs_index, passages
 from toolkit.text import capped, clean
 from toolkit.web import Web
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What a call returned. status: ok | error (the model's doing) | timeout | fault (ours)."""
-
-    text: str
-    status: str
-    seconds: float
 
 
 @dataclass

@@ -405,14 +405,14 @@ def confine(given: dict, filters: tuple[Filter, Filter], server: socket.socket) 
     """Puts on this process what its rung has; tells the server where it will ask to start more."""
     rung = given["rung"]
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # what root may do beyond its own files; what it starts gets nothing back: no_new_privs
-    checked(LIBC.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24)), "capset")
     if rung.startswith("landlock"):
         read = {path: READ if os.path.isdir(path) else READ & FILE_BITS for path in given["read"]}
         landlock(read | {given["scratch"]: EVERYTHING, "/dev/null": FILE_BITS})
     if rung == "landlock":
         LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # so that its watcher can see what it holds
     if rung != "unsafe":
+        # what root may do beyond its own files; what it starts gets nothing back: no_new_privs
+        checked(LIBC.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24)), "capset")
         with contextlib.suppress(OSError):  # another may listen already: a container's runtime
             socket.send_fds(server, [b"?"], [filters[0].put_on(NEW_LISTENER)])
         filters[1].put_on()

@@ -5,6 +5,7 @@ A reader takes (stream, chars) and yields pieces of text; kind_of chooses it by 
 
 import codecs
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -27,8 +28,6 @@ FREE_BYTES = 20 << 20
 MOST_MEMBERS = 10_000
 MOST_ROWS = 100_000  # of a sheet
 MOST_LINKS = 200  # of a page
-MOST_GZIP = 1000  # members of a packed page
-PIECE = 1 << 10  # bytes
 READABLE = "text, code, json, csv, html, xml, xlsx, docx, pptx, pdf and zip"
 
 
@@ -100,13 +99,8 @@ def _page(stream, given: dict) -> dict:
     return _file(io.BytesIO(body), given)
 
 
-AUDIO = {
-    "wav": rb"RIFF....WAVE",
-    "m4a": rb"....ftyp",
-    "mp3": rb"ID3|\xff[\xe2\xe3\xea\xeb\xf2\xf3\xfa\xfb]",  # a frame of layer III
-    "flac": rb"fLaC",
-    "ogg": rb"OggS",
-}
+AUDIO = {"wav": rb"RIFF....WAVE", "m4a": rb"....ftyp", "flac": rb"fLaC", "ogg": rb"OggS"}
+AUDIO["mp3"] = rb"ID3|\xff[\xe2\xe3\xea\xeb\xf2\xf3\xfa\xfb]"  # a frame of layer III
 
 
 def audio_length(stream, given: dict) -> dict:
@@ -118,68 +112,53 @@ def audio_length(stream, given: dict) -> dict:
     if not kind:
         raise ToolError("The file is not a wav, mp3, flac, ogg or m4a recording.")
     stream.seek(0)
+    seconds = None
     with contextlib.suppress(Exception):  # a damaged header fails in any way
         found = TinyTag.get(file_obj=stream, tags=False)
         seconds = found.duration or None
         if kind == "wav":  # a stream may not know its size
             seconds = min(seconds, found.filesize / (125 * found.bitrate))
-        return {"kind": kind, "seconds": seconds}
-    return {"kind": kind, "seconds": None}
+    return {"kind": kind, "seconds": seconds}
 
 
 def unpacked(body: bytes, packed: str, most: int) -> bytes:
-    """The body as it was before gzip, up to `most` bytes; ToolError for any other packing.
-
-    A piece at a time: what follows a member is copied for each, and a body may be nothing but
-    empty members."""
+    """The body as it was before gzip; ToolError beyond `most` bytes and for any other packing."""
     packed = packed.strip().lower()
     if packed in ("", "identity"):
         return body
     if packed not in ("gzip", "x-gzip"):
         raise ToolError(f"The page is packed as {packed[:40]}, which was not asked for.")
-    text, members, member = bytearray(), 0, None
-    for start in range(0, len(body), PIECE):
-        piece = body[start : start + PIECE]
-        while piece:
-            if member is None:
-                member, members = zlib.decompressobj(31), members + 1
-            try:
-                text += member.decompress(piece, most + 1 - len(text))
-            except zlib.error as error:
-                raise ToolError(f"The page is not packed as it says: {error}.") from error
-            if len(text) > most or members > MOST_GZIP:
-                what = f"{most >> 20} MiB" if len(text) > most else f"{MOST_GZIP:,} packed parts"
-                raise ToolError(f"The page is larger than {what}.")
-            piece, member = member.unused_data, None if member.eof else member
-    if member is not None:
-        raise ToolError("The page ends early: its packed data are not whole.")
-    return bytes(text)
+    try:
+        text = gzip.GzipFile(fileobj=io.BytesIO(body)).read(most + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ToolError(f"The page is not packed as it says: {error}.") from error
+    if len(text) > most:
+        raise ToolError(f"The page is larger than {most >> 20} MiB.")
+    return text
 
 
 # --------------------------------------------------------------------------------------------------
 # kinds of files and of encodings
 
-PICKLES = [bytes([128, protocol]) for protocol in range(2, 6)]
-STARTS = {
-    "image": (b"\x89PNG", b"\xff\xd8\xff", b"GIF8"),
-    "bitmap": (b"BM", b"II*\0", b"MM\0*"),
-    "audio": (b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2"),
-    "video": (b"\x1aE\xdf\xa3",),
-    "old office": (b"\xd0\xcf\x11\xe0",),
-    "packed": (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!"),
-    "binary": (b"\x93NUMPY", b"\x7fELF", b"SQLite format 3", *PICKLES),
-    "zip": (b"PK\3\4", b"PK\5\6"),
-}
 OFFICE = {"xlsx": "xl/workbook.xml", "docx": "word/document.xml", "pptx": "ppt/presentation.xml"}
 CONTROLS = bytes([*range(9), 11, *range(14, 27), *range(28, 32), 127])
-REFUSED = {
-    "image": "an image: image2text looks at it",
-    "bitmap": "an image of a type that cannot be read (png, jpeg, gif and webp can)",
-    "audio": "a recording: audio2text listens to it",
-    "video": "a video, which cannot be read",
-    "old office": "an old or encrypted Office file, which cannot be read (xlsx, docx and pptx can)",
-    "packed": "an archive that cannot be read (zip can)",
-    "binary": f"binary data, which cannot be read ({READABLE} can)",
+PICKLES = [bytes([128, protocol]) for protocol in range(2, 6)]
+IMAGE, SOUND = "an image: image2text looks at it", "a recording: audio2text listens to it"
+BITMAP = "an image of a type that cannot be read (png, jpeg, gif and webp can)"
+VIDEO, BINARY = (
+    "a video, which cannot be read",
+    f"binary data, which cannot be read ({READABLE} can)",
+)
+PACKED = "an archive that cannot be read (zip can)"
+OLD = "an old or encrypted Office file, which cannot be read (xlsx, docx and pptx can)"
+REFUSED = {  # what a file is, and how it begins
+    IMAGE: (b"\x89PNG", b"\xff\xd8\xff", b"GIF8"),
+    BITMAP: (b"BM", b"II*\0", b"MM\0*"),
+    SOUND: (b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2"),
+    VIDEO: (b"\x1aE\xdf\xa3",),
+    OLD: (b"\xd0\xcf\x11\xe0",),
+    PACKED: (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!"),
+    BINARY: (b"\x93NUMPY", b"\x7fELF", b"SQLite format 3", *PICKLES),
 }
 
 
@@ -187,24 +166,22 @@ def kind_of(stream, name: str) -> str:
     """The key in READERS by the first bytes; the name decides only among texts. ToolError."""
     head = stream.read(1 << 16)
     stream.seek(0)
-    kind = next((kind for kind, starts in STARTS.items() if head.startswith(starts)), "")
-    if head[:4] == b"RIFF":
-        kind = "image" if head[8:12] == b"WEBP" else "audio"
-    elif head[4:8] == b"ftyp":
-        kind = "audio" if head[8:11] in (b"M4A", b"M4B") else "video"
-    elif b"%PDF-" in head[:1024]:
-        kind = "pdf"
-    if kind == "zip":
+    if head.startswith((b"PK\3\4", b"PK\5\6")):
         names = {info.filename for info in _archive(stream).infolist()}
         return next((kind for kind, mark in OFFICE.items() if mark in names), "zip")
+    if b"%PDF-" in head[:1024]:
+        return "pdf"
+    what = next((what for what, starts in REFUSED.items() if head.startswith(starts)), "")
+    if head[:4] == b"RIFF":
+        what = IMAGE if head[8:12] == b"WEBP" else SOUND
+    elif head[4:8] == b"ftyp":
+        what = SOUND if head[8:11] in (b"M4A", b"M4B") else VIDEO
     wide = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _wide(head)
     controls = len(head) - len(head.translate(None, CONTROLS))
-    if not kind and not wide and controls > len(head) / 100:
-        kind = "binary"
-    if kind in REFUSED and not (kind == "bitmap" and controls == 0):  # a text may begin with BM
-        raise ToolError(f"The file is {REFUSED[kind]}.")
-    if kind == "pdf":
-        return kind
+    if not what and not wide and controls > len(head) / 100:
+        what = BINARY
+    if what and not (what == BITMAP and controls == 0):  # a text may begin with BM
+        raise ToolError(f"The file is {what}.")
     text = head[:4096].decode("utf-16" if wide else "latin-1", "replace")
     text = text.lstrip("\ufeff\xef\xbb\xbf \t\r\n").lower()
     named = text.startswith("<") and name.lower().endswith((".html", ".htm"))
@@ -300,13 +277,14 @@ def _tree(text: str):
     """(the tree of HTML, a note or ""): libxml2 stops at 2,048 levels and tells its log alone."""
     from lxml import html
 
-    ignored = dict(remove_comments=True, remove_pis=True)
-    parser = html.HTMLParser(encoding="utf-8", huge_tree=True, **ignored)
+    options = dict(huge_tree=True, remove_comments=True, remove_pis=True)
+    parser = html.HTMLParser(encoding="utf-8", **options)
     tree = html.document_fromstring(text.encode("utf-8", "replace"), parser=parser)
     fatal = [entry for entry in parser.error_log if entry.level_name == "FATAL"]
-    where = f"line {fatal[0].line}, column {fatal[0].column} of its source" if fatal else ""
-    why = "the page is nested too deep to be read further"
-    return tree, f"\n[Cut here, at {where}: {why}.]" if fatal else ""
+    if not fatal:
+        return tree, ""
+    where = f"line {fatal[0].line}, column {fatal[0].column} of its source"
+    return tree, f"\n[Cut here, at {where}: the page is nested too deep to be read further.]"
 
 
 def _links(tree, url: str) -> str:

@@ -60,8 +60,8 @@ class SandboxUnavailable(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a run printed; status: ok | error | timeout | fault."""
+class Observation:
+    """What a call returned. status: ok | error (the model's doing) | timeout | fault (ours)."""
 
     text: str
     status: str
@@ -450,7 +450,7 @@ class Sandbox:
             told = f"{result.status}: {result.text[-300:]}"
             raise SandboxUnavailable(f"it does not isolate here ({told})")
 
-    def run(self, code: str, seconds: float | None = None) -> Result:
+    def run(self, code: str, seconds: float | None = None) -> Observation:
         """What `code` prints, run afresh, and the value of its last expression or a traceback."""
         seconds = seconds or self.seconds
         with self.room:
@@ -463,7 +463,7 @@ class Sandbox:
                 if server:
                     self._drop(server)
                 text = f"The sandbox {'failed' if server else 'does not start'}: {error}"
-                return Result(text, "fault", time.monotonic() - began)
+                return Observation(text, "fault", time.monotonic() - began)
             spent = time.monotonic() - began
             if server.usable:
                 with self.lock:
@@ -472,7 +472,9 @@ class Sandbox:
                 self._drop(server)
         return self._result(*reply, spent)
 
-    def _result(self, kept: bytes, total: int, exit_status: int, stopped: str, spent) -> Result:
+    def _result(
+        self, kept: bytes, total: int, exit_status: int, stopped: str, spent
+    ) -> Observation:
         whole = kept.decode("utf-8", "replace")
         text, notes = whole[: self.output_chars], []
         if total > len(text.encode()) and len(whole) > len(text):
@@ -484,11 +486,17 @@ class Sandbox:
         if notes:
             text = "\n".join([text.removesuffix("\n")] * bool(text) + notes)
         status = "error" if stopped or exit_status else "ok"
-        return Result(text, "timeout" if "ran longer" in stopped else status, spent)
+        return Observation(text, "timeout" if "ran longer" in stopped else status, spent)
 
     def _take(self) -> _Server:
         """A server that is ready: one that says so by now, else one that will, else a new one."""
-        while server := self._idle_one():
+        while self.idle:
+            with self.lock:
+                ready = [server for server in self.idle if _readable(server.channel, 0)]
+                server = next(iter(ready or self.idle), None)
+                if server is None:  # another thread has just taken it
+                    break
+                self.idle.remove(server)
             try:
                 server.ready(5.0)
                 return server
@@ -505,14 +513,6 @@ class Sandbox:
         except BaseException:
             self._drop(server)
             raise
-        return server
-
-    def _idle_one(self) -> _Server | None:
-        with self.lock:
-            ready = [server for server in self.idle if _readable(server.channel, 0)]
-            server = next(iter(ready or self.idle), None)
-            if server:
-                self.idle.remove(server)
         return server
 
     def _drop(self, *servers: _Server) -> None:

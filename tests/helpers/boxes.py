@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.sandbox import RUNGS, Result, Sandbox, SandboxUnavailable
+from toolkit.sandbox import RUNGS, Observation, Sandbox, SandboxUnavailable
 
 ROOT = Path(__file__).parents[2]
 ORDINARY = 12345  # a user that nobody is
@@ -80,9 +80,9 @@ class OrdinaryBox:
     def listen(self):
         for line in self.process.stdout:
             number, *result = json.loads(line)
-            self.waiting.pop(number).set_result(Result(*result))
+            self.waiting.pop(number).set_result(Observation(*result))
 
-    def run(self, code: str, seconds: float | None = None) -> Result:
+    def run(self, code: str, seconds: float | None = None) -> Observation:
         answer = Future()
         with self.lock:
             number = len(self.waiting) + threading.get_ident() * 1000
