@@ -43,8 +43,7 @@ class Context:
         return min(max(0.1, self.deadline - time.monotonic()), 3600.0)
 
 
-# --------------------------------------------------------------------------------------------------
-# the tools
+# ---------------------------------------------------------------------------------------- the tools
 
 MOST_QUERIES = 10
 # characters of a longer page that are shown for a query, or go to the summariser
@@ -175,8 +174,7 @@ def _file(context: Context, path: str) -> tuple[str, str]:
     return context.files_dir, known[0] + mark + member
 
 
-# --------------------------------------------------------------------------------------------------
-# schemas and arguments
+# ---------------------------------------------------------------------------- schemas and arguments
 
 
 def schema_of(tool) -> dict:
@@ -250,8 +248,7 @@ def _is_number(value) -> bool:
     return type(value) in (int, float) and abs(value) < 1e308  # not NaN, and fits a float
 
 
-# --------------------------------------------------------------------------------------------------
-# the toolbox
+# -------------------------------------------------------------------------------------- the toolbox
 
 
 class Toolbox:

@@ -53,8 +53,7 @@ def checked(result: int, what: str) -> int:
     return result
 
 
-# --------------------------------------------------------------------------------------------------
-# seccomp: the system calls that the code may make
+# ------------------------------------------------- seccomp: the system calls that the code may make
 
 
 def numbers(table: str) -> dict[str, int]:
@@ -252,8 +251,7 @@ def permit(listener: int, allowed: bool) -> None:
         fcntl.ioctl(listener, NOTICE_SEND, struct.pack("=8sqiI", notice[:8], 0, *verdict))
 
 
-# --------------------------------------------------------------------------------------------------
-# Landlock, namespaces, capabilities, limits
+# ------------------------------------------------------- Landlock, namespaces, capabilities, limits
 
 # execute, read files, list folders | what applies to a file
 READ, FILE_BITS, EVERYTHING = 0b1101, 0b1100000000000111, 0xFFFF
@@ -329,8 +327,7 @@ def limit(given: dict) -> None:
         resource.setrlimit(name, (value, value))
 
 
-# --------------------------------------------------------------------------------------------------
-# a scratch, a call, the server
+# -------------------------------------------------------------------- a scratch, a call, the server
 
 
 def fresh_scratch(given: dict) -> None:

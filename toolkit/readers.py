@@ -137,8 +137,7 @@ def unpacked(body: bytes, packed: str, most: int) -> bytes:
     return text
 
 
-# --------------------------------------------------------------------------------------------------
-# kinds of files and of encodings
+# ------------------------------------------------------------------ kinds of files and of encodings
 
 OFFICE = {"xlsx": "xl/workbook.xml", "docx": "word/document.xml", "pptx": "ppt/presentation.xml"}
 CONTROLS = bytes([*range(9), 11, *range(14, 27), *range(28, 32), 127])
@@ -235,8 +234,7 @@ def charset(label: str) -> str | None:
         return CHARSETS[codecs.lookup(label.lower().removeprefix("x-")).name]
 
 
-# --------------------------------------------------------------------------------------------------
-# text and HTML
+# ------------------------------------------------------------------------------------ text and HTML
 
 
 def _text(stream, chars: int) -> Iterator[str]:
@@ -315,8 +313,7 @@ def _words(tree) -> str:
     return "\n".join(line for line in lines if line)
 
 
-# --------------------------------------------------------------------------------------------------
-# documents and archives
+# --------------------------------------------------------------------------- documents and archives
 
 
 def _pdf(stream, chars: int) -> Iterator[str]:

@@ -72,8 +72,7 @@ class BrokenServer(Exception):
     """A server has ended, or said what no server of ours says."""
 
 
-# --------------------------------------------------------------------------------------------------
-# what a call can read
+# ----------------------------------------------------------------------------- what a call can read
 
 
 def libraries() -> list[str]:
@@ -131,8 +130,7 @@ def bubblewrap(paths: list[str], below: dict[str, str]) -> list[str]:
     return [*arguments, *"--remount-ro / --setenv OMP_NUM_THREADS 1 --chdir / --".split()]
 
 
-# --------------------------------------------------------------------------------------------------
-# a server, and what is seen of its call from outside
+# ---------------------------------------------- a server, and what is seen of its call from outside
 
 
 def family(pid: int) -> list[int]:
@@ -383,8 +381,7 @@ def _readable(source, seconds: float) -> bool:
     return bool(poller.poll(1000 * seconds))
 
 
-# --------------------------------------------------------------------------------------------------
-# the sandbox
+# -------------------------------------------------------------------------------------- the sandbox
 
 
 class Sandbox:

@@ -46,8 +46,7 @@ PORTS = {"http": 80, "https": 443}
 IN_ADDRESSES = "%/:=&?~+!$,;'@()*[]"  # stay as they are when an address is quoted
 VERSION = 2  # of what the cache holds: raise it when the reading of pages or results changes
 
-# --------------------------------------------------------------------------------------------------
-# addresses: what a URL of the model may reach
+# ----------------------------------------------------- addresses: what a URL of the model may reach
 
 # `is_global` lets them pass, but they lead to private hosts or to the cloud around us: protocol
 # assignments, relays of 6to4, Azure's wire server; Teredo, 6to4. Of IPv6 only 2000::/3 is open: no
@@ -146,8 +145,7 @@ def allowed_hosts(text: str) -> frozenset[str]:
     return pairs
 
 
-# --------------------------------------------------------------------------------------------------
-# pages: one exchange with each checked address; no proxies, no cookies
+# ---------------------------- pages: one exchange with each checked address; no proxies, no cookies
 
 
 @dataclass(frozen=True)
@@ -297,8 +295,7 @@ def provider_search(name: str, environ, query: str, top_k: int, seconds: float) 
     return [[plain(head), str(to or ""), plain(body)] for head, to, body in texts]
 
 
-# --------------------------------------------------------------------------------------------------
-# the block list and the cache
+# --------------------------------------------------------------------- the block list and the cache
 
 
 class Blocklist:
@@ -391,8 +388,7 @@ class Cache:
         return value
 
 
-# --------------------------------------------------------------------------------------------------
-# the web of a run
+# --------------------------------------------------------------------------------- the web of a run
 
 SUMMARY_PROMPT = (
     "You read a web page for someone who looks for something on it. Answer from the page alone, in "
