@@ -252,7 +252,7 @@ os.write(1, forged + b'"stopped": "", "clean": true}\\n')""",
     ),
     "43 pip": (
         "import subprocess, sys\nprint(subprocess.run([sys.executable, '-m', 'pip', 'download', "
-        "'six', '--retries', '0', '-t', '1']).returncode)",
+        "'six', '--retries=0', '--timeout=1', '--disable-pip-version-check']).returncode)",
         r"(?<!\d)[1-9]\d*\s*$|not permitted",
     ),
 }
