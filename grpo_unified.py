@@ -130,6 +130,7 @@ MAY_CHANGE = {
     "engine.max_live_chains",
     "max_seconds_per_chain",
     "rrm.memory_share",
+    "rrm.sleep",
     "rrm.seconds",
     "rrm.in_flight",
     "files_dir",
@@ -491,10 +492,19 @@ def main(cfg: Config) -> None:
     runner, rrm = asyncio.Runner(), None
     if scored and not cfg.rrm.in_process:
         rrm = reward_model.open_rrm(cfg.rrm, chat, engine=cfg.engine)
+
+    def tell_rrm(what: str) -> None:
+        """Wakes the servers of the reward model or puts them to sleep, with rrm.sleep."""
+        if scored and cfg.rrm.sleep:
+            run.on_first_rank(what, lambda: runner.run(rrm.tell_servers(what)))
+
+    tell_rrm("wake_up")  # a run that died may have left them asleep
+    if rrm:
         question = rows[0]["question"]
         run.on_first_rank("a first judgment", lambda: runner.run(rrm.try_out(question)))
     if run.only_checks(whole_run(cfg, cfg.steps - run.saved, len(eval_rows))):
         return toolbox.close()
+    tell_rrm("sleep?level=1")
     say(f"starting the engine: {cfg.engine.kind}")
     engine = engines.make_engine(  # before the policy: it reseeds
         cfg.engine, cfg.model, chat.stop_ids, max_context=cfg.max_context, tp_group=tp_group
@@ -536,6 +546,7 @@ def main(cfg: Config) -> None:
         """Runs this engine's share of the jobs [(row, key)]; returns all episodes, in order."""
         now = dataclasses.replace(setup, policy_version=version)
         share = [job for i, job in enumerate(jobs) if i // cfg.group_size % n_engines == place]
+        tell_rrm("wake_up")
         bar = run.bar(what, len(jobs))
         mine, error = [], None
         try:
@@ -553,6 +564,7 @@ def main(cfg: Config) -> None:
             error = problem
         bar.close()
         run.meet(f"the rollout of {what}", error)
+        tell_rrm("sleep?level=1")
         shares = run.gather(mine)[:: cfg.engine.tensor_parallel]
         queues = [iter(share) for share in shares]
         return [next(queues[i // cfg.group_size % n_engines]) for i in range(len(jobs))]
@@ -660,6 +672,7 @@ def main(cfg: Config) -> None:
             break
 
     # ---------------------------------------------------------------- report
+    tell_rrm("wake_up")
     run.finish_writing()
     if run.rank == 0:
         write_run_page(run.out)

@@ -78,6 +78,7 @@ def memory_plan(
     *,
     engine: float = 0.0,
     rrm: float = 0.0,
+    rrm_sleeps: bool = False,
     sleep: bool = True,
     reference: bool = False,
     offload: bool = False,
@@ -86,7 +87,8 @@ def memory_plan(
     """phase of a step -> part -> bytes on the card of one of the ranks that share parameters.
 
     engine, rrm: bytes that the policy's engine has in a rollout and with `sleep` only there, and
-    that a reward model in this process has always. reference: a second policy, for forwards only.
+    that a reward model in this process has always, or its server on the card in a rollout alone
+    with `rrm_sleeps`. reference: a second policy, for forwards only.
     offload: parameters, gradients and moments stay on the host. shape: what step_parts takes.
     """
     parts, width, ranks = step_parts(config, **shape), shape["width"], shape["ranks"]
@@ -94,9 +96,10 @@ def memory_plan(
     weights = width * total + 4 * adapters if adapters else 4 * total
     resident = {} if offload else {"shards": weights / ranks, "moments": 2 * parts["gradients"]}
     second = reference and not adapters  # the base is the reference
-    resident |= {"reward model": rrm, "reference": width * total / ranks if second else 0}
+    asleep = CONTEXT if rrm_sleeps else rrm
+    resident |= {"reward model": asleep, "reference": width * total / ranks if second else 0}
     resident |= {"context": CONTEXT if width == 2 else 0}
-    plan = {"rollout": {"engine": engine} | resident} if engine else {}
+    plan = {"rollout": resident | {"engine": engine, "reward model": rrm}} if engine else {}
     awake = resident if sleep else resident | {"engine": engine}
     return plan | {"training": awake | parts | ({"gradients": 0} if offload else {})}
 
@@ -138,8 +141,9 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None) -> None:
         if options["engine"] < weights:
             share = f"engine.memory_share = {engine.memory_share} of {card / 1e9:.1f} GB"
             raise SystemExit(f"{share} does not hold its weights, {weights / 1e9:.1f} GB: raise it")
-    if rrm and cuda and Path(rrm.source).is_dir():
-        options["rrm"] = rrm.memory_share * card
+    if rrm and cuda and (rrm.sleep or Path(rrm.source).is_dir()):
+        options |= dict(rrm=rrm.memory_share * card, rrm_sleeps=rrm.sleep)
+        free = card if rrm.sleep else free  # its servers may be awake
     options |= dict(ranks=ranks, checkpoint_activations=cfg.checkpoint_activations)
     options |= dict(lora_rank=cfg.lora_rank, offload=cfg.cpu_offload)
     plan = memory_plan(config, reference=bool(getattr(cfg, "kl_coef", 0)), **options)

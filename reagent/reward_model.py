@@ -14,6 +14,7 @@ from reagent.engines import EngineConfig, make_engine
 from reagent.rows import seed_of
 from reagent.served import endpoint_of, named_model, served_name, turn_text, without_control
 from toolkit.http import Refused, Unavailable, complete, insist, now
+from toolkit.http import ask as request
 from toolkit.text import capped, spoken
 
 LEAST_ROOM = 64  # tokens: less holds no question with a trajectory
@@ -44,7 +45,8 @@ class RewardModelConfig:
     model: str = ""  # its name on the servers; "": the only one that each lists
     prompt_file: str = ""  # another system prompt; an empty file: no system turn
     request_file: str = ""  # another form of the request, with {question} and {trajectory} in it
-    memory_share: float = 0.3  # of the GPU, for a folder
+    memory_share: float = 0.3  # of the GPU, for a folder and for servers that sleep
+    sleep: bool = False  # vLLM servers on these GPUs sleep while the policy trains
     max_context: int = 32_768  # tokens; longer trajectories are shortened inside tool results
     max_tokens: int = 4096  # of a judgment, its thoughts included
     temperature: float = 0.3
@@ -63,6 +65,8 @@ class RewardModelConfig:
 
     def check(self, timeout_s: float) -> None:
         """A chain waits for two judgments while the other ranks wait for it."""
+        if self.sleep and not self.served:
+            raise SystemExit(f"rrm.sleep is for servers (--rrm=http://…/v1), not for {self.source}")
         if self.served and 2 * self.seconds > timeout_s:
             what = f"rrm.seconds = {self.seconds:g}: two judgments of a chain must fit timeout_s"
             raise SystemExit(f"{what} = {timeout_s:g}, so at most {timeout_s / 2:g}")
@@ -250,11 +254,27 @@ class RewardModel:
         self.answered = False  # has any request been?
         self.pending = self.refusals = 0  # judgments under way, and those that were refused
         self.settled = asyncio.Event()  # something was answered, or all under way were refused
+        self.servers: list = []  # Endpoints
         self.engine = None  # of a reward model in this process; who is done with it may close it
 
     async def __call__(self, question: str, trajectory, key: tuple) -> Judgment | None:
         """Judges an attempt (paper section 3.4) without the gold; None: no valid judgment."""
         return (await self.judge(question, trajectory, key))[0]
+
+    async def tell_servers(self, what: str) -> None:
+        """what: "wake_up" | "sleep?level=1", which keeps the weights in the host's memory. All
+        servers at once; SystemExit where one cannot.
+        """
+
+        async def tell(server):
+            url = f"{server.url.removesuffix('/v1')}/{what}"
+            try:
+                await request("POST", url, headers=server.headers, body={}, seconds=300.0)
+            except (Refused, Unavailable) as problem:
+                need = "VLLM_SERVER_DEV_MODE=1 vllm serve … --enable-sleep-mode"
+                raise SystemExit(f"{url}: {problem}; rrm.sleep needs {need}") from problem
+
+        await asyncio.gather(*map(tell, self.servers))
 
     async def try_out(self, question: str) -> None:
         """SystemExit where no judgment of a short attempt at the question can be read."""
@@ -456,7 +476,9 @@ def served_rrm(
     room = min([config.max_context, *(n for n in held if isinstance(n, int))]) - config.max_tokens
     room -= size(prompt.system + prompt.request)
     name = ", ".join(sorted(set(map(served_name, cards.values()))))
-    return RewardModel(ask, size=size, room=room, seconds=config.seconds, name=name)
+    rrm = RewardModel(ask, size=size, room=room, seconds=config.seconds, name=name)
+    rrm.servers = list(cards)
+    return rrm
 
 
 def open_rrm(config: RewardModelConfig, chat, *, engine: EngineConfig) -> RewardModel:

@@ -146,7 +146,7 @@ FREE = {
     grpo_unified: BOOKKEEPING
     | ENGINE
     | {"engine.max_live_chains", "rrm.seconds", "rrm.in_flight", "rrm.memory_share", "files_dir"}
-    | {"unsafe_python", "max_seconds_per_chain"},
+    | {"unsafe_python", "max_seconds_per_chain", "rrm.sleep"},
 }
 
 
