@@ -15,7 +15,6 @@ import pytest
 
 from reagent import scorers
 from reagent.scorers import rule_reward, score
-from results.statistics import bootstrap_interval, pass_at_k
 from tests.evaluation import reformatted
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -402,15 +401,3 @@ def test_rule_reward(answer, reward, correct):
 
 def test_no_inside_unknown_earns_nothing():
     assert rule_reward({"kind": "qa", "answer": "no"}, "unknown") == (0.0, False)
-
-
-def test_pass_at_k_counts_draws():
-    assert (
-        pass_at_k(4, 1, 2) == pytest.approx(0.5)
-        and pass_at_k(3, 3, 1) == 1
-        and pass_at_k(3, 0, 3) == 0
-    )
-
-
-def test_bootstrap_interval_of_a_constant_is_the_constant():
-    assert bootstrap_interval([0.5] * 20) == (0.5, 0.5)
