@@ -58,6 +58,7 @@ def test_a_run_that_goes_on_knows_its_step_its_log_and_its_best(tmp_path):
     for step, best in ((2, 1), (4, 3)):
         folder = tmp_path / f"step-{step:06d}"
         folder.mkdir()
+        run.state_of(folder).mkdir(parents=True)
         facts = {"step": step, "config": {"lr": 1.0}, "log": [{"step": step}]}
         facts |= {"best": {"step": best, "accuracy": 0.5}}
         (folder / "trainer.json").write_text(json.dumps(facts))
