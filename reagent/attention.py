@@ -16,6 +16,9 @@ from itertools import groupby, pairwise
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn import attention as flash
+from torch.nn.attention._fa4 import register_flash_attention_fa4
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 LONG = 8192  # tokens a row, on average, from which auto takes cuDNN: its calls are one a row
@@ -30,11 +33,8 @@ def varlen_attention(
     module, query, key, value, _, *, kernel, ends, scaling=None, sliding_window=None, **more
 ):
     """Causal attention within each row, over the last `sliding_window` tokens if given; query
-    (1, heads, T, D) -> (1, T, heads, D). What no kernel has (a softcap, sinks) is a ValueError.
-
-    ends (rows + 1,): where rows begin and end in T, on the device; host_ends: the same on the CPU;
-    longest: tokens of the longest row, at least.
-    """
+    (1, heads, T, D) -> (1, T, heads, D). ends and more: see row_ends. What no kernel has (a
+    softcap, sinks) is a ValueError."""
     for name, what in LACKING.items():
         if more.get(name) is not None:
             raise ValueError(f"its attention has {what}")
@@ -45,8 +45,6 @@ def varlen_attention(
     if kernel == "cudnn" and not sliding_window:
         out = row_attention(q, k, v, more["host_ends"], scale)[0]
     elif q.device.type in DEVICES:
-        from torch.nn.attention.varlen import varlen_attn
-
         longest, window = more["longest"], (sliding_window - 1 if sliding_window else -1, 0)
         options = dict(scale=scale, window_size=window, enable_gqa=True)
         out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
@@ -57,6 +55,14 @@ def varlen_attention(
 
 
 AttentionInterface.register("varlen", varlen_attention)
+
+
+def row_ends(lengths: list[int], device: torch.device) -> dict:
+    """What attention must know of a batch: where rows begin and end in T (rows + 1,), on the device
+    and on the CPU, and the tokens of the longest."""
+    host_ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    ends = host_ends.to(device, non_blocking=True)
+    return dict(ends=ends, host_ends=host_ends, longest=max(lengths))
 
 
 def run_attention(query, key, value, lengths: list[int], window: int | None, scale: float):
@@ -91,29 +97,21 @@ def row_attention(
     k, v = _repeated(q, k, v)
     for a, b in pairwise(host_ends.tolist()):
         parts = [x[a:b].transpose(0, 1)[None] for x in (q, k, v)]
+        options = dict(is_causal=True, scale=scale)
         if q.is_cuda:
-            found = aten._scaled_dot_product_cudnn_attention(
-                *parts, None, True, is_causal=True, scale=scale
-            )
+            found = aten._scaled_dot_product_cudnn_attention(*parts, None, True, **options)
         else:
-            found = aten._scaled_dot_product_flash_attention_for_cpu(
-                *parts, is_causal=True, scale=scale
-            )
+            found = aten._scaled_dot_product_flash_attention_for_cpu(*parts, **options)
         out[a:b], lse[:, a:b] = found[0][0].transpose(0, 1), found[1].reshape(-1, b - a)
     return out, lse
 
 
 @torch.library.custom_op("reagent::row_attention_backward", mutates_args=())
 def row_attention_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    host_ends: torch.Tensor,
-    scale: float,
+    grad: torch.Tensor, saved: list[torch.Tensor], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """saved: q, k, v, host_ends, out and the log of the softmax's sum."""
+    q, k, v, host_ends, out, lse = saved
     keys, (k, v) = k.shape[1], _repeated(q, k, v)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     for a, b in pairwise(host_ends.tolist()):
@@ -124,9 +122,8 @@ def row_attention_backward(
             more = (part[..., None], none, none, None, None, None, b - a, b - a, 0.0, True)
             found = aten._scaled_dot_product_cudnn_attention_backward(*parts, *more, scale=scale)
         else:
-            found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *parts, part, 0.0, True, scale=scale
-            )
+            work = aten._scaled_dot_product_flash_attention_for_cpu_backward
+            found = work(*parts, part, 0.0, True, scale=scale)
         for whole, row in zip(grads, found):
             whole[a:b] = row[0].transpose(0, 1)
     dq, *rest = grads
@@ -146,58 +143,50 @@ def _outputs(q, k, v, *_):
 
 def _keep(ctx, inputs, output) -> None:
     *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors[:3], *output, tensors[3])
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _gradients(ctx, grad, _):
-    q, k, v, out, lse, host_ends = ctx.saved_tensors
-    return *row_attention_backward(grad, q, k, v, out, lse, host_ends, ctx.scale), None, None
+    return *row_attention_backward(grad, list(ctx.saved_tensors), ctx.scale), None, None
 
 
 row_attention.register_fake(_outputs)
 row_attention_backward.register_fake(
-    lambda grad, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v))
+    lambda grad, saved, _: tuple(x.new_empty(x.shape) for x in saved[:3])
 )
 row_attention.register_autograd(_gradients, setup_context=_keep)
 
 
 # --------------------------------------------------------------------------------------------------
-# FlashAttention-4 under torch's varlen kernel
+# which kernel
 
 
-def _flash_attn_fwd(*args, **options):
-    """flash-attn-4 returns five values where torch 2.13 takes two; these two names are torch's."""
-    from flash_attn.cute import interface
+def _cute(name: str, values: int):
+    """A kernel of flash-attn-4, which returns more values than torch 2.13 takes."""
 
-    return interface._flash_attn_fwd(*args, **options)[:2]
+    def call(*args, **options):
+        from flash_attn.cute import interface
+
+        return getattr(interface, name)(*args, **options)[:values]
+
+    return call
 
 
-def _flash_attn_bwd(*args, **options):
-    from flash_attn.cute import interface
-
-    return interface._flash_attn_bwd(*args, **options)[:3]
+# the names that torch looks for in the module of its FlashAttention-4
+_flash_attn_fwd, _flash_attn_bwd = _cute("_flash_attn_fwd", 2), _cute("_flash_attn_bwd", 3)
 
 
 def use_flash() -> None:
     """From here on torch's varlen kernel is FlashAttention-4 (Hopper and newer), in all threads."""
-    from torch.nn.attention import activate_flash_attention_impl, register_flash_attention_impl
-    from torch.nn.attention._fa4 import register_flash_attention_fa4
-
     if not torch.cuda.is_available():
         raise RuntimeError("there is no GPU")
     own = functools.partial(register_flash_attention_fa4, __name__)
-    register_flash_attention_impl("FA4", register_fn=own)
-    activate_flash_attention_impl("FA4")
+    flash.register_flash_attention_impl("FA4", register_fn=own)
+    flash.activate_flash_attention_impl("FA4")
 
 
 def leave_flash() -> None:
-    from torch.nn.attention import restore_flash_attention_impl
-
-    restore_flash_attention_impl(_raise_warn=False)
-
-
-# --------------------------------------------------------------------------------------------------
-# which kernel
+    flash.restore_flash_attention_impl(_raise_warn=False)
 
 
 def choose_attention(asked: str, heads: tuple[int, int, int], device: torch.device) -> float:
@@ -207,38 +196,36 @@ def choose_attention(asked: str, heads: tuple[int, int, int], device: torch.devi
     asked: torch | flash | cudnn | auto, which takes what is faster on this card when it starts. A
     kernel that fails here or differs from dense fp32 is dropped, with a sentence.
     """
-    if asked == "torch" or (asked == "auto" and device.type == "cpu"):
-        return math.inf
     timed = asked == "auto"
+    if asked == "torch" or (timed and device.type == "cpu"):
+        return math.inf
 
-    def clock(kernel: str, lengths: list[int]) -> float:
-        return seconds(kernel, lengths, heads, device) if timed else 0.0
+    def clock(kernel: str) -> list[float]:
+        rows = (SHORT_ROWS, LONG_ROW) if timed else ()
+        return [seconds(kernel, lengths, heads, device) for lengths in rows]
 
-    short, long, cudnn_from = clock("torch", SHORT_ROWS), clock("torch", LONG_ROW), math.inf
-    if asked in ("auto", "flash"):
-        why = problem("flash", heads, device)
-        if not why:
-            flash = clock("torch", SHORT_ROWS), clock("torch", LONG_ROW)
-            why = slower(sum(flash), short + long)
-            long = long if why else flash[1]
-        if why:
+    best, dropped = clock("torch"), {}
+    if asked != "cudnn":
+        dropped["flash"] = problem("flash", heads, device)
+        own = best if dropped["flash"] else clock("torch")
+        dropped["flash"] = dropped["flash"] or _slower(own, best)
+        if dropped["flash"]:
             leave_flash()
-        tell("flash", why)
-    if asked in ("auto", "cudnn"):
-        why = problem("cudnn", heads, device) or slower(clock("cudnn", LONG_ROW), long)
-        cudnn_from = math.inf if why else LONG if timed else 0
-        tell("cudnn", why)
-    return cudnn_from
+        else:
+            best = own
+    if asked != "flash":
+        why = problem("cudnn", heads, device)
+        dropped["cudnn"] = why or _slower(clock("cudnn")[1:], best[1:])
+    for name, why in dropped.items():
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            what = f"dropped for torch's: {why}" if why else "taken"
+            print(f"attention: {name} is {what}", flush=True)
+    return math.inf if dropped.get("cudnn", "no") else LONG if timed else 0
 
 
-def tell(name: str, why: str) -> None:
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        what = f"dropped for torch's: {why}" if why else "taken"
-        print(f"attention: {name} is {what}", flush=True)
-
-
-def slower(seconds: float, other: float) -> str:
-    return f"{1e3 * seconds:.2f} ms against {1e3 * other:.2f}" if seconds > other else ""
+def _slower(own: list[float], other: list[float]) -> str:
+    own, other = sum(own), sum(other)
+    return f"{1e3 * own:.2f} ms against {1e3 * other:.2f}" if own > other else ""
 
 
 def problem(name: str, heads: tuple[int, int, int], device: torch.device) -> str:
@@ -286,7 +273,5 @@ def trial(kernel: str, lengths: list[int], heads: tuple[int, int, int], device: 
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     options = dict(device=device, dtype=dtype, requires_grad=True)
     sides = [torch.randn(1, n, sum(lengths), width, **options) for n in (queries, keys, keys)]
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    more = dict(kernel=kernel, ends=ends.to(device), host_ends=ends, longest=max(lengths))
-    module = torch.nn.Module()
-    return sides, lambda: varlen_attention(module, *sides, None, **more)[0]
+    more = dict(kernel=kernel, **row_ends(lengths, device))
+    return sides, lambda: varlen_attention(torch.nn.Module(), *sides, None, **more)[0]

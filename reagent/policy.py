@@ -22,7 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from reagent.attention import choose_attention
+from reagent.attention import choose_attention, row_ends
 from reagent.chat import Chat
 from reagent.folder import check_digest, refuse_code
 from reagent.lora import ADAPTERS, add_lora, base_of, merged
@@ -235,16 +235,11 @@ class Policy(torch.nn.Module):
 
     def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """-> (logps (M,) with gradient, entropy (M,) without), both in nats at `temperature`."""
-        ends = torch.tensor([0, *batch.lengths]).cumsum(0).int()
-        rows = dict(ends=ends.to(batch.input_ids.device, non_blocking=True), host_ends=ends)
-        hidden = self.hf.model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            kernel="cudnn" if ends[-1] >= self.cudnn_from * len(batch.lengths) else "torch",
-            longest=max(batch.lengths),
-            **rows,
-        ).last_hidden_state[0]  # (T, H)
+        long = sum(batch.lengths) >= self.cudnn_from * len(batch.lengths)
+        rows = row_ends(batch.lengths, batch.input_ids.device)
+        inputs = dict(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        found = self.hf.model(**inputs, **rows, kernel="cudnn" if long else "torch")
+        hidden = found.last_hidden_state[0]  # (T, H)
         return self.hf.lm_head(hidden[batch.index], batch.targets, temperature)
 
 
@@ -290,10 +285,23 @@ def load_chat(folder: str, chat_template: str = "", tools: bool = True) -> Chat:
 def make_policy(cfg, device: torch.device) -> Policy:
     """The policy that a trainer's `cfg` describes, sharded, on `device`; compiled on a GPU."""
     policy = load_policy(cfg.model, cfg.checkpoint_activations, cfg.lora_rank)
-    config = policy.hf.config
+    config = policy.hf.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = config.num_attention_heads, config.num_key_value_heads, head
     policy.cudnn_from = choose_attention(cfg.attention, heads, device)
+    return _placed(policy, cfg, device)
+
+
+def make_reference(cfg, policy: Policy, device: torch.device):
+    """The policy as it was before training, for forwards only: with LoRA its own base."""
+    if cfg.lora_rank:
+        return base_of(policy)
+    reference = load_policy(cfg.model, False, frozen=True)
+    reference.cudnn_from = policy.cudnn_from
+    return _placed(reference, cfg, device)
+
+
+def _placed(policy: Policy, cfg, device: torch.device) -> Policy:
     if device.type == "cuda":
         compile_blocks(policy)
     return shard(policy, device, cfg.shard_ranks, cfg.cpu_offload)
@@ -305,14 +313,6 @@ def compile_blocks(policy: Policy, backend: str = "inductor") -> None:
     torch._dynamo.config.recompile_limit = 32
     for block in policy.hf.model.layers:
         block.forward = torch.compile(block.forward, backend=backend)
-
-
-def make_reference(cfg, policy: Policy, device: torch.device):
-    """The policy as it was before training, for forwards only: with LoRA its own base."""
-    if cfg.lora_rank:
-        return base_of(policy)
-    reference = load_policy(cfg.model, False, frozen=True)
-    return shard(reference, device, cfg.shard_ranks, cfg.cpu_offload)
 
 
 @cache

@@ -200,7 +200,7 @@ def stand_in(q, k, v, ends, _, longest, __, scale, window_size, enable_gqa):
 def test_twenty_ragged_batches_do_not_compile_twenty_times(
     folder, dynamo, kernel, again, lora_rank, monkeypatch
 ):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    monkeypatch.setattr(attention, "varlen_attn", stand_in)
     monkeypatch.setattr(attention, "DEVICES", ("cpu",))
     policy = policy_of(folder, checkpoint_activations=again, lora_rank=lora_rank)
     policy.cudnn_from = 0 if kernel == "cudnn" else math.inf

@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from reagent.attention import varlen_attention
+from reagent.attention import row_ends, varlen_attention
 from reagent.policy import check_forward, load_policy
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=4)
@@ -119,8 +119,7 @@ def test_a_windowed_gradient_is_that_of_dense_attention(device):
     options, total = dict(device=device, dtype=dtype, requires_grad=True), sum(lengths)
     q = torch.randn(1, 4, total, 64, **options)
     k, v = (torch.randn(1, 2, total, 64, **options) for _ in range(2))
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    rows = dict(ends=ends.to(device), host_ends=ends, longest=max(lengths))
+    rows = row_ends(lengths, torch.device(device))
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     at = torch.cat([torch.arange(n) for n in lengths])
     back = at[:, None] - at[None]
