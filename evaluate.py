@@ -21,8 +21,8 @@ from pathlib import Path
 from reagent.config import show_help
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # before torch is imported
-    command = Path(__file__).parent / "data" / f"{sys.argv[1]}.py"
-    show_help(command if command.is_file() else __file__)
+    script = Path(__file__).parent / "data" / f"{sys.argv[1]}.py"
+    show_help(script if script.is_file() else __file__)
 
 import asyncio
 import contextlib
@@ -36,15 +36,7 @@ from importlib import import_module
 from tqdm import tqdm
 
 import rollout
-from reagent import engines, reward_model
-from reagent.config import (
-    check_choices,
-    check_numbers,
-    parse_config,
-    prompt_facts,
-    read_prompt,
-    run_facts,
-)
+from reagent import config, engines, reward_model
 from reagent.engines import EngineConfig
 from reagent.folder import read_json, refuse_code, write_whole
 from reagent.reward_model import RewardModelConfig
@@ -56,10 +48,6 @@ from results.statistics import markdown, report_facts, summarise
 from results.verdicts import open_judge, open_verdicts
 from toolkit.http import Refused, Unavailable
 from tools import Toolbox
-
-# --------------------------------------------------------------------------------------------------
-# the data sets and the knobs
-
 
 AT_WORK = EngineConfig(sleep=False, memory_share=0.85, max_live_chains=64)
 
@@ -122,10 +110,10 @@ MAY_CHANGE = set(
 
 def check_config(cfg: Config) -> None:
     engines.engine_class(cfg.engine.kind)
-    prompt_facts(cfg)  # a missing file is told before any work
-    check_choices(cfg, endpoint="auto completions chat", judged="table all none")
+    config.prompt_facts(cfg)  # a missing file is told before any work
+    config.check_choices(cfg, endpoint="auto completions chat", judged="table all none")
     bounds = "top_p>0 top_p<=1 max_tokens_per_attempt>0 timeout_s>0 engine.tensor_parallel>0"
-    check_numbers(cfg, bounds + " engine.memory_share<=1 rrm.memory_share<=1")
+    config.check_numbers(cfg, bounds + " engine.memory_share<=1 rrm.memory_share<=1")
     if cfg.refine and not cfg.rrm.source:
         need = "--rrm=http://…/v1 or --rrm=FOLDER"
         raise SystemExit(f"--refine needs the reward model whose critique is read: {need}")
@@ -143,25 +131,13 @@ def check_config(cfg: Config) -> None:
 def record_of(episode, task: Task, row: dict, n: int) -> dict:
     """A finished chain as one line; every attempt is scored here unless a judge must. Texts of an
     encrypted row are encrypted again: they lie on no disk in the open."""
-    attempts = [dataclasses.asdict(attempt) for attempt in episode.attempts]
-    for attempt in attempts:
-        attempt |= scored(task.spec, row, attempt["answer"])
-    answered = bool(attempts) and attempts[-1]["answer"] is not None
-    line = {
-        "dataset": task.name,
-        "id": row["id"],
-        "rollout": n,
-        "row": row["digest"],
-        "status": episode.dropped or ("answered" if answered else "no_answer"),
-        "correct": attempts[-1]["correct"] if attempts else False,
-        "question": episode.question,
-        "gold": episode.gold,
-        "messages": episode.messages,
-        "attempts": attempts,
-        "meta": row["meta"],
-        "tokens": len(episode.ids),
-        "sampled": sum(episode.mask),
-    }
+    told = episode.to_json()
+    attempts = [one | scored(task.spec, row, one["answer"]) for one in told["attempts"]]
+    last = attempts[-1] if attempts else {"answer": None, "correct": False}
+    status = episode.dropped or ("no_answer" if last["answer"] is None else "answered")
+    line = named((task.name, row["id"], n)) | {"row": row["digest"], "status": status}
+    line |= {"correct": last["correct"], "attempts": attempts, "meta": row["meta"]}
+    line |= {key: told[key] for key in ("question", "gold", "messages", "tokens", "sampled")}
     if canary := task.canaries.get(row["id"]):
         line["sealed"] = sealed(json.dumps({key: line.pop(key) for key in SEALED}), canary)
         line["canary"] = canary
@@ -201,8 +177,7 @@ def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
         print(f"{cfg.model} takes messages only: it renders history again, limits are estimates")
         # four characters are a token only roughly: stay clear of the server's own limit
         positions = (found.max_context or 32_768) * 3 // 4
-        how = f"{found.model} by chat completions: history rendered again by the server"
-        how += ", token counts estimated"
+        how = f"{found.model} by chat completions: the server renders history, counts are estimates"
         chat = TextChat()
         return Agent(ChatEngine(endpoint, found, chat, patience), chat, positions, how, found.name)
     from reagent.policy import load_chat
@@ -213,9 +188,8 @@ def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
     except SystemExit as error:
         hint = "--tokenizer=FOLDER names that of the served model, --endpoint=chat does without"
         raise SystemExit(f"{error}: {hint}") from error
-    how = f"{found.model} by completions, token ids in and out"
-    if found.kind == "text":
-        how = f"{found.model} by completions, token ids in, text out: each turn is encoded again"
+    how = f"{found.model} by completions, token ids in"
+    how += " and out" if found.kind == "ids" else ", text out: each turn is encoded again"
     positions = found.max_context or cfg.max_context or positions_of(folder)
     return Agent(ServedEngine(endpoint, found, chat, patience), chat, positions, how, found.name)
 
@@ -236,18 +210,18 @@ def positions_of(folder: str) -> int:
 
     refuse_code(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        known = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:
         why = f"how many positions the model has: {str(error).strip().splitlines()[0]}"
         raise SystemExit(f"{folder} does not say {why}") from error
-    return config.max_position_embeddings
+    return known.max_position_embeddings
 
 
-def limits_of(cfg: Config, task: Task, agent: Agent, prompt: int) -> rollout.Limits:
-    """Limits such that the prompt (of `prompt` tokens) and every attempt fit the model's positions.
-
-    With --refine both attempts get the same share, after room for the critique.
-    """
+def limits_of(cfg: Config, task: Task, agent: Agent, system: str, schemas) -> rollout.Limits:
+    """Limits such that the longest prompt and every attempt fit the model's positions. With
+    --refine both attempts get the same share, after room for the critique."""
+    ids = (rollout.opening(agent.chat, system, text, schemas)[1] for text in task.longest)
+    prompt = max(map(len, ids))
     context = min(cfg.max_context or agent.positions, agent.positions)
     room = context - min(prompt, context // 2)  # a longer prompt is that question's own trouble
     if cfg.refine:
@@ -259,12 +233,6 @@ def limits_of(cfg: Config, task: Task, agent: Agent, prompt: int) -> rollout.Lim
         raise SystemExit(f"{task.name}: {left}, the prompt has {prompt} tokens")
     turn = min(cfg.max_new_tokens_per_turn or attempt, attempt)
     return rollout.Limits(task.spec.max_turns, turn, attempt, context, final_tokens=final)
-
-
-def prompt_tokens(task: Task, agent: Agent, toolbox, system: str) -> int:
-    """The tokens of the longest prompt."""
-    schemas = toolbox.schemas
-    return max(len(rollout.opening(agent.chat, system, text, schemas)[1]) for text in task.longest)
 
 
 def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
@@ -287,8 +255,8 @@ def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
 
 
 def setup_of(cfg: Config, task: Task, agent: Agent, toolbox, rrm) -> rollout.Setup:
-    system = read_prompt(cfg.prompt_file or task.spec.prompt_file, rollout.SYSTEM_PROMPT)
-    task.limits = limits = limits_of(cfg, task, agent, prompt_tokens(task, agent, toolbox, system))
+    system = config.read_prompt(cfg.prompt_file or task.spec.prompt_file, rollout.SYSTEM_PROMPT)
+    task.limits = limits = limits_of(cfg, task, agent, system, toolbox.schemas)
     what = f"{task.name}: {len(task.rows)} questions x {task.rollouts}, subset {task.subset}"
     attempts = f"{1 + cfg.refine} attempt(s) of {limits.max_tokens_per_attempt} tokens"
     room = f"{limits.max_turns} turns with calls in {limits.max_context} positions"
@@ -302,53 +270,43 @@ def setup_of(cfg: Config, task: Task, agent: Agent, toolbox, rrm) -> rollout.Set
     return rollout.Setup(**parts, rule_reward=unscored, system_prompt=system)
 
 
-async def run_task(
-    cfg: Config, task: Task, setup: rollout.Setup, agent: Agent, journal: Journal, rank=0, world=1
-):
+async def run_task(cfg: Config, task: Task, setup, journal: Journal, rank=0, world=1):
     """Runs what is missing of this process's share of the questions. A chain that the
     infrastructure failed is tried again, in the end noted as such and left to a later run."""
     place = {row["id"]: i for i, row in enumerate(task.rows)}
     mine = [(key, row) for key, row in task.keys() if place[row["id"]] % world == rank]
-    waiting = {(key[1], key[2]): (key, row) for key, row in mine if not journal.done(key, row)}
+    waiting = {key: row for key, row in mine if not journal.done(key, row)}
     bar = progress(task.name, len(mine), len(mine) - len(waiting), rank)
-    finals = [journal.entries[key].correct[-1:] for key, row in mine if journal.done(key, row)]
-    tally = Counter(right=sum(c == [True] for c in finals), scored=sum(c != [None] for c in finals))
+    done = [journal.entries[key] for key, _ in mine if key not in waiting]
+    tally = Counter((entry.correct or [False])[-1] for entry in done)
+    faults: dict[tuple, str] = {}
+
+    def on_done(episode):
+        key = (task.name, episode.id, episode.meta["rollout"])
+        if episode.dropped in ("fault", "aborted"):
+            calls = [call for attempt in episode.attempts for call in attempt.calls]
+            names = [f"tool {call['name']}" for call in calls if call["status"] == "fault"]
+            faults[key] = [*names, episode.dropped][0]
+        else:
+            line = record_of(episode, task, waiting[key], key[2])
+            journal.append(line)
+            bar.update()
+            tally[line["correct"]] += 1
+            share = f"{tally[True] / max(tally[True] + tally[False], 1):.3f}"
+            bar.set_postfix(accuracy="to be judged" if tally[None] else share, refresh=False)
+        for heavy in (episode.ids, episode.mask, episode.logps, episode.messages):
+            heavy.clear()  # thousands of chains would fill the memory
+
     for retry in range(cfg.retries + 1):
-        faults = {}
-
-        def on_done(episode):
-            key, row = waiting[episode.id, episode.meta["rollout"]]
-            if episode.dropped in ("fault", "aborted"):
-                faults[key[1], key[2]] = fault_text(episode)
-            else:
-                line = record_of(episode, task, row, key[2])
-                journal.append(line)
-                bar.update()
-                tally.update(right=line["correct"] is True, scored=line["correct"] is not None)
-                accuracy = (
-                    f"{tally['right'] / tally['scored']:.3f}" if tally["scored"] else "to be judged"
-                )
-                bar.set_postfix(accuracy=accuracy, refresh=False)
-            for heavy in (episode.ids, episode.mask, episode.logps, episode.messages):
-                heavy.clear()  # thousands of chains would fill the memory
-
-        chains = [(row | {"meta": {"rollout": key[2]}}, key) for key, row in waiting.values()]
-        jobs = [(row, (cfg.seed, "evaluation", task.name, key[2])) for row, key in chains]
+        faults.clear()
+        jobs = []
+        for (name, _, n), row in waiting.items():
+            jobs.append((row | {"meta": {"rollout": n}}, (cfg.seed, "evaluation", name, n)))
         await rollout.run_chains(jobs, setup, cfg.engine.max_live_chains, on_done)
-        waiting = {name: waiting[name] for name in faults}
-        if not waiting:
-            break
-    for name, (key, row) in waiting.items():
-        journal.append(named(key) | {"row": row["digest"], "fault": faults[name]})
+        waiting = {key: waiting[key] for key in faults}
+    for key, row in waiting.items():
+        journal.append(named(key) | {"row": row["digest"], "fault": faults[key]})
     bar.close()
-
-
-def fault_text(episode) -> str:
-    """What failed: the tool, or the engine."""
-    calls = [
-        call for attempt in episode.attempts for call in attempt.calls if call["status"] == "fault"
-    ]
-    return f"tool {calls[0]['name']}" if calls else episode.dropped
 
 
 def progress(what: str, total: int, done: int, rank: int = 0):
@@ -358,13 +316,13 @@ def progress(what: str, total: int, done: int, rank: int = 0):
 
 async def judge_answers(tasks: list[Task], journal: Journal, judge) -> int:
     """Asks for the verdicts that are missing; returns how many answers stay unscored."""
-    waiting = []
-    for task in tasks:
-        for key, row in task.keys():
-            if journal.done(key, row):
-                for i, correct in enumerate(journal.entries[key].correct):
-                    if correct is None and journal.verdict(key, i, judge.name) is None:
-                        waiting.append((task, key, row, i))
+    done = [(task, *each) for task in tasks for each in task.keys() if journal.done(*each)]
+    waiting = [
+        (task, key, row, i)
+        for task, key, row in done
+        for i, correct in enumerate(journal.entries[key].correct)
+        if correct is None and journal.said(key, i, judge.name)[1] is None
+    ]
     bar = progress(f"judge {judge.model}", len(waiting), 0)
 
     async def one(task, key, row, attempt) -> bool:
@@ -386,13 +344,7 @@ async def judge_answers(tasks: list[Task], journal: Journal, judge) -> int:
     return unscored
 
 
-# --------------------------------------------------------------------------------------------------
-# what a run leaves
-
-
-def write_reports(
-    cfg: Config, tasks: list[Task], journal: Journal, judge: str, how: str, search: str = ""
-) -> str:
+def write_reports(cfg: Config, tasks, journal: Journal, judge: str, how: str, search="") -> str:
     """results.jsonl, summary.json, report.md and report.html; returns report.md."""
     out = Path(cfg.out_dir)
     write_results(out, tasks, journal, judge)
@@ -404,22 +356,7 @@ def write_reports(
     return text
 
 
-# --------------------------------------------------------------------------------------------------
-
-
-def check_resume(out: Path, cfg: Config) -> None:
-    """Refuses, by name, a key that changes the answers: a folder holds those of one agent."""
-    from reagent import run
-
-    path = out / "run.json"
-    if path.is_file():
-        before, now = read_json(path, "config")["config"], dataclasses.asdict(cfg)
-        run.check_resume(before, json.loads(json.dumps(now)), MAY_CHANGE, out)
-
-
-def run_missing(
-    cfg: Config, tasks, toolboxes, journal: Journal, runner, rank: int, world: int, group
-) -> str:
+def run_missing(cfg: Config, tasks, toolboxes, journal, runner, rank, world, group) -> str:
     """Runs this process's share of what is missing; returns how the agent is asked."""
     tp = cfg.engine.tensor_parallel
     if cfg.refine and not cfg.model.startswith("http"):
@@ -435,7 +372,7 @@ def run_missing(
         path, served = Path(cfg.out_dir) / "run.json", {"model": agent.served}
         served |= {"rrm": rrm.name} if rrm else {}
         check_served(path, served)
-        facts = run_facts(cfg) | {"agent": agent.how, "served": served}
+        facts = config.run_facts(cfg) | {"agent": agent.how, "served": served}
         facts["subsets"] = {task.name: task.subset for task in tasks}
         write_whole(path, json.dumps(facts, indent=1))
     if rank % tp:  # a tensor-parallel rank that does not lead
@@ -445,7 +382,7 @@ def run_missing(
         for task in tasks:
             toolbox = toolboxes[task.spec.tools, task.spec.seconds_per_call]
             setup = setup_of(cfg, task, agent, toolbox, rrm)
-            runner.run(run_task(cfg, task, setup, agent, journal, rank // tp, world // tp))
+            runner.run(run_task(cfg, task, setup, journal, rank // tp, world // tp))
     finally:  # also after an error: those that follow would wait for ever
         if tp > 1:
             agent.engine.finish()
@@ -463,10 +400,11 @@ def join_ranks(cfg: Config, rank: int, world: int, stack):
     run.init_distributed(cfg.timeout_s)
     stack.callback(dist.destroy_process_group)
     gloo, tp = dist.new_group(backend="gloo"), cfg.engine.tensor_parallel
-    starts = range(0, world, tp) if tp > 1 else []
-    groups = [dist.new_group(list(range(a, a + tp)), backend="gloo") for a in starts]
-    own = groups[rank // tp] if groups else None
-    return own, lambda phase: run.meet(phase, gloo, cfg.timeout_s)
+    members = [list(range(a, a + tp)) for a in range(0, world, tp)] if tp > 1 else []
+    groups = [dist.new_group(ranks, backend="gloo") for ranks in members]
+    return groups[rank // tp] if groups else None, lambda phase: run.meet(
+        phase, gloo, cfg.timeout_s
+    )
 
 
 def main(cfg: Config) -> None:
@@ -474,6 +412,8 @@ def main(cfg: Config) -> None:
     check_config(cfg)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     tasks = load_tasks(cfg)
+    keys = [(key, row) for task in tasks for key, row in task.keys()]
+    facts = Path(cfg.out_dir) / "run.json"
     judged = [task for task in tasks if task.spec.scorer == "judge"]
     asks = bool(judged and cfg.judge and cfg.judged != "none")
     if judged and not asks:
@@ -487,7 +427,11 @@ def main(cfg: Config) -> None:
         for toolbox in toolboxes.values():
             stack.callback(toolbox.close)
         journal = stack.enter_context(contextlib.closing(Journal(cfg.out_dir, rank)))
-        check_resume(Path(cfg.out_dir), cfg)
+        if facts.is_file():  # a folder holds the answers of one agent: a changed key is refused
+            from reagent.run import check_resume
+
+            now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+            check_resume(read_json(facts, "config")["config"], now, MAY_CHANGE, cfg.out_dir)
         group, meet = join_ranks(cfg, rank, world, stack)
         runner = stack.enter_context(asyncio.Runner())
 
@@ -495,7 +439,6 @@ def main(cfg: Config) -> None:
         try:
             how = run_missing(cfg, tasks, toolboxes, journal, runner, rank, world, group)
         except (Unavailable, Refused) as down:
-            keys = [(key, row) for task in tasks for key, row in task.keys()]
             done = sum(journal.done(key, row) for key, row in keys)
             told = f"{done} of {len(keys)} chains are finished: run the same command again"
             raise SystemExit(f"{down}; {told} to go on") from None
@@ -511,13 +454,9 @@ def main(cfg: Config) -> None:
         web = next(iter(toolboxes.values())).web.settings["search"] or "no provider"
         search = f"local pages {cfg.corpus}" if cfg.corpus else web
         print(write_reports(cfg, tasks, journal, judge.name if judge else "", how, search))
-        left = sum(not journal.done(key, row) for task in tasks for key, row in task.keys())
-        if left:
+        if left := sum(not journal.done(key, row) for key, row in keys):
             what = f"{left} chains failed for want of infrastructure"
             print(f"{what}: run the same command again", file=sys.stderr)
-
-
-# --------------------------------------------------------------------------------------------------
 
 
 COMMANDS = ("ask", "compare", "critique", "page", "score")  # they stand in data/
@@ -528,7 +467,7 @@ def command(argv: list[str]) -> None:
     if argv and argv[0] in COMMANDS:
         import_module(f"data.{argv[0]}").main(argv[1:])
     else:
-        main(parse_config(Config, argv))
+        main(config.parse_config(Config, argv))
 
 
 if __name__ == "__main__":

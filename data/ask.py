@@ -212,8 +212,7 @@ def answer(question: str, cfg: Config) -> rollout.Episode:
             rrm = reward_model.open_rrm(cfg.rrm, agent.chat, engine=cfg.engine)
             rrm.must_answer = True
         system = read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
-        prompt = evaluate.prompt_tokens(task, agent, toolbox, system)
-        limits = evaluate.limits_of(cfg, task, agent, prompt)
+        limits = evaluate.limits_of(cfg, task, agent, system, toolbox.schemas)
         print(f"tools {names}; {limits.max_tokens_per_attempt} tokens an attempt", flush=True)
         screen = Screen(agent.engine, agent.chat, toolbox.schemas, rrm)
         agent.chat.fragment = screen.fragment

@@ -4,17 +4,16 @@ import dataclasses
 import hashlib
 import json
 import os
+import tomllib
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 from reagent.config import read_prompt
 from reagent.folder import read_json
 from reagent.rows import JsonlRows, check_rl_row, shown_question
 from results.journal import unsealed
-
-_SEARCH, _MATH = "search,browse", "python"
-_ALL = "search,browse,python,file_reader,image2text,audio2text"
 
 
 @dataclass(frozen=True)
@@ -29,27 +28,8 @@ class DataSet:
     prompt_file: str = ""  # its system prompt; "": that of training. --prompt_file goes before it
 
 
-DATASETS = {
-    "gaia": DataSet(_ALL, "gaia", rollouts=3, seconds_per_call=60.0),
-    "gaia_text": DataSet("search,browse,python", "gaia", rollouts=3),
-    "math500": DataSet(_MATH, "math"),
-    "aime24": DataSet(_MATH, "math", rollouts=8),  # 30 questions: one rollout is all noise
-    "aime25": DataSet(_MATH, "math", rollouts=8),
-    "gsm8k": DataSet(_MATH, "math"),
-    "2wiki": DataSet(_SEARCH, "2wiki"),
-    "2wiki200": DataSet(_SEARCH, "2wiki"),
-    "hotpotqa": DataSet(_SEARCH, "hotpotqa"),
-    "hotpotqa200": DataSet(_SEARCH, "hotpotqa"),
-    "hotpotqa1000": DataSet(_SEARCH, "hotpotqa"),
-    "musique": DataSet(_SEARCH, "musique"),
-    "musique200": DataSet(_SEARCH, "musique"),
-    "bamboogle": DataSet(_SEARCH, "bamboogle"),
-    "webwalker": DataSet(_SEARCH, "judge"),
-    "webwalker200": DataSet(_SEARCH, "judge"),
-    "hle": DataSet(_SEARCH, "judge"),
-    "xbench": DataSet(_SEARCH, "judge"),
-}
-
+TABLE = Path(__file__).parents[1] / "config/benchmarks.toml"
+DATASETS = {name: DataSet(**row) for name, row in tomllib.loads(TABLE.read_text()).items()}
 OWN_ROWS = DataSet("search,browse,python", "")  # --dataset=rows.jsonl
 NOT_SHOWN = ("encrypted", "canary", "solution", "dataset")  # keys of meta
 
@@ -124,12 +104,10 @@ def load_task(name: str, cfg) -> Task:
 def revision_of(path: str) -> str:
     """The publisher's revision as the preparation wrote it down, else the digest of the file."""
     digest, meta = hashlib.sha256(Path(path).read_bytes()).hexdigest(), Path(path)
-    meta = meta.with_suffix(".meta.json")
-    if not meta.is_file():
+    if not (meta := meta.with_suffix(".meta.json")).is_file():
         return f"{path}, sha256 {digest[:12]}"
     told = read_json(meta, "revision", "sha256")
-    changed = "" if told["sha256"] == digest else ", changed since"
-    return told["revision"] + changed
+    return told["revision"] + ("" if told["sha256"] == digest else ", changed since")
 
 
 def read_rows(path: str, hint: str = "") -> tuple[list[dict], dict[str, str]]:
@@ -138,11 +116,8 @@ def read_rows(path: str, hint: str = "") -> tuple[list[dict], dict[str, str]]:
     file = JsonlRows(path, check_rl_row, hint, unique=False)
     rows, canaries, seen = [], {}, set()
     for row in file:
-        base, copies = str(row["id"]), 1
-        row["id"] = base
-        while row["id"] in seen:
-            copies += 1
-            row["id"] = f"{base}#{copies}"
+        names = chain([str(row["id"])], (f"{row['id']}#{copy}" for copy in count(2)))
+        row["id"] = next(name for name in names if name not in seen)
         seen.add(row["id"])
         whole = json.dumps([row["question"], row["answer"], row.get("docs"), row.get("files")])
         row["digest"] = hashlib.sha256(whole.encode()).hexdigest()[:12]
@@ -165,12 +140,10 @@ def check_files(rows: list[dict], spec: DataSet, path: str, files_dir: str) -> N
     if "file_reader" not in spec.tools:
         return
     base, missing = os.path.realpath(files_dir), []
-    for row in rows:
-        for name in row.get("files", []):
-            real = os.path.realpath(os.path.join(base, name))
-            if not (os.path.isfile(real) and os.path.commonpath([base, real]) == base):
-                missing.append(f"{name} (row {row['id']})")
+    for name, row_id in ((name, row["id"]) for row in rows for name in row.get("files", [])):
+        real = os.path.realpath(os.path.join(base, name))
+        if not (os.path.isfile(real) and os.path.commonpath([base, real]) == base):
+            missing.append(f"{name} (row {row_id})")
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        names = ", ".join(missing[:5]) + more
+        names = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
         raise SystemExit(f"{path}: {len(missing)} files are not in {files_dir}: {names}")

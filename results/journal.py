@@ -1,7 +1,4 @@
-"""What an evaluation leaves: the journal of finished chains, the statistics, the tables.
-
-A `task` is evaluate.Task: one data set of a run with its rows. No torch at import.
-"""
+"""The journal of an evaluation: finished chains, faults, verdicts; and results.jsonl of it."""
 
 import base64
 import hashlib
@@ -59,27 +56,20 @@ class Entry:
 
 
 def entry_of(line: dict, path: str, offset: int) -> Entry:
-    attempts = line["attempts"]
-    return Entry(
-        path,
-        offset,
-        line["row"],
-        line["status"],
-        [a["answer"] for a in attempts],
-        [a["correct"] for a in attempts],
-        [a.get("f1") for a in attempts],
-        [a["termination"] for a in attempts],
-        sum(len(a["calls"]) for a in attempts),
-        line["tokens"],
+    attempts, names = (
+        line["attempts"],
+        dict(answers="answer", correct="correct", ended="termination"),
     )
+    lists = {name: [attempt[key] for attempt in attempts] for name, key in names.items()}
+    lists["f1"] = [attempt.get("f1") for attempt in attempts]
+    counts = dict(calls=sum(len(a["calls"]) for a in attempts), tokens=line["tokens"])
+    return Entry(path, offset, line["row"], line["status"], **lists, **counts)
 
 
 class Journal:
-    """OUT/journal-<rank>.jsonl of all ranks, and the right to write this rank's.
-
-    A line is a record of a finished chain, a {"fault"} of the infrastructure that ended it, or a
-    {"verdict"} of a judge; one without its end is none.
-    """
+    """OUT/journal-<rank>.jsonl of all ranks, and the right to write this rank's. A line is a record
+    of a finished chain, a {"fault"} of the infrastructure that ended it, or a {"verdict"} of a
+    judge; one without its end is none."""
 
     def __init__(self, folder: str, rank: int = 0):
         self.folder, self.path = Path(folder), Path(folder) / f"journal-{rank}.jsonl"
@@ -139,12 +129,9 @@ class Journal:
         """Whether the chain is finished, and of this version of the row."""
         return key in self.entries and self.entries[key].digest == row["digest"]
 
-    def verdict(self, key: tuple, attempt: int, judge: str) -> bool | None:
-        """What this judge said, or, where no judge is named, the last one; None: unscored."""
-        return self.said(key, attempt, judge)[1]
-
     def said(self, key: tuple, attempt: int, judge: str) -> tuple[str, bool | None]:
-        """(who judged, what was said); ("none", None): unscored."""
+        """(who judged, what was said), where no judge is named of the last one; ("none", None):
+        unscored."""
         said = self.verdicts.get((*key, attempt, about(self.entries[key], attempt)), [])
         return next((one for one in reversed(said) if judge in ("", one[0])), ("none", None))
 
@@ -188,15 +175,13 @@ def final_line(journal: Journal, key: tuple, row: dict, judge: str) -> dict | No
 
 def check_served(path: Path, served: dict[str, str]) -> None:
     """A server may move, but what it serves may not change in mid-run: the answers of two models
-    would stand under the name of one.
-    """
+    would stand under the name of one."""
     before = read_json(path, "config").get("served", {}) if path.is_file() else {}
     changed = [key for key in served if before.get(key, served[key]) != served[key]]
     if changed:
         what = ", ".join(f"{key}: {before[key]} -> {served[key]}" for key in changed)
-        raise SystemExit(
-            f"{path.parent} holds answers of other models ({what}): give another --out_dir"
-        )
+        told = f"holds answers of other models ({what}): give another --out_dir"
+        raise SystemExit(f"{path.parent} {told}")
 
 
 def write_results(out: Path, tasks: list, journal: Journal, judge: str) -> None:

@@ -45,11 +45,8 @@ def judgment_report(judgments: list, rows: list[dict], lengths: list[int]) -> di
     pairs = [(j, row) for j, row in zip(judgments, rows) if j is not None]
     scored = [(j.score, s) for j, row in pairs if (s := annotation(row)[0]) is not None]
     labelled = [(j.score, row["correct"]) for j, row in pairs if row.get("correct") is not None]
-    leaked = [
-        leaks(j.critique, golds, row["question"], row_trajectory(row))
-        for j, row in pairs
-        if (golds := golds_of(row))
-    ]
+    told = [(row["question"], row_trajectory(row), golds_of(row), j.critique) for j, row in pairs]
+    leaked = [leaks(text, golds, asked, turns) for asked, turns, golds, text in told if golds]
     report = {
         "valid": len(pairs) / max(len(rows), 1),
         "mae": _mean(abs(a - b) for a, b in scored),
@@ -97,9 +94,6 @@ def _mean(values) -> float:
 def report_table(report: dict) -> str:
     """A report as Markdown: its figures, then the calibration."""
     figures = {key: value for key, value in report.items() if not key.startswith("calibration")}
-    tenths = [
-        {"score": key[12:] + "+", "share correct": value[0], "judgments": value[1]}
-        for key, value in report.items()
-        if key not in figures
-    ]
+    tenths = [(key[12:] + "+", *report[key]) for key in report if key not in figures]
+    tenths = [dict(zip(("score", "share correct", "judgments"), each)) for each in tenths]
     return "\n".join(table([figures]) + (table(tenths) if tenths else [])).strip()

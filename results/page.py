@@ -12,6 +12,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 
 from reagent.config import flat
@@ -123,12 +124,9 @@ def numeric_series(log: Iterable[dict]) -> dict[str, list[tuple[float, float]]]:
 
 
 def panels(lines: dict[str, Line]) -> tuple[list[Panel], dict[str, float]]:
-    """{key: line} -> (panels in the order of SECTIONS, constants {key: value}).
-
+    """{key: line} -> (panels in the order of SECTIONS, constants {key: value}, which never move).
     Keys that share what stands before the "/" share a panel, unless their scales differ twentyfold;
-    score/right and score/wrong stand apart from score/first and score/refined. A key that never
-    moves is a constant, not a curve.
-    """
+    score/right and score/wrong stand apart from score/first and score/refined."""
     constants, groups = {}, {}
     for key, line in lines.items():
         values = {y for _, y in line.points}
@@ -176,8 +174,7 @@ def write_report(path, *, title: str, episodes=(), log=(), config=None, **data) 
     """The page of a run.
 
     episodes: Episode.to_json() dicts, in the order to show; log: the dicts of log.jsonl; config:
-    any dict; data: for page.html, see write_page.
-    """
+    any dict; data: for page.html, see write_page."""
     series = numeric_series(log)
     drawn, data["constants"] = panels({key: Line(points) for key, points in series.items()})
     data["config"] = [[key, str(value)] for key, value in flat(config or {}).items()]
@@ -187,8 +184,7 @@ def write_report(path, *, title: str, episodes=(), log=(), config=None, **data) 
 def write_page(path, title: str, data: dict, drawn: list[Panel], episodes=()) -> None:
     """Writes `path`, beside and renamed. data: what page.html reads, all of it optional: tiles
     [(label, figure, note)], markdown, tables [{title, head, rows}], config [(key, value)], which
-    (what to call episodes that are not all), constants {key: value}, unfolded (sections).
-    """
+    (what to call episodes that are not all), constants {key: value}, unfolded (sections)."""
     path, nonce = Path(path), secrets.token_hex(8)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.with_name(path.stem + "_episodes")
@@ -215,16 +211,14 @@ def write_page(path, title: str, data: dict, drawn: list[Panel], episodes=()) ->
 
 def write_parts(folder: Path, nonce: str, texts: list[str]) -> tuple[list[dict], bool]:
     """([{file, first}] of the episodes, are they inline?); the nonce ties files to their page."""
-    groups: list[list[str]] = [[]]
-    for text in texts:
-        if groups[-1] and sum(map(len, groups[-1])) + len(text) > INLINE:
-            groups.append([])
-        groups[-1].append(text)
-    if len(groups) == 1:
+    groups, ends = {}, accumulate(map(len, texts))
+    for text, end in zip(texts, ends):
+        groups.setdefault((end - 1) // INLINE, []).append(text)
+    if len(groups) <= 1:
         return [{"file": "", "first": 0}], True
     folder.mkdir(exist_ok=True)
     parts, first = [], 0
-    for i, group in enumerate(groups):
+    for i, group in enumerate(groups.values()):
         path = folder / f"{nonce}-{i:03}.js"
         call = f"receive({i},{as_json('[' + ','.join(group) + ']')});\n"
         path.write_text(call, encoding="utf-8")

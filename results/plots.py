@@ -91,13 +91,6 @@ def number(value: float) -> str:
     return f"{value:.2g}".replace("e-0", "e-") if 0 < abs(value) < 1e-3 else f"{value:.4g}"
 
 
-def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A centred running mean over about a tenth of the points."""
-    half = len(points) // 20
-    ys = [y for _, y in points]
-    return [(x, mean(ys[max(0, i - half) : i + half + 1])) for i, (x, _) in enumerate(points)]
-
-
 def thin(points: list, most: int = 300) -> list:
     """At most `most` + 1 points, the last one kept: no screen shows more."""
     stride = max(1, math.ceil(len(points) / most))
@@ -148,10 +141,9 @@ def scales(panel: Panel, top: int, width: int, height: int) -> tuple[Scale, Scal
 
 def colours(lines: dict[str, Line]) -> dict[str, str]:
     """{label: class}, those of COLOURS before the others."""
-    named = [label for label in COLOURS if label in lines]
-    others = [label for label in lines if label not in COLOURS]
-    found = {label: f"c{COLOURS[label]}" for label in named}
-    for i, label in enumerate(others, len(COLOURS) if named else 0):
+    found = {label: f"c{place}" for label, place in COLOURS.items() if label in lines}
+    others = [label for label in lines if label not in found]
+    for i, label in enumerate(others, len(COLOURS) if found else 0):
         found[label] = "expected" if lines[label].expected else f"c{i % 8}"
     return found
 
@@ -209,8 +201,10 @@ def line_svg(line: Line, colour: str, x: Scale, y: Scale) -> str:
     noisy = len(line.points) > NOISY and not line.spread
     faint = " faint" if noisy else ""
     parts.append(f'<polyline class="line{faint} {colour}" points="{path(line.points)}"/>')
-    if noisy:
-        parts.append(f'<polyline class="line {colour}" points="{path(smooth(line.points))}"/>')
+    if noisy:  # a centred running mean over about a tenth of the points
+        half, (xs, ys) = len(line.points) // 20, zip(*line.points)
+        smooth = [mean(ys[max(0, i - half) : i + half + 1]) for i in range(len(ys))]
+        parts.append(f'<polyline class="line {colour}" points="{path(zip(xs, smooth))}"/>')
     if len(line.points) <= FEW and not line.expected:
         dots = [(x(a), y(b)) for a, b in line.points]
         parts += [f'<circle class="dot {colour}" cx="{a}" cy="{b}" r="2.8"/>' for a, b in dots]

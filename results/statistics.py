@@ -1,6 +1,7 @@
 """Figures of an evaluation: pass@k, votes, intervals, comparisons, tables."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
@@ -29,17 +30,13 @@ def bootstrap_interval(values, seed: int = 0, draws: int = 10_000) -> tuple[floa
     return float(low), float(high)
 
 
-Z2 = 1.96**2
-
-
 def interval(values: list[float], signed: bool = False) -> tuple[float, float]:
     """95 % interval of the mean over questions: by bootstrap, and where all are right or all wrong
-    (`signed`: nothing moved), so that a bootstrap has no width, Wilson's.
-    """
+    (`signed`: nothing moved), so that a bootstrap has no width, Wilson's."""
     n, value = len(values), float(values[0])
     if value not in (-1.0, 0.0, 1.0) or any(v != value for v in values):
         return bootstrap_interval(values)
-    width = Z2 / (n + Z2)
+    width = 1.96**2 / (n + 1.96**2)
     return max(value - width, -1.0 if signed else 0.0), min(value + width, 1.0)
 
 
@@ -51,24 +48,20 @@ def mean_interval(values, signed: bool = False) -> list[float] | None:
     return [round(x, 4) for x in (sum(values) / len(values), *interval(values, signed))]
 
 
-def same_answer(a: str, b: str, scorer: str) -> bool:
-    """Whether two answers are one: to the scorer, either is right where the other is gold."""
-    return a == b or score(scorer, a, b)["correct"] or score(scorer, b, a)["correct"]
-
-
 def majority(chains: list["Chain"], scorer: str) -> bool:
-    """Whether the answer with the most votes is right; of equals the first given wins. No answer
-    has no vote.
-    """
+    """Whether the answer with the most votes is right; of equals the first given wins."""
     votes: list[list[tuple]] = []  # (answer, right) of those that gave one answer
-    for chain in chains:
-        answer = chain.entry.answers[-1] if chain.entry and chain.entry.answers else None
-        if answer is None:
-            continue
-        those = next((of for of in votes if same_answer(answer, of[0][0], scorer)), None)
-        if those is None:
-            votes.append(those := [])
-        those.append((answer, chain.last))
+
+    def same(a, b):  # to the scorer either is right where the other is gold
+        return a == b or score(scorer, a, b)["correct"] or score(scorer, b, a)["correct"]
+
+    given = [(c.entry.answers[-1], c.last) for c in chains if c.entry and c.entry.answers]
+    for answer, right in given:
+        if answer is not None:  # no answer has no vote
+            those = next((of for of in votes if same(answer, of[0][0])), None)
+            if those is None:
+                votes.append(those := [])
+            those.append((answer, right))
     most = max(votes, key=len, default=[])
     return next((right for _, right in most if right is not None), False)
 
@@ -84,19 +77,16 @@ class Chain:
 
 def chains_of(task, journal: Journal, judge: str) -> list[list[Chain]]:
     """By question and rollout."""
-    grid = []
+    grid: dict[str, list[Chain]] = {}
     for key, row in task.keys():
-        if key[2] == 0:
-            grid.append([])
-        if not journal.done(key, row):
-            grid[-1].append(Chain())
-            continue
-        entry = journal.entries[key]
-        verdicts = [
-            journal.verdict(key, i, judge) if c is None else c for i, c in enumerate(entry.correct)
-        ] or [False]
-        grid[-1].append(Chain(verdicts[0], verdicts[-1], entry))
-    return grid
+        chain = Chain()
+        if journal.done(key, row):
+            entry = journal.entries[key]
+            told = enumerate(entry.correct)
+            right = [journal.said(key, i, judge)[1] if c is None else c for i, c in told] or [False]
+            chain = Chain(right[0], right[-1], entry)
+        grid.setdefault(row["id"], []).append(chain)
+    return list(grid.values())
 
 
 def summarise(task, journal: Journal, judge: str = "", refine: bool = False) -> dict:
@@ -141,26 +131,23 @@ def judges_of(task, journal: Journal, judge: str) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-LIMITS = ("turn_limit", "turn_tokens", "token_limit", "context_limit")
+LIMITS = {"turn_limit", "turn_tokens", "token_limit", "context_limit"}
 
 
 def counts(task, chains: list[Chain], journal: Journal) -> dict:
     """What happened to the rows."""
     entries = [chain.entry for chain in chains if chain.entry]
-    keys = [key for key, row in task.keys() if not journal.done(key, row)]
-    return {
-        "rows": len(chains),
-        "right": sum(c.last is True for c in chains),
-        "wrong": sum(c.last is False for c in chains),
-        "unscored": sum(c.last is None and c.entry is not None for c in chains),
-        "no_answer": sum(e.status == "no_answer" for e in entries),
-        "limit": sum(bool(e.ended) and e.ended[-1] in LIMITS for e in entries),
-        "prompt_too_long": sum(e.status == "prompt_too_long" for e in entries),
-        "fault": sum(key in journal.faults for key in keys),
-        "missing": sum(key not in journal.faults for key in keys),
-        "calls": round(sum(e.calls for e in entries) / max(len(entries), 1), 2),
-        "tokens": round(sum(e.tokens for e in entries) / max(len(entries), 1)),
-    }
+    lasts, statuses = Counter(c.last for c in chains if c.entry), Counter(e.status for e in entries)
+    lost = Counter(key in journal.faults for key, row in task.keys() if not journal.done(key, row))
+    figures = dict(rows=len(chains), right=lasts[True], wrong=lasts[False], unscored=lasts[None])
+    figures["no_answer"] = statuses["no_answer"]
+    figures["limit"] = sum(bool(set(entry.ended[-1:]) & LIMITS) for entry in entries)
+    figures |= dict(prompt_too_long=statuses["prompt_too_long"], fault=lost[True])
+    figures |= dict(missing=lost[False], calls=0, tokens=0)
+    if entries:
+        figures["calls"] = round(sum(entry.calls for entry in entries) / len(entries), 2)
+        figures["tokens"] = round(sum(entry.tokens for entry in entries) / len(entries))
+    return figures
 
 
 def by_meta(task, grid: list[list[Chain]]) -> dict:
@@ -172,15 +159,10 @@ def by_meta(task, grid: list[list[Chain]]) -> dict:
             if name in row["meta"]:
                 share = sum(c.last is True for c in chains) / len(chains)
                 groups.setdefault(str(row["meta"][name]), []).append(share)
-        if 1 < len(groups) <= 24:
-            found[name] = {
-                value: dict(questions=len(shares), all=mean_interval(shares))
-                for value, shares in sorted(groups.items())
-            }
+        for value, shares in sorted(groups.items()) if 1 < len(groups) <= 24 else ():
+            group = dict(questions=len(shares), all=mean_interval(shares))
+            found.setdefault(name, {})[value] = group
     return found
-
-
-REFINED = ("fixed", "broken", "refined", "not_refined")  # counts of chains
 
 
 def refine_figures(grid: list[list[Chain]]) -> dict:
@@ -190,14 +172,16 @@ def refine_figures(grid: list[list[Chain]]) -> dict:
     def share(of, signed=False):
         return mean_interval((sum(map(of, chains)) / len(chains) for chains in grid), signed)
 
+    moves = Counter((c.first, c.last) for c in flat)
+    answers = Counter(min(len(c.entry.answers), 2) for c in flat if c.entry)
     return {
         "o1": share(lambda c: c.first is True),
         "o2": share(lambda c: c.last is True),
         "gain": share(lambda c: (c.last is True) - (c.first is True), signed=True),
-        "fixed": sum(c.last is True and c.first is False for c in flat),
-        "broken": sum(c.first is True and c.last is False for c in flat),
-        "refined": sum(c.entry is not None and len(c.entry.answers) > 1 for c in flat),
-        "not_refined": sum(c.entry is not None and len(c.entry.answers) < 2 for c in flat),
+        "fixed": moves[False, True],
+        "broken": moves[True, False],
+        "refined": answers[2],
+        "not_refined": answers[0] + answers[1],
     }
 
 
@@ -256,15 +240,26 @@ def markdown(summaries: list[dict], facts: list[str]) -> str:
         text += ["", "## pass@n, unbiased, over all rows"]
         shares = [{f"n = {n}": percent(s["pass_at"].get(n)) for n in between} for s in summaries]
         text += table([name(s) | share for s, share in zip(summaries, shares)])
-    if refined := [s for s in summaries if "refine" in s]:
+    refined = []
+    for s in summaries:
+        figures = dict(s.get("refine", {}))
+        gains = {"o1": "o1", "o2": "o2", "o2 - o1": "gain"}
+        shares = {title: percent(figures.pop(key, None)) for title, key in gains.items()}
+        counted = {key.replace("_", " "): count for key, count in figures.items()}
+        refined += [name(s) | shares | counted] if counted else []
+    if refined:
         title = "## Reagent-C: first answer (o1) and answer after the critique (o2), over all rows"
-        text += ["", title, *table([name(s) | refined_figures(s["refine"]) for s in refined])]
+        text += ["", title, *table(refined)]
     counts = [{key.replace("_", " "): n for key, n in s["counts"].items()} for s in summaries]
     text += ["", "## Rows", *table([name(s) | row for s, row in zip(summaries, counts)])]
     for s in summaries:
-        if groups := [(kind, *group) for kind, of in s["by"].items() for group in of.items()]:
-            text += ["", f"## {s['dataset']} by kind of question"]
-            text += table([name(s) | kind_figures(*group) for group in groups])
+        groups = []
+        for kind, of in s["by"].items():
+            for value, group in of.items():
+                figures = {"kind": kind, "value": value, "questions": group["questions"]}
+                groups.append(name(s) | figures | {"pass@1, all rows": percent(group["all"])})
+        if groups:
+            text += ["", f"## {s['dataset']} by kind of question", *table(groups)]
     return "\n".join(text) + "\n"
 
 
@@ -280,13 +275,3 @@ def main_figures(s: dict, most: int) -> dict:
     many = {f"pass@{most}": percent(s["pass_at"][most] if own else None)}
     many[f"majority@{most}"] = percent(s["majority"] if own else None)
     return figures | (many if most > 1 else {})
-
-
-def refined_figures(of: dict) -> dict:
-    figures = {"o1": percent(of["o1"]), "o2": percent(of["o2"]), "o2 - o1": percent(of["gain"])}
-    return figures | {key.replace("_", " "): of[key] for key in REFINED}
-
-
-def kind_figures(kind: str, value: str, group: dict) -> dict:
-    figures = {"kind": kind, "value": value, "questions": group["questions"]}
-    return figures | {"pass@1, all rows": percent(group["all"])}

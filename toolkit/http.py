@@ -1,11 +1,9 @@
 """HTTP, once for the whole project: endpoints that a run is set to ask, and pages of the web.
 
-A request has a connection of its own and a deadline for all of it: the look-up of the name,
-greeting, headers and body, whether the other side is silent, drips or never ends. What is read is
-capped. No redirect is followed, so a key reaches the configured host alone. Proxies of the
-environment (HTTP_PROXY, HTTPS_PROXY, NO_PROXY) count only where ENDPOINT_PROXIES=1 asks for them,
-and never for pages. There are two ways to fail: `Unavailable` may be tried again, `Refused` never
-will work.
+A request has a connection of its own and a deadline for all of it, whether the other side is
+silent, drips or never ends. What is read is capped. No redirect is followed, so a key reaches the
+configured host alone. Proxies of the environment count only where ENDPOINT_PROXIES=1 asks for them,
+and never for pages. It fails in two ways: `Unavailable` may be tried again, `Refused` never works.
 """
 
 import asyncio
@@ -20,7 +18,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -76,19 +74,10 @@ class Reply:
 
 
 async def exchange(
-    method: str,
-    url: str,
-    headers: dict[str, str],
-    body: bytes | None = None,
-    *,
-    seconds: float,
-    most_bytes: int = MOST_BYTES,
-    addresses: tuple[str, ...] = (),
+    method, url: str, headers: dict, body=None, *, seconds, most_bytes=MOST_BYTES, addresses=()
 ) -> Reply:
-    """One request, its reply whole within `seconds`. Unavailable | Refused.
-
-    `addresses`: those of the host that were checked, none other is connected to.
-    """
+    """One request, its reply whole within `seconds`. Unavailable | Refused. `addresses`: those of
+    the host that were checked, none other is connected to."""
     parts = _split(url)
     sent = {"Host": parts.netloc, "Accept-Encoding": "identity", "Connection": "close"} | headers
     if body is not None:
@@ -176,16 +165,11 @@ async def _exchanged(reader, writer, request: h11.Request, body: bytes, most: in
         elif isinstance(event, h11.Response):
             status = event.status_code
             headers = {name.decode(): value.decode("latin-1") for name, value in event.headers}
-            _cap(int(headers.get("content-length", 0)), most)
         elif isinstance(event, h11.Data):
             data += event.data
-            _cap(len(data), most)
+        if max(len(data), int(headers.get("content-length", 0))) > most:
+            raise Unavailable(f"the reply is larger than {most / (1 << 20):.3g} MiB")
     return Reply(status, headers, bytes(data))
-
-
-def _cap(size: int, most: int) -> None:
-    if size > most:
-        raise Unavailable(f"the reply is larger than {most / (1 << 20):.3g} MiB")
 
 
 def _named(error: Exception) -> str:
@@ -206,13 +190,10 @@ def now(coroutine: Awaitable):
 # endpoints that speak JSON
 
 
-async def ask(
-    method: str, url: str, *, headers: dict, body: dict | bytes | None = None, seconds: float
-):
+async def ask(method: str, url: str, *, headers: dict, body: dict | bytes | None = None, seconds):
     """The JSON of a reply with status 2xx; a body that is no JSON goes as it is. Unavailable: no
     answer, 3xx, 408, 409, 425, 429, 5xx, a reply that is no JSON; Refused: 4xx. Both tell the
-    server's words, without what stands in our headers.
-    """
+    server's words, without what stands in our headers."""
     sent = {"Accept": "application/json", "Content-Type": "application/json"}
     sent |= {"User-Agent": "Reagent"} | headers
     data = json.dumps(body).encode() if isinstance(body, dict) else body
@@ -224,18 +205,19 @@ async def ask(
             raise Unavailable(told, reply.status)
         if not 200 <= reply.status < 300:
             wait = reply.headers.get("retry-after", "")
-            raise Unavailable(
-                f"{reply.status} {_words(reply.body)}",
-                reply.status,
-                wait_s=float(wait) if wait.isdecimal() and len(wait) < 6 else 0.0,
-            )
+            wait_s = float(wait) if wait.isdecimal() and len(wait) < 6 else 0.0
+            raise Unavailable(f"{reply.status} {_words(reply.body)}", reply.status, wait_s=wait_s)
         try:
             return json.loads(reply.body)
         except (ValueError, RecursionError) as error:
             told = f"{reply.status} without JSON: {_words(reply.body) or 'nothing'}"
             raise Unavailable(told, reply.status) from error
     except Unavailable as problem:
-        problem.args = (_without_keys(str(problem), headers),)
+        text = str(problem)  # the model reads it, and an endpoint may tell the key that it refuses
+        values = [value for name, value in headers.items() if name != "Content-Type"]
+        for secret in {word for value in values for word in (value, *value.split())} - {"Bearer"}:
+            text = text.replace(secret, "[key]")
+        problem.args = (text[:WORDS],)
         if 400 <= problem.status < 500 and problem.status not in AGAIN:
             raise Refused(str(problem), problem.status) from None
         raise
@@ -243,16 +225,6 @@ async def ask(
 
 def _words(body: bytes) -> str:
     return " ".join(clean(body[: 10 * WORDS].decode("utf-8", "replace")).split())
-
-
-def _without_keys(text: str, headers: dict) -> str:
-    """Cut to WORDS, without what stands in our headers, whole or in part: an endpoint may tell the
-    key that it refuses, and the model reads.
-    """
-    values = [value for name, value in headers.items() if name != "Content-Type"]
-    for secret in {word for value in values for word in (value, *value.split())} - {"Bearer"}:
-        text = text.replace(secret, "[key]")
-    return text[:WORDS]
 
 
 class Endpoint:
@@ -273,15 +245,6 @@ class Endpoint:
         method = "GET" if body is None else "POST"
         return await ask(method, self.url + path, headers=self.headers, body=body, seconds=seconds)
 
-    @contextlib.asynccontextmanager
-    async def turn(self):
-        self.asking += 1
-        try:
-            async with self.slots:
-                yield
-        finally:
-            self.asking -= 1
-
     @property
     def rests(self) -> bool:
         return self.rests_until > time.monotonic()
@@ -300,18 +263,11 @@ class Endpoint:
 
 
 async def insist(
-    endpoints: list[Endpoint],
-    once: Callable[[Endpoint, float], Awaitable],
-    *,
-    seconds: float | None = None,
-    request_s: float = 1800.0,
-    patience_s: float = 600.0,
+    endpoints: list[Endpoint], once, *, seconds=None, request_s=1800.0, patience_s=600.0
 ):
     """What `once(endpoint, its seconds)` returns, of the least busy endpoint, until one answers.
-
     Unavailable after `patience_s` of failures, or when `seconds` (None: no end) for turns, tries
-    and pauses are over; Refused at once, and for what fails where others were answered meanwhile.
-    """
+    and pauses are over; Refused at once, and for what fails while others are answered."""
     began, failing_since, pause = time.monotonic(), math.inf, 0.25
     end = math.inf if seconds is None else began + seconds
     problem = Unavailable("no request came to its turn", late=True)
@@ -320,7 +276,8 @@ async def insist(
             while time.monotonic() < failing_since + patience_s:
                 endpoint = min(endpoints, key=lambda each: (each.rests, each.asking))
                 try:
-                    async with endpoint.turn():
+                    endpoint.asking += 1
+                    async with endpoint.slots:
                         left = SHARE * (end - time.monotonic())
                         reply = await once(endpoint, min(request_s, left))
                     endpoint.succeeded()
@@ -328,6 +285,8 @@ async def insist(
                 except Unavailable as error:
                     problem = problem if error.late and not problem.late else error
                     endpoint.failed(error)
+                finally:
+                    endpoint.asking -= 1
                 clock = time.monotonic()
                 failing_since = min(failing_since, clock)
                 if all(each is endpoint or each.rests for each in endpoints):
@@ -358,10 +317,8 @@ async def models_of(endpoint: Endpoint, *, seconds: float) -> dict[str, dict]:
 
 async def complete(endpoint: Endpoint, body: dict, most_tokens: int, *, seconds: float) -> dict:
     """The first choice of a chat completion; Unavailable where the reply is something else.
-
     A server that refuses `max_tokens` by name is asked with `max_completion_tokens`, one that does
-    not support a seed, a temperature or top_p without it, then and later; stderr tells.
-    """
+    not support a seed, a temperature or top_p without it, then and later; stderr tells."""
     body, until = body | {"max_tokens": most_tokens}, time.monotonic() + seconds
     while True:
         sent = {name: body[key] for key in body if (name := endpoint.keys.get(key, key))}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import evaluate
+import rollout
 from data import compare
 from evaluate import Config
 from reagent import served
@@ -192,32 +193,23 @@ class Letters:
 
 
 @pytest.mark.parametrize("refine", [False, True])
-def test_prompt_critique_and_all_attempts_fit_the_positions(refine):
-    for positions, prompt in itertools.product((600, 4096, 40_960, 131_072), (50, 250)):
-        cfg = config("--rrm=x", "--refine") if refine else config()
+def test_prompt_critique_and_all_attempts_fit_the_positions(refine, monkeypatch):
+    def limits_at(positions: int, prompt: int, *args):
+        monkeypatch.setattr(rollout, "opening", lambda *_: ([], [0] * prompt))
+        task = Task("t", benchmarks.OWN_ROWS, [], 1, {}, ["Q"])
         agent = evaluate.Agent(None, Letters(), positions, "")
-        limits = evaluate.limits_of(
-            cfg, Task("t", benchmarks.OWN_ROWS, [], 1, {}, []), agent, prompt
-        )
+        return evaluate.limits_of(config(*args), task, agent, "", [])
+
+    for positions, prompt in itertools.product((600, 4096, 40_960, 131_072), (50, 250)):
+        limits = limits_at(positions, prompt, *(["--rrm=x", "--refine"] if refine else []))
         critique = min(2048, positions // 8) if refine else 0
-        assert (
-            prompt + (1 + refine) * limits.max_tokens_per_attempt + critique
-            <= limits.max_context
-            <= positions
-        )
-        assert (
-            limits.max_tokens_per_attempt <= 32_768
-            and 16 <= limits.final_tokens <= limits.max_tokens_per_attempt // 4
-        )
-    with pytest.raises(
-        SystemExit, match="t: 40 of 80 positions are left for an attempt, the prompt has 50 tokens"
-    ):
-        evaluate.limits_of(
-            config(),
-            Task("t", benchmarks.OWN_ROWS, [], 1, {}, []),
-            evaluate.Agent(None, None, 80, ""),
-            50,
-        )
+        room = prompt + (1 + refine) * limits.max_tokens_per_attempt + critique
+        assert room <= limits.max_context <= positions
+        assert limits.max_tokens_per_attempt <= 32_768
+        assert 16 <= limits.final_tokens <= limits.max_tokens_per_attempt // 4
+    left = "t: 40 of 80 positions are left for an attempt, the prompt has 50 tokens"
+    with pytest.raises(SystemExit, match=left):
+        limits_at(80, 50)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -456,7 +448,7 @@ def test_the_last_verdict_of_a_judge_counts(tmp_path):
     for judge, verdict in (("j", False), ("j", True), ("k", False)):
         about_it = about(journal.entries[key], 0)
         journal.append(name | {"judge": judge, "verdict": verdict, "about": about_it})
-    assert journal.verdict(key, 0, "j") is True and journal.verdict(key, 0, "") is False
+    assert journal.said(key, 0, "j") == ("j", True) and journal.said(key, 0, "")[1] is False
     journal.close()
 
 
