@@ -16,8 +16,10 @@ weighted mean of the parts that its row allows,
 times 1 - leak_penalty where the critique states the gold answer. Where s* lies on the side that
 correctness says, it is the best score. On the other side that is .45 for a wrong answer and .55 for
 a right one (closeness_weight / (2 agreement_weight)), where the reward is flat: no optimum sits on
-a cliff. Advantages are divided by the std of the step, not of their own group: groups of the rarer
-label have the larger spread, and with equal weights the common label would drive scores to 0 and 1.
+a cliff. Advantages are those of GRPO, divided by the std of their own group. That of the step was
+tried (docs/ablation.md): groups with a broken reply, which have the largest spread, then take most
+of the step, and a judge that was not finished got worse. It keeps a judge calibrated that learns
+from labels alone; here such scores go towards 0 and 1.
 """
 
 import sys
@@ -146,13 +148,12 @@ def judgment_reward(judgment, row: dict, cfg: Config) -> float:
 
 
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """(N, G) -> (N, G): (R - mean of its group) / (std of these over the step + eps); groups whose
-    max - min is under 1e-6 get 0 and count nowhere."""
+    """(N, G) -> (N, G): (R - mean) / (std + eps) of its group, the std unbiased; groups whose
+    max - min is under 1e-6 get 0."""
     rewards = rewards.double()
     spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)
-    centred = torch.where(spread >= 1e-6, rewards - rewards.mean(1, keepdim=True), 0.0)
-    counted = (spread >= 1e-6).sum().clamp(min=1) * rewards.shape[1]
-    return centred / ((centred.square().sum() / counted).sqrt() + eps)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return torch.where(spread >= 1e-6, centred / (rewards.std(1, keepdim=True) + eps), 0.0)
 
 
 def clipped_loss(logps, columns: dict, clip_low: float, clip_high: float) -> torch.Tensor:
