@@ -154,8 +154,7 @@ def name_agreement(critique: str, annotated: str | None, trail: frozenset[str]) 
     return 2 * len(own & wanted) / (len(own) + len(wanted)) if wanted else float(bool(own))
 
 
-# --------------------------------------------------------------------------------------------------
-# the critique's request in the agent's own words
+# ---------------------------------------------------------------- what an agent says of a review
 
 _REVIEW = re.compile(r"(?:review|critique|feedback)")  # how words begin that name it
 ECHO = 3  # so many words in a row are somebody's wording
@@ -163,8 +162,7 @@ ECHO = 3  # so many words in a row are somebody's wording
 
 def speaks_of_review(said: str, request: str, known: str) -> bool:
     """Whether a text names the review, or repeats ECHO words in a row of the turn that brought it,
-    where `known`, all else that its writer could read, does not.
-    """
+    where `known`, all else that its writer could read, does not."""
     own, asked, read = (re.findall(r"\w+", text.lower()) for text in (said, request, known))
     named = {word for word in own if _REVIEW.match(word)} - set(read)
     return bool(named or (_runs(own) & _runs(asked)) - _runs(read))
@@ -176,8 +174,7 @@ def _runs(words: list[str]) -> set[tuple]:
 
 def leak_shares(episodes: list, request: str) -> dict[str, float]:
     """{"leak/first", "leak/refined"}: the share of attempts that speak of the review. A first one
-    has not read any: `request` is the wording of the turn that asks for a refined one.
-    """
+    has not read any: `request` is the wording of the turn that asks for a refined one."""
     shares = {}
     for stage, name in enumerate(("first", "refined")):
         leaks = []

@@ -263,8 +263,7 @@ class RewardModel:
 
     async def tell_servers(self, what: str) -> None:
         """what: "wake_up" | "sleep?level=1", which keeps the weights in the host's memory. All
-        servers at once; SystemExit where one cannot.
-        """
+        servers at once; SystemExit where one cannot."""
 
         async def tell(server):
             url = f"{server.url.removesuffix('/v1')}/{what}"
