@@ -19,6 +19,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolkit.files import file_to_text
+from toolkit.media import describe_image, transcribe_audio
 from toolkit.sandbox import Observation, Sandbox, SandboxUnavailable, ToolError, ToolFault
 from toolkit.search import Corpus, Index, docs_index, passages
 from toolkit.text import capped, clean
@@ -30,7 +32,7 @@ class Context:
     """What a tool may use besides its arguments: a row's docs and files, what the run opened."""
 
     docs: tuple[tuple[str, str], ...] | None = None  # (title, text)
-    corpus: "Corpus | None" = None
+    corpus: Index | None = None
     sandbox: Sandbox | None = None
     web: Web | None = None
     files_dir: str = ""
@@ -84,8 +86,8 @@ def browse(context: Context, url: str, query: str = "") -> str:
     if local is not None:
         page = None if _blocked(context, url) else local.page(url.strip())
         if page is None:
-            known = "Use an address from the search results."
-            raise ToolError(f"There is no page {url[:300]!r}. {known}")
+            where = f"There is no page {url[:300]!r}."
+            raise ToolError(f"{where} Use an address from the search results.")
         title, text = page
     else:
         title, text = context.web.page(url.strip(), context.left())
@@ -122,8 +124,6 @@ def file_reader(context: Context, file_path: str) -> str:
     returns its text.
 
     file_path: the file; a member of an archive as archive.zip::member"""
-    from toolkit.files import file_to_text
-
     return file_to_text(*_file(context, file_path), seconds=context.left())
 
 
@@ -132,8 +132,6 @@ def image2text(context: Context, image_path: str, query: str = "Describe the ima
 
     image_path: the image file
     query: what to find out about the image"""
-    from toolkit.media import describe_image
-
     return describe_image(*_file(context, image_path), query, seconds=context.left())
 
 
@@ -141,8 +139,6 @@ def audio2text(context: Context, audio_path: str) -> str:
     """Writes down what is said in a recording that came with the question.
 
     audio_path: the audio file"""
-    from toolkit.media import transcribe_audio
-
     return transcribe_audio(*_file(context, audio_path), seconds=context.left())
 
 
@@ -150,7 +146,7 @@ TOOLS = [search, browse, python, file_reader, image2text, audio2text]
 TOOLS = {tool.__name__: tool for tool in TOOLS}
 
 
-def _local(context: Context) -> "Index | Corpus | None":
+def _local(context: Context) -> Index | None:
     """Where search and browse look: the row's docs, else the corpus, else None: the web."""
     return docs_index(context.docs) if context.docs is not None else context.corpus
 

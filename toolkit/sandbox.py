@@ -208,10 +208,9 @@ class _Server:
         self.keep, self.code, self.usable = 4 * chars, None, True
         self.folder = "" if rung == "bubblewrap" else tempfile.mkdtemp(prefix="python-tool-")
         self.scratch = f"{self.folder}/scratch" if self.folder else "/tmp"
-        paths, below = libraries(), {}
-        if rung == "bubblewrap":
-            hidden = [path for path in paths if _below(path, self.scratch)]
-            below = {f"/.below/{number}": path for number, path in enumerate(hidden)}
+        paths = libraries()
+        hidden = [path for path in paths if rung == "bubblewrap" and _below(path, self.scratch)]
+        below = {f"/.below/{number}": path for number, path in enumerate(hidden)}
         given = dict(rung=rung, memory_mb=memory_mb, scratch_mb=scratch_mb, scratch=self.scratch)
         given |= dict(below=below, read=[*paths, "/dev/random", "/dev/urandom"])
         command = bubblewrap(paths, below) if rung == "bubblewrap" else []
