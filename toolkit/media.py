@@ -57,7 +57,9 @@ def describe_image(files_dir: str, path: str, question: str, *, seconds: float) 
     url = f"data:image/{kind};base64,{base64.b64encode(body).decode()}"
     content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": url}}]
     reply = asked("vision", {"messages": [{"role": "user", "content": content}]}, seconds)
-    return completion("vision", reply)
+    if not (text := completion("vision", reply)):
+        raise ToolFault("the vision endpoint answers without a text")
+    return text
 
 
 def transcribe_audio(files_dir: str, path: str, *, seconds: float) -> str:

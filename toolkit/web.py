@@ -248,14 +248,12 @@ def asked(name: str, given: dict, seconds: float, environ=os.environ):
 
 
 def completion(name: str, reply) -> str:
-    """What a chat model says after its thoughts; ToolFault if that is nothing."""
+    """What a chat model says after its thoughts; ToolFault if the reply is no completion."""
     try:
-        text = after_thoughts(spoken(http.choice_of(reply)["message"])[0]).strip()
-    except (http.Unavailable, LookupError, AttributeError):
-        text = ""
-    if not text:
-        raise ToolFault(f"the {name} endpoint answers without a text: {str(reply)[:200]}")
-    return text
+        return after_thoughts(spoken(http.choice_of(reply)["message"])[0]).strip()
+    except (http.Unavailable, LookupError, AttributeError) as error:
+        what = f"answers without a completion: {str(reply)[:200]}"
+        raise ToolFault(f"the {name} endpoint {what}") from error
 
 
 # name: method, base URL, path, what the query and the number of hits are called, where the hits
@@ -469,7 +467,8 @@ class Web:
             body = {"temperature": 0, "max_tokens": 2000}
             body["messages"] = [{"role": role, "content": said} for role, said in turns.items()]
             try:
-                return completion("summary", asked("summary", body, seconds, self.environ))
+                reply = asked("summary", body, seconds, self.environ)
+                return completion("summary", reply) or "(nothing)"
             except ToolError as error:  # never the model's doing
                 raise ToolFault(str(error)) from error
 
