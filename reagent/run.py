@@ -27,7 +27,11 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from tqdm import tqdm
 
 from reagent.config import check_choices, flat, run_facts
@@ -35,6 +39,8 @@ from reagent.folder import check_digest, check_free, claim, read_json, write_dig
 from reagent.policy import Policy, check_model, full_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# with LoRA the frozen base is not saved: what is asked for and missing fails while it is read
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 MOST_SKIPS = 5  # steps in a row that bring no update, before a run stops
 
 # --------------------------------------------------------------------------------------------------
@@ -145,7 +151,9 @@ def save_checkpoint(
     if hf.lm_head.weight is hf.model.embed_tokens.weight:  # tied: one copy, on any number of ranks
         weights.pop("lm_head.weight", None)
     try:
-        states = dict(zip(("model", "optimizer"), get_state_dict(policy, optimizer)))
+        states = dict(
+            zip(("model", "optimizer"), get_state_dict(policy, optimizer, options=TRAINED))
+        )
         with warnings.catch_warnings():  # DCP warns that gloo stages nothing asynchronously
             warnings.simplefilter("ignore")
             dcp.save(states, checkpoint_id=state)
@@ -229,15 +237,14 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, meet_all) -> dict:
     except SystemExit as problem:
         error = problem
     meet_all(f"reading {folder}", error)
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
+    model_state, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED)
     state = {"model": model_state, "optimizer": optimizer_state}
     try:
         dcp.load(state, storage_reader=reader, planner=PlainPlanner())
     except CheckpointException as problem:  # on all ranks
         raise SystemExit(f"{folder} cannot be read: {_first(problem)}") from problem
-    set_state_dict(
-        policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
+    found = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(policy, optimizer, **found, options=TRAINED)
     return read_json(Path(folder) / "trainer.json", "step")
 
 

@@ -3,10 +3,12 @@ optimizer know the adapters only, one rank or two.
 """
 
 import json
+import random
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 import grpo_unified
@@ -233,5 +235,39 @@ def test_a_stopped_run_goes_on_to_the_bit_and_leaves_a_plain_folder(tmp_path, st
     assert straight.keys() == start.keys()
     assert any(not torch.equal(straight[n], start[n]) for n in start)
     AutoModelForCausalLM.from_pretrained(saved)
+    (state,) = {path.parent for path in (tmp_path / "straight").rglob("*.distcp")}
+    kept = FileSystemReader(state).read_metadata().state_dict_metadata
+    kept = {key for key in kept if key.startswith("model.")} - {"model.hf.lm_head.weight"}  # tied
+    assert len(kept) == 2 * 7 * 2 and all(key.endswith(ADAPTERS) for key in kept)
     facts = json.loads((saved / "trainer.json").read_text())
     assert facts["config"]["lora_rank"] == 4 and load_tokenizer(str(saved))
+
+
+@pytest.mark.parametrize("stage", ["u", "rrm"])
+def test_the_sampler_of_a_run_samples_from_the_adapted_policy(tmp_path, stage, monkeypatch):
+    """At the second step its log-probs are the trainer's, after a first that moved them."""
+    import train_rrm
+    from tests.helpers.tiny import toy
+    from tests.runs.test_wiring import ANNOTATE, Rules, any_judgment
+
+    world, rng = toy_world(tmp_path, heads=1, kv_heads=1), random.Random(0)
+    toy.write(world / "rrm.jsonl", (toy.rrm_row(rng, i) for i in range(8)))
+    (world / "rrm.py").write_text(ANNOTATE)
+    common = [f"--model={world}/model", "--steps=2", "--lr=1e-2", "--engine=hf", "--group_size=4"]
+    common += ["--lora_rank=4", "--checkpoint_activations=false", f"--out_dir={tmp_path}/out"]
+    common += ["--max_context=1024", "--max_dlogp=1e-3"]
+    if stage == "u":
+        monkeypatch.setattr(grpo_unified, "rule_reward", Rules())
+        own = [f"--data={world}/rl.jsonl", f"--rrm={world}/rrm.py", "--prompts_per_step=2"]
+        own += ["--prompts_per_minibatch=2", "--max_turns=2", "--max_new_tokens_per_turn=12"]
+        log = run_here(grpo_unified, [*common, *own, "--tools=search", "--kl_coef=0.1"])
+        assert log[0]["kl"] == 0 and log[1]["kl"] != 0  # from the base
+    else:
+        monkeypatch.setattr(train_rrm, "read_judgment", any_judgment)
+        own = [f"--data={world}/rrm.jsonl", "--judgments_per_step=4", "--max_judgment_tokens=16"]
+        log = run_here(train_rrm, [*common, *own])
+    assert all(line["grad_norm"] > 0 and line["dlogp/mean"] < 1e-5 for line in log), log
+    start = load_file(world / "model" / "model.safetensors")
+    saved = load_file(tmp_path / "out" / "step-000002" / "model.safetensors")
+    assert saved.keys() == start.keys()
+    assert max((saved[name] - start[name]).abs().max() for name in start) > 1e-3
