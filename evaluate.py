@@ -16,13 +16,17 @@ report.html and summary.json the numbers. `-h` prints all keys.
 """
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from reagent.config import show_help
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # before torch is imported
+if __name__ == "__main__" and len(sys.argv) > 1:  # before torch is imported
     script = Path(__file__).parent / "data" / f"{sys.argv[1]}.py"
-    show_help(script if script.is_file() else __file__)
+    if {"-h", "--help"} & set(sys.argv):
+        show_help(script if script.is_file() else __file__)
+    if sys.argv[1] == "critique":  # it needs tqdm and h11 alone
+        sys.exit(import_module("data.critique").main(sys.argv[2:]))
 
 import asyncio
 import contextlib
@@ -31,7 +35,6 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass
-from importlib import import_module
 
 from tqdm import tqdm
 
@@ -115,8 +118,7 @@ def check_config(cfg: Config) -> None:
     bounds = "top_p>0 top_p<=1 max_tokens_per_attempt>0 timeout_s>0 engine.tensor_parallel>0"
     config.check_numbers(cfg, bounds + " engine.memory_share<=1 rrm.memory_share<=1")
     if cfg.refine and not cfg.rrm.source:
-        need = "--rrm=http://…/v1 or --rrm=FOLDER"
-        raise SystemExit(f"--refine needs the reward model whose critique is read: {need}")
+        raise SystemExit("--refine needs the reward model whose critique is read: --rrm=FOLDER|URL")
     cfg.rrm.check(cfg.timeout_s)
     if cfg.rrm.source and not cfg.refine:
         raise SystemExit("--rrm is read by --refine alone")
@@ -212,8 +214,8 @@ def positions_of(folder: str) -> int:
     try:
         known = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:
-        why = f"how many positions the model has: {str(error).strip().splitlines()[0]}"
-        raise SystemExit(f"{folder} does not say {why}") from error
+        why = str(error).strip().splitlines()[0]
+        raise SystemExit(f"{folder} does not say how many positions it has: {why}") from error
     return known.max_position_embeddings
 
 
@@ -459,12 +461,9 @@ def main(cfg: Config) -> None:
             print(f"{what}: run the same command again", file=sys.stderr)
 
 
-COMMANDS = ("ask", "compare", "critique", "page", "score")  # they stand in data/
-
-
 def command(argv: list[str]) -> None:
     """ask … | compare A B | critique … | page FOLDER | score … | the keys of a run."""
-    if argv and argv[0] in COMMANDS:
+    if argv and argv[0] in ("ask", "compare", "critique", "page", "score"):
         import_module(f"data.{argv[0]}").main(argv[1:])
     else:
         main(config.parse_config(Config, argv))

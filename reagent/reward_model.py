@@ -453,6 +453,7 @@ def served_rrm(
             cards[endpoint] = now(named_model(endpoint, config.model, "--rrm.model", **within))
         except (Unavailable, Refused) as problem:
             hint = "start one with `vllm serve <RRM folder> --port …`"
+            hint = "its key stands in RRM_API_KEY" if problem.status in (401, 403) else hint
             raise SystemExit(f"no reward model answers at {url} ({problem}): {hint}") from problem
 
     async def ask(question, trajectory, text, seed, seconds):

@@ -19,8 +19,7 @@ def newest_episodes(run: Path, most: int = MOST) -> list[dict]:
     """A run's last episodes, in order, without token ids, with step and place among siblings."""
     episodes: list[dict] = []
     for path in sorted((run / "episodes").glob("step-*.jsonl"), reverse=True):
-        siblings: Counter = Counter()
-        of_step = []
+        siblings, of_step = Counter(), []
         for row in whole_rows(path):
             siblings[row["id"]] += 1
             step = int(path.stem.rpartition("-")[2])

@@ -212,11 +212,9 @@ def report_facts(cfg, tasks: list, judge: str, how: str, search: str) -> list[st
         facts.append(f"{task.name}: rows of {task.revision}; tools {task.spec.tools}")
         if task.spec.prompt_file and not cfg.prompt_file:
             facts[-1] += f", prompt {task.spec.prompt_file}"
-        if task.limits:
-            facts[-1] += (
-                f", {task.limits.max_tokens_per_attempt} tokens an attempt, "
-                f"{task.limits.max_context} positions, {task.limits.max_turns} turns with calls"
-            )
+        if limits := task.limits:
+            room = f"{limits.max_context} positions, {limits.max_turns} turns with calls"
+            facts[-1] += f", {limits.max_tokens_per_attempt} tokens an attempt, {room}"
     prompts = prompt_facts(cfg).items()
     facts += [f"{key} {told}" for key, told in prompts if cfg.refine or key == "prompt_file"]
     if any("search" in task.spec.tools for task in tasks):
@@ -241,12 +239,10 @@ def markdown(summaries: list[dict], facts: list[str]) -> str:
         shares = [{f"n = {n}": percent(s["pass_at"].get(n)) for n in between} for s in summaries]
         text += table([name(s) | share for s, share in zip(summaries, shares)])
     refined = []
-    for s in summaries:
-        figures = dict(s.get("refine", {}))
-        gains = {"o1": "o1", "o2": "o2", "o2 - o1": "gain"}
-        shares = {title: percent(figures.pop(key, None)) for title, key in gains.items()}
-        counted = {key.replace("_", " "): count for key, count in figures.items()}
-        refined += [name(s) | shares | counted] if counted else []
+    for s in (s for s in summaries if "refine" in s):
+        shown = {k: percent(v) if isinstance(v, list) else v for k, v in s["refine"].items()}
+        shown = {k.replace("gain", "o2 - o1").replace("_", " "): v for k, v in shown.items()}
+        refined.append(name(s) | shown)
     if refined:
         title = "## Reagent-C: first answer (o1) and answer after the critique (o2), over all rows"
         text += ["", title, *table(refined)]

@@ -83,15 +83,10 @@ class AnswerJudge:
     def __init__(self, endpoint: Endpoint, model: str, cache: str, *, served="", patience_s=600.0):
         self.endpoint, self.model, self.patience_s = endpoint, model, patience_s
         self.served = served or model  # what stands behind that name
-        self.cached = 0
+        self.name = f"{self.served}/{PROMPT_VERSION}"  # what stands beside every number
+        self.cached, self.down = 0, False
         self.problem = ""  # why the last unscored answer is unscored
-        self.down = False
         self.db = open_verdicts(cache)
-
-    @property
-    def name(self) -> str:
-        """What stands beside every number."""
-        return f"{self.served}/{PROMPT_VERSION}"
 
     async def __call__(self, question: str, golds: list[str], answer: str, secret=False):
         """`secret`: the reply may quote what must not lie on a disk, and is not kept there."""

@@ -327,10 +327,9 @@ async def complete(endpoint: Endpoint, body: dict, most_tokens: int, *, seconds:
             reply = await endpoint.ask("/chat/completions", sent, seconds=left)
             break
         except Refused as refused:
-            named = [key for key in OPTIONAL if key in sent and key in str(refused)]
-            if refused.status not in (400, 422) or not named or not _UNKNOWN.search(str(refused)):
+            key = next((key for key in OPTIONAL if key in sent and key in str(refused)), "")
+            if refused.status not in (400, 422) or not key or not _UNKNOWN.search(str(refused)):
                 raise
-            key = named[0]
             name = "max_completion_tokens" if key == "max_tokens" else ""
             if key not in endpoint.keys:
                 how = f"with {name}" if name else "without it"

@@ -5,6 +5,7 @@ frameworks wrote, shortened), rows that cannot be read, servers that fail, going
 import io
 import json
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_what_cannot_be_read_says_why(row, problem, tmp_path):
 def test_a_plain_text_and_stdin_are_trajectories(tmp_path, monkeypatch):
     (tmp_path / "run.txt").write_text("I searched.\nThen I guessed.")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(json.dumps(CHAT).encode())))
-    text, chat = read_works([str(tmp_path), "-"], "Who?")
+    text, chat = read_works([str(tmp_path / "run.txt"), "-"], "Who?")
     assert (text.question, text.turns) == ("Who?", "I searched.\nThen I guessed.")
     assert (chat.row, chat.question) == ("stdin", "Who?")
 
@@ -121,6 +122,26 @@ def test_rows_are_judged_and_what_is_not_is_named_and_counted(tmp_path, capsys):
     assert f"{path}:4: not a JSON line" in told.err and f"{path}:5: " in told.err
     assert f"{path}:2: no valid judgment" in told.err
     assert "2 judged, mean score" in told.err and "2 rows not read" in told.err
+
+
+def test_it_runs_where_nothing_but_two_packages_is_installed(tmp_path):
+    """In a process whose other packages cannot be imported, as on a machine with an API key."""
+    path = write(tmp_path / "runs.jsonl", rows(2))
+    hidden = "numpy torch transformers mpmath urllib3 trafilatura lxml PIL pyarrow".split()
+    code = f"import sys; sys.modules.update(dict.fromkeys({hidden})); import runpy; "
+    code += "sys.argv = ['evaluate.py', 'critique', *sys.argv[1:]]; "
+    code += f"runpy.run_path('{ROOT}/evaluate.py', run_name='__main__')"
+    with judge_server() as (url, _):
+        ask = [sys.executable, "-c", code, f"--rrm={url}", path]
+        done = subprocess.run(ask, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_a_key_that_is_refused_is_named(tmp_path):
+    page = answer({"error": {"message": "Incorrect API key"}}, 401)
+    with web_server({"*": page}) as server, pytest.raises(SystemExit, match="RRM_API_KEY"):
+        critique.main([f"--rrm={server.url}", write(tmp_path / "runs.jsonl", rows(1))])
 
 
 def test_a_call_that_was_stopped_goes_on_and_asks_nothing_again(tmp_path):
