@@ -269,9 +269,9 @@ def seconds(kernel: str, lengths: list[int], heads, device: torch.device) -> flo
 
 def trial(kernel: str, lengths: list[int], heads: tuple[int, int, int], device: torch.device):
     """Random queries, keys and values (1, heads, T, D) of rows, and what attends to them."""
-    queries, keys, width = heads
+    (queries, keys, width), total = heads, sum(lengths)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     options = dict(device=device, dtype=dtype, requires_grad=True)
-    sides = [torch.randn(1, n, sum(lengths), width, **options) for n in (queries, keys, keys)]
+    sides = [torch.randn(1, n, total, width, **options) for n in (queries, keys, keys)]
     more = dict(kernel=kernel, **row_ends(lengths, device))
     return sides, lambda: varlen_attention(torch.nn.Module(), *sides, None, **more)[0]

@@ -147,9 +147,9 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None) -> None:
     options |= dict(ranks=ranks, checkpoint_activations=cfg.checkpoint_activations)
     options |= dict(lora_rank=cfg.lora_rank, offload=cfg.cpu_offload)
     plan = memory_plan(config, reference=bool(getattr(cfg, "kl_coef", 0)), **options)
-    trained = lora_size(config, cfg.lora_rank)
-    here = 16 * trained + 2 * total if trained else 16 * total
-    here = here / ranks * local if cfg.cpu_offload else 0
+    adapters = lora_size(config, cfg.lora_rank)
+    here = 16 * adapters + 2 * total if adapters else 16 * total
+    here *= local / ranks if cfg.cpu_offload else 0
     if not cuda:  # the ranks themselves are on the host
         here = local * max(sum(parts.values()) for parts in plan.values())
     plan["host"] = {"ranks": here, "rank 0 reads the model": 4 * total if run.rank < local else 0}

@@ -64,31 +64,27 @@ def balance(rows: list[Sequence], ranks: int, tokens_per_microbatch: int) -> lis
     number of micro-batches (FSDP would hang otherwise), so some may be empty. Deterministic: the
     same rows give the same deal.
     """
-    longest_first = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
     dealt: list[list[Sequence]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
-    for i in longest_first:
+    for row in sorted(rows, key=lambda row: -len(row.ids)):
         rank = tokens.index(min(tokens))
-        dealt[rank].append(rows[i])
-        tokens[rank] += len(rows[i].ids)
+        dealt[rank].append(row)
+        tokens[rank] += len(row.ids)
     bins = [_first_fit(mine, tokens_per_microbatch) for mine in dealt]
     count = max(len(mine) for mine in bins)
     return [mine + [[] for _ in range(count - len(mine))] for mine in bins]
 
 
 def _first_fit(rows: list[Sequence], room: int) -> list[list[Sequence]]:
-    bins: list[list[Sequence]] = []
-    space: list[int] = []
+    bins: list[list] = []  # [free tokens, rows]
     for row in rows:
-        n = len(row.ids)
-        fit = next((b for b, free in enumerate(space) if free >= n), None)
-        if fit is None:
-            bins.append([row])
-            space.append(room - n)  # a row longer than the room stands alone
-        else:
-            bins[fit].append(row)
-            space[fit] -= n
-    return bins
+        fit = next((one for one in bins if one[0] >= len(row.ids)), None)
+        if fit is None:  # a row longer than the room stands alone
+            fit = [room, []]
+            bins.append(fit)
+        fit[0] -= len(row.ids)
+        fit[1].append(row)
+    return [each for _, each in bins]
 
 
 def collate(rows: list[Sequence], columns: tuple[str, ...], device: torch.device) -> Batch:
@@ -179,24 +175,19 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logps, _):
         hidden, weight, targets, norm, *kept = ctx.saved_tensors
         work = _compiled(head_gradient) if hidden.is_cuda else head_gradient
-        grad_hidden, grad_weight = torch.empty_like(hidden), None
-        if ctx.needs_input_grad[1]:  # not with LoRA
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_hidden, trains = torch.empty_like(hidden), ctx.needs_input_grad[1]  # not with LoRA
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trains else None
         scales = grad_logps[:, None] / ctx.temperature
         for part, probs in zip_longest(_parts(hidden), kept):
             logits = _logits(hidden[part], weight) if probs is None else None
             rest = targets[part], norm[part], scales[part], ctx.temperature, hidden.dtype
             grad = work(logits, probs, *rest)
             grad_hidden[part] = grad @ weight
-            if grad_weight is None:
-                continue
-            if hidden.dtype == torch.float32:
+            if trains and hidden.dtype == torch.float32:
                 grad_weight.addmm_(grad.t(), hidden[part])
-            else:
+            elif trains:
                 grad_weight += grad.t() @ hidden[part]
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight.to(weight.dtype) if trains else None, None, None
 
 
 def keeps_softmax(tokens: int, vocab: int) -> bool:
