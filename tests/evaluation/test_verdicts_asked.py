@@ -40,7 +40,7 @@ def test_every_attempt_is_judged_by_its_own_answer_once(tmp_path):
         ("r?", ["a"], "good", False),
         ("r?", ["a"], "odd", False),
     ]
-    said = {key[1]: [journal.verdict(key, i, judge.name) for i in (0, 1)] for key in keys}
+    said = {key[1]: [journal.said(key, i, judge.name)[1] for i in (0, 1)] for key in keys}
     assert said == {"0": [False, True], "1": [True, None]}
     judge.asked.clear()
     assert judged(task, journal, judge) == 1 and [each[2] for each in judge.asked] == ["odd"]
@@ -53,9 +53,9 @@ def test_neither_another_judge_nor_another_answer_lends_its_verdict(tmp_path):
     journal, judge = Journal(tmp_path / "out"), Judge()
     journal.append(line_of(task, row, 0, ["good"], [None]))
     judged(task, journal, judge)
-    assert journal.verdict(key, 0, "j/1") is True and journal.verdict(key, 0, "k/1") is None
+    assert journal.said(key, 0, "j/1")[1] is True and journal.said(key, 0, "k/1")[1] is None
     journal.append(line_of(task, row, 0, ["bad"], [None]))  # the chain was run again
-    assert journal.verdict(key, 0, "j/1") is None
+    assert journal.said(key, 0, "j/1")[1] is None
     journal.close()
 
 
