@@ -105,14 +105,12 @@ def collate(rows: list[Sequence], columns: tuple[str, ...], device: torch.device
         return torch.tensor(data, dtype=dtype).to(device, non_blocking=True)
 
     where = torch.tensor(index, dtype=torch.long)
-    return Batch(
-        input_ids=tensor(ids)[None],
-        position_ids=tensor(positions)[None],
-        lengths=[len(row.ids) for row in rows] or [2],
-        index=where.to(device),
-        targets=torch.tensor(ids, dtype=torch.long)[where + 1].to(device),
-        columns={name: tensor(column, torch.float32) for name, column in values.items()},
-    )
+    targets = torch.tensor(ids, dtype=torch.long)[where + 1]
+    inputs = dict(input_ids=tensor(ids)[None], position_ids=tensor(positions)[None])
+    trained = dict(index=where.to(device), targets=targets.to(device))
+    moved = {name: tensor(column, torch.float32) for name, column in values.items()}
+    lengths = [len(row.ids) for row in rows] or [2]
+    return Batch(**inputs, **trained, lengths=lengths, columns=moved)
 
 
 # --------------------------------------------------------------------------------------------------

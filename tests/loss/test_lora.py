@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 
 import grpo_unified
@@ -165,6 +167,34 @@ def test_an_update_of_grpo_with_a_kl_term_moves_the_adapters_only(folder):
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     kept = {n: p for n, p in policy.hf.state_dict().items() if not n.endswith(ADAPTERS)}
     assert all(torch.equal(p.full_tensor(), base[name]) for name, p in kept.items())
+
+
+def test_a_base_in_bf16_trains_beside_adapters_in_fp32_as_on_a_gpu(folder, monkeypatch):
+    """The types that a GPU has, on the CPU: FSDP gathers both in bf16 and adds up in fp32."""
+    run.init_distributed(60)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        torch.manual_seed(0)
+        policy = load_policy(folder, True, RANK)
+    frozen = {p.dtype for p in policy.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16} and policy.hf.model.rotary_emb.inv_freq.dtype == torch.float32
+    dtypes = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for unit in [*policy.hf.model.layers, policy]:
+        fully_shard(unit, mesh=init_device_mesh("cpu", (1,)), mp_policy=dtypes)
+    exact, rows = lora_of(folder), random_rows([30, 9, 14])
+    found = []
+    for each in (moved(policy), moved(exact)):
+        logps, _ = each(collate(rows, (), CPU))
+        logps.mean().backward()
+        grads = {n: p.grad.full_tensor() for n, p in trained(each).items()}
+        assert {g.dtype for g in grads.values()} == {torch.float32}
+        found.append((logps.detach(), grads))
+    (near, grads), (logps, expected) = found
+    assert (near - logps).abs().mean() < 0.05
+    for name in grads:
+        cosine = torch.cosine_similarity(grads[name].flatten(), expected[name].flatten(), dim=0)
+        assert cosine > 0.95, (name, cosine)  # both after three steps of their own
+    assert all(value.dtype == torch.bfloat16 for _, value in full_weights(policy, torch.bfloat16))
 
 
 TWO_RANKS = """
