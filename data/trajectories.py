@@ -32,6 +32,7 @@ ROLES |= dict.fromkeys("function observation tool-response tool_response".split(
 ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
 LANGCHAIN = {kind: ROLES[kind] for kind in ("human", "ai", "system", "tool", "function")}
 LANGCHAIN |= {"AIMessageChunk": "assistant", "HumanMessageChunk": "user"}
+TURN_KEYS = set("role from type lc step_number action observation rawItem raw_item".split())
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,13 @@ def listed_rows(value) -> list | None:
 
 def is_turn(value) -> bool:
     """Whether a value of a list is a turn of one trajectory rather than a row of its own."""
-    if not isinstance(value, dict) or any(isinstance(value.get(key), list) for key in TURNS[:6]):
+    if not isinstance(value, dict) or {"trajectory", "messages"} & set(value):
         return False
-    marks = "role from type lc step_number task system_prompt action observation rawItem raw_item"
-    return any(key in value for key in marks.split())
+    if any(isinstance(value.get(key), list) for key in TURNS[:6]):
+        return False
+    if TURN_KEYS & set(value):
+        return True
+    return ("task" in value or "system_prompt" in value) and turns_in(value) is None  # smolagents
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,6 +172,8 @@ def works_of(row, name: str, question: str = "") -> Iterator[Work]:
         raise ValueError("its texts are encrypted")
     own = next((str(row[key]) for key in NAMES if isinstance(row.get(key), (str, int))), "")
     if is_episode(row):
+        if not row["attempts"]:
+            raise ValueError("an episode without an attempt")
         for number, attempt in enumerate(row["attempts"], 1):
             turns = row["messages"][slice(*attempt["messages"])]
             yield Work(name, own, row["question"], plain_turns(turns), number)
@@ -179,8 +185,9 @@ def works_of(row, name: str, question: str = "") -> Iterator[Work]:
     turns = held if isinstance(held, str) else messages_of(held)
     if isinstance(asked, list):  # the prompt is a conversation
         *_, asked = [t["content"] for t in messages_of(asked) if t["role"] == "user"] or [""]
+    asked = asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False)
     if isinstance(turns, list):
-        asked, turns = split(turns, asked if isinstance(asked, str) else question)
+        asked, turns = split(turns, asked)
         if isinstance(row.get("info"), dict):  # of SWE-agent and mini-swe-agent: nobody else speaks
             turns = [t | {"role": {"user": "tool"}.get(t["role"], t["role"])} for t in turns]
     yield Work(name, own, asked, turns)

@@ -69,6 +69,7 @@ def test_each_attempt_of_an_episode_is_a_work_of_its_own():
         ({"messages": ["Q", "A"]}, "turn 0 is not understood .an object"),
         ({"sealed": "x", "messages": CHAT}, "encrypted"),
         (5, "a row is an object"),
+        ({"question": "Q", "messages": [], "attempts": []}, "an episode without an attempt"),
     ],
 )
 def test_what_cannot_be_read_says_why(row, problem, tmp_path):
@@ -76,6 +77,19 @@ def test_what_cannot_be_read_says_why(row, problem, tmp_path):
     path.write_text(json.dumps(row) + "\n")
     (unread,) = read_works([str(path)])
     assert isinstance(unread, Unread) and re.search(problem, unread.problem)
+
+
+@pytest.mark.parametrize("key", ["trajectory", "completion", "response"])
+def test_a_list_of_rows_with_texts_is_no_list_of_turns(key, tmp_path):
+    rows = [{"task": f"Q{i}", key: "I searched."} for i in range(3)]
+    (tmp_path / "runs.json").write_text(json.dumps(rows))
+    works = list(read_works([str(tmp_path / "runs.json")]))
+    assert [(w.question, w.turns) for w in works] == [(f"Q{i}", "I searched.") for i in range(3)]
+
+
+def test_a_question_may_be_a_number():
+    (work,) = works_of({"question": 5, "messages": CHAT}, "f")
+    assert work.question == "5" and [turn["content"] for turn in work.turns] == ["Ada."]
 
 
 def test_a_plain_text_and_stdin_are_trajectories(tmp_path, monkeypatch):
