@@ -16,10 +16,9 @@ weighted mean of the parts that its row allows,
 times 1 - leak_penalty where the critique states the gold answer. Where s* lies on the side that
 correctness says, it is the best score. On the other side that is .45 for a wrong answer and .55 for
 a right one (closeness_weight / (2 agreement_weight)), where the reward is flat: no optimum sits on
-a cliff. Advantages are those of GRPO, divided by the std of their own group. That of the step was
-tried (docs/ablation.md): groups with a broken reply, which have the largest spread, then take most
-of the step, and a judge that was not finished got worse. It keeps a judge calibrated that learns
-from labels alone; here such scores go towards 0 and 1.
+a cliff. Advantages are those of GRPO, divided by the std of their own group, which moves scores
+towards 0 and 1. By that of the step, meant to keep them calibrated, a judge that was not finished
+got worse (docs/ablation.md).
 """
 
 import sys
