@@ -294,6 +294,8 @@ def test_a_fault_is_forgotten_when_the_chain_is_finished(tmp_path):
     assert statistics.summarise(task, journal)["counts"]["fault"] == 1
     journal.append(line_of(task, task.rows[0], 0))
     assert statistics.summarise(task, journal)["counts"]["fault"] == 0
+    changed = task_of(tmp_path, [row_of("1", "another?")])  # the chain is missing again, no more
+    assert statistics.summarise(changed, journal)["counts"]["fault"] == 0
     journal.close()
 
 
