@@ -21,15 +21,12 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
 
 import asyncio
 import dataclasses
-import json
 import math
 import time
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -73,9 +70,7 @@ class Config:
     rrm: RewardModelConfig = RewardModelConfig("http://localhost:8001/v1")
     rrm_weight: float = 0.3  # lambda
     prompt_file: str = ""  # another system prompt
-    fixed_critique: str = (
-        ""  # ablation: every refinement reads this instead of the reward model's critique
-    )
+    fixed_critique: str = ""  # ablation: read instead of every critique of the reward model
     tools: str = "search,browse,python"
     corpus: str = ""  # local pages for rows without docs
     files_dir: str = ""  # where the files of rows lie (data/reagent/files after prepare.py --media)
@@ -103,9 +98,8 @@ class Config:
     lr_end: float = 1.0  # share of lr that a linear decay ends at; 1: constant, the paper's
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    max_dlogp: float = (
-        0.05  # mean |logp(sampler) - logp(trainer)|: an error on step 1, later the step is skipped
-    )
+    # mean |logp(sampler) - logp(trainer)|: above it step 1 is an error, a later one is skipped
+    max_dlogp: float = 0.05
     # engine and memory
     engine: EngineConfig = EngineConfig()
     attention: str = "auto"  # torch | flash | cudnn | auto: on a GPU what is faster when it starts
@@ -126,16 +120,10 @@ class Config:
     check: bool = False  # stop after all checks, before anything heavy; writes nothing
 
 
-MAY_CHANGE = {
-    "engine.max_live_chains",
-    "max_seconds_per_chain",
-    "rrm.memory_share",
-    "rrm.sleep",
-    "rrm.seconds",
-    "rrm.in_flight",
-    "files_dir",
-    "unsafe_python",
-}
+MAY_CHANGE = set(
+    "engine.max_live_chains max_seconds_per_chain rrm.memory_share rrm.sleep rrm.seconds "
+    "rrm.in_flight files_dir unsafe_python".split()
+)
 
 COLUMNS = ("advantage", "weight", "sampler_logps")  # one number a trained token
 SUMS = ("loss", "clipped", "bounded", "kl", "tokens", "entropy", "gap", "compared")
@@ -176,9 +164,7 @@ def reward_tensor(episodes: list, group: int, read) -> torch.Tensor:
 # the 2G pool
 
 
-def pooled_advantages(
-    rewards: torch.Tensor, eps: float = 1e-6, pool: str = "joint"
-) -> torch.Tensor:
+def pooled_advantages(rewards, eps: float = 1e-6, pool: str = "joint") -> torch.Tensor:
     """A = (R - mean(R_pool)) / (std(R_pool) + eps) (paper equation 8), unbiased std over the
     attempts that remain.
 
@@ -195,22 +181,21 @@ def pooled_advantages(
     mean = filled.sum(1, keepdim=True) / count.clamp(min=1)
     centred = (filled - mean) * there
     std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    spread = flat.nan_to_num(-math.inf).amax(1, keepdim=True) - flat.nan_to_num(math.inf).amin(
-        1, keepdim=True
-    )
-    advantages = torch.where((count > 1) & (spread >= 1e-6), centred / (std + eps), 0.0)
+    varies = (count > 1) & (spread(flat)[:, None] >= 1e-6)
+    advantages = torch.where(varies, centred / (std + eps), 0.0)
     return advantages.reshape(rewards.shape).to(rewards.dtype)
+
+
+def spread(pools: torch.Tensor) -> torch.Tensor:
+    """max - min of each pool (N, …), NaN left out -> (N,)."""
+    flat = pools.flatten(1)
+    return flat.nan_to_num(-math.inf).amax(1) - flat.nan_to_num(math.inf).amin(1)
 
 
 def kept_pools(rewards: torch.Tensor, rules: torch.Tensor, drop: str) -> torch.Tensor:
     """(N,) bool: which pools train. equal: any spread of rewards will do; rule_equal: the rule
     rewards must differ; release: neither all rewards <= 0 nor all >= 1 (the released script).
     rewards, rules (N, 2, G), NaN = missing."""
-
-    def spread(x):
-        x = x.flatten(1)
-        return x.nan_to_num(-math.inf).amax(1) - x.nan_to_num(math.inf).amin(1)
-
     kept = spread(rewards) >= 1e-6
     if drop == "rule_equal":
         kept &= spread(rules) >= 1e-6
@@ -339,8 +324,8 @@ def update(policy, optimizer, minibatches: list, cfg: Config, run: Run, referenc
         if not math.isfinite(norm + sums["loss"]):
             skipped = f"loss {sums['loss']}, gradient norm {norm}"
         elif dlogp > cfg.max_dlogp:
-            skipped = f"sampler and trainer differ: mean |dlogp| {dlogp:.4f} > max_dlogp = "
-            skipped += f"{cfg.max_dlogp}"
+            told = f"mean |dlogp| {dlogp:.4f} > max_dlogp = {cfg.max_dlogp}"
+            skipped = f"sampler and trainer differ: {told}"
         else:
             optimizer.step()
             norms.append(norm)
@@ -384,9 +369,8 @@ def step_metrics(episodes: list, rewards, rules, advantages, kept) -> dict:
     """The numbers of a step's episodes; the README explains each."""
     line: dict = {}
     for stage, name in enumerate(("first", "refined")):
-        attempts = [
-            e.attempts[stage] for e in episodes if len(e.attempts) > stage and not e.dropped
-        ]
+        whole = [e for e in episodes if len(e.attempts) > stage and not e.dropped]
+        attempts = [e.attempts[stage] for e in whole]
         if attempts:
             line |= {
                 f"reward/{name}": _mean(a.reward for a in attempts),
@@ -444,31 +428,22 @@ BOUNDS = (
 def check_config(cfg: Config) -> None:
     engines.engine_class(cfg.engine.kind)
     prompt_facts(cfg)  # a missing file is told before any work
-    check_choices(
-        cfg,
-        variant="u r rule",
-        pool="joint per_stage",
-        drop="equal rule_equal release",
-    )
+    check_choices(cfg, variant="u r rule", pool="joint per_stage", drop="equal rule_equal release")
     check_choices(cfg, attention="auto torch flash cudnn")
     check_choices(cfg, loss_agg="seq_mean token_mean", old_logps="sampler recomputed")
     check_numbers(cfg, BOUNDS)
     if cfg.variant != "u" and cfg.group_size < 2:
         raise SystemExit("group_size = 1: a pool of one attempt has no spread and trains nothing")
     if cfg.prompts_per_step % cfg.prompts_per_minibatch:
-        raise SystemExit(
-            f"prompts_per_minibatch = {cfg.prompts_per_minibatch} does not divide "
-            f"{cfg.prompts_per_step}"
-        )
+        what = f"prompts_per_minibatch = {cfg.prompts_per_minibatch}"
+        raise SystemExit(f"{what} does not divide {cfg.prompts_per_step}")
     scored = cfg.variant != "rule"
     if scored:
         cfg.rrm.check(cfg.timeout_s)
     if cfg.engine.tensor_parallel > 1 and scored and cfg.rrm.in_process:
-        raise SystemExit(
-            f"engine.tensor_parallel = {cfg.engine.tensor_parallel}: serve the reward model "
-            f"{cfg.rrm.source} (--rrm=http://…/v1), an engine of its own beside a tensor-parallel "
-            "one is not supported"
-        )
+        told = f"engine.tensor_parallel = {cfg.engine.tensor_parallel}: serve the reward model"
+        why = "an engine of its own beside a tensor-parallel one is not supported"
+        raise SystemExit(f"{told} {cfg.rrm.source} (--rrm=http://…/v1), {why}")
 
 
 def main(cfg: Config) -> None:
@@ -516,28 +491,21 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     policy = make_policy(cfg, run.device)
     optimizer = make_optimizer(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    reference = None
-    if cfg.kl_coef:  # the policy at the start, for forwards only
-        reference = make_reference(cfg, policy, run.device)
-    setup = rollout.Setup(
-        engine=engine,
-        chat=chat,
-        toolbox=toolbox,
-        limits=rollout.Limits(
-            cfg.max_turns,
-            cfg.max_new_tokens_per_turn,
-            cfg.max_tokens_per_attempt,
-            cfg.max_context,
-            cfg.max_seconds_per_chain or math.inf,
-            final_tokens=min(512, cfg.max_new_tokens_per_turn),
-        ),
-        rule_reward=rule_reward,
-        rrm=rrm,
-        refine=cfg.variant == "u",
-        temperature=cfg.temperature,
-        system_prompt=read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT),
-        fixed_critique=cfg.fixed_critique,
+    # the policy at the start, for forwards only
+    reference = make_reference(cfg, policy, run.device) if cfg.kl_coef else None
+    limits = rollout.Limits(
+        cfg.max_turns,
+        cfg.max_new_tokens_per_turn,
+        cfg.max_tokens_per_attempt,
+        cfg.max_context,
+        cfg.max_seconds_per_chain or math.inf,
+        final_tokens=min(512, cfg.max_new_tokens_per_turn),
     )
+    parts = dict(engine=engine, chat=chat, toolbox=toolbox, limits=limits, rrm=rrm)
+    parts |= dict(refine=cfg.variant == "u", temperature=cfg.temperature)
+    system = read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
+    parts |= dict(system_prompt=system, fixed_critique=cfg.fixed_critique)
+    setup = rollout.Setup(**parts, rule_reward=rule_reward)
 
     def sync():
         engine.load_weights(full_weights(policy, run.sampler_dtype))
@@ -548,8 +516,8 @@ def main(cfg: Config) -> None:
         share = [job for i, job in enumerate(jobs) if i // cfg.group_size % n_engines == place]
         tell_rrm("wake_up")
         bar = run.bar(what, len(jobs))
-        mine, error = [], None
-        try:
+        mine = []
+        with run.together(f"the rollout of {what}"):
             if place is None:  # another rank of the tensor-parallel group leads
                 engine.follow()
             else:
@@ -560,10 +528,7 @@ def main(cfg: Config) -> None:
                 finally:  # also after an error: those that follow would wait for ever
                     if hasattr(engine, "finish"):
                         engine.finish()
-        except Exception as problem:  # the others wait for this rank: they must hear of it
-            error = problem
         bar.close()
-        run.meet(f"the rollout of {what}", error)
         tell_rrm("sleep?level=1")
         shares = run.gather(mine)[:: cfg.engine.tensor_parallel]
         queues = [iter(share) for share in shares]
@@ -662,7 +627,7 @@ def main(cfg: Config) -> None:
             run.best = {"step": step + 1, "accuracy": line["eval/first"]}
         line["seconds/step"] = round(time.perf_counter() - began, 3)
         if run.rank == 0:
-            run.in_background(write_episodes, run.out / "episodes", step + 1, episodes)
+            run.in_background(rollout.write_episodes, run.out / "episodes", step + 1, episodes)
             if (step + 1) % cfg.eval_interval == 0:
                 print(show_episode(chat, episodes[0]), show_episode(chat, episodes[-1]), sep="\n")
         run.write(line, SHOWN)
@@ -694,59 +659,37 @@ def whole_run(cfg: Config, steps: int, held_out: int) -> dict[str, int]:
 def engine_places(tensor_parallel: int, run: Run) -> tuple[int | None, int, object]:
     """(number of the engine that this rank leads or None, of how many, gloo group of its ranks)."""
     if run.world % tensor_parallel:
-        raise SystemExit(
-            f"engine.tensor_parallel = {tensor_parallel} does not divide {run.world} ranks"
-        )
+        what = f"engine.tensor_parallel = {tensor_parallel}"
+        raise SystemExit(f"{what} does not divide {run.world} ranks")
     number, member = divmod(run.rank, tensor_parallel)
     own = None
     if tensor_parallel > 1:
         patience = timedelta(seconds=run.cfg.timeout_s)
         for first in range(0, run.world, tensor_parallel):  # all ranks make all groups
-            group = dist.new_group(
-                list(range(first, first + tensor_parallel)), patience, backend="gloo"
-            )
+            members = list(range(first, first + tensor_parallel))
+            group = dist.new_group(members, patience, backend="gloo")
             own = group if first // tensor_parallel == number else own
     return None if member else number, run.world // tensor_parallel, own
 
 
-def check_failures(
-    step: int, asked: float, failed: float, rrm: RewardModelConfig, problems: list[str]
-) -> None:
+def check_failures(step: int, asked: float, failed: float, rrm, problems: list[str]) -> None:
     """Stops the run where too many judgments of a step failed: a thinned pool is a biased one.
     `problems`: the first of each rank.
     """
     if failed > rrm.max_failures * asked:
-        raise SystemExit(
-            f"step {step + 1}: {failed:.0f} of {asked:.0f} judgments failed, more than "
-            f"rrm.max_failures = {rrm.max_failures}: is the reward model {rrm.source} up and "
-            f"sound? The first problem: {next(filter(None, problems), 'unknown')}"
-        )
-
-
-def write_episodes(folder: Path, step: int, episodes: list) -> None:
-    """step-N.jsonl: an episode's texts a line. step-N.npz: their token arrays end to end; the ids
-    of episode i are ids[starts[i] : starts[i + 1]], logps has a number for each 1 of the mask.
-    """
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step-{step:06d}"
-    starts = np.cumsum([0, *(len(episode.ids) for episode in episodes)])
-    arrays = {"starts": starts}
-    for name, kind in (("ids", np.int32), ("mask", np.int8), ("logps", np.float32)):
-        parts = [np.array(getattr(episode, name), kind) for episode in episodes]
-        arrays[name] = np.concatenate(parts) if parts else np.array([], kind)
-    np.savez_compressed(path.with_suffix(".npz"), **arrays)
-    with open(path.with_suffix(".tmp"), "w") as file:
-        file.writelines(json.dumps(episode.to_json()) + "\n" for episode in episodes)
-    path.with_suffix(".tmp").replace(path.with_suffix(".jsonl"))
+        what = f"step {step + 1}: {failed:.0f} of {asked:.0f} judgments failed, more than"
+        why = f"is the reward model {rrm.source} up and sound? The first problem:"
+        first = next(filter(None, problems), "unknown")
+        raise SystemExit(f"{what} rrm.max_failures = {rrm.max_failures}: {why} {first}")
 
 
 def show_episode(chat: Chat, episode) -> str:
     """A chain for the terminal: trained tokens in green, then what each attempt earned."""
-    earned = [
-        f"[{a.termination}, answer {a.answer}, reward {a.reward}, score {a.score}]"
-        for a in episode.attempts
-    ]
-    return "\n".join([f"--- {episode.id}", chat.paint(episode.ids, episode.mask), *earned])
+    lines = [f"--- {episode.id}", chat.paint(episode.ids, episode.mask)]
+    for a in episode.attempts:
+        earned = f"answer {a.answer}, reward {a.reward}, score {a.score}"
+        lines.append(f"[{a.termination}, {earned}]")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
 
 from reagent.calls import HERMES, Call, Turn, made_up_result, read_turn
 from reagent.engines import Sample, run_together
@@ -23,14 +26,13 @@ from reagent.rows import JsonlRows, seed_of, shown_question
 
 SYSTEM_PROMPT = (
     "You answer questions with the help of tools. Think before you act, call a tool whenever a "
-    "fact is missing, and "
-    "check what you found. When you are sure, give the final answer inside \\boxed{}."
+    "fact is missing, and check what you found. When you are sure, give the final answer inside "
+    "\\boxed{}."
 )
 
 REFINE_PROMPT = (
     "A reviewer read your attempt and wrote:\n{critique}\nTake the review into account and solve "
-    "the question again. "
-    "Tools are still available. Give the final answer inside \\boxed{}."
+    "the question again. Tools are still available. Give the final answer inside \\boxed{}."
 )
 
 FINAL_PROMPT = "No further tool calls are possible. Give the final answer now, inside \\boxed{}."
@@ -130,9 +132,8 @@ async def run_chain(row: dict, setup: Setup, key: tuple) -> Episode:
     gold = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
     question = shown_question(row)
     messages, ids = opening(setup.chat, setup.system_prompt, question, setup.toolbox.schemas)
-    episode = Episode(
-        str(row["id"]), question, gold, ids, [0] * len(ids), [], messages, setup.policy_version
-    )
+    parts = dict(ids=ids, mask=[0] * len(ids), logps=[], policy_version=setup.policy_version)
+    episode = Episode(str(row["id"]), question, gold, messages=messages, **parts)
     episode.meta = dict(row.get("meta") or {})
     key = (*key, episode.id)
     if len(ids) + setup.limits.final_tokens >= setup.limits.max_context:
@@ -201,9 +202,7 @@ async def run_attempt(
     episode.attempts.append(attempt)
 
 
-async def take_turns(
-    episode: Episode, row: dict, setup: Setup, attempt: Attempt, key: tuple
-) -> None:
+async def take_turns(episode: Episode, row: dict, setup: Setup, attempt, key: tuple) -> None:
     """The turns of `attempt`: sets its answer, calls and termination."""
     limits, begin = setup.limits, len(episode.ids)
     end = min(begin + limits.max_tokens_per_attempt, limits.max_context)  # where the ids must end
@@ -212,13 +211,8 @@ async def take_turns(
         left = end - len(episode.ids) - (0 if limit else limits.final_tokens)
         room = min(limits.max_new_tokens_per_turn, max(left, 1))
         seed = seed_of(*key, turn, "policy", 0)
-        sample = await setup.engine.generate(
-            episode.ids,
-            max_new_tokens=room,
-            temperature=setup.temperature,
-            seed=seed,
-            top_p=setup.top_p,
-        )
+        options = dict(temperature=setup.temperature, seed=seed, top_p=setup.top_p)
+        sample = await setup.engine.generate(episode.ids, max_new_tokens=room, **options)
         if sample.finish_reason == "abort":
             attempt.termination = episode.dropped = "aborted"
             break
@@ -265,17 +259,14 @@ def _append_results(episode, setup, results, limit, end) -> tuple[str, bool]:
     return limit, False
 
 
-async def observe(
-    calls: list[Call], row: dict, setup: Setup, attempt: Attempt, turn: int
-) -> list[dict]:
+async def observe(calls: list[Call], row: dict, setup: Setup, attempt, turn: int) -> list[dict]:
     """Runs the calls of a turn side by side; the results come back in call order."""
 
     async def one(call):
         if call.problem:
             return call.problem, "error", 0.0
-        seen = await setup.toolbox.call(
-            call.name, call.arguments, docs=row.get("docs"), files=row.get("files")
-        )
+        own = dict(docs=row.get("docs"), files=row.get("files"))
+        seen = await setup.toolbox.call(call.name, call.arguments, **own)
         return seen.text, seen.status, seen.seconds
 
     results = await asyncio.gather(*(one(call) for call in calls))
@@ -337,6 +328,23 @@ async def run_chains(jobs, setup: Setup, max_live: int = 0, on_done=None) -> lis
     return await run_together((run_chain(row, setup, key) for row, key in jobs), max_live, on_done)
 
 
+def write_episodes(folder: Path, step: int, episodes: list) -> None:
+    """step-N.jsonl: an episode's texts a line. step-N.npz: their token arrays end to end; the ids
+    of episode i are ids[starts[i] : starts[i + 1]], logps has a number for each 1 of the mask.
+    """
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step-{step:06d}"
+    starts = np.cumsum([0, *(len(episode.ids) for episode in episodes)])
+    arrays = {"starts": starts}
+    for name, kind in (("ids", np.int32), ("mask", np.int8), ("logps", np.float32)):
+        parts = [np.array(getattr(episode, name), kind) for episode in episodes]
+        arrays[name] = np.concatenate(parts) if parts else np.array([], kind)
+    np.savez_compressed(path.with_suffix(".npz"), **arrays)
+    with open(path.with_suffix(".tmp"), "w") as file:
+        file.writelines(json.dumps(episode.to_json()) + "\n" for episode in episodes)
+    path.with_suffix(".tmp").replace(path.with_suffix(".jsonl"))
+
+
 # --------------------------------------------------------------------------------------------------
 # to see what is read
 
@@ -347,11 +355,8 @@ JUDGMENT_KEYS = {"content", "reasoning_content", "reasoning"}
 def check_reply(row: dict) -> str | None:
     """A row of `rollout.py read`: one sampled turn, a judge's reply or a reward model's message."""
     texts = [row[key] for key in ("turn", "reply") if key in row]
-    if (
-        not all(isinstance(text, str) for text in texts)
-        or not texts
-        and not JUDGMENT_KEYS & set(row)
-    ):
+    known = texts or JUDGMENT_KEYS & set(row)
+    if not known or not all(isinstance(text, str) for text in texts):
         return f"a row has 'turn', 'reply' or 'content' with a text; found the keys {sorted(row)}"
 
 

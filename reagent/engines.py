@@ -402,7 +402,7 @@ class VLLMEngine:
         """One step: requests that arrived meanwhile join, samples that are whole go back."""
         try:
             added, self.added = self.added, []
-            self._tell(added)
+            self._broadcast([added])
             for name, result in self._step(added):
                 if name in self.waiting:
                     _answer(*self.waiting.pop(name), result)
@@ -437,15 +437,12 @@ class VLLMEngine:
         self.busy_seconds += time.perf_counter() - began
         return finished
 
-    def _tell(self, message) -> None:
+    def _broadcast(self, message: list) -> None:
         """Every tensor-parallel rank schedules for itself: the leader says what it adds."""
         if self.group is not None:
-            self._broadcast([message])
+            import torch.distributed as dist
 
-    def _broadcast(self, message: list) -> None:
-        import torch.distributed as dist
-
-        dist.broadcast_object_list(message, dist.get_global_rank(self.group, 0), self.group)
+            dist.broadcast_object_list(message, dist.get_global_rank(self.group, 0), self.group)
 
     def follow(self) -> None:
         """A tensor-parallel rank that does not lead: repeats the leader's steps until `finish`."""
@@ -467,7 +464,7 @@ class VLLMEngine:
         if self.added:
             self.advance()
         self._drop_requests(RuntimeError("the rollout has ended"))
-        self._tell(None)
+        self._broadcast([None])
 
     def sleep(self) -> None:
         if self.sleeps and not self.asleep:
@@ -558,16 +555,14 @@ def engine_class(kind: str):
     path, _, name = kind.partition(".py:")
     if not name:
         raise SystemExit(f"engine = {kind!r}: vllm, hf or path/to/file.py:Class")
-    found = load_script(path + ".py")
-    if not hasattr(found, name):
+    found = getattr(load_script(path + ".py"), name, None)
+    if found is None:
         raise SystemExit(f"engine = {kind!r}: {path}.py has no {name}")
-    return getattr(found, name)
+    return found
 
 
-def make_engine(
-    config: EngineConfig, folder: str, stop_ids, *, max_context: int, tp_group=None
-) -> Engine:
-    """The engine that `config` names, with the model of `folder`."""
+def make_engine(config: EngineConfig, folder: str, stop_ids, *, max_context, tp_group=None):
+    """The Engine that `config` names, with the model of `folder`."""
     if not (Path(folder) / "config.json").is_file() and Path(folder).exists():
         raise SystemExit(f"{folder} is not a model folder: it has no config.json")
     refuse_code(folder)

@@ -29,9 +29,8 @@ def claim(folder: str | Path, rank: int = 0):
     except BlockingIOError as error:
         file.seek(0)
         holder = file.read().strip() or "another run"
-        raise SystemExit(
-            f"{folder} is being written by {holder}: give another --out_dir"
-        ) from error
+        told = f"{folder} is being written by {holder}: give another --out_dir"
+        raise SystemExit(told) from error
     except OSError as error:  # some network file systems
         print(f"{folder} cannot be locked ({error.strerror}): start one run in it", file=sys.stderr)
     file.truncate(0)
@@ -85,10 +84,9 @@ def refuse_code(folder: str | Path) -> None:
     for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
         path = Path(folder) / name
         if path.is_file() and "auto_map" in read_json(path):
-            raise SystemExit(
-                f"{path} names code of its own (auto_map), which is never run: take a model that "
-                "transformers knows, or remove that key if it does"
-            )
+            cure = "take a model that transformers knows, or remove that key if it does"
+            told = f"{path} names code of its own (auto_map), which is never run"
+            raise SystemExit(f"{told}: {cure}")
 
 
 def write_digest(path: Path) -> None:

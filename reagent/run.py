@@ -87,10 +87,9 @@ def meet(phase: str, group, timeout_s: float, error: BaseException | None = None
     try:
         dist.monitored_barrier(group, timedelta(seconds=timeout_s), wait_all_ranks=True)
     except RuntimeError as lost:
-        raise SystemExit(
-            f"rank {dist.get_rank()} stops: a rank is missing after {phase}: {lost}"
-        ) from error or lost
-    texts: list[str | None] = [None] * dist.get_world_size()
+        told = f"a rank is missing after {phase}: {lost}"
+        raise SystemExit(f"rank {dist.get_rank()} stops: {told}") from error or lost
+    texts: list = [None] * dist.get_world_size()
     text = "" if error is None else "".join(traceback.format_exception_only(error)).strip()
     dist.all_gather_object(texts, text.removeprefix("SystemExit: "), group=group)
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
@@ -108,6 +107,19 @@ def phase(name: str, meet_all):
         raise
 
 
+@contextmanager
+def together(name: str, meet_all):
+    """All ranks meet after what is done here; where it failed on one, all stop with its words."""
+    error = None
+    try:
+        yield
+    except CheckpointException as several:  # of DCP, and no Exception: what failed first
+        error = next(iter(several.failures.values()))[0]
+    except (Exception, SystemExit) as problem:
+        error = problem
+    meet_all(name, error)
+
+
 def sum_over_ranks(numbers: list[float], group=None) -> list[float]:
     total = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(total, group=group)
@@ -120,15 +132,18 @@ def sum_over_ranks(numbers: list[float], group=None) -> list[float]:
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """Finished checkpoints, oldest first: a folder takes its name only when it is whole."""
-    found = {}
-    for path in Path(folder).glob("step-*"):
-        if (path / "trainer.json").is_file() and re.fullmatch(r"step-\d{6,}", path.name):
-            found[int(path.name.removeprefix("step-"))] = path
-    return [found[step] for step in sorted(found)]
+    named = Path(folder).glob("step-*/trainer.json")
+    whole = [path.parent for path in named if re.fullmatch(r"step-\d{6,}", path.parent.name)]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def state_of(checkpoint: Path) -> Path:
     return checkpoint.parent / "trainer" / checkpoint.name
+
+
+def trained_state(policy: Policy, optimizer) -> dict:
+    parts = get_state_dict(policy, optimizer, options=TRAINED)
+    return dict(zip(("model", "optimizer"), parts))
 
 
 def save_checkpoint(
@@ -142,48 +157,40 @@ def save_checkpoint(
     """
     final, dtype = Path(folder) / f"step-{step:06d}", dtype or torch.float32
     part, state = final.with_suffix(".tmp"), state_of(final).with_suffix(".tmp")
-    rank, error, hf = dist.get_rank(), None, policy.hf
-    if rank == 0:
-        for path in (part, state):
+    rank, hf = dist.get_rank(), policy.hf
+    with together("clearing the checkpoint folder", meet_all):
+        for path in (part, state) if rank == 0 else ():
             shutil.rmtree(path, ignore_errors=True)
-    meet_all("clearing the checkpoint folder", None)
     weights = {name: whole.cpu() for name, whole in full_weights(policy, dtype) if rank == 0}
     if hf.lm_head.weight is hf.model.embed_tokens.weight:  # tied: one copy, on any number of ranks
         weights.pop("lm_head.weight", None)
     try:
-        states = dict(
-            zip(("model", "optimizer"), get_state_dict(policy, optimizer, options=TRAINED))
-        )
-        with warnings.catch_warnings():  # DCP warns that gloo stages nothing asynchronously
-            warnings.simplefilter("ignore")
-            dcp.save(states, checkpoint_id=state)
-        if rank == 0:
-            hf.save_pretrained(part, state_dict=weights)
-            named = read_json(part / "config.json") | {"dtype": str(dtype).partition(".")[2]}
-            (part / "config.json").write_text(json.dumps(named, indent=2))
-            tokenizer.save_pretrained(part)
-            (part / "README.md").write_text(model_card(step, facts))
-            (part / "trainer.json").write_text(json.dumps({"step": step, **facts}, indent=1))
-        mine = [*state.glob(f"__{rank}_*")]
-        mine += [*part.glob("*.safetensors"), state / ".metadata"] if rank == 0 else []
-        for path in mine:
-            write_digest(path)
-    # a full disk shows up as many types; all ranks must hear of it
-    except (Exception, CheckpointException) as problem:
-        error = _first(problem)
+        with together(f"saving {final}", meet_all):  # a full disk shows up as many types
+            states = trained_state(policy, optimizer)
+            with warnings.catch_warnings():  # DCP warns that gloo stages nothing asynchronously
+                warnings.simplefilter("ignore")
+                dcp.save(states, checkpoint_id=state)
+            mine = [*state.glob(f"__{rank}_*")]
+            if rank == 0:
+                hf.save_pretrained(part, state_dict=weights)
+                named = read_json(part / "config.json") | {"dtype": str(dtype).partition(".")[2]}
+                (part / "config.json").write_text(json.dumps(named, indent=2))
+                tokenizer.save_pretrained(part)
+                (part / "README.md").write_text(model_card(step, facts))
+                (part / "trainer.json").write_text(json.dumps({"step": step, **facts}, indent=1))
+                mine += [*part.glob("*.safetensors"), state / ".metadata"]
+            for path in mine:
+                write_digest(path)
+    except SystemExit:
         for path in (part, state):
             shutil.rmtree(path, ignore_errors=True)
-    meet_all(f"saving {final}", error)
-    if rank == 0:
-        try:  # the state first: a Hugging Face folder without one is no checkpoint
-            for path, name in ((state, state_of(final)), (part, final)):
-                _flush(path)
-                if name.exists():
-                    shutil.rmtree(name)
-                path.rename(name)
-        except OSError as problem:
-            error = problem
-    meet_all(f"renaming {part}", error)
+        raise
+    with together(f"renaming {part}", meet_all):
+        # the state first: a Hugging Face folder without one is no checkpoint
+        for path, name in ((state, state_of(final)), (part, final)) if rank == 0 else ():
+            _flush(path)
+            shutil.rmtree(name, ignore_errors=True)
+            path.rename(name)
     return final
 
 
@@ -211,12 +218,6 @@ Trained by `{script}` of Reagent (commit {facts.get("git")}) from `{config.get("
 """
 
 
-def _first(problem: BaseException) -> BaseException:
-    """What failed on the first rank that did: DCP's own exception wraps it, and is no Exception."""
-    wrapped = isinstance(problem, CheckpointException)
-    return next(iter(problem.failures.values()))[0] if wrapped else problem
-
-
 def _flush(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         handle = os.open(path, os.O_RDONLY)
@@ -228,22 +229,17 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, meet_all) -> dict:
     """Restores sharded parameters and optimizer in place; returns trainer.json. All ranks stop
     together where a file is damaged or not ours; no code of the checkpoint runs.
     """
-    trainer, reader, error = state_of(Path(folder)), None, None
-    try:
+    trainer = state_of(Path(folder))
+    with together(f"reading {folder}", meet_all):
         check_digest(trainer / ".metadata")
         reader = PlainReader(trainer)
         for path in sorted(trainer.glob("*.distcp"))[dist.get_rank() :: dist.get_world_size()]:
             check_digest(path)
-    except SystemExit as problem:
-        error = problem
-    meet_all(f"reading {folder}", error)
-    model_state, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    try:
-        dcp.load(state, storage_reader=reader, planner=PlainPlanner())
-    except CheckpointException as problem:  # on all ranks
-        raise SystemExit(f"{folder} cannot be read: {_first(problem)}") from problem
-    found = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    states = trained_state(policy, optimizer)
+    with together(f"loading {folder}", meet_all):
+        dcp.load(states, storage_reader=reader, planner=PlainPlanner())
+    model, moments = states["model"], states["optimizer"]
+    found = dict(model_state_dict=model, optim_state_dict=moments)
     set_state_dict(policy, optimizer, **found, options=TRAINED)
     return read_json(Path(folder) / "trainer.json", "step")
 
@@ -310,10 +306,8 @@ def check_resume(saved: dict, config: dict, may_change: set[str], folder) -> Non
         if key not in may_change and before != now and not moved:
             changed.append(f"{key}: {before!r} -> {now!r}")
     if changed:
-        raise SystemExit(
-            f"{folder} holds a run with other settings ({', '.join(changed)}): give another "
-            "--out_dir or restore them"
-        )
+        told = f"{folder} holds a run with other settings ({', '.join(changed)})"
+        raise SystemExit(f"{told}: give another --out_dir or restore them")
 
 
 def prune(folder, keep_last: int, best_step: int | None) -> None:
@@ -390,13 +384,8 @@ class Run:
 
     def on_first_rank(self, phase: str, work, *args):
         """work(*args) on rank 0; where it fails all ranks stop together."""
-        result = error = None
-        try:
-            result = None if self.rank else work(*args)
-        except (Exception, SystemExit) as problem:
-            error = problem
-        self.meet(phase, error)
-        return result
+        with self.together(phase):
+            return None if self.rank else work(*args)
 
     def find_newest(self) -> Path | None:
         """The checkpoint to go on from; SystemExit where a key that changes the math differs."""
@@ -433,6 +422,9 @@ class Run:
         """A context in which a collective that fails because of a lost peer names that peer."""
         return phase(name, self.meet)
 
+    def together(self, name: str):
+        return together(name, self.meet)
+
     def sum(self, numbers: list[float]) -> list[float]:
         return sum_over_ranks(numbers, self.gloo)
 
@@ -466,8 +458,8 @@ class Run:
 
     def steps(self, start: int):
         """The steps that are left, with a bar on a terminal."""
-        steps, total = range(start, self.cfg.steps), self.cfg.steps
-        return tqdm(steps, initial=start, total=total, disable=not self.has_bar)
+        steps = range(start, self.cfg.steps)
+        return tqdm(steps, initial=start, total=self.cfg.steps, disable=not self.has_bar)
 
     def bar(self, what: str, total: int):
         """Rank 0's bar with the time left; without a terminal a line in 30 s, if it takes long."""
@@ -494,11 +486,9 @@ class Run:
         """Counts skipped steps in a row; SystemExit on the first step and after MOST_SKIPS."""
         self.skips = self.skips + 1 if why else 0
         if why and (step == 0 or self.skips > MOST_SKIPS):
-            good = checkpoints(self.out)
-            last = good[-1] if good else "none"
-            raise SystemExit(
-                f"step {step + 1}: {why} ({self.skips} in a row); last good checkpoint: {last}"
-            )
+            last = (checkpoints(self.out) or ["none"])[-1]
+            told = f"{why} ({self.skips} in a row); last good checkpoint: {last}"
+            raise SystemExit(f"step {step + 1}: {told}")
 
     def stopping(self) -> bool:
         """Whether any rank was asked to stop."""
@@ -515,10 +505,9 @@ class Run:
 
     def save(self, step: int, policy: Policy, optimizer, tokenizer) -> None:
         facts = {**self.facts, "log": self.log, "best": self.best}
-        auto = "bf16" if self.device.type == "cuda" else "fp32"
-        given = auto if self.cfg.save_dtype == "auto" else self.cfg.save_dtype
-        more = dict(meet_all=self.meet, dtype=DTYPES[given])
-        save_checkpoint(self.out, step, policy, optimizer, tokenizer, facts, **more)
+        # auto: as the sampler computes
+        given = dict(meet_all=self.meet, dtype=DTYPES.get(self.cfg.save_dtype, self.sampler_dtype))
+        save_checkpoint(self.out, step, policy, optimizer, tokenizer, facts, **given)
         self.saved = step
         if self.rank == 0:
             prune(self.out, self.cfg.keep_last, self.best["step"])

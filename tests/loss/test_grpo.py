@@ -17,10 +17,9 @@ from grpo_unified import (
     reward_tensor,
     set_rewards,
     training_sequences,
-    write_episodes,
 )
 from reagent.reward_model import RewardModelConfig
-from rollout import Attempt, Episode
+from rollout import Attempt, Episode, write_episodes
 
 NAN = math.nan
 
