@@ -288,7 +288,7 @@ def test_a_chain_that_gave_up_and_a_loop_that_closed_do_no_harm(engine):
 
     asyncio.run(go())
     engine.finish()  # what the chain left runs no more: the engine may sleep, its cache be reset
-    assert not engine.llm.running and engine.llm.calls[-2][0] == "abort"
+    assert not engine.llm.running
     assert len(asyncio.run(ask(engine, 25)).ids) == 25
 
 
