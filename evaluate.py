@@ -64,7 +64,7 @@ class Config:
     files_dir: str = "data/benchmarks/files"  # attachments of GAIA
     limit: int = 0  # the first so many questions of each set; 0: all
     ids: tuple[str, ...] = ()  # only these questions
-    rollouts: int = 0  # chains of each question; 0: as the table of evaluate.py says
+    rollouts: int = 0  # chains of each question; 0: as config/benchmarks.toml says
     # the agent
     temperature: float = 0.6  # 0: greedy
     top_p: float = 0.95
