@@ -47,7 +47,8 @@ class Engine(Protocol):
     """What the loop needs of a sampler; `sleep`, `close`, `follow`, `finish` and `holds`, how many
     chains live in it at a time, are optional. A chain whose time is over cancels `generate`.
 
-    Yours is made as Class(folder, stop_ids, config=EngineConfig, max_context=n, tp_group=None).
+    Yours is made as Class(folder, stop_ids, config=EngineConfig, max_context=n, tp_group=None);
+    log-probs are those at `temperature`, the stop token's is among them.
     """
 
     async def generate(
