@@ -178,10 +178,13 @@ def schema_of(tool) -> dict:
     names = {str: "string", int: "integer", float: "number", bool: "boolean"}
     kinds = {kind: {"type": name} for kind, name in names.items()}
     kinds[list[str]] = {"type": "array", "items": kinds[str]}
-    text = inspect.getdoc(tool)
+    text = inspect.getdoc(tool) or ""
     about = dict(re.findall(r"^(\w+): (.+)$", text, re.M))
     properties, required = {}, []
     for name, parameter in _parameters(tool).items():
+        if parameter.annotation not in kinds or name not in about:
+            need = "a hint of str, int, float, bool or list[str] and a docstring line"
+            raise SystemExit(f"the tool {tool.__name__}: {name} needs {need} '{name}: meaning'")
         properties[name] = kinds[parameter.annotation] | {"description": about[name]}
         if parameter.default is parameter.empty:
             required.append(name)

@@ -559,6 +559,8 @@ def engine_class(kind: str):
     found = getattr(load_script(path + ".py"), name, None)
     if found is None:
         raise SystemExit(f"engine = {kind!r}: {path}.py has no {name}")
+    if lacking := [of for of in ("generate", "load_weights") if not hasattr(found, of)]:
+        raise SystemExit(f"engine = {kind!r}: {name} has no {' and no '.join(lacking)}")
     return found
 
 

@@ -414,6 +414,8 @@ def scripted_rrm(path: str, seconds: float) -> RewardModel:
                 said = await asyncio.wait_for(said, seconds)
             except TimeoutError as error:
                 raise Unavailable(f"{path} took too long", late=True) from error
+        if not isinstance(said, str):
+            raise Unavailable(f"annotate returned {said!r:.80}, not a text", late=True)
         return {"message": {"content": said}}
 
     return RewardModel(ask, seconds=seconds, name=path)

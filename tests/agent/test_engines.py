@@ -221,6 +221,8 @@ def test_an_engine_of_ones_own_is_one_file(folder, tmp_path):
     assert engine.context == 9
     with pytest.raises(SystemExit, match="stub.py has no Other"):
         make_engine(EngineConfig(f"{tmp_path}/stub.py:Other"), folder, [], max_context=9)
+    with pytest.raises(SystemExit, match="Sample has no generate and no load_weights"):
+        make_engine(EngineConfig(f"{tmp_path}/stub.py:Sample"), folder, [], max_context=9)
 
 
 def test_a_chain_that_gives_up_does_not_hold_the_round_of_the_others(folder):

@@ -468,6 +468,8 @@ def test_a_file_that_is_slow_costs_its_judgment_and_one_without_annotate_is_name
     slow = "import asyncio\nasync def annotate(q, m):\n    await asyncio.sleep(5)"
     rrm = scripted(tmp_path, slow, seconds=0.2)
     assert asks(rrm, 1) == [None] and "took too long" in rrm.problem
+    rrm = scripted(tmp_path, "def annotate(q, m):\n    return 0.5")
+    assert asks(rrm, 1) == [None] and "annotate returned 0.5, not a text" in rrm.problem
     with pytest.raises(SystemExit, match="mine.py has no annotate"):
         scripted(tmp_path, "def judge(): pass")
     with pytest.raises(SystemExit, match="no file"):

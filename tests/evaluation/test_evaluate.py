@@ -49,7 +49,7 @@ def test_the_table_holds_the_eighteen_sets_that_the_preparation_writes():
     prepare = load("data/benchmarks/prepare.py")
     assert list(benchmarks.DATASETS) == list(prepare.BENCHMARKS) and len(benchmarks.DATASETS) == 18
     assert all(set(spec.tools.split(",")) <= set(TOOLS) for spec in benchmarks.DATASETS.values())
-    assert set(benchmarks.DATASETS["gaia"].tools.split(",")) == set(TOOLS)
+    assert len(benchmarks.DATASETS["gaia"].tools.split(",")) == 6  # the paper's
 
 
 def test_importing_evaluate_loads_neither_torch_nor_vllm():

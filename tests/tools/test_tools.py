@@ -98,6 +98,14 @@ def sample(
     return repr((words, text, n, x, flag))
 
 
+def test_a_tool_without_a_hint_or_a_meaning_is_named():
+    def word_count(context, text: str) -> str:
+        """Counts."""
+
+    with pytest.raises(SystemExit, match="the tool word_count: text needs .* 'text: meaning'"):
+        schema_of(word_count)
+
+
 def test_the_schema_of_a_tool_comes_from_its_hints_and_docstring():
     function = schema_of(sample)["function"]
     assert (function["name"], function["description"]) == ("sample", "Says what it was given.")
