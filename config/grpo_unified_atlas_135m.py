@@ -3,7 +3,7 @@
 model = "out/atlas/sft/step-000100"
 data = "data/atlas/rl_train.jsonl"
 eval_data = "data/atlas/rl_test.jsonl"
-rrm = dict(source="data/atlas/annotator.py", max_context=2560)
+rrm = dict(source="data/atlas/annotator.py", max_context=2560, max_tokens=256)
 prompt_file = "data/atlas/prompt.txt"
 tools = "search"
 prompts_per_step = 16

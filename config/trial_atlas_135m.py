@@ -1,6 +1,6 @@
 # Trials on the atlas: the limits of its stages, greedy.
 data = "data/atlas/rl_test.jsonl"
-rrm = dict(source="data/atlas/annotator.py", max_context=2560)
+rrm = dict(source="data/atlas/annotator.py", max_context=2560, max_tokens=256)
 prompt_file = "data/atlas/prompt.txt"
 tools = "search"
 temperature = 0.0

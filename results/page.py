@@ -25,7 +25,8 @@ INLINE = 1_000_000  # characters of episodes in the page itself, and at most in 
 UNSHOWN = ("ids", "mask", "logps", "sealed", "canary")  # keys of an episode
 # section of the page -> first words of the keys it shows, in that order; others stand under Other
 SECTIONS = {
-    "Learning": "eval accuracy grounded reward rule_reward score lift valid mae auc spearman loss",
+    "Learning": "eval accuracy grounded reward rule_reward score lift valid mae auc spearman loss "
+    "leak alarm",
     "Optimization": "entropy clip_share dlogp grad_norm advantage pools kl lr updates",
     "Rollouts": "tokens trained_tokens tool_calls repaired ended attempts left_out judge too_long",
     "Speed": "seconds tokens_per_second memory",
