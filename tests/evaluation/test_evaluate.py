@@ -430,6 +430,15 @@ def test_comparing_reads_several_rollouts_of_a_question(tmp_path):
     assert (found["difference"], found["gained"], found["lost"]) == (pytest.approx(1 / 6), 2, 1)
 
 
+def test_what_refinement_changed_is_counted_by_hand():
+    moves = [(False, True), (False, True), (True, False), (True, True), (False, False)]
+    grid = [[Chain(first, last)] for first, last in moves]
+    figures = statistics.refine_figures(grid)
+    assert (figures["fixed"], figures["broken"]) == (2, 1)
+    shares = [figures[key][0] for key in ("o1", "o2", "gain")]
+    assert shares == pytest.approx([0.4, 0.6, 0.2])
+
+
 def test_a_comparison_is_paired():
     """Two agents that differ at one question of 200; unpaired, 13 points would be unsure."""
 

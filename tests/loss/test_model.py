@@ -151,6 +151,12 @@ def test_balance_deals_every_row_once_in_equally_many_microbatches():
     assert all(sum(len(r.ids) for r in mb) <= 60 or len(mb) == 1 for part in dealt for mb in part)
 
 
+def test_balance_gives_ranks_equal_work():
+    dealt = balance(random_rows([50, 3, 17, 90, 20, 41, 8, 8, 8]), 3, 60)
+    work = [sum(len(row.ids) for mb in part for row in mb) for part in dealt]
+    assert sorted(work) == [77, 78, 90]  # 245 in all; one row alone has 90
+
+
 TWO_RANKS = """
 import json, sys, torch
 sys.path[:0] = [{root!r}]
