@@ -401,3 +401,13 @@ def test_rule_reward(answer, reward, correct):
 
 def test_no_inside_unknown_earns_nothing():
     assert rule_reward({"kind": "qa", "answer": "no"}, "unknown") == (0.0, False)
+
+
+def test_f1_counts_a_word_as_often_as_both_have_it():
+    assert score("hotpotqa", "red red blue", ["red red green"])["f1"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("pred", ["I would not choose B", "none of them is B", "Don't pick B"])
+def test_a_letter_that_is_denied_is_not_chosen(pred):
+    assert not score("choice", pred, ["B"])["correct"]
+    assert score("choice", "I would choose B", ["B"])["correct"]
