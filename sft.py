@@ -30,6 +30,7 @@ from reagent.policy import (
     clip_gradients,
     collate,
     each_microbatch,
+    learning_rate,
     load_chat,
     make_optimizer,
     make_policy,
@@ -91,14 +92,6 @@ def check_row(row: dict, chat: Chat | None = None) -> str | None:
 def render(chat: Chat, row: dict) -> Sequence:
     ids, mask = chat.row(sft_messages(row), sft_tools(row))
     return Sequence(ids, mask)
-
-
-def learning_rate(step: int, cfg) -> float:
-    """Linear warm-up, then a cosine down to lr_end * lr."""
-    if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
-    done = (step - cfg.warmup_steps) / max(cfg.steps - cfg.warmup_steps, 1)
-    return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
 def update(policy, optimizer, rows: list[Sequence], cfg: Config, run: Run) -> tuple[float, float]:

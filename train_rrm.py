@@ -50,6 +50,7 @@ from reagent.policy import (
     collate,
     each_microbatch,
     full_weights,
+    learning_rate,
     load_chat,
     make_optimizer,
     make_policy,
@@ -234,14 +235,6 @@ def grpo_batch(chat: Chat, rows: list[dict], sample, step: int, cfg: Config):
     line["valid"] = sum(judgment is not None for judgment in judgments) / len(judgments)
     line["pools/dropped"] = 1 - counted / len(samples)
     return sequences, 1.0, line
-
-
-def learning_rate(step: int, cfg) -> float:
-    """Linear warm-up, then a cosine down to lr_end * lr."""
-    if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
-    done = (step - cfg.warmup_steps) / max(cfg.steps - cfg.warmup_steps, 1)
-    return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
 def update(policy, optimizer, sequences: list, total_weight: float, cfg: Config, run: Run) -> dict:

@@ -16,6 +16,7 @@ from itertools import groupby, pairwise
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import library
 from torch.nn import attention as flash
 from torch.nn.attention._fa4 import register_flash_attention_fa4
 from torch.nn.attention.varlen import varlen_attn
@@ -88,7 +89,7 @@ def run_attention(query, key, value, lengths: list[int], window: int | None, sca
 # a call a row, as one operation: torch.compile does not look into it
 
 
-@torch.library.custom_op("reagent::row_attention", mutates_args=())
+@library.custom_op("reagent::row_attention", mutates_args=())
 def row_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, host_ends: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +107,7 @@ def row_attention(
     return out, lse
 
 
-@torch.library.custom_op("reagent::row_attention_backward", mutates_args=())
+@library.custom_op("reagent::row_attention_backward", mutates_args=())
 def row_attention_backward(
     grad: torch.Tensor, saved: list[torch.Tensor], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

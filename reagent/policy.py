@@ -440,6 +440,14 @@ def _receive(unit: torch.nn.Module, device: torch.device) -> None:
                 slots[name] = made[id(old)][1]
 
 
+def learning_rate(step: int, cfg) -> float:
+    """Linear warm-up, then a cosine down to lr_end * lr."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    done = (step - cfg.warmup_steps) / max(cfg.steps - cfg.warmup_steps, 1)
+    return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+
 def make_optimizer(policy: Policy, *, lr: float, weight_decay: float, betas=(0.9, 0.999)):
     """AdamW whose moments exist from the start: their memory is taken before the first rollout. On
     a GPU it is fused: no copy of the parameters is made in a step."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from torch import library
 from torch._dynamo.utils import counters
 
 from reagent import attention, run
@@ -67,7 +68,7 @@ def test_the_operation_of_a_call_a_row_is_what_it_says_it_is():
     sides = [x[0].transpose(0, 1).detach().requires_grad_() for x in (q, k, v)]
     ends = torch.tensor([0, 5, 14], dtype=torch.int32)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(attention.row_attention, (*sides, ends, 0.25), test_utils=checks)
+    library.opcheck(attention.row_attention, (*sides, ends, 0.25), test_utils=checks)
 
 
 def test_the_check_at_start_knows_attention_from_what_is_none():
