@@ -4,7 +4,6 @@
 """
 
 import random
-import re
 from collections.abc import Callable
 
 from data.toy import prepare
@@ -19,7 +18,7 @@ def noisy(p: float) -> Callable[[str, list[dict]], str]:
         text = prepare.annotate(question, messages)
         if random.Random(f"{question} {messages}").random() < p:
             return text
-        score = float(re.search(r"<score>(.*)</score>", text)[1])
-        return re.sub(r"<score>.*</score>", f"<score>{1 - score:.2f}</score>", text)
+        judgment = prepare.blocks(text)
+        return prepare.judgment_text(**judgment | {"score": 1 - judgment["score"]})
 
     return annotate

@@ -2,7 +2,6 @@
 (1) or not (0); the critique is the same: `--rrm=data/toy/verdict.py`.
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -11,6 +10,5 @@ from data.toy import prepare
 
 
 def annotate(question: str, messages: list[dict]) -> str:
-    text = prepare.annotate(question, messages)
-    score = float(re.search(r"<score>(.*)</score>", text)[1])
-    return re.sub(r"<score>.*</score>", f"<score>{float(score == 1.0):.2f}</score>", text)
+    judgment = prepare.blocks(prepare.annotate(question, messages))
+    return prepare.judgment_text(**judgment | {"score": float(judgment["score"] == 1.0)})
