@@ -4,6 +4,8 @@ A checkpoint is step-N, a Hugging Face folder that can be served or uploaded as 
 tokenizer, model card, trainer.json), and trainer/step-N: fp32 weights and optimizer, sharded.
 """
 
+import atexit
+import gc
 import json
 import os
 import pickle
@@ -32,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from reagent.config import check_choices, flat, run_facts
@@ -67,6 +70,19 @@ def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **alone)
     return dist.get_rank(), dist.get_world_size(), device
+
+
+@atexit.register
+def end_gloo() -> None:
+    """At exit: gloo's threads end before Python does. torch's caches of DTensor specs keep meshes,
+    which keep their groups after destroy_process_group; a thread that lets go of a tensor while
+    Python shuts down aborts the process ("terminate called without an active exception").
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for mesh in [x for x in gc.get_objects() if type(x) is DeviceMesh]:
+        getattr(mesh, "_pg_registry", {}).clear()  # torch before 2.13 kept names only
+    gc.collect()
 
 
 def say(what: str) -> None:

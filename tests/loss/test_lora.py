@@ -227,7 +227,6 @@ if __name__ == "__main__":
     if rank == 0:
         torch.save(weights, {out!r})
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 """
 
 

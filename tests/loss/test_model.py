@@ -175,7 +175,7 @@ names = [name for name, _ in full_weights(policy, torch.float32)]
 if rank == 0:
     torch.save((total, grads, names), {out!r})
 torch.distributed.barrier()  # gloo aborts where a peer leaves in mid-send
-torch.distributed.destroy_process_group()
+del policy
 """
 
 
@@ -209,6 +209,35 @@ def test_two_ranks_with_unequal_rows_have_the_gradient_of_one(folder, tmp_path):
     assert "lm_head.weight" in names  # tied, and yet yielded: the sampler's head would go stale
 
 
+ENDS = """
+import atexit, os, sys
+sys.path[:0] = [{root!r}]
+def threads():
+    tasks = "/proc/self/task"
+    return [open(f"{{tasks}}/{{task}}/comm").read().strip() for task in os.listdir(tasks)]
+atexit.register(lambda: print("at the end:", threads()))  # before run's own, so called after it
+from reagent import run
+from reagent.policy import load_policy, shard
+def main():
+    device = run.init_distributed(60)[2]
+    policy = shard(load_policy({folder!r}, False), device)
+    run.sum_over_ranks([1.0])
+    print("in the run:", threads())
+    run.dist.destroy_process_group()
+main()
+"""
+
+
+def test_no_thread_of_gloo_is_left_when_python_shuts_down(folder, tmp_path):
+    """One that then let go of a tensor would abort the process, although its run is done."""
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS.format(root=str(ROOT), folder=folder))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    during, after = done.stdout.splitlines()
+    assert "gloo" in during and "gloo" not in after
+
+
 HSDP = """
 import sys, torch
 sys.path[:0] = [{root!r}]
@@ -235,7 +264,7 @@ sft.update(policy, optimizer, random_rows([9, 4, 16, 11, 5]), cfg, Two)
 if Two.rank == 0:
     torch.save((kept[0], [n for n in reduced if n > 100]), {out!r})
 dist.barrier()
-dist.destroy_process_group()
+del policy
 """
 
 
@@ -281,7 +310,7 @@ weights |= dict(policy.named_buffers())
 tied = policy.hf.lm_head.weight is policy.hf.model.embed_tokens.weight
 torch.save((weights, tied, peak), {out!r} + str(rank))
 torch.distributed.barrier()
-torch.distributed.destroy_process_group()
+del policy
 """
 
 
