@@ -1,14 +1,17 @@
 """Trajectories of any agent, as the question and the turns that a reward model reads.
 
-What is read: OpenAI messages (tool_calls, function_call, parts), Anthropic and Gemini messages,
-items of the Responses API and the OpenAI Agents SDK, LangChain and LangGraph dumps, smolagents'
-steps, SWE-agent's and mini-swe-agent's .traj, OpenHands' events, sharegpt, our episodes, RRM rows,
-plain text; in json, jsonl or text. Where a row names no question, what the user says before the
-agent's first turn is it; what else stands there, system turns too, is not the agent's work.
+What is read: OpenAI messages (tool_calls, function_call, parts), Anthropic, Bedrock and Gemini
+messages, items of the Responses API and the OpenAI Agents SDK, LangChain, LangGraph and LlamaIndex
+dumps, smolagents' steps, AutoGen, Pydantic AI and ADK runs, the AI SDK's messages, SWE-agent's and
+mini-swe-agent's .traj, OpenHands' events, ATIF, Inspect's logs, sessions of Claude Code and Codex,
+tau-bench, sharegpt, our episodes, RRM rows, plain text; in json, jsonl or text. Where a row names
+no question, what the user says before the agent's first turn is it, or what the user says first;
+what else stands before that turn, system turns too, is not the agent's work.
 """
 
 import json
 import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +24,17 @@ from toolkit.text import spoken
 QUESTION = "question task problem_statement instruction query problem prompt input".split()
 QUESTION += "original_input originalInput".split()
 TURNS = "trajectory messages conversations history steps traj new_items items output".split()
-TURNS += "newItems generated_items generatedItems completion response".split()
-ROWS = "trajectories episodes samples results rows data".split()  # keys of a list of rows
+TURNS += "newItems generated_items generatedItems completion response events".split()
+ROWS = (
+    "trajectories episodes samples simulations results rows data".split()
+)  # keys of a list of rows
 NAMES = "id instance_id task_id run_id name".split()  # what a row may call itself
-SUFFIXES = (".json", ".jsonl", ".traj")  # that a folder is searched for; a text is named itself
+SUFFIXES = (
+    ".json",
+    ".jsonl",
+    ".traj",
+    ".eval",
+)  # that a folder is searched for; a text is named itself
 ROLES = {"human": "user", "gpt": "assistant", "ai": "assistant", "model": "assistant"}
 ROLES |= {"bot": "assistant", "agent": "assistant", "developer": "system", "exit": "tool"}
 ROLES |= {"tool-call": "assistant", "tool_call": "assistant", "function_call": "assistant"}
@@ -33,6 +43,8 @@ ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
 LANGCHAIN = {kind: ROLES[kind] for kind in ("human", "ai", "system", "tool", "function")}
 LANGCHAIN |= {"AIMessageChunk": "assistant", "HumanMessageChunk": "user"}
 TURN_KEYS = set("role from type lc step_number action observation rawItem raw_item".split())
+TURN_KEYS |= set("step_id llm_message invocation_id invocationId".split())
+MEDIA = "inlineData inline_data fileData file_data image document video".split()
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,9 @@ def rows_of(path: str) -> Iterator[tuple[str, object]]:
         if not found:
             yield path, Unread(path, f"a folder without {', '.join(SUFFIXES)}")
         return
+    if path.endswith(".eval"):
+        yield from samples_of(path)
+        return
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         text = data.decode("utf-8-sig")
@@ -99,6 +114,17 @@ def rows_of(path: str) -> Iterator[tuple[str, object]]:
         yield f"{path}#{n}", row
 
 
+def samples_of(path: str) -> Iterator[tuple[str, object]]:
+    """The samples of a log of Inspect, which is a zip of JSON files."""
+    try:
+        with zipfile.ZipFile(path) as log:
+            for name in (name for name in log.namelist() if name.startswith("samples/")):
+                yield f"{path}#{name}", json.loads(log.read(name))
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        told = f"cannot be read ({error}); inspect log convert --to json writes what can"
+        yield path, Unread(path, told)
+
+
 def lines_of(path: str, text: str, problem: str) -> Iterator[tuple[str, object]]:
     """The rows of JSON lines, or one text."""
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -110,12 +136,37 @@ def lines_of(path: str, text: str, problem: str) -> Iterator[tuple[str, object]]
     elif first in ("{", "[{") or path.endswith(".traj"):
         yield path, Unread(path, f"not JSON ({problem})")
     else:
+        rows: list[tuple[str, object]] = []
         for number, line in lines:
             row = f"{path}:{number}"
             try:
-                yield row, json.loads(line)
+                rows.append((row, json.loads(line)))
             except (ValueError, RecursionError) as error:
-                yield row, Unread(row, f"not a JSON line ({error})")
+                rows.append((row, Unread(row, f"not a JSON line ({error})")))
+        turns = session_turns([value for _, value in rows])
+        broken = [(row, value) for row, value in rows if isinstance(value, Unread)]
+        yield from [(path, turns), *broken] if turns else rows
+
+
+def session_turns(lines: list) -> list[dict]:
+    """The turns of the one trajectory whose events the lines of a file are, as Claude Code, Codex
+    and OpenHands write them; [] where the lines are rows."""
+    turns = []
+    for line in lines:
+        if not isinstance(line, dict):
+            continue
+        if line.get("type") == "response_item" and isinstance(line.get("payload"), dict):
+            turns.append(line["payload"])
+        elif is_openhands(line):
+            turns.append(line)
+        elif line.get("type") in ("user", "assistant") and isinstance(line.get("message"), dict):
+            if not line.get("isSidechain") and not line.get("isMeta"):
+                turns.append({"role": line["type"]} | line["message"])
+    return turns
+
+
+def is_openhands(event: dict) -> bool:
+    return str(event.get("kind", "")).endswith("Event") and "source" in event
 
 
 def listed_rows(value) -> list | None:
@@ -133,7 +184,7 @@ def is_turn(value) -> bool:
         return False
     if any(isinstance(value.get(key), list) for key in TURNS[:6]):
         return False
-    if TURN_KEYS & set(value):
+    if TURN_KEYS & set(value) or is_pydantic(value) or is_openhands(value):
         return True
     return ("task" in value or "system_prompt" in value) and turns_in(value) is None  # smolagents
 
@@ -188,7 +239,9 @@ def works_of(row, name: str, question: str = "") -> Iterator[Work]:
     asked = asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False)
     if isinstance(turns, list):
         asked, turns = split(turns, asked)
-        if isinstance(row.get("info"), dict):  # of SWE-agent and mini-swe-agent: nobody else speaks
+        info = row.get("info")
+        if isinstance(info, dict) and {"exit_status", "submission", "model_stats"} & set(info):
+            # of SWE-agent and mini-swe-agent: nobody else speaks
             turns = [t | {"role": {"user": "tool"}.get(t["role"], t["role"])} for t in turns]
     yield Work(name, own, asked, turns)
 
@@ -205,7 +258,11 @@ def split(turns: list[dict], question: str) -> tuple[str, list[dict]]:
     first = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), None)
     if first is None:
         raise ValueError("no turn of the agent in it")
+    if not any(turn["content"].strip() for turn in turns[first:] if turn["role"] == "assistant"):
+        raise ValueError("the agent's turns hold no words and no calls that can be read")
     users = [turn["content"] for turn in turns[:first] if turn["role"] == "user"]
+    if not users:  # the agent greets first
+        users = [turn["content"] for turn in turns if turn["role"] == "user"][:1]
     return question or "\n\n".join(users), turns[first:]
 
 
@@ -216,7 +273,7 @@ def split(turns: list[dict], question: str) -> tuple[str, list[dict]]:
 def messages_of(turns: list) -> list[dict]:
     """Turns of any layout as {"role", "content"}, calls in the turn that made them. ValueError."""
     messages: list[dict] = []
-    for number, turn in enumerate(turns):
+    for number, turn in enumerate(as_the_agent_saw(turns)):
         try:
             for message in converted(turn):
                 last = messages[-1] if messages else {}
@@ -229,12 +286,20 @@ def messages_of(turns: list) -> list[dict]:
     return plain_turns(messages)
 
 
+def as_the_agent_saw(turns: list) -> list:
+    """AutoGen 0.2 writes a chat as its user proxy saw it, which calls itself the assistant."""
+    first = turns[0] if isinstance(turns[0], dict) else {}
+    if first.get("role") != "assistant" or "user" not in str(first.get("name")).lower():
+        return turns
+    other = {"assistant": "user", "user": "assistant"}
+    return [turn | {"role": other.get(turn["role"], turn["role"])} for turn in turns]
+
+
 def join(last: dict, message: dict) -> None:
     """Reasoning, words and calls that one reply of a model sent as items, in one turn."""
-    texts = filter(None, (spoken(last)[0], spoken(message)[0]))
-    last["content"] = "\n".join(texts)
-    thoughts = filter(None, (last.get("reasoning_content"), message.get("reasoning_content")))
-    last["reasoning_content"] = "\n".join(thoughts)
+    texts, thoughts = zip(spoken(last), spoken(message))
+    last["content"] = "\n".join(filter(None, texts))
+    last["reasoning_content"] = "\n".join(filter(None, thoughts))
     last["tool_calls"] = [*(last.get("tool_calls") or []), *(message.get("tool_calls") or [])]
 
 
@@ -244,6 +309,15 @@ def converted(turn: dict) -> list[dict]:
         raise ValueError(f"an object is expected, not {turn!r:.40}")
     if inner := turn.get("rawItem") or turn.get("raw_item"):  # the Agents SDK's run items
         return converted(inner)
+    if "invocation_id" in turn or "invocationId" in turn:  # an event of the ADK
+        role = "user" if turn.get("author") == "user" else "model"
+        return converted({"role": role} | turn["content"]) if turn.get("content") else []
+    if is_pydantic(turn):
+        return parts_of(turn)
+    if is_openhands(turn):
+        return new_event_of(turn)
+    if "step_id" in turn:
+        return atif_of(turn)
     if turn.get("is_demo"):  # SWE-agent's demonstration is not of this task
         return []
     if "lc" in turn and "kwargs" in turn:  # LangChain's dumpd
@@ -257,6 +331,8 @@ def converted(turn: dict) -> list[dict]:
         role = LANGCHAIN[kind]
     if role is not None:
         return message_of(turn, ROLES.get(str(role)) or refuse(f"the role {role!r}"))
+    if kind.endswith(("Message", "Event")) and "source" in turn:
+        return autogen_of(turn, kind)
     if kind:
         return item_of(turn, kind)
     if "source" in turn or "observation" in turn and "extras" in turn:
@@ -275,24 +351,36 @@ def call(name, arguments) -> dict:
 
 
 def message_of(turn: dict, role: str) -> list[dict]:
-    """A message of a chat; results inside a user turn (Anthropic, Gemini) are tool turns."""
-    content = turn.get("content", turn.get("value", turn.get("parts")))
+    """A message of a chat; results inside a turn (Anthropic, Gemini) are tool turns, and what the
+    agent says after them is a turn of its own."""
+    held = (turn[key] for key in ("content", "value", "parts", "blocks") if key in turn)
+    content, extra = next(held, None), turn.get("additional_kwargs") or {}
     message = {"role": role, "content": content, "item": turn.get("type") == "message"}
     calls = turn.get("tool_calls") or [turn[k] for k in ("function_call",) if turn.get(k)]
-    thoughts = (turn.get("additional_kwargs") or {}).get("reasoning_content")
+    calls = calls or extra.get("tool_calls") or []
+    thoughts = extra.get("reasoning_content")
     for key in ("reasoning_content", "reasoning"):
         thoughts = turn[key] if isinstance(turn.get(key), str) else thoughts
-    found, results, kept = [*map(call_of, calls)], [], []
-    for part in content if isinstance(content, list) else []:
-        kind, inner = part_of(part)
-        {"call": found, "result": results}.get(kind, kept).append(inner)
-    if isinstance(content, list):
-        message["content"] = kept
-    if isinstance(content, dict):
-        message["content"] = json.dumps(content, ensure_ascii=False)
+    if not isinstance(content, list):
+        if isinstance(content, dict):
+            message["content"] = json.dumps(content, ensure_ascii=False)
+        said = {"tool_calls": [*map(call_of, calls)], "reasoning_content": thoughts or ""}
+        return [message | said if role == "assistant" else message]
+    runs: list[dict[str, list]] = [{"": [], "call": [], "result": []}]
+    for kind, inner in [piece for part in content for piece in parts_read(part)]:
+        if kind != "result" and runs[-1]["result"]:
+            runs.append({"": [], "call": [], "result": []})
+        runs[-1][kind].append(inner)
     if role != "assistant":
-        return [*results, *([message] if kept or not isinstance(content, list) else [])]
-    return [message | {"tool_calls": found, "reasoning_content": thoughts or ""}, *results]
+        kept = [part for run in runs for part in run[""]]
+        results = [told for run in runs for told in run["result"]]
+        return [*results, *([message | {"content": kept}] if kept else [])]
+    runs[-1]["call"] += map(call_of, calls)
+    messages = []
+    for run in runs:
+        messages += [message | {"content": run[""], "tool_calls": run["call"]}, *run["result"]]
+    messages[0]["reasoning_content"] = thoughts or ""
+    return messages
 
 
 def call_of(told: dict) -> dict:
@@ -303,23 +391,44 @@ def call_of(told: dict) -> dict:
     return call(function["name"], function.get("arguments", function.get("args")) or {})
 
 
-def part_of(part) -> tuple[str, object]:
-    """("call", call) | ("result", tool message) | ("", text part) of a part of a message."""
+def parts_read(part) -> list[tuple[str, object]]:
+    """("call", call) | ("result", tool message) | ("", text part) for what a part of a message
+    holds: one, but for a tool's part of the AI SDK, which is call and result."""
     part = part if isinstance(part, dict) else {"type": "text", "text": str(part)}
-    kind = part.get("type", "")
+    kind = part.get("type", part.get("block_type", ""))
+    name, given = part.get("name", part.get("toolName")), part.get("input", part.get("args"))
+    if kind.startswith(("tool-", "dynamic-tool")) and "state" in part:
+        called = ("call", call(name or kind.removeprefix("tool-"), given or {}))
+        told = part.get("output", part.get("errorText"))
+        return [called] if told is None else [called, result(told)]
     if kind in ("tool_use", "server_tool_use", "tool-call"):
-        name, given = part.get("name", part.get("toolName")), part.get("input", part.get("args"))
-        return "call", call(name, given or {})
+        return [("call", call(name, given or {}))]
+    if inner := part.get("toolUse"):  # Bedrock
+        return [("call", call(inner["name"], inner.get("input") or {}))]
     if inner := part.get("functionCall") or part.get("function_call"):
-        return "call", call(inner["name"], inner.get("args") or {})
+        return [("call", call(inner["name"], inner.get("args") or {}))]
     if kind.endswith(("tool_result", "tool-result")):
-        told = next((part[k] for k in ("content", "output", "result") if k in part), "")
-        return "result", {"role": "tool", "content": as_content(told)}
+        return [result(next((part[k] for k in ("content", "output", "result") if k in part), ""))]
+    if inner := part.get("toolResult"):
+        told = [piece.get("text", piece.get("json", piece)) for piece in inner.get("content") or []]
+        return [result(told[0] if len(told) == 1 else told)]
     if inner := part.get("functionResponse") or part.get("function_response"):
-        return "result", {"role": "tool", "content": as_content(inner.get("response"))}
+        return [result(inner.get("response"))]
+    if inner := part.get("reasoningContent"):
+        return [("", {"thinking": inner.get("reasoningText", {}).get("text", "")})]
+    if kind in ("reasoning", "thinking") and isinstance(told := part.get("text"), str):
+        return [("", {"thinking": told})]
     if kind == "refusal":
-        return "", {"type": "text", "text": part["refusal"]}
-    return "", part
+        return [("", {"type": "text", "text": part["refusal"]})]
+    if kind == "step-start":
+        return []
+    if not kind and not isinstance(part.get("text"), str) and not set(MEDIA) & set(part):
+        refuse(f"a part with the keys {sorted(part)}")
+    return [("", part)]
+
+
+def result(told) -> tuple[str, dict]:
+    return "result", {"role": "tool", "content": as_content(told)}
 
 
 def as_content(told):
@@ -348,6 +457,80 @@ def item_of(turn: dict, kind: str) -> list[dict]:
     called = {"role": "assistant", "content": "", "tool_calls": [call(name, given)], "item": True}
     told = turn.get("output") or turn.get("results") or turn.get("outputs")
     return [called, *([{"role": "tool", "content": as_content(told)}] if told else [])]
+
+
+def is_pydantic(turn: dict) -> bool:
+    return turn.get("kind") in ("request", "response") and isinstance(turn.get("parts"), list)
+
+
+def parts_of(turn: dict) -> list[dict]:
+    """A request or a response of Pydantic AI: parts of several roles."""
+    messages, calls, words, thoughts = [], [], [], []
+    for part in turn["parts"]:
+        kind, told = part["part_kind"], part.get("content")
+        if kind in ("tool-call", "builtin-tool-call"):
+            calls.append(call(part["tool_name"], part.get("args") or {}))
+        elif kind in ("tool-return", "retry-prompt", "builtin-tool-return"):
+            messages.append(result(told)[1])
+        elif kind in ("system-prompt", "user-prompt"):
+            messages += message_of({"content": told}, kind.removesuffix("-prompt"))
+        elif kind in ("text", "thinking"):
+            (words if kind == "text" else thoughts).append(told or "")
+        else:
+            refuse(f"the part {kind!r}")
+    if turn["kind"] == "request":
+        return messages
+    said = {"role": "assistant", "content": "\n".join(words), "tool_calls": calls}
+    return [said | {"reasoning_content": "\n".join(thoughts)}, *messages]
+
+
+def autogen_of(turn: dict, kind: str) -> list[dict]:
+    """A message or an event of AutoGen's AgentChat."""
+    told, said = turn.get("content"), {"role": "assistant", "content": ""}
+    if kind == "ToolCallRequestEvent":
+        return [said | {"tool_calls": [*map(call_of, told)], "item": True}]
+    if kind in ("ToolCallExecutionEvent", "CodeExecutionEvent"):
+        results = told if isinstance(told, list) else [{"content": turn["result"]["output"]}]
+        return [result(of["content"])[1] for of in results]
+    if kind == "ThoughtEvent":
+        return [said | {"reasoning_content": told, "item": True}]
+    if kind.endswith("Event") and kind != "CodeGenerationEvent":
+        return []  # its own bookkeeping
+    return message_of({"content": told}, "user" if "user" in turn["source"] else "assistant")
+
+
+def atif_of(turn: dict) -> list[dict]:
+    """A step of the Agent Trajectory Interchange Format, as Harbor and Terminal-Bench write it."""
+    role = {"agent": "assistant"}.get(turn["source"], turn["source"])
+    calls = [
+        call(c["function_name"], c.get("arguments") or {}) for c in turn.get("tool_calls") or []
+    ]
+    said = {
+        "content": turn.get("message") or "",
+        "reasoning_content": turn.get("reasoning_content"),
+    }
+    (message, *_) = message_of(said, role)
+    told = (turn.get("observation") or {}).get("results") or []
+    results = [result(of.get("content") or "")[1] for of in told]
+    return [message | ({"tool_calls": calls} if calls else {}), *results]
+
+
+def new_event_of(turn: dict) -> list[dict]:
+    """An event of the OpenHands SDK (V1)."""
+    kind, told = turn["kind"], turn.get("observation") or {}
+    if kind == "MessageEvent":
+        return converted(turn["llm_message"])
+    if kind == "ActionEvent":
+        given = turn.get("tool_call") or {"name": turn["tool_name"], "arguments": turn["action"]}
+        thoughts = {"reasoning_content": turn.get("reasoning_content") or ""}
+        said = message_of({"content": turn.get("thought") or ""} | thoughts, "assistant")[0]
+        return [said | {"tool_calls": [call_of(given)], "item": True}]
+    if kind == "ObservationEvent":
+        rest = {key: value for key, value in told.items() if key != "kind"}
+        return [result(told.get("content", rest))[1]]
+    if kind in ("AgentErrorEvent", "UserRejectObservationEvent"):
+        return [result(f"Error: {turn.get('error', turn.get('rejection_reason', ''))}")[1]]
+    return []  # its own bookkeeping
 
 
 def event_of(turn: dict) -> list[dict]:

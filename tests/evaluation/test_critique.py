@@ -1,5 +1,6 @@
 """Agent-RRM as a tool: trajectories of other frameworks (foreign.jsonl holds dumps that those
-frameworks wrote, shortened), rows that cannot be read, servers that fail, going on, docs.
+frameworks wrote, shortened, and from "AutoGen" on rows after the forms that they publish, as does
+sessions.jsonl), rows that cannot be read, servers that fail, going on, docs.
 """
 
 import io
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,39 @@ def test_a_trajectory_of_another_framework_is_read(case, form, tmp_path):
     assert all(words in text for words in case["words"]), text
 
 
+SESSIONS = [
+    json.loads(line) for line in Path(__file__).with_name("sessions.jsonl").read_text().splitlines()
+]
+
+
+@pytest.mark.parametrize("case", SESSIONS, ids=lambda case: case["layout"])
+def test_a_file_of_events_is_one_trajectory_and_a_broken_line_of_it_is_named(case, tmp_path):
+    (tmp_path / "run.jsonl").write_text("\n".join([*map(json.dumps, case["lines"]), '{"ty']))
+    work, broken = read_works([str(tmp_path)])
+    assert work.question == "What is in a.txt?"
+    assert [turn["role"] for turn in work.turns] == ["assistant", "tool", "assistant"]
+    said, told, answer = (turn["content"] for turn in work.turns)
+    assert (
+        "I read it." in said and "a.txt" in said and (told, answer) == ("hello", "It says hello.")
+    )
+    assert isinstance(broken, Unread) and broken.row.endswith(f":{len(case['lines']) + 1}")
+
+
+def test_a_log_of_inspect_is_read_out_of_its_zip(tmp_path):
+    (row,) = (case["row"] for case in FOREIGN if case["layout"] == "Inspect")
+    with zipfile.ZipFile(tmp_path / "log.eval", "w") as log:
+        log.writestr("header.json", "{}")
+        for n in (1, 2):
+            log.writestr(f"samples/{n}_epoch_1.json", json.dumps({"id": n, "messages": row}))
+    (tmp_path / "torn.eval").write_bytes((tmp_path / "log.eval").read_bytes()[:99])
+    *works, torn = read_works([str(tmp_path)])
+    assert [(work.name, work.question) for work in works] == [
+        ("1", "Capital of France?"),
+        ("2", "Capital of France?"),
+    ]
+    assert "not a zip" in torn.problem
+
+
 def test_each_attempt_of_an_episode_is_a_work_of_its_own():
     messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A1"}]
     messages += [{"role": "user", "content": "review"}, {"role": "assistant", "content": "A2"}]
@@ -67,6 +102,11 @@ def test_each_attempt_of_an_episode_is_a_work_of_its_own():
         ([{"role": "alien", "content": "Q"}], "turn 0 is not understood .the role 'alien'"),
         ([*CHAT, {"type": "surprise"}], "turn 2 is not understood .the type 'surprise'"),
         ({"messages": ["Q", "A"]}, "turn 0 is not understood .an object"),
+        (
+            [CHAT[0], {"role": "assistant", "content": [{"fresh": {}}]}],
+            "a part with the keys .'fresh'",
+        ),
+        ([CHAT[0], {"role": "assistant", "content": ""}], "no words and no calls"),
         ({"sealed": "x", "messages": CHAT}, "encrypted"),
         (5, "a row is an object"),
         ({"question": "Q", "messages": [], "attempts": []}, "an episode without an attempt"),
