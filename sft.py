@@ -129,6 +129,7 @@ def main(cfg: Config) -> None:
     check_numbers(cfg, BOUNDS)
     check_choices(cfg, attention="auto torch flash cudnn")
     say(f"reading {cfg.data}")
+    JsonlRows(cfg.data, check_row)  # what is wrong without a model is told before one is fetched
     chat = load_chat(cfg.model, cfg.chat_template)
     rows = JsonlRows(cfg.data, partial(check_row, chat=chat))
     if cfg.show:

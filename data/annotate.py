@@ -30,10 +30,8 @@ from reagent import engines, reward_model
 from reagent.config import check_choices, parse_config
 from reagent.critiques import leaks
 from reagent.folder import read_json, write_whole
-from reagent.policy import load_chat
 from reagent.reward_model import RewardModelConfig, check_judged_row, row_trajectory
 from reagent.rows import JsonlRows, check_rl_row, drop_cut_line, seed_of, sft_messages, whole_rows
-from reagent.run import check_resume
 from reagent.scorers import rule_reward
 from reagent.served import TextChat
 from toolkit.http import Refused, Unavailable
@@ -67,6 +65,8 @@ def check_settings(cfg: AnnotateConfig, path: Path, teacher: str) -> None:
     """
     settings = dataclasses.asdict(cfg) | {"teacher.serves": teacher}
     if path.is_file():
+        from reagent.run import check_resume  # torch
+
         check_resume(read_json(path), settings, MAY_CHANGE, path)
     write_whole(path, json.dumps(settings, indent=1))
 
@@ -279,7 +279,11 @@ def rl_rows(cfg: AnnotateConfig, sampled: list[dict], rows: list[dict], why: Cou
 def chat_of(cfg: AnnotateConfig):
     """The chat of the first agent in a folder, whose control strings a teacher's request breaks."""
     folder = next((source for source in cfg.agents.split(",") if Path(source).is_dir()), "")
-    return load_chat(folder) if folder else TextChat()
+    if not folder:
+        return TextChat()
+    from reagent.policy import load_chat  # torch
+
+    return load_chat(folder)
 
 
 def annotate(cfg: AnnotateConfig) -> None:

@@ -22,7 +22,6 @@ import rollout
 from data.at_work import Common, agent_at_work, refine_with
 from reagent import engines
 from reagent.config import parse_config, read_prompt
-from reagent.memory import check_shares
 from reagent.reward_model import RewardModelConfig, open_rrm
 from results.statistics import mean_interval
 from tools import Toolbox
@@ -50,6 +49,8 @@ def grounded(episode) -> bool:
 
 def trial(folder: str, cfg: Config) -> tuple[dict, list]:
     """-> ({column: [mean, low, high]}, episodes with the reward model's own critiques)."""
+    from reagent.memory import check_shares  # torch
+
     check_shares(cfg.engine, cfg.rrm)
     with agent_at_work(cfg, folder) as (setup, rows, run):
         prompt = read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)

@@ -189,7 +189,8 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_wandb(world, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "door", ["sft", "train_rrm", "grpo_unified", "evaluate", "rollout", "tools"]
+    "door",
+    "sft train_rrm grpo_unified evaluate rollout tools data/annotate data/trial".split(),
 )
 def test_help_needs_no_torch_and_names_keys_and_commands(door, tmp_path):
     for heavy in ("torch", "transformers"):
@@ -202,6 +203,7 @@ def test_help_needs_no_torch_and_names_keys_and_commands(door, tmp_path):
     names = {"evaluate": ["evaluate.py compare", "rrm:", "memory_share"], "rollout": ["read"]}
     names |= {"tools": ["search", "--corpus="], "sft": ["lr: float = 1e-5", "--show=3"]}
     names |= {"train_rrm": ["stage: str", "max_live_chains"]}
+    names |= {"data/annotate": ["make: str", "teacher:"], "data/trial": ["closed_book"]}
     names |= {"grpo_unified": ["rrm_weight: float = 0.3  # lambda", "in_flight: int = 64"]}
     assert all(name in done.stdout for name in names[door]), done.stdout
 
@@ -223,3 +225,9 @@ def test_a_slip_on_the_command_line_is_told_with_its_cure(given, told):
     with pytest.raises(SystemExit) as stopped:
         parse_config(grpo_unified.Config, given)
     assert told in str(stopped.value)
+
+
+def test_rows_that_are_missing_are_told_before_a_model_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "load_chat", lambda *given: pytest.fail("a model was asked for"))
+    with pytest.raises(SystemExit, match="no file .*none.jsonl"):
+        sft.main(sft.Config(data=str(tmp_path / "none.jsonl")))
