@@ -464,9 +464,9 @@ def served_rrm(
         body = dict(messages=messages, temperature=config.temperature, top_p=config.top_p)
         body["seed"] = seed % 2**31
 
-        async def once(endpoint, left):
+        async def once(endpoint, seconds):
             named = body | {"model": cards[endpoint]["id"]}
-            return await complete(endpoint, named, config.max_tokens, seconds=left)
+            return await complete(endpoint, named, config.max_tokens, seconds=seconds)
 
         wait = dict(seconds=seconds, request_s=seconds, patience_s=seconds)
         return await insist(list(cards), once, **wait)

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 from reagent.calls import HERMES
 from reagent.chat import assistant_text
@@ -31,12 +32,8 @@ def endpoint_of(url: str, key_name: str, most: int = 64) -> Endpoint:
 
 async def named_model(endpoint: Endpoint, model: str, option: str, **patience) -> dict:
     """The card of `model`, or of the only one listed; a server without a list is not asked more."""
-
-    async def listed(endpoint, seconds):
-        return await models_of(endpoint, seconds=seconds)
-
     try:
-        cards = await insist([endpoint], listed, **patience)
+        cards = await insist([endpoint], models_of, **patience)
     except Refused as refused:
         if model and refused.status in (404, 405):
             return {"id": model}
@@ -74,20 +71,15 @@ async def look_up(endpoint: Endpoint, model: str, how: str, patience_s: float = 
     root, most = str(card.get("root") or name), most if isinstance(most, int) else None
     if how == "chat":
         return Served(name, "chat", root, most)
-    probe = {"model": name, "prompt": [1], "max_tokens": 1, "temperature": 0.0}
-
-    async def probed(endpoint, seconds):
-        body = {**probe, "return_token_ids": True}
-        return choice_of(await endpoint.ask("/completions", body, seconds=seconds))
-
+    probe = dict(model=name, prompt=[1], max_tokens=1, temperature=0.0, return_token_ids=True)
     try:
-        choice = await insist([endpoint], probed, patience_s=patience_s)
+        ids, *_ = await insist([endpoint], partial(_continued, body=probe), patience_s=patience_s)
     except Refused as refused:
         if how == "completions":
             what = f"/completions does not take token ids: {refused}"
             raise SystemExit(endpoint.url + what) from refused
         return Served(name, "chat", root, most)
-    return Served(name, "text" if choice.get("token_ids") is None else "ids", root, most)
+    return Served(name, "ids" if ids else "text", root, most)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,27 +103,37 @@ class ServedEngine:
         self.patience_s, self.refused = patience_s, 0
 
     async def generate(self, ids, *, max_new_tokens, temperature, seed, top_p=1.0) -> Sample:
-        body = BARE | dict(model=self.served.model, prompt=list(ids), max_tokens=max_new_tokens)
-        body |= dict(temperature=temperature, top_p=top_p, seed=seed % 2**31)
-        body["stop_token_ids"] = list(self.chat.stop_ids)
-
-        async def once(endpoint, seconds):
-            return _sampled(await endpoint.ask("/completions", body, seconds=seconds))
-
+        body = dict(model=self.served.model, temperature=temperature, top_p=top_p)
+        body["seed"] = seed % 2**31
+        once = self._request(ids, body, max_new_tokens)
         try:
-            reply = insist([self.endpoint], once, patience_s=self.patience_s)
-            ids, logps, text, reason = await reply
+            reply = await insist([self.endpoint], once, patience_s=self.patience_s)
+            return self._sample(reply, max_new_tokens)
         except Refused as refused:
-            return _aborted(self, refused)
+            # that chain is left out and tried again, never answered
+            if not self.refused:
+                print(f"{self.endpoint.url} refused a request: {refused}", file=sys.stderr)
+            self.refused += 1
+            return Sample([], [], "abort")
+
+    def _request(self, ids, body: dict, most: int):
+        """What `insist` asks for."""
+        body |= BARE | dict(prompt=list(ids), max_tokens=most)
+        return partial(_continued, body=body | dict(stop_token_ids=list(self.chat.stop_ids)))
+
+    def _sample(self, reply, most: int) -> Sample:
+        ids, logps, text, reason = reply
+        if self.served.kind == "ids" and not ids:
+            raise Refused("a reply without ids")
         if self.served.kind == "ids":
-            return Sample(ids, logps, reason) if ids else _aborted(self, "a reply without ids")
-        new = self.chat.text(text)[: max_new_tokens - 1]
-        return Sample(new + [self.chat.closer_id] * (reason == "stop"), [], reason)
+            return Sample(ids, logps, reason)
+        ids = self.chat.text(text)[: most - 1]
+        return Sample(ids + [self.chat.closer_id] * (reason == "stop"), [], reason)
 
 
-def _sampled(reply) -> tuple[list[int], list[float], str, str]:
+async def _continued(endpoint: Endpoint, body: dict, *, seconds: float):
     """(token ids, log-probs, text, stop | length | abort) of a completion, else Unavailable."""
-    choice = choice_of(reply)
+    choice = choice_of(await endpoint.ask("/completions", body, seconds=seconds))
     reason, ids, text = (choice.get(key) for key in ("finish_reason", "token_ids", "text"))
     logps = choice["logprobs"] if isinstance(choice.get("logprobs"), dict) else {}
     try:
@@ -142,14 +144,6 @@ def _sampled(reply) -> tuple[list[int], list[float], str, str]:
     except (TypeError, ValueError) as error:
         raise Unavailable(f"a completion without a text: {str(choice)[:200]}", 200) from error
     return ids, logps, text, reason if reason in ("stop", "length") else "abort"
-
-
-def _aborted(engine, why) -> Sample:
-    """For a chain whose request was refused: it is left out and tried again, never answered."""
-    if not engine.refused:
-        print(f"{engine.endpoint.url} refused a request: {why}", file=sys.stderr)
-    engine.refused += 1
-    return Sample([], [], "abort")
 
 
 _ROLES = ("system", "user", "assistant")
@@ -244,17 +238,11 @@ def tool_text(tools: list[dict] | None) -> str:
 class ChatEngine(ServedEngine):
     """The policy behind chat completions alone: the server renders history again at every turn."""
 
-    async def generate(self, ids, *, max_new_tokens, temperature, seed, top_p=1.0) -> Sample:
-        body = dict(model=self.served.model, messages=self.chat.messages_of(ids))
-        body |= dict(temperature=temperature, top_p=top_p, seed=seed % 2**31)
+    def _request(self, ids, body: dict, most: int):
+        body |= dict(messages=self.chat.messages_of(ids))
+        return partial(complete, body=body, most_tokens=most)
 
-        async def once(endpoint, seconds):
-            return await complete(endpoint, body, max_new_tokens, seconds=seconds)
-
-        try:
-            choice = await insist([self.endpoint], once, patience_s=self.patience_s)
-        except Refused as refused:
-            return _aborted(self, refused)
+    def _sample(self, choice, most: int) -> Sample:
         ids = self.chat.text(turn_text(choice["message"]))
         if choice.get("finish_reason") == "length":
             return Sample(ids, [], "length")

@@ -6,6 +6,7 @@ import json
 import re
 import sqlite3
 import sys
+from functools import partial
 from pathlib import Path
 
 from reagent.served import _CONTROL, endpoint_of, named_model, served_name
@@ -113,10 +114,7 @@ class AnswerJudge:
         """One reply that came to its end, or None with `problem` set."""
         body = dict(model=self.model, messages=[{"role": "user", "content": text}])
         body |= dict(temperature=0.5 if retry else 0.0, seed=retry)
-
-        async def once(endpoint, seconds):
-            return await complete(endpoint, body, REPLY_TOKENS, seconds=seconds)
-
+        once = partial(complete, body=body, most_tokens=REPLY_TOKENS)
         within = dict(request_s=REQUEST_S, patience_s=self.patience_s)
         try:
             choice = await insist([self.endpoint], once, **within)

@@ -265,7 +265,7 @@ class Endpoint:
 async def insist(
     endpoints: list[Endpoint], once, *, seconds=None, request_s=1800.0, patience_s=600.0
 ):
-    """What `once(endpoint, its seconds)` returns, of the least busy endpoint, until one answers.
+    """What `once(endpoint, seconds=…)` returns, of the least busy endpoint, until one answers.
     Unavailable after `patience_s` of failures, or when `seconds` (None: no end) for turns, tries
     and pauses are over; Refused at once, and for what fails while others are answered."""
     began, failing_since, pause = time.monotonic(), math.inf, 0.25
@@ -279,7 +279,7 @@ async def insist(
                     endpoint.asking += 1
                     async with endpoint.slots:
                         left = SHARE * (end - time.monotonic())
-                        reply = await once(endpoint, min(request_s, left))
+                        reply = await once(endpoint, seconds=min(request_s, left))
                     endpoint.succeeded()
                     return reply
                 except Unavailable as error:
