@@ -87,13 +87,6 @@ class Rounds:
         """Those of the running event loop."""
         return cls._of_loop.setdefault(asyncio.get_running_loop(), cls())
 
-    def start(self):
-        self.live += 1
-
-    def end(self):
-        self.live -= 1
-        self.check()
-
     def check(self):
         if self.live and self.waiting >= self.live:
             first = min(self.asked, key=lambda engine: engine.number)
@@ -256,7 +249,13 @@ class EngineThread(threading.Thread):
         return cls.current
 
     def run(self):
-        _choose_device()
+        import torch
+
+        from reagent.run import local_device
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_device())
+            torch.cuda.set_stream(torch.cuda.Stream())
         while not self.stopping:
             busy = [engine for engine in self.engines if engine.waiting or engine.added]
             self._do_jobs(wait=not busy)
@@ -295,21 +294,21 @@ class EngineThread(threading.Thread):
         self.join(timeout=10)
 
 
-def _choose_device() -> None:
-    import torch
-
-    from reagent.run import local_device
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_device())
-        torch.cuda.set_stream(torch.cuda.Stream())
-
-
 def _finish_kernels() -> None:
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()
+
+
+def _in_thread(method):
+    """A method of VLLMEngine that the thread of engines runs, between two steps."""
+
+    @functools.wraps(method)
+    def called(self, *args):
+        return self.thread.call(method, self, *args)
+
+    return called
 
 
 @dataclass(frozen=True)
@@ -365,8 +364,9 @@ class VLLMEngine:
         self.waiting: dict[str, tuple] = {}  # name -> (event loop, future) of its chain
         self.count, self.busy_seconds = 0, 0.0
         self.thread = EngineThread.shared()
-        self.thread.call(self._build, folder, options)
+        self._build(folder, options)
 
+    @_in_thread
     def _build(self, folder, options) -> None:
         from vllm import LLM
 
@@ -445,38 +445,31 @@ class VLLMEngine:
 
             dist.broadcast_object_list(message, dist.get_global_rank(self.group, 0), self.group)
 
+    @_in_thread
     def follow(self) -> None:
         """A tensor-parallel rank that does not lead: repeats the leader's steps until `finish`."""
-        self.thread.call(self._follow)
-
-    def _follow(self) -> None:
-        while True:
-            message = [None]
-            self._broadcast(message)
-            if message[0] is None:
-                return
+        message = [None]
+        self._broadcast(message)
+        while message[0] is not None:
             self._step(message[0])
+            self._broadcast(message)
 
+    @_in_thread
     def finish(self) -> None:
         """The leader's end of a rollout phase, also of one that failed in mid-step."""
-        self.thread.call(self._finish)
-
-    def _finish(self) -> None:
         if self.added:
             self.advance()
         self._drop_requests(RuntimeError("the rollout has ended"))
         self._broadcast([None])
 
+    @_in_thread
     def sleep(self) -> None:
         if self.sleeps and not self.asleep:
-            self.thread.call(functools.partial(self.llm.sleep, level=2))
+            self.llm.sleep(level=2)
             self.asleep = True
 
+    @_in_thread
     def load_weights(self, pairs) -> None:
-        self.thread.call(self._load, pairs)
-        self.asleep = False
-
-    def _load(self, pairs) -> None:
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
         checked = _all_names(pairs, self.names)
@@ -487,12 +480,11 @@ class VLLMEngine:
             self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache after a weight sync: requests still run")
+        self.asleep = False
 
+    @_in_thread
     def close(self) -> None:
         """Frees the engine; process groups stay, which the trainer or another engine may share."""
-        self.thread.call(self._close)
-
-    def _close(self) -> None:
         import torch
 
         self._drop_requests(RuntimeError("the engine is closed"))
@@ -516,16 +508,13 @@ def _answer(loop, done, result) -> None:
         if isinstance(result, Exception):
             done.set_exception(result)
         else:
-            done.set_result(_vllm_sample(result))
+            ids, reason = list(result.token_ids), result.finish_reason
+            logps = [entry[token].logprob for entry, token in zip(result.logprobs or [], ids)]
+            reason = reason if reason in ("stop", "length") else "abort"
+            done.set_result(Sample(ids, logps, reason))
 
     with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
         loop.call_soon_threadsafe(settle)
-
-
-def _vllm_sample(output) -> Sample:
-    logps = [entry[token].logprob for entry, token in zip(output.logprobs or [], output.token_ids)]
-    reason = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
-    return Sample(list(output.token_ids), logps, reason)
 
 
 async def run_together(coroutines, max_live: int = 0, on_done=None) -> list:
@@ -536,11 +525,12 @@ async def run_together(coroutines, max_live: int = 0, on_done=None) -> list:
     async def one(chain):
         with contextlib.closing(chain):  # also of one that another's error keeps from its turn
             async with slots:
-                rounds.start()
+                rounds.live += 1
                 try:
                     result = await chain
                 finally:
-                    rounds.end()
+                    rounds.live -= 1
+                    rounds.check()
         if on_done:
             on_done(result)
         return result

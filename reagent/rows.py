@@ -28,22 +28,22 @@ class JsonlRows:
         hint = f": {hint}" if hint else ""
         if not Path(path).is_file():
             raise SystemExit(f"no file {path}{hint}")
-        keys, offset = array("q"), 0  # of the ids: 8 bytes, however long they are
-        for number, line in enumerate(self._lines(), 1):
-            if not line.isspace():
-                row = self._parse(line, number)
-                if problem := check(row) if check else None:
-                    raise SystemExit(f"{path}:{number}: {problem}")
-                keys.append(hash(repr(row["id"]) if unique and "id" in row else (number,)))
-                self.offsets.append(offset)
-            offset += len(line)
+        numbers, offset = {}, 0  # {hash of an id, however long that is: its line}
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.isspace():
+                    row = self._parse(line, number)
+                    problem = check(row) if check else None
+                    if unique and "id" in row and not problem:
+                        first = numbers.setdefault(hash(repr(row["id"])), number)
+                        again = f"id {row['id']!r} stands in line {first} too"
+                        problem = again if first < number else None
+                    if problem:
+                        raise SystemExit(f"{path}:{number}: {problem}")
+                    self.offsets.append(offset)
+                offset += len(line)
         if not self.offsets:
             raise SystemExit(f"{path} is empty{hint}")
-        self._check_unique(keys)
-
-    def _lines(self) -> Iterator[bytes]:
-        with open(self.path, "rb") as file:
-            yield from file
 
     def _parse(self, line: bytes, number: int) -> dict:
         try:
@@ -54,18 +54,6 @@ class JsonlRows:
             what = f"a row is a JSON object, not {type(row).__name__}"
             raise SystemExit(f"{self.path}:{number}: {what}")
         return row
-
-    def _check_unique(self, keys: array) -> None:
-        import numpy as np
-
-        keys = np.frombuffer(keys, np.int64)
-        firsts = np.unique(keys, return_index=True)[1]
-        if len(firsts) < len(keys):
-            again = int(np.setdiff1d(np.arange(len(keys)), firsts)[0])
-            first = int(np.flatnonzero(keys == keys[again])[0])
-            numbers = [n for n, line in enumerate(self._lines(), 1) if not line.isspace()]
-            where = f"{self.path}:{numbers[again]}: id {self[again]['id']!r}"
-            raise SystemExit(f"{where} stands in line {numbers[first]} too")
 
     def __len__(self) -> int:
         return len(self.offsets)

@@ -82,14 +82,15 @@ def test_a_sync_of_vllm_throws_its_prefix_cache_away(monkeypatch):
     """Keys and values of the old weights would answer for the new ones."""
     done, engine = [], object.__new__(engines.VLLMEngine)
     engine.asleep, engine.names = False, {"w"}
+    engine.thread = SimpleNamespace(call=lambda work, *args: work(*args))
     engine.llm = SimpleNamespace(
         collective_rpc=lambda name, kwargs: done.append((name, dict(kwargs["weights_iterator"]))),
         reset_prefix_cache=lambda: done.append("reset") or len(done) < 3,
     )
-    engine._load([("w", 1)])
+    engine.load_weights([("w", 1)])
     assert done == [("reload_weights", {"w": 1}), "reset"]
     with pytest.raises(RuntimeError, match="kept its prefix cache"):
-        engine._load([("w", 2)])
+        engine.load_weights([("w", 2)])
 
 
 def test_a_round_can_be_repeated_to_the_bit(folder):
