@@ -56,16 +56,16 @@ def _number(text: str) -> Decimal | None:
         return None
 
 
-def _same_number(pred: str, number: Decimal) -> bool:
-    """As the leaderboard reads it: without $, % and commas, which must stand for thousands."""
+def _same_item(pred: str, gold: str, dropped: str) -> bool:
+    """A number without $, % and commas, which must stand for thousands; a text without case,
+    spaces and what is `dropped`."""
+    if (number := _number(gold)) is None:
+        pred, gold = (re.sub(r"\s", "", text).lower() for text in (pred, gold))
+        return [c for c in pred if c not in dropped] == [c for c in gold if c not in dropped]
     pred = re.sub("[$%]", "", pred)
     if "," in pred and not re.fullmatch(r"\s*[-+]?\d{1,3}(,\d{3})+(\.\d*)?\s*", pred):
         return False
     return _number(pred.replace(",", "")) == number
-
-
-def _squeezed(text: str, dropped: str) -> str:
-    return "".join(c for c in re.sub(r"\s", "", text).lower() if c not in dropped)
 
 
 def score_gaia(pred: str, gold: str) -> bool:
@@ -75,18 +75,11 @@ def score_gaia(pred: str, gold: str) -> bool:
     golds, preds = [gold], [pred]
     if _number(gold) is None and re.search("[,;]", gold):
         golds, preds, dropped = re.split("[,;]", gold), re.split("[,;]", pred), ""
-    for said, wanted in zip(preds, golds):
-        if (number := _number(wanted)) is not None:
-            same_item = _same_number(said, number)
-        else:
-            same_item = _squeezed(said, dropped) == _squeezed(wanted, dropped)
-        if not same_item:
-            return False
-    return len(preds) == len(golds)
+    each = (_same_item(said, wanted, dropped) for said, wanted in zip(preds, golds))
+    return len(preds) == len(golds) and all(each)
 
 
 # ---------------------------------------------------------------- mathematics
-
 
 _FORMS = [("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac")]
 _FORMS += [(junk, "") for junk in ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")]
@@ -185,8 +178,7 @@ SCORERS = (*RULES, "hotpotqa", "2wiki", "bamboogle", "musique")  # these by the 
 
 
 def score(scorer: str, pred: str | None, gold) -> dict:
-    """One prediction against one gold answer or a list of aliases; an unknown scorer is a
-    ValueError."""
+    """One prediction against a gold answer or a list of aliases; ValueError: no such scorer."""
     if problem := unknown(scorer):
         raise ValueError(problem)
     pred = "" if pred is None else str(pred)
@@ -204,15 +196,12 @@ def unknown(scorer) -> str | None:
 
 
 SCORER_OF_KIND = {"qa": "hotpotqa", "math": "math", "gaia": "gaia", "choice": "choice"}
-
 F1_FLOOR = 0.3  # a token F1 below it earns nothing (the released reward)
 
 
 def rule_reward(row: dict, answer: str | None) -> tuple[float, bool]:
-    """R_rule of an RL row and whether the answer is right by the benchmark's own metric.
-
-    1 for a right answer, else (qa only) the token F1 if it is at least 0.3, as the release has it.
-    """
+    """R_rule of an RL row and whether the answer is right by the benchmark's own metric: 1 for a
+    right answer, else (qa only) the token F1 if it is at least 0.3, as the release has it."""
     if answer is None or not answer.strip():
         return 0.0, False
     result = score(SCORER_OF_KIND[row["kind"]], answer, row["answer"])
