@@ -34,8 +34,8 @@ def opened(files_dir: str, path: str, most_bytes: int) -> int:
     the folder changes in between."""
     shown, parts = repr(path[:200]), [part for part in path.split("/") if part not in ("", ".")]
     if "\0" in path or len(path) > 4096 or path.startswith("/") or ".." in parts or not parts:
-        what = "give a path relative to it, up to 4096 characters without '..'"
-        raise ToolError(f"{shown} is not inside the folder of files: {what}.")
+        what = f"{shown} is not inside the folder of files"
+        raise ToolError(f"{what}: give a path relative to it, without '..', up to 4096 characters.")
     with contextlib.ExitStack() as stack:
         try:
             here = os.open(files_dir, os.O_PATH | os.O_DIRECTORY)
@@ -99,10 +99,8 @@ def in_child(fd: int, given: dict, seconds: float) -> dict:
     if len(said) > most_bytes or not said:
         raise ToolError("It cannot be read: its reader ran out of memory or crashed.")
     reply = json.loads(said)
-    if "error" in reply:
-        raise ToolError(reply["error"])
-    if "fault" in reply:
-        raise ToolFault(reply["fault"])
+    if "error" in reply or "fault" in reply:
+        raise ToolError(reply["error"]) if "error" in reply else ToolFault(reply["fault"])
     return reply
 
 

@@ -19,7 +19,7 @@ from functools import partial
 
 from toolkit.files import in_child, opened, read, running
 from toolkit.sandbox import ToolError, ToolFault
-from toolkit.web import asked, completion
+from toolkit.web import asked
 
 MOST_IMAGE_BYTES, MOST_PIXELS = 20 << 20, 50_000_000
 MOST_AUDIO_BYTES, MOST_AUDIO_SECONDS = 100 << 20, 7200
@@ -52,12 +52,11 @@ def describe_image(files_dir: str, path: str, question: str, *, seconds: float) 
         body = stream.read(MOST_IMAGE_BYTES)
     kind, width, height = image_size(body)
     if not 0 < width * height <= MOST_PIXELS:
-        size = f"{width:,} x {height:,} pixels"
-        raise ToolError(f"The image has {size}; up to {MOST_PIXELS:,} can be looked at.")
+        raise ToolError(f"It has {width:,} x {height:,} pixels; up to {MOST_PIXELS:,} can be seen.")
     url = f"data:image/{kind};base64,{base64.b64encode(body).decode()}"
     content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": url}}]
-    reply = asked("vision", {"messages": [{"role": "user", "content": content}]}, seconds)
-    if not (text := completion("vision", reply)):
+    text = asked("vision", {"messages": [{"role": "user", "content": content}]}, seconds)
+    if not text:
         raise ToolFault("the vision endpoint answers without a text")
     return text
 
@@ -76,8 +75,7 @@ def transcribe_audio(files_dir: str, path: str, *, seconds: float) -> str:
         stream.seek(0)
         body = stream.read(MOST_AUDIO_BYTES)
         if length > MOST_AUDIO_SECONDS:
-            most = f"up to {MOST_AUDIO_SECONDS:,} can be listened to"
-            raise ToolError(f"The recording lasts {length:,.0f} s; {most}.")
+            raise ToolError(f"It lasts {length:,.0f} s; up to {MOST_AUDIO_SECONDS:,} can be heard.")
         if len(body) <= PIECE_BYTES and length <= PIECE_SECONDS:
             pieces = iter([(kind, body)])
         elif kind == "wav" and (sliced := _wav_pieces(body)):
@@ -89,10 +87,7 @@ def transcribe_audio(files_dir: str, path: str, *, seconds: float) -> str:
             # the name on our disk is nobody's business; the endpoint goes by its ending
             file = (f"recording.{kind}", piece, AUDIO_TYPES.get(kind, f"audio/{kind}"))
             form = {"file": file, "response_format": "json"}
-            reply = asked("speech", form, deadline - time.monotonic())
-            if not isinstance(reply, dict) or not isinstance(reply.get("text"), str):
-                raise ToolFault(f"the speech endpoint answers without a text: {str(reply)[:200]}")
-            texts.append(reply["text"].strip())
+            texts.append(asked("speech", form, deadline - time.monotonic()))
     return "\n".join(texts).strip() or "(no words were heard)"
 
 
@@ -124,10 +119,8 @@ def _as_wav(data: bytes, channels: int, width: int, rate: int) -> bytes:
 
 def _ffmpeg_pieces(fd: int, kind: str, deadline: float) -> Iterator[tuple[str, bytes]]:
     """16 kHz mono wav pieces by ffmpeg; its demuxer is set, so no playlist can name other files."""
-    ffmpeg = shutil.which("ffmpeg")
-    if not ffmpeg:
-        what = "a recording this long is sent in pieces, which needs ffmpeg"
-        raise ToolFault(f"{what}: apt-get install ffmpeg")
+    if not (ffmpeg := shutil.which("ffmpeg")):
+        raise ToolFault("a recording this long is cut by ffmpeg: apt-get install ffmpeg")
     options = "-nostdin -v error -protocol_whitelist file -f {} -i /proc/self/fd/0 -t {} -vn -ac 1 "
     options += "-ar 16000 -f s16le -protocol_whitelist pipe pipe:1"
     options = options.format("mov" if kind == "m4a" else kind, MOST_AUDIO_SECONDS).split()

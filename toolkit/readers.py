@@ -35,7 +35,9 @@ def child(given: dict) -> None:
     """Reads descriptor 0; writes "ready" and a JSON object: what was found, or error, or fault."""
     answer = os.dup(1)
     os.dup2(2, 1)  # whatever a parser prints is no part of the answer
-    confine(given["seconds"], given["memory"])
+    limits = {"AS": given["memory"], "CPU": int(given["seconds"]) + 2, "FSIZE": 0, "CORE": 0}
+    for name, value in (limits | {"NOFILE": 64}).items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     os.write(answer, b"ready\n")
     try:
         if given["do"] == "ffmpeg":
@@ -55,13 +57,6 @@ def child(given: dict) -> None:
         reply = {"error": f"The file is damaged, or not what it seems: {what}"}
     with os.fdopen(answer, "wb") as out:
         out.write(json.dumps(reply).encode())
-
-
-def confine(seconds: float, memory: int) -> None:
-    """Limits of this process: address space in bytes, processor time, no new files, no core."""
-    limits = {"AS": memory, "CPU": int(seconds) + 2, "FSIZE": 0, "CORE": 0, "NOFILE": 64}
-    for name, value in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
 def _file(stream, given: dict) -> dict:
@@ -141,23 +136,18 @@ def unpacked(body: bytes, packed: str, most: int) -> bytes:
 
 OFFICE = {"xlsx": "xl/workbook.xml", "docx": "word/document.xml", "pptx": "ppt/presentation.xml"}
 CONTROLS = bytes([*range(9), 11, *range(14, 27), *range(28, 32), 127])
-PICKLES = [bytes([128, protocol]) for protocol in range(2, 6)]
-IMAGE, SOUND = "an image: image2text looks at it", "a recording: audio2text listens to it"
+SOUND = "a recording: audio2text listens to it"
 BITMAP = "an image of a type that cannot be read (png, jpeg, gif and webp can)"
-VIDEO, BINARY = (
-    "a video, which cannot be read",
-    f"binary data, which cannot be read ({READABLE} can)",
-)
-PACKED = "an archive that cannot be read (zip can)"
+BINARY = f"binary data, which cannot be read ({READABLE} can)"
 OLD = "an old or encrypted Office file, which cannot be read (xlsx, docx and pptx can)"
 REFUSED = {  # what a file is, and how it begins
-    IMAGE: (b"\x89PNG", b"\xff\xd8\xff", b"GIF8"),
-    BITMAP: (b"BM", b"II*\0", b"MM\0*"),
-    SOUND: (b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2"),
-    VIDEO: (b"\x1aE\xdf\xa3",),
-    OLD: (b"\xd0\xcf\x11\xe0",),
-    PACKED: (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!"),
-    BINARY: (b"\x93NUMPY", b"\x7fELF", b"SQLite format 3", *PICKLES),
+    "an image: image2text looks at it": rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP",
+    SOUND: rb"fLaC|OggS|ID3|\xff[\xf2\xf3\xfb]|RIFF|....ftypM4[AB]",
+    "a video, which cannot be read": rb"\x1aE\xdf\xa3|....ftyp",
+    BITMAP: rb"BM|II\*\0|MM\0\*",
+    OLD: rb"\xd0\xcf\x11\xe0",
+    "an archive that cannot be read (zip can)": rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!",
+    BINARY: rb"\x93NUMPY|\x7fELF|SQLite format 3|\x80[\2-\5]",  # the last one a pickle
 }
 
 
@@ -170,11 +160,7 @@ def kind_of(stream, name: str) -> str:
         return next((kind for kind, mark in OFFICE.items() if mark in names), "zip")
     if b"%PDF-" in head[:1024]:
         return "pdf"
-    what = next((what for what, starts in REFUSED.items() if head.startswith(starts)), "")
-    if head[:4] == b"RIFF":
-        what = IMAGE if head[8:12] == b"WEBP" else SOUND
-    elif head[4:8] == b"ftyp":
-        what = SOUND if head[8:11] in (b"M4A", b"M4B") else VIDEO
+    what = next((what for what, start in REFUSED.items() if re.match(start, head, re.S)), "")
     wide = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _wide(head)
     controls = len(head) - len(head.translate(None, CONTROLS))
     if not what and not wide and controls > len(head) / 100:
@@ -205,10 +191,8 @@ def decoded(body: bytes, whole: bool) -> str:
             return codecs.getincrementaldecoder(name)("replace").decode(body[len(mark) :])
     if name := _wide(body):
         return codecs.getincrementaldecoder(name)("replace").decode(body)
-    with contextlib.suppress(UnicodeDecodeError):
-        return codecs.getincrementaldecoder("utf-8")().decode(body, final=whole)
-    declared = re.search(rb"(?:charset|encoding)\s*=\s*[\"']?([\w.:-]{1,30})", body[:2048])
-    if codec := charset(declared[1].decode()) if declared else None:
+    said = re.search(rb"(?:charset|encoding)\s*=\s*[\"']?([\w.:-]{1,30})", body[:2048])
+    for codec in filter(None, ("utf-8", said and charset(said[1].decode()))):
         with contextlib.suppress(UnicodeDecodeError):
             return codecs.getincrementaldecoder(codec)().decode(body, final=whole)
     from charset_normalizer import from_bytes
@@ -381,16 +365,14 @@ def _listing(archive: zipfile.ZipFile) -> str:
 
 def _zip(stream, chars: int) -> Iterator[str]:
     archive = _archive(stream)
-    what = f"An archive with {len(archive.infolist()):,} members."
-    yield f"{what} To read one, ask for archive.zip::member.\n"
-    yield _listing(archive)
+    yield f"An archive with {len(archive.infolist()):,} members. "
+    yield "To read one, ask for archive.zip::member.\n" + _listing(archive)
 
 
 def _office(stream):
     """The same stream, if its members do not unpack to too much."""
-    infos = _archive(stream).infolist()
-    packed = sum(info.compress_size for info in infos)
-    _check_size(packed, sum(info.file_size for info in infos), MOST_UNPACKED)
+    sizes = [(info.compress_size, info.file_size) for info in _archive(stream).infolist()]
+    _check_size(*map(sum, zip(*sizes)), MOST_UNPACKED)
     stream.seek(0)
     return stream
 
@@ -403,10 +385,9 @@ def _xlsx(stream, chars: int) -> Iterator[str]:
     books = [openpyxl.load_workbook(io.BytesIO(body), data_only=of, **how) for of in (True, False)]
     for values, formulas in zip(*(book.worksheets for book in books), strict=True):
         yield f"\n[sheet {values.title!r}]\n"
-        colours = []
         for sheet in (values, formulas):
             sheet.reset_dimensions()  # what the file claims may be the whole grid
-        empty = 0
+        colours, empty = [], 0
         rows = zip(values.iter_rows(max_row=MOST_ROWS + 1), formulas.iter_rows(), strict=False)
         for number, (row, other) in enumerate(rows):
             if number == MOST_ROWS:
@@ -453,19 +434,15 @@ def _docx(stream, chars: int) -> Iterator[str]:
 def _blocks(container, depth: int = 0) -> Iterator[str]:
     """Paragraphs and tables in their order; a table in a cell becomes part of the cell's text."""
     for block in container.iter_inner_content():
-        if hasattr(block, "rows"):
+        if not hasattr(block, "rows"):
+            yield block.text + "\n"
+        elif depth > 5:
+            yield "[a table nested too deep to be read]\n"
+        else:
             for row in block.rows:
                 cells = {cell._tc: cell for cell in row.cells}.values()  # a merged cell is one cell
-                texts = (_text_of_cell(cell, depth) for cell in cells)
+                texts = ("".join(_blocks(cell, depth + 1)) for cell in cells)
                 yield "\t".join(re.sub(r"\s+", " ", text.strip()) for text in texts) + "\n"
-        else:
-            yield block.text + "\n"
-
-
-def _text_of_cell(cell, depth: int) -> str:
-    if depth < 5:
-        return "".join(_blocks(cell, depth + 1))
-    return cell.text + (" [a table nested too deep to be read]" if cell.tables else "")
 
 
 def _pptx(stream, chars: int) -> Iterator[str]:

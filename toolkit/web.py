@@ -6,8 +6,7 @@ followed with it.
     SERPER_API_KEY | BRAVE_API_KEY | TAVILY_API_KEY | SEARXNG_URL  a search provider
         (SEARCH_PROVIDER=name if several)
     JINA_API_KEY  pages through the Jina Reader, not directly
-    SUMMARY_URL, SUMMARY_MODEL, SUMMARY_API_KEY  a chat endpoint that answers browse's
-        query from the page
+    SUMMARY_URL, SUMMARY_MODEL, SUMMARY_API_KEY  a chat model that answers browse's query by a page
 
 SERPER_URL, BRAVE_URL, TAVILY_URL and JINA_URL name another host that speaks the same format.
 """
@@ -51,9 +50,8 @@ VERSION = 2  # of what the cache holds: raise it when the reading of pages or re
 # `is_global` lets them pass, but they lead to private hosts or to the cloud around us: protocol
 # assignments, relays of 6to4, Azure's wire server; Teredo, 6to4. Of IPv6 only 2000::/3 is open: no
 # NAT64, and of mapped forms only one.
-CLOSED = "192.0.0.0/24 192.88.99.0/24 168.63.129.16 2001::/23 2002::/16"
-CLOSED = list(map(ipaddress.ip_network, CLOSED.split()))
-GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+CLOSED = "192.0.0.0/24 192.88.99.0/24 168.63.129.16 2001::/23 2002::/16 2000::/3"
+*CLOSED, GLOBAL_UNICAST = map(ipaddress.ip_network, CLOSED.split())
 
 
 def is_public(address: str) -> bool:
@@ -82,21 +80,20 @@ class Target:
 def look_up(host: str, port: int, type: int, seconds: float = LOOK_UP_S) -> list:
     """As socket.getaddrinfo, in a process that can be killed: a name server that the model chose
     with the host may keep one waiting."""
+    command, how = ["getent", "ahosts", "--", host], dict(capture_output=True, text=True)
     try:
-        command = ["getent", "ahosts", "--", host]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=max(seconds, 0))
+        said = subprocess.run(command, **how, timeout=max(seconds, 0)).stdout
     except subprocess.TimeoutExpired as error:
         raise ToolError(f"{host[:200]} took too long to look up.") from error
-    lines = [line.split() for line in said.stdout.splitlines()]
-    if not lines:
+    if not said:
         raise socket.gaierror(f"{host[:200]} is not known")
-    return [(0, type, 0, "", (line[0], port)) for line in lines if line[1] == "STREAM"]
+    found = re.findall(r"^(\S+)\s+STREAM", said, re.M)
+    return [(0, type, 0, "", (address, port)) for address in found]
 
 
 def checked(url: str, allow=frozenset(), resolve=look_up) -> Target:
     """A URL of the model, judged, or ToolError; `allow`: host:port beyond the public web."""
-    url = url.strip()
-    shown = repr(url[:200])
+    url, shown = url.strip(), repr(url.strip()[:200])
     if len(url) > 4000 or re.search(r"[\x00-\x1f\x7f\\]", url):
         raise ToolError("The address is too long or has characters that no address has.")
     try:
@@ -108,18 +105,17 @@ def checked(url: str, allow=frozenset(), resolve=look_up) -> Target:
     if parts.scheme not in PORTS:
         raise ToolError(f"{shown} cannot be opened: an address begins with http:// or https://.")
     if not re.fullmatch(r"(\[[\da-f:.]+\]|[^][\s%@:]+)(:\d*)?", parts.netloc, re.I):
-        what = "the host must be a plain name, without user or password"
-        raise ToolError(f"{shown} cannot be opened: {what}.")
-    port = port or PORTS[parts.scheme]
+        raise ToolError(f"{shown} cannot be opened: the host must be a plain name, without user.")
+    usual = PORTS[parts.scheme]
+    port = port or usual
     allowed = f"{host}:{port}" in allow
     if port not in (80, 443) and not allowed:
         raise ToolError(f"Port {port} is not open to the browse tool.")
     addresses = _resolved(host, port, resolve)
     if not allowed and not all(is_public(address) for address in addresses):
         raise ToolError(f"{host} is not on the public web.")
+    place = (f"[{host}]" if ":" in host else host) + ("" if port == usual else f":{port}")
     path = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-    place = f"[{host}]" if ":" in host else host
-    place += "" if port == PORTS[parts.scheme] else f":{port}"
     exact = f"{parts.scheme}://{place}{urllib.parse.quote(path, safe=IN_ADDRESSES)}"
     return Target(url, exact, host=host, port=port, addresses=addresses)
 
@@ -132,8 +128,7 @@ def _resolved(host: str, port: int, resolve) -> tuple[str, ...]:
         with contextlib.suppress(OSError):
             resolve("example.com", 443, type=socket.SOCK_STREAM)
             raise ToolError(f"There is no host {host[:200]!r}.") from error
-    names = f"neither {host[:200]!r} nor example.com is known"
-    raise ToolFault(f"no name resolution on this machine: {names}")
+    raise ToolFault(f"no name resolution here: neither {host[:200]!r} nor example.com is known")
 
 
 def allowed_hosts(text: str) -> frozenset[str]:
@@ -177,11 +172,11 @@ def fetch(
             got = http.now(http.exchange("GET", target.exact, HEADERS, **within))
         except (http.Unavailable, http.Refused) as error:
             raise ToolError(f"{target.url[:300]} cannot be opened: {error}.") from error
-        status = got.status
-        onward = got.headers.get("location") if status in (301, 302, 303, 307, 308) else None
+        onward = got.headers.get("location") if got.status in (301, 302, 303, 307, 308) else None
         if onward is None:
-            if not 200 <= status < 300:
-                raise ToolError(f"{url[:300]} answers {status} {responses.get(status, '')}.")
+            if not 200 <= got.status < 300:
+                what = f"{got.status} {responses.get(got.status, '')}"
+                raise ToolError(f"{url[:300]} answers {what}.")
             kind, packed = (got.headers.get(f"content-{x}", "") for x in ("type", "encoding"))
             return Page(target.url, kind, got.body, tuple(hops), packed)
         with contextlib.suppress(UnicodeError):  # raw UTF-8, which http.client reads as latin-1
@@ -191,12 +186,11 @@ def fetch(
 
 
 # in the reply to a bad request: our key or our money, not what the model wrote
+TRIES = 4
 OURS = re.compile(r"credit|quota|token|api.?key|unauthori|subscription|plan|billing", re.I)
 
 
-def api(
-    method, url: str, *, headers: dict, body=None, seconds: float, what: str, tries=4, share=0.5
-):
+def api(method, url: str, *, headers: dict, body=None, seconds: float, what: str, share=0.5):
     """The JSON that a configured endpoint answers; no permission needed, no redirect followed.
 
     A body goes as JSON, or as it is with a Content-Type in `headers`. One try takes up to `share`
@@ -204,7 +198,7 @@ def api(
     `seconds`, then a ToolFault; so are, at once, wrong keys and used-up quotas. A request that the
     endpoint does not take is a ToolError."""
     deadline, url = time.monotonic() + seconds, urllib.parse.quote(url, safe=IN_ADDRESSES)
-    for attempt in range(tries):
+    for attempt in range(TRIES):
         left = deadline - time.monotonic()
         until = max(left * share, min(left, 1.0))  # a slow body leaves room for another try
         try:
@@ -216,7 +210,7 @@ def api(
         except http.Unavailable as problem:
             pause = max(problem.wait_s, 0.3 * 2**attempt * random.uniform(0.8, 1.2))
             moved = 300 <= problem.status < 400  # a redirect stays one
-            if moved or attempt == tries - 1 or time.monotonic() + pause >= deadline:
+            if moved or attempt == TRIES - 1 or time.monotonic() + pause >= deadline:
                 raise ToolFault(f"{what} failed: {problem}") from problem
         time.sleep(pause)
 
@@ -232,28 +226,25 @@ def bearer(key: str | None) -> dict:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def asked(name: str, given: dict, seconds: float, environ=os.environ):
-    """The JSON that the model of NAME_URL, NAME_MODEL and NAME_API_KEY answers; as `api` fails.
-    `given` is a chat, or a recording: with a "file" (name, bytes, type)."""
+def asked(name: str, given: dict, seconds: float, environ=os.environ) -> str:
+    """What the model of NAME_URL, NAME_MODEL and NAME_API_KEY says after its thoughts; fails as
+    `api`. `given` is a chat, or a recording: with a "file" (name, bytes, type)."""
     own = [f"{name}_{part}".upper() for part in ("url", "model", "api_key")]
     url, model, key = (environ.get(setting, "") for setting in own)
     if not url.startswith(("http://", "https://")) or not model:
         raise ToolFault(f"no endpoint for this tool: set {own[0]} and {own[1]} (and {own[2]})")
-    body, headers, path = given | {"model": model}, bearer(key), "chat/completions"
-    if "file" in body:
-        path = "audio/transcriptions"
+    body, headers, what = given | {"model": model}, bearer(key), f"the {name} endpoint"
+    if "file" in given:
         body, headers["Content-Type"] = encode_multipart_formdata(body)
-    url, what = f"{url.rstrip('/')}/{path}", f"the {name} endpoint"
-    return api("POST", url, headers=headers, body=body, seconds=seconds, what=what, share=1.0)
-
-
-def completion(name: str, reply) -> str:
-    """What a chat model says after its thoughts; ToolFault if the reply is no completion."""
+    url = url.rstrip("/") + ("/audio/transcriptions" if "file" in given else "/chat/completions")
+    how = dict(headers=headers, body=body, seconds=seconds, what=what)
+    reply = api("POST", url, **how, share=1.0)
     try:
+        if "file" in given:
+            return reply["text"].strip()
         return after_thoughts(spoken(http.choice_of(reply)["message"])[0]).strip()
-    except (http.Unavailable, LookupError, AttributeError) as error:
-        what = f"answers without a completion: {str(reply)[:200]}"
-        raise ToolFault(f"the {name} endpoint {what}") from error
+    except (http.Unavailable, LookupError, TypeError, AttributeError) as error:
+        raise ToolFault(f"{what} answers without a text: {str(reply)[:200]}") from error
 
 
 # name: method, base URL, path, what the query and the number of hits are called, where the hits
@@ -302,16 +293,13 @@ class Blocklist:
     def __init__(self, path: str):
         self.count, self.lock = 0, threading.Lock()
         if path and not Path(path).is_file():
-            what = "--block is a file with a domain or a part of a URL on each line"
-            raise SystemExit(f"no block list {path}: {what}")
+            raise SystemExit(f"no block list {path}: --block is a file with a part of a URL a line")
         lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
-        parts = [self.normal(line) for line in lines if line.strip() and not line.startswith("#")]
+        parts = [p for line in lines if not line.startswith("#") and (p := self.normal(line))]
         # bounded left, a bare domain right too: evil.org is not in devil.org nor in evil.org.uk
-        each = [
-            r"(?<![\w-])" * p[0].isalnum() + re.escape(p) + r"(?![\w-]|\.\w)" * ("/" not in p)
-            for p in parts
-        ]
-        self.pattern = re.compile("|".join(each)) if each else None
+        left, right = r"(?<![\w-])", r"(?![\w-]|\.\w)"
+        each = [left * p[0].isalnum() + re.escape(p) + right * ("/" not in p) for p in parts]
+        self.pattern = re.compile("|".join(each) or "(?!)")
 
     @staticmethod
     def normal(url: str) -> str:
@@ -322,7 +310,7 @@ class Blocklist:
 
     def blocks(self, *urls: str) -> bool:
         """Whether one of them is listed (also inside another: an archive or a proxy); counted."""
-        if self.pattern is None or not any(self.pattern.search(self.normal(url)) for url in urls):
+        if not any(self.pattern.search(self.normal(url)) for url in urls):
             return False
         with self.lock:
             self.count += 1
@@ -337,27 +325,24 @@ class Cache:
     def __init__(self, path: str, settings: dict, replay: bool):
         self.path, self.replay, self.settings = path, replay, {"version": VERSION} | settings
         if replay and not Path(path).is_file():
-            what = "record one first, with cache and without replay"
-            raise SystemExit(f"no cache {path!r} to replay: {what}")
+            raise SystemExit(f"no cache {path!r} to replay: record one first, without replay")
         table = "calls (tool, arguments, version, status, value, PRIMARY KEY (tool, arguments"
         newest = "SELECT version, status, value FROM calls ORDER BY rowid DESC LIMIT 1"
         try:
-            with self._open() as db:
-                db.execute(f"CREATE TABLE IF NOT EXISTS {table}, version))")
-                problem = db.execute("PRAGMA quick_check").fetchone()[0]
-                last = db.execute(newest).fetchone()
-            if replay and last:
+            self._execute(f"CREATE TABLE IF NOT EXISTS {table}, version))")
+            problem = self._execute("PRAGMA quick_check")[0]
+            if (last := self._execute(newest)) and replay:
                 self.settings = json.loads(last[0])
         except (ToolFault, ValueError, TypeError) as error:
             problem = str(error)
         if problem != "ok":
             raise SystemExit(f"the cache {path} is damaged or none ({problem}): name another")
 
-    @contextlib.contextmanager
-    def _open(self):
+    def _execute(self, statement: str, *values) -> tuple | None:
+        """The first row that a statement gives, in a transaction of its own."""
         try:
             with contextlib.closing(sqlite3.connect(self.path, timeout=60)) as db, db:
-                yield db
+                return db.execute(statement, values).fetchone()
         except sqlite3.Error as error:
             raise ToolFault(f"the cache {self.path}: {error}") from error
 
@@ -367,8 +352,7 @@ class Cache:
         the recorded run did. A fault never is."""
         key = (tool, *(json.dumps(each, sort_keys=True) for each in (arguments, self.settings)))
         where = "SELECT status, value FROM calls WHERE tool = ? AND arguments = ? AND version = ?"
-        with self._open() as db:
-            status, value = db.execute(where, key).fetchone() or ("", "")
+        status, value = self._execute(where, *key) or ("", "")
         if self.replay and not status:
             raise ToolFault(f"the cache {self.path} has no answer for {tool} {key[1][:500]}")
         if self.replay or status == "ok":
@@ -378,9 +362,8 @@ class Cache:
                 status, value = "ok", compute()
             except ToolError as error:
                 status, value = "error", str(error)
-            row = (*key, status, json.dumps(value))
-            with self._open() as db:
-                db.execute("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?)", row)
+            insert = "INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?)"
+            self._execute(insert, *key, status, json.dumps(value))
         if status == "error":
             raise ToolError(value)
         return value
@@ -407,11 +390,10 @@ class Web:
         ready = [name for name, key in KEY_OF.items() if environ.get(key)]
         named = environ.get("SEARCH_PROVIDER") or (ready[0] if ready else None)
         if named and named not in ready:
-            what = f"no such provider, or its key is not set; {KEYS}"
-            raise SystemExit(f"SEARCH_PROVIDER={named}: {what}")
-        if environ.get("SUMMARY_URL") and not environ.get("SUMMARY_MODEL"):
-            raise SystemExit("SUMMARY_URL is set but SUMMARY_MODEL is not")
+            raise SystemExit(f"SEARCH_PROVIDER={named}: no such provider, or its key is not set")
         summary = environ.get("SUMMARY_MODEL") if environ.get("SUMMARY_URL") else None
+        if environ.get("SUMMARY_URL") and not summary:
+            raise SystemExit("SUMMARY_URL is set but SUMMARY_MODEL is not")
         settings = {"search": named, "jina": bool(environ.get("JINA_API_KEY")), "summary": summary}
         self.cache = Cache(cache, settings, replay) if cache else None
         self.settings = self.cache.settings if self.cache else settings
@@ -423,25 +405,21 @@ class Web:
         """Hits as (title, text, URL), without those of blocked addresses."""
         name = self.settings["search"]
         if name is None:
-            where = "the row has no docs, there is no --corpus and no provider"
-            raise ToolFault(f"Nothing to search: {where}; {KEYS}")
-
-        def ask():
-            return provider_search(name, self.environ, query, top_k, seconds)
-
+            raise ToolFault(
+                f"Nothing to search: no docs in the row, no --corpus, no provider; {KEYS}"
+            )
+        ask = partial(provider_search, name, self.environ, query, top_k, seconds)
         hits = self._through("search", {"query": query, "top_k": top_k}, ask)
         return [(title, text, url) for title, url, text in hits if not self.blocklist.blocks(url)]
 
     def page(self, url: str, seconds: float) -> tuple[str, str]:
         """(title, text) of a page."""
-        hidden = ToolError(f"{url[:300]} is on the block list of this run.")
-        if self.blocklist.blocks(url):
-            raise hidden
         open_page = partial(self._page, url, time.monotonic() + seconds)
-        title, text, hops = self._through("page", {"url": url}, open_page)
-        if self.blocklist.blocks(*hops):
-            raise hidden
-        return title, text
+        if not self.blocklist.blocks(url):
+            title, text, hops = self._through("page", {"url": url}, open_page)
+            if not self.blocklist.blocks(*hops):
+                return title, text
+        raise ToolError(f"{url[:300]} is on the block list of this run.")
 
     def _page(self, url: str, deadline: float) -> list:
         target = checked(url, self.allow) if self.settings["jina"] else None
@@ -463,12 +441,11 @@ class Web:
 
         def ask():
             page = f"Looked for: {query}\n\nThe page {url}:\n<page>\n{text}\n</page>"
-            turns = {"system": SUMMARY_PROMPT, "user": page}
-            body = {"temperature": 0, "max_tokens": 2000}
-            body["messages"] = [{"role": role, "content": said} for role, said in turns.items()]
+            turns = [("system", SUMMARY_PROMPT), ("user", page)]
+            messages = [{"role": role, "content": said} for role, said in turns]
+            body = {"temperature": 0, "max_tokens": 2000, "messages": messages}
             try:
-                reply = asked("summary", body, seconds, self.environ)
-                return completion("summary", reply) or "(nothing)"
+                return asked("summary", body, seconds, self.environ) or "(nothing)"
             except ToolError as error:  # never the model's doing
                 raise ToolFault(str(error)) from error
 
