@@ -132,20 +132,18 @@ SECCOMP_NUMBER, NEW_LISTENER = (277, 8) if ARM else (317, 8)
 NOTICE_RECEIVE, NOTICE_SEND, NOTICE_CONTINUE = 0xC0502100, 0xC0182101, 1
 
 
-def rule(name: str, error=EPERM, argument=0, *, among=None, but=None, mask=0xFFFFFFFF) -> bytes:
+def rule(name: str, error=EPERM, argument=0, *, among=(), but=(), mask=0xFFFFFFFF) -> bytes:
     """Answers a call with `error`: always, or if (argument & mask) is `among` values, or is
     anything `but` them."""
     if name not in RULED:
         return b""
-    body = instruction(RETURN, ERROR | error)
-    values = among if among is not None else but
-    if values is not None:
+    body, values = instruction(RETURN, ERROR | error), among or but or []
+    if values:
         tests = [instruction(LOAD, 16 + 8 * argument), instruction(AND, mask)]
-        for left in range(len(values), 0, -1):
+        for left, value in zip(range(len(values), 0, -1), values):
             # a hit jumps behind the other tests: to the refusal, or over it
-            over = left - 1 + (1 if but is not None else 0)
-            miss = 0 if left > 1 or but is not None else 1
-            tests.append(instruction(EQUAL, values[len(values) - left], over, miss))
+            over, miss = left - 1 + bool(but), int(left == 1 and not but)
+            tests.append(instruction(EQUAL, value, over, miss))
         body = b"".join(tests) + body + instruction(LOAD, 0)
     return instruction(EQUAL, RULED[name], 0, len(body) // 8) + body
 
@@ -221,13 +219,9 @@ def system_calls(rung: str) -> Filter:
     for number in range(FIRST_UNKNOWN, 0, -1):  # from the last run of one verdict to the first
         if table[number] != table[number - 1]:
             ends += [instruction(ABOVE, number, 0, 1), instruction(RETURN, table[number])]
-    start = [
-        instruction(LOAD, 4),
-        instruction(EQUAL, 0xC00000B7 if ARM else 0xC000003E, 1, 0),
-        instruction(RETURN, KILL),  # it speaks for another machine: a 32-bit call
-        instruction(LOAD, 0),
-    ]
-    return Filter([*start, *rules, *ends, instruction(RETURN, table[0])])
+    start = [instruction(LOAD, 4), instruction(EQUAL, 0xC00000B7 if ARM else 0xC000003E, 1, 0)]
+    start.append(instruction(RETURN, KILL))  # it speaks for another machine: a 32-bit call
+    return Filter([*start, instruction(LOAD, 0), *rules, *ends, instruction(RETURN, table[0])])
 
 
 def starts() -> Filter:
@@ -237,9 +231,8 @@ def starts() -> Filter:
     processes wait."""
     calls = [RULED[name] for name in ("clone", "fork", "vfork") if name in RULED]
     asks = [instruction(EQUAL, n, len(calls) - i, 0) for i, n in enumerate(calls)]
-    return Filter(
-        [instruction(LOAD, 0), *asks, instruction(RETURN, ALLOW), instruction(RETURN, NOTIFY)]
-    )
+    ends = [instruction(RETURN, ALLOW), instruction(RETURN, NOTIFY)]
+    return Filter([instruction(LOAD, 0), *asks, *ends])
 
 
 def permit(listener: int, allowed: bool) -> None:
@@ -277,22 +270,13 @@ def landlock(rights: dict[str, int]) -> None:
 
 def own_namespaces() -> None:
     """A user, mount, network and IPC namespace; OSError if refused."""
-    ids = {
-        "setgroups": "deny",
-        "uid_map": f"{os.getuid()} {os.getuid()} 1",
-        "gid_map": f"{os.getgid()} {os.getgid()} 1",
-    }
+    uid, gid = os.getuid(), os.getgid()
+    ids = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
     checked(LIBC.unshare(NEW_USER | NEW_MOUNTS | NEW_NET | NEW_IPC), "unshare")
     for name, text in ids.items():
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
     checked(LIBC.mount(b"none", b"/", None, MS_PRIVATE_BELOW, None), "mount")
-
-
-def bounded(folder: str, megabytes: int) -> None:
-    """Mounts a file system of bounded size."""
-    options = f"size={megabytes}m,nr_inodes={MOST_FILES},mode=1777".encode()
-    checked(LIBC.mount(b"tmpfs", folder.encode(), b"tmpfs", MS_NOSUID_NODEV, options), "mount")
 
 
 def first_process(stack: ctypes.Array) -> int:
@@ -309,34 +293,32 @@ def first_process(stack: ctypes.Array) -> int:
 
 def limit(given: dict) -> None:
     """Limits of this process and all that it starts that nobody in them can raise again."""
-    limits = {
-        resource.RLIMIT_AS: given["memory_mb"] << 20,
-        resource.RLIMIT_FSIZE: given["scratch_mb"] << 20,
-        resource.RLIMIT_CORE: 1,  # with 0 a core may still go to a program of the host
-        resource.RLIMIT_NOFILE: 256,
-        resource.RLIMIT_SIGPENDING: 1024,  # it is the user's: timers count, too
-    }
+    # CORE: with 0 one may still go to a program of the host. SIGPENDING: the user's, timers too
+    limits = {"AS": given["memory_mb"] << 20, "CORE": 1, "SIGPENDING": 1024}
     if given["rung"].startswith("landlock"):
         # files that were unlinked and are still open hide from a watcher: few and small ones
-        limits |= {resource.RLIMIT_FSIZE: given["scratch_mb"] << 18, resource.RLIMIT_NOFILE: 64}
+        limits |= {"FSIZE": given["scratch_mb"] << 18, "NOFILE": 64}
     else:
-        limits[resource.RLIMIT_NPROC] = MOST_THREADS
+        limits |= {"FSIZE": given["scratch_mb"] << 20, "NOFILE": 256, "NPROC": MOST_THREADS}
     for name, value in limits.items():
-        hard = resource.getrlimit(name)[1]
+        number = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(number)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(name, (value, value))
+        resource.setrlimit(number, (value, value))
 
 
 # -------------------------------------------------------------------- a scratch, a call, the server
 
 
 def fresh_scratch(given: dict) -> None:
-    """An empty scratch: where we may mount a file system, in which what must be read below it (a
-    virtual environment may lie in /tmp) is bound again."""
+    """An empty scratch: where we may mount, a file system of bounded size in which what must be
+    read below it (a virtual environment may lie in /tmp) is bound again."""
+    scratch = given["scratch"]
     if not given["mounts"]:
-        os.mkdir(given["scratch"], 0o700)
+        os.mkdir(scratch, 0o700)
         return
-    bounded(given["scratch"], given["scratch_mb"])
+    options = f"size={given['scratch_mb']}m,nr_inodes={MOST_FILES},mode=1777".encode()
+    checked(LIBC.mount(b"tmpfs", scratch.encode(), b"tmpfs", MS_NOSUID_NODEV, options), "mount")
     for kept, path in given["below"].items():
         if os.path.isdir(kept):
             os.makedirs(path)
@@ -349,7 +331,7 @@ def fresh_scratch(given: dict) -> None:
 def remove_scratch(given: dict, removers: list[subprocess.Popen]) -> None:
     """Takes the scratch down with all that is in it; what may take long on a disk of the host's is
     left to a process."""
-    scratch, nothing = given["scratch"], subprocess.DEVNULL
+    scratch = given["scratch"]
     if given["mounts"]:
         checked(LIBC.umount2(scratch.encode(), MNT_DETACH), "umount")
         return
@@ -361,9 +343,8 @@ def remove_scratch(given: dict, removers: list[subprocess.Popen]) -> None:
     removers[:] = [remover for remover in removers if remover.poll() is None]
     while len(removers) > 4:
         removers.pop(0).wait()
-    old = f"{scratch}.{time.monotonic_ns()}"
-    os.rename(scratch, old)
-    removers.append(subprocess.Popen(["rm", "-rf", old], stdin=nothing))
+    os.rename(scratch, old := f"{scratch}.{time.monotonic_ns()}")
+    removers.append(subprocess.Popen(["rm", "-rf", old], stdin=subprocess.DEVNULL))
 
 
 def run(code: str) -> int:

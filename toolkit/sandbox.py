@@ -35,6 +35,7 @@ import tempfile
 import threading
 import time
 import weakref
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ RUNGS = ("bubblewrap", "landlock+namespaces", "landlock")
 MOST_PROCESSES, MOST_THREADS = 64, 256  # of one call
 MOST_SOCKETS = 256  # of one call: what waits in them is nobody's memory
 MOST_FILES, DEEPEST = 2000, 50  # in a scratch without a file system of its own
+OWN = "RssAnon|VmSwap|VmPTE"  # memory of a process: what forks share counts in each
 JAIL = Path(__file__).with_name("jail.py").read_text()
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -121,10 +123,9 @@ def bubblewrap(paths: list[str], below: dict[str, str]) -> list[str]:
         command += f" --dev-bind /dev/{name} /dev/{name}"
     arguments = command.split()
     for path in paths:
-        if os.path.islink(path) and path.count("/") == 1:  # /lib -> usr/lib
-            arguments += ["--symlink", os.readlink(path), path]
-        else:
-            arguments += ["--ro-bind", path, path]
+        linked = os.path.islink(path) and path.count("/") == 1  # /lib -> usr/lib
+        arguments += ["--symlink", os.readlink(path)] if linked else ["--ro-bind", path]
+        arguments.append(path)
     for kept, path in below.items():
         arguments += ["--ro-bind", path, kept]
     return [*arguments, *"--remount-ro / --setenv OMP_NUM_THREADS 1 --chdir / --".split()]
@@ -145,29 +146,25 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def threads_and_bytes(pid: int) -> tuple[int, int]:
-    """Threads of a process, and bytes of memory of its own: what forks share counts in each."""
-    with contextlib.suppress(OSError):
-        status = Path(f"/proc/{pid}/status").read_text()
-        found = dict(re.findall(r"^(Threads|RssAnon|VmSwap|VmPTE):\s+(\d+)", status, re.M))
-        return int(found.pop("Threads", 0)), sum(map(int, found.values())) << 10
-    return 0, 0
+def figure(pid: int, file: str, names: str) -> int:
+    """The sum of what a file in /proc has by these names; 0 where the process has just ended."""
+    try:
+        text = Path(f"/proc/{pid}/{file}").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return sum(map(int, re.findall(rf"^(?:{names}):\s+(\d+)", text, re.M)))
 
 
 def divided(pids: list[int], seconds: float) -> float:
     """Bytes of their own memory, what forks share counted once; inf if not to be read in time."""
     total, deadline = 0, time.monotonic() + seconds
-    for pid in pids:
-        try:
-            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        except (FileNotFoundError, ProcessLookupError):  # it has just ended
-            continue
-        except PermissionError:
-            return math.inf
-        total += sum(map(int, re.findall(r"^(?:Pss_Anon|SwapPss):\s+(\d+)", text, re.M))) << 10
-        if time.monotonic() > deadline:
-            return math.inf
-    return total
+    with contextlib.suppress(PermissionError):
+        for pid in pids:
+            total += figure(pid, "smaps_rollup", "Pss_Anon|SwapPss") << 10
+            if time.monotonic() > deadline:
+                return math.inf
+        return total
+    return math.inf
 
 
 def overfull(folder: str, most_bytes: int) -> bool:
@@ -227,7 +224,7 @@ class _Server:
     def measure(self) -> None:
         """Notes the memory that it has when it is idle, which is nobody's call."""
         pids = family(self.process.pid)
-        self.idle_bytes = max(threads_and_bytes(pid)[1] for pid in pids)
+        self.idle_bytes = max(figure(pid, "status", OWN) << 10 for pid in pids)
         shared = divided(pids, 10.0)
         self.idle_divided = shared if shared < math.inf else 0.0  # nor will a call's be read
 
@@ -316,9 +313,9 @@ class _Server:
         pids = family(self.process.pid)
         if len(pids) > MOST_PROCESSES:
             return "too many processes"
-        threads, sizes = zip(*map(threads_and_bytes, pids))
-        if sum(threads) > MOST_THREADS:
+        if sum(figure(pid, "status", "Threads") for pid in pids) > MOST_THREADS:
             return "too many threads"
+        sizes = [figure(pid, "status", OWN) << 10 for pid in pids]
         grown = sum(max(0, size - self.idle_bytes) for size in sizes)
         if grown > self.memory or sum(sizes) > self.memory and self._is_large(pids):
             return f"its processes use more than {self.memory >> 20} MB of memory"
@@ -388,24 +385,18 @@ class Sandbox:
     works."""
 
     def __init__(
-        self,
-        *,
-        seconds=30.0,
-        output_chars=10_000,
-        memory_mb=2048,
-        scratch_mb=64,
-        unsafe=False,
-        rung="",
+        self, seconds=30, output_chars=10_000, memory_mb=2048, scratch_mb=64, unsafe=False, rung=""
     ):
         self.seconds, self.output_chars = seconds, output_chars
         self.sizes = (memory_mb, scratch_mb, output_chars)
-        self.lock, self.all, self.idle, self.closed = threading.Lock(), set(), [], False
+        self.all, self.idle, self.closed = set(), deque(), False
         self.most = max(2, os.cpu_count() or 2)
         self.room = threading.Semaphore(self.most)
         # Servers die with the thread that started them (PR_SET_PDEATHSIG): they need one that stays
         self.starter = ThreadPoolExecutor(1, "python tool")
         self.cleaner = ThreadPoolExecutor(1, "python tool, cleaning")
-        weakref.finalize(self, _put_away, self.all)  # also where close() was forgotten
+        # also where close() was forgotten
+        weakref.finalize(self, lambda servers: [each.put_away() for each in servers], self.all)
         reasons = []
         for self.rung in [rung] if rung else RUNGS:
             try:
@@ -413,7 +404,8 @@ class Sandbox:
                 break
             except SandboxUnavailable as error:
                 reasons.append(f"{self.rung}: {error}")
-                self._drop(*self.idle)
+                self.idle.clear()
+                self._drop(*self.all)
         else:
             if not unsafe:
                 self.close()
@@ -424,20 +416,23 @@ class Sandbox:
     def _probe(self) -> None:
         """The canary: it must print, must not reach a listener of ours, and must not read or change
         a file outside: one in the temporary folder, one beside the project's, and the project's."""
-        if self.rung == "unsafe":
-            return
         if self.rung == "bubblewrap" and not shutil.which("bwrap"):
             raise SandboxUnavailable("it is not installed")
+        needed, planted = set(libraries()), []  # needed: of an environment in the checkout
+        own = sorted(str(path) for path in CHECKOUT.iterdir() if path.is_file())
+        own = [path for path in own if path not in needed][:100] + [os.path.realpath(__file__)]
         with contextlib.ExitStack() as stack:
             tcp = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             udp = stack.enter_context(socket.socket(type=socket.SOCK_DGRAM))
             udp.bind(("127.0.0.1", 0))
+            for folder in (tempfile.gettempdir(), str(CHECKOUT)):
+                with contextlib.suppress(OSError):  # we may not write there
+                    file = tempfile.NamedTemporaryFile("w", dir=folder, prefix=".canary-")
+                    stack.enter_context(file).write("secret")
+                    file.flush()
+                    planted.append(file.name)
             ports = tcp.getsockname()[1], udp.getsockname()[1]
-            planted = _planted(stack)
-            needed = set(libraries())  # of an environment in the checkout
-            own = [str(path) for path in CHECKOUT.iterdir() if path.is_file()]
-            own = [path for path in sorted(own) if path not in needed][:100]
-            result = self.run(CANARY % (*ports, [*planted, *own, os.path.realpath(__file__)]), 60.0)
+            result = self.run(CANARY % (*ports, planted + own), 60.0)
             heard = any(_readable(listener, 0.01) for listener in (tcp, udp))
             changed = any(Path(path).read_text() != "secret" for path in planted)
         if result.status == "fault":
@@ -462,8 +457,7 @@ class Sandbox:
                 return Observation(text, "fault", time.monotonic() - began)
             spent = time.monotonic() - began
             if server.usable:
-                with self.lock:
-                    self.idle.append(server)
+                self.idle.append(server)
             else:
                 self._drop(server)
         return self._result(*reply, spent)
@@ -485,24 +479,18 @@ class Sandbox:
         return Observation(text, "timeout" if "ran longer" in stopped else status, spent)
 
     def _take(self) -> _Server:
-        """A server that is ready: one that says so by now, else one that will, else a new one."""
-        while self.idle:
-            with self.lock:
-                ready = [server for server in self.idle if _readable(server.channel, 0)]
-                server = next(iter(ready or self.idle), None)
-                if server is None:  # another thread has just taken it
-                    break
-                self.idle.remove(server)
-            try:
-                server.ready(5.0)
-                return server
-            except (BrokenServer, OSError):
-                self._drop(server)
+        """A server that is ready: the one that has been idle for longest, or a new one."""
+        with contextlib.suppress(IndexError):  # none is idle
+            while server := self.idle.popleft():
+                try:
+                    server.ready(5.0)
+                    return server
+                except (BrokenServer, OSError):
+                    self._drop(server)
         if self.closed:
             raise BrokenServer("it is closed")
         server = self.starter.submit(_Server, self.rung, *self.sizes).result()
-        with self.lock:
-            self.all.add(server)
+        self.all.add(server)
         try:
             server.ready(60.0)
             server.measure()
@@ -513,41 +501,22 @@ class Sandbox:
 
     def _drop(self, *servers: _Server) -> None:
         """Puts servers away, in their own time and not in that of a call."""
-        with self.lock:
-            self.all.difference_update(servers)
-            self.idle = [server for server in self.idle if server not in servers]
+        self.all.difference_update(servers)
         for server in servers:
             self.cleaner.submit(server.put_away)
 
     def close(self) -> None:
         """Ends the calls in flight; returns when nothing of the sandbox is left."""
         self.closed = True
-        self._drop(*self.idle)
         for server in list(self.all):
             server.process.kill()  # whoever uses it puts it away
         for _ in range(self.most):
             self.room.acquire()
+        self.idle.clear()
         self._drop(*self.all)
         self.cleaner.shutdown()
         self.starter.shutdown()
         self.room.release(self.most)
-
-
-def _put_away(servers: set[_Server]) -> None:
-    for server in servers:
-        server.put_away()
-
-
-def _planted(stack: contextlib.ExitStack) -> list[str]:
-    """Files with a secret, in the temporary folder and, where we may write, beside the project."""
-    paths = []
-    for folder in (tempfile.gettempdir(), str(CHECKOUT)):
-        with contextlib.suppress(OSError):
-            file = tempfile.NamedTemporaryFile("w", dir=folder, prefix=".canary-")
-            stack.enter_context(file).write("secret")
-            file.flush()
-            paths.append(file.name)
-    return paths
 
 
 CANARY = """
