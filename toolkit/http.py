@@ -36,6 +36,7 @@ AGAIN = (408, 409, 425, 429)  # of 4xx, those that pass
 HOPELESS = (401, 402, 403, 404, 405, 410)  # the key, the account or the address: no request works
 CONNECT_S = 5.0  # for one of several addresses of a host
 OPTIONAL = ("max_tokens", "seed", "temperature", "top_p")  # keys that some models do not take
+_tls = lru_cache(ssl.create_default_context)
 _UNKNOWN = re.compile("support|permitted|allowed|recognized|unknown|unexpected|extra", re.I)
 
 
@@ -60,8 +61,7 @@ class Refused(Exception):
         return self.status == 0 or self.status in HOPELESS
 
 
-# --------------------------------------------------------------------------------------------------
-# one exchange
+# ------------------------------------------------------------------------------------ one exchange
 
 ANY_FAILURE = (OSError, EOFError, UnicodeError, h11.RemoteProtocolError, asyncio.LimitOverrunError)
 
@@ -105,14 +105,12 @@ async def exchange(
 
 
 def _split(url: str) -> urllib.parse.SplitResult:
-    try:
+    with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        good = False
-    if not good or "@" in parts.netloc or not url.isascii() or not url.isprintable() or " " in url:
-        raise Refused(f"{url[:200]!r} is not an address http(s)://host[:port]/…")
-    return parts
+        if good and "@" not in parts.netloc and re.fullmatch("[!-~]+", url):
+            return parts
+    raise Refused(f"{url[:200]!r} is not an address http(s)://host[:port]/…")
 
 
 async def _connected(parts, proxy: str | None, addresses: tuple[str, ...]):
@@ -148,11 +146,6 @@ def _proxy(parts) -> str | None:
     return urllib.request.getproxies().get(parts.scheme)
 
 
-@lru_cache(maxsize=1)
-def _tls() -> ssl.SSLContext:
-    return ssl.create_default_context()
-
-
 async def _exchanged(reader, writer, request: h11.Request, body: bytes, most: int) -> Reply:
     wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=MOST_HEADER)
     # nothing waits for the request to be taken: a server may refuse it before it has read it all
@@ -186,8 +179,7 @@ def now(coroutine: Awaitable):
         loop.close()  # asyncio.run would wait here for a look-up of a name that hangs
 
 
-# --------------------------------------------------------------------------------------------------
-# endpoints that speak JSON
+# ----------------------------------------------------------------------- endpoints that speak JSON
 
 
 async def ask(method: str, url: str, *, headers: dict, body: dict | bytes | None = None, seconds):
@@ -199,19 +191,16 @@ async def ask(method: str, url: str, *, headers: dict, body: dict | bytes | None
     data = json.dumps(body).encode() if isinstance(body, dict) else body
     try:
         reply = await exchange(method, url, sent, data, seconds=seconds)
-        packed = reply.headers.get("content-encoding", "").strip().lower()
-        if packed not in ("", "identity"):
-            told = f"{reply.status}, packed as {packed[:40]}, which was not asked for"
-            raise Unavailable(told, reply.status)
-        if not 200 <= reply.status < 300:
-            wait = reply.headers.get("retry-after", "")
-            wait_s = float(wait) if wait.isdecimal() and len(wait) < 6 else 0.0
-            raise Unavailable(f"{reply.status} {_words(reply.body)}", reply.status, wait_s=wait_s)
-        try:
-            return json.loads(reply.body)
-        except (ValueError, RecursionError) as error:
-            told = f"{reply.status} without JSON: {_words(reply.body) or 'nothing'}"
-            raise Unavailable(told, reply.status) from error
+        packed, wait = (reply.headers.get(x, "") for x in ("content-encoding", "retry-after"))
+        told = " ".join(clean(reply.body[: 10 * WORDS].decode("utf-8", "replace")).split())
+        if packed.strip().lower() not in ("", "identity"):
+            told = f"packed as {packed[:40]}, which was not asked for"
+        elif 200 <= reply.status < 300:
+            with contextlib.suppress(ValueError, RecursionError):
+                return json.loads(reply.body)
+            told = f"without JSON: {told or 'nothing'}"
+        wait_s = float(wait) if wait.isdecimal() and len(wait) < 6 else 0.0
+        raise Unavailable(f"{reply.status} {told}", reply.status, wait_s=wait_s)
     except Unavailable as problem:
         text = str(problem)  # the model reads it, and an endpoint may tell the key that it refuses
         values = [value for name, value in headers.items() if name != "Content-Type"]
@@ -221,10 +210,6 @@ async def ask(method: str, url: str, *, headers: dict, body: dict | bytes | None
         if 400 <= problem.status < 500 and problem.status not in AGAIN:
             raise Refused(str(problem), problem.status) from None
         raise
-
-
-def _words(body: bytes) -> str:
-    return " ".join(clean(body[: 10 * WORDS].decode("utf-8", "replace")).split())
 
 
 class Endpoint:
@@ -300,8 +285,7 @@ async def insist(
     raise Unavailable(f"no answer from {urls} for {waited:.0f} s ({problem})", problem.status)
 
 
-# --------------------------------------------------------------------------------------------------
-# models behind an endpoint
+# ----------------------------------------------------------------------- models behind an endpoint
 
 
 async def models_of(endpoint: Endpoint, *, seconds: float) -> dict[str, dict]:
@@ -324,7 +308,7 @@ async def complete(endpoint: Endpoint, body: dict, most_tokens: int, *, seconds:
         sent = {name: body[key] for key in body if (name := endpoint.keys.get(key, key))}
         try:
             left = until - time.monotonic()
-            reply = await endpoint.ask("/chat/completions", sent, seconds=left)
+            choice = choice_of(await endpoint.ask("/chat/completions", sent, seconds=left))
             break
         except Refused as refused:
             key = next((key for key in OPTIONAL if key in sent and key in str(refused)), "")
@@ -335,7 +319,6 @@ async def complete(endpoint: Endpoint, body: dict, most_tokens: int, *, seconds:
                 how = f"with {name}" if name else "without it"
                 print(f"{endpoint.url} takes no {key}, asked {how}: {refused}", file=sys.stderr)
             endpoint.keys[key] = name
-    choice = choice_of(reply)
     message = choice.get("message")
     said = message.get("content") if isinstance(message, dict) else 0
     if not isinstance(said, (str, list, type(None))):

@@ -114,32 +114,19 @@ class Corpus(Index):
         self.path, self.file = path, open(path, "rb")
         about = os.fstat(self.file.fileno())
         key = np.array([self.VERSION, about.st_size, about.st_mtime_ns])
-        arrays = self._kept(key)
-        if arrays is None:
-            arrays = self._built() | {"key": key}
-            # in a folder that cannot be written it is built again the next time
-            with contextlib.suppress(OSError):
-                self._keep(arrays)
+        arrays = self._kept(key) or self._built(key)
         vars(self).update(arrays, count=len(arrays["row_start"]))
 
-    def _kept(self, key: np.ndarray) -> dict[str, np.ndarray] | None:
-        try:
+    def _kept(self, key: np.ndarray) -> dict[str, np.ndarray]:
+        # none, or not whole
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             with np.load(self.path + ".bm25.npz", allow_pickle=False) as kept:
-                return dict(kept) if np.array_equal(kept["key"], key) else None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or not whole
-            return None
+                return dict(kept) if np.array_equal(kept["key"], key) else {}
+        return {}
 
-    def _keep(self, arrays: dict[str, np.ndarray]) -> None:
-        """Written beside and renamed: another process finds the old index or the new one."""
-        beside = f"{self.path}.{os.getpid()}.{threading.get_ident()}.npz"
-        try:
-            np.savez(beside, **arrays)
-            os.replace(beside, self.path + ".bm25.npz")
-        finally:
-            Path(beside).unlink(missing_ok=True)
-
-    def _built(self) -> dict[str, np.ndarray]:
-        """The postings; where each row begins, its bytes, and rows by the hashes of their URLs."""
+    def _built(self, key: np.ndarray) -> dict[str, np.ndarray]:
+        """The postings; where each row begins, its bytes, and rows by the hashes of their URLs.
+        Written beside, then renamed: another process finds the old index or the new one."""
         starts, sizes, urls = array.array("q"), array.array("q"), []
 
         def texts() -> Iterator[tuple[str, str]]:
@@ -156,8 +143,16 @@ class Corpus(Index):
         arrays, url_hash = postings(texts()), np.array(urls, "<u8")
         arrays["hit_weight"] = arrays["hit_weight"].astype("<f4")
         by_url = np.argsort(url_hash, kind="stable")
-        arrays |= {"url_hash": url_hash[by_url], "url_row": by_url}
-        return arrays | {"row_start": np.array(starts), "row_bytes": np.array(sizes)}
+        arrays |= {"url_hash": url_hash[by_url], "url_row": by_url, "key": key}
+        arrays |= {"row_start": np.array(starts), "row_bytes": np.array(sizes)}
+        beside = f"{self.path}.{os.getpid()}.{threading.get_ident()}.npz"
+        with contextlib.suppress(OSError):  # where we may not write it is built again the next time
+            try:
+                np.savez(beside, **arrays)
+                os.replace(beside, self.path + ".bm25.npz")
+            finally:
+                Path(beside).unlink(missing_ok=True)
+        return arrays
 
     def row(self, page: int) -> tuple[str, str, str]:
         line = os.pread(self.file.fileno(), int(self.row_bytes[page]), int(self.row_start[page]))
@@ -183,8 +178,8 @@ def _corpus_row(path: str, number: int, line: bytes) -> tuple[str, str, str]:
         title, text = row["title"] + "", row["text"] + ""  # texts, or a TypeError
         return title, text, str(row.get("url") or f"doc:{row['id']}")
     except (ValueError, KeyError, TypeError) as error:
-        what = f"not a corpus row (id, title, text): {error!r}"
-        raise SystemExit(f"{path}:{number}: {what}") from error
+        where = f"{path}:{number}"
+        raise SystemExit(f"{where}: not a corpus row (id, title, text): {error!r}") from error
 
 
 def passages(text: str, query: str, chars: int) -> str:

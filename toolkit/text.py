@@ -5,8 +5,7 @@ import unicodedata
 
 
 def capped(text: str, most: int) -> str:
-    """The text with its middle left out where it is longer than `most` characters, and a note of
-    how much."""
+    """The text, the middle of one longer than `most` characters left out, and how much was."""
     if len(text) <= most:
         return text
     half, rest = text[: most // 2], text[len(text) - (most - most // 2) :]
@@ -32,11 +31,8 @@ def clean(text: str) -> str:
 def visible(text: str) -> str:
     """Any text for somebody who must see what is there: what `clean` takes out is escaped."""
     text = text.replace("\r\n", "\n").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return MARKED.sub(_escaped, text)
-
-
-def _escaped(found: re.Match) -> str:
-    return "" if re.match(f"[{COMBINING}]", found[0]) else ascii(found[0])[1:-1]
+    stacked = re.compile(f"[{COMBINING}]")
+    return MARKED.sub(lambda m: "" if stacked.match(m[0]) else ascii(m[0])[1:-1], text)
 
 
 def after_thoughts(text: str) -> str:
@@ -81,10 +77,8 @@ def partners(text: str) -> dict[int, int]:
 
 
 # what stands around an answer: LaTeX and markdown
-STYLES = (
-    r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|[mh]box|math(?:rm|bf|it|sf|tt)|operatorname\*?|emph"
-    r"|underline|boldsymbol|bm|boxed|fbox)(?![a-z])\s*"
-)
+STYLES = r"(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|[mh]box|math(?:rm|bf|it|sf|tt)|operatorname\*?|"
+STYLES = rf"\\{STYLES}emph|underline|boldsymbol|bm|boxed|fbox)(?![a-z])\s*"
 STYLED = re.compile(STYLES + r"\{([^{}]*)\}")
 _STYLE = re.compile(STYLES)
 _AROUND = "$$ $$|$ $|\\( \\)|\\[ \\]|*** ***|** **|__ __|``` ```|` `|* *|\" \"|“ ”|' '|‘ ’"
