@@ -1,6 +1,6 @@
 """Agent-RRM as a tool: trajectories of other frameworks (foreign.jsonl holds dumps that those
-frameworks wrote, shortened, and from "AutoGen" on rows after the forms that they publish, as does
-sessions.jsonl), rows that cannot be read, servers that fail, going on, docs.
+frameworks wrote, shortened, and from "AutoGen 0.2" on, but for Pydantic AI, rows after the forms that
+they publish, as does sessions.jsonl), rows that cannot be read, servers that fail, going on, docs.
 """
 
 import io
@@ -293,8 +293,10 @@ def snippet(title: str, url: str) -> dict:
 
 
 def test_a_reward_function_as_trl_calls_it():
-    """trl.GRPOTrainer: prompts, completions and ids by keyword, columns of the data beside them."""
-    asked = []
+    """trl.GRPOTrainer (1.16, _calculate_rewards): prompts, completions and ids by keyword, beside
+    them columns of the data, its state and two functions that log."""
+    asked, given = [], dict(completion_ids=[[1]] * 3, answer=["x"] * 3, trainer_state=object())
+    given |= dict(log_extra=lambda *column: None, log_metric=lambda *value: None)
 
     def reply(text):
         asked.append(text)
@@ -307,9 +309,7 @@ def test_a_reward_function_as_trl_calls_it():
     with judge_server(reply) as (url, _):
         reward = snippet("A reward function in TRL", url)["agent_rrm"]
         for _ in range(2):
-            scores = reward(
-                prompts=prompts, completions=completions, completion_ids=[[1]] * 3, answer=["x"] * 3
-            )
+            scores = reward(prompts=prompts, completions=completions, **given)
             assert scores[1] is None and 0 <= scores[0] <= 1 and 0 <= scores[2] <= 1
     assert any("Question:\nQ0" in text and text.endswith("[assistant]\na") for text in asked)
 
