@@ -82,13 +82,14 @@ def pattern(names: list[str]) -> str:
 
 
 def compared(groups: list[Group]) -> list[Panel]:
-    """A section for each family of keys with a panel for each group, all on the same axes."""
+    """A section for each family of keys with a panel for each group, on the same axes as the
+    others with its keys."""
     rows: dict[str, list[Panel]] = {}
     for group in groups:
         for panel in page.panels(group.lines())[0]:
             if panel.section in ("Learning", "Other"):
                 family = panel.title.removesuffix("/" + next(iter(panel.lines)))
-                row = rows.setdefault(family, [])
+                row = rows.setdefault(panel.title, [])
                 row.append(replace(panel, title=group.name, section=family))
     for row in rows.values():
         share_axes(row)

@@ -120,7 +120,8 @@ def numeric_series(log: Iterable[dict]) -> dict[str, list[tuple[float, float]]]:
                 series.setdefault(str(key), []).append((step, float(value)))
     for key in series:
         if key.startswith("ended/"):  # a step without such an end leaves it out: 0
-            series[key] = [(step, float(line.get(key, 0))) for step, line in lines]
+            sampled = [(step, line) for step, line in lines if step or key in line]
+            series[key] = [(step, float(line.get(key, 0))) for step, line in sampled]
     return series
 
 

@@ -1,6 +1,6 @@
 """Agent-RRM as a tool: trajectories of other frameworks (foreign.jsonl holds dumps that those
-frameworks wrote, shortened, and from "AutoGen 0.2" on, but for Pydantic AI, rows after the forms that
-they publish, as does sessions.jsonl), rows that cannot be read, servers that fail, going on, docs.
+frameworks wrote, shortened; from "AutoGen 0.2" on, but for Pydantic AI, rows after the forms that
+they publish, as in sessions.jsonl), rows that cannot be read, servers that fail, going on, docs.
 """
 
 import io

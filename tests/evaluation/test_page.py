@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ElementTree
 import pypdfium2
 import pytest
 
-from data.page import write_folder_page
+from data.page import compared, grouped, read_run, write_folder_page
 from reagent.config import flat
 from results.page import (
     INLINE,
@@ -226,11 +226,13 @@ def test_an_episode_keeps_its_address_when_older_ones_leave_the_page(tmp_path):
 # ---------------------------------------------------------------- curves and tables
 def test_series_skip_what_is_not_a_finite_number_and_count_missing_endings_as_zero():
     log = [
+        {"step": 0, "eval/first": 1},
         {"step": 1, "loss": 1, "note": "x", "ended/limit": 2},
         {"step": 2, "loss": float("nan")},
         {"step": 3},
     ]
     assert numeric_series(log) == {
+        "eval/first": [(0, 1.0)],
         "loss": [(1, 1.0)],
         "ended/limit": [(1, 2.0), (2, 0.0), (3, 0.0)],
     }
@@ -366,6 +368,16 @@ def test_the_index_puts_seeds_together_and_links_to_the_pages_of_runs(tmp_path):
     assert data["panels"][1]["lines"]["first"][1] == pytest.approx([2, 0.21])
     picture = ElementTree.parse(tmp_path / "curves.svg").getroot()
     assert sum(node.get("class", "").startswith("band") for node in picture.iter()) == 1
+
+
+def test_runs_share_axes_only_where_their_keys_have_one_scale(tmp_path):
+    for name, top in (("a", 0.5), ("b", 0.9)):
+        run_folder(tmp_path / name, lr=top)
+        lines = [{"step": n, "eval/mae": top * n / 2, "eval/tokens": 30} for n in (1, 2)]
+        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    panels = compared(grouped([read_run(tmp_path, tmp_path / name) for name in "ab"]))
+    ranges = {(panel.title, *panel.lines): panel.y_range for panel in panels}
+    assert ranges["a", "mae"] == ranges["b", "mae"] != ranges["a", "tokens"]
 
 
 def test_seeds_whose_models_lie_beside_them_are_seeds_of_each_other(tmp_path):
