@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from reagent.config import flat
 from reagent.rows import whole_rows
 from results import page
-from results.plots import Line, Panel, mean_line, number, picture_svg, share_axes
+from results.plots import Line, Panel, number, picture_svg, share_axes
 from results.runs import facts_of, text_of, write_run_page
 from results.statistics import percent
 
@@ -48,6 +48,15 @@ class Group:
         keys = [key for key in self.runs[0].series if all(key in run.series for run in self.runs)]
         lines = {key: mean_line([run.series[key] for run in self.runs]) for key in keys}
         return {key: line for key, line in lines.items() if line.points}
+
+
+def mean_line(runs: list[list[tuple[float, float]]], per: float = 1) -> Line:
+    """The mean over runs where all have a value, its band from lowest to highest; x times `per`."""
+    values = [dict(points) for points in runs]
+    steps = [x for x in sorted(values[0]) if all(x in of for of in values)]
+    rows = [(per * x, [of[x] for of in values]) for x in steps]
+    spread = [(x, min(ys), max(ys)) for x, ys in rows] if len(runs) > 1 else []
+    return Line([(x, mean(ys)) for x, ys in rows], spread)
 
 
 def read_run(folder: Path, path: Path) -> Run:

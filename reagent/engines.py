@@ -60,14 +60,13 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """What waits for an HFEngine; `done` is the future of its Sample."""
+    """What a chain asks an engine for; tensor-parallel ranks tell it each other."""
 
     ids: list[int]
-    max_new_tokens: int
+    max_tokens: int
     temperature: float
     seed: int
     top_p: float
-    done: asyncio.Future
 
 
 class Rounds:
@@ -107,23 +106,25 @@ class HFEngine:
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         self.model = model.to(self.device).eval()
-        self.stop_ids, self.queue = set(stop_ids), []
+        self.stop_ids = set(stop_ids)
+        self.queue: list[tuple[Request, asyncio.Future]] = []
         self.busy_seconds = 0.0
         HFEngine.made += 1
         self.number = HFEngine.made
 
     async def generate(self, ids, *, max_new_tokens, temperature, seed, top_p=1.0) -> Sample:
         done, rounds = asyncio.get_running_loop().create_future(), Rounds.here()
-        request = Request(ids, max_new_tokens, temperature, seed, top_p, done)
-        self.queue.append(request)
+        options = dict(max_tokens=max_new_tokens, temperature=temperature, seed=seed, top_p=top_p)
+        waits = Request(ids, **options), done
+        self.queue.append(waits)
         rounds.asked.add(self)
         rounds.waiting += 1
         rounds.check()
         try:
             return await done
         except asyncio.CancelledError:
-            if request in self.queue:
-                self.queue.remove(request)
+            if waits in self.queue:
+                self.queue.remove(waits)
                 rounds.waiting -= 1
                 rounds.asked -= set() if self.queue else {self}
             raise
@@ -133,13 +134,13 @@ class HFEngine:
         if rounds.waiting < rounds.live:  # a chain was added meanwhile
             return
         rounds.asked.discard(self)
-        requests, self.queue = sorted(self.queue, key=lambda r: (len(r.ids), r.seed)), []
+        queue, self.queue = sorted(self.queue, key=lambda of: (len(of[0].ids), of[0].seed)), []
         began = time.perf_counter()
-        for i in range(0, len(requests), self.max_batch):
-            batch = requests[i : i + self.max_batch]
-            for request, sample in zip(batch, self._decode(batch)):
+        for i in range(0, len(queue), self.max_batch):
+            requests, chains = zip(*queue[i : i + self.max_batch])
+            for done, sample in zip(chains, self._decode(requests)):
                 rounds.waiting -= 1
-                request.done.set_result(sample)
+                done.set_result(sample)
         self.busy_seconds += time.perf_counter() - began
 
     def _decode(self, requests) -> list[Sample]:
@@ -168,7 +169,7 @@ class HFEngine:
                     samples[i].logps.append(logps[row])
                     if tokens[row] in self.stop_ids:
                         samples[i] = Sample(samples[i].ids, samples[i].logps, "stop")
-                    elif len(samples[i].ids) < requests[i].max_new_tokens:
+                    elif len(samples[i].ids) < requests[i].max_tokens:
                         keep.append(row)
                 if len(keep) < len(alive):
                     cache.batch_select_indices(torch.tensor(keep, dtype=torch.long, device=device))
@@ -311,15 +312,6 @@ def _in_thread(method):
     return called
 
 
-@dataclass(frozen=True)
-class NamedRequest:
-    """What a chain asks a VLLMEngine for; tensor-parallel ranks tell it each other."""
-
-    name: str
-    ids: list[int]
-    options: dict  # of SamplingParams
-
-
 class VLLMEngine:
     """vLLM in this process, stepped by the thread of engines: requests go in by a queue, samples
     come back by call_soon_threadsafe, and while anything runs the loop waits for nobody.
@@ -359,8 +351,8 @@ class VLLMEngine:
             self.names = set(AutoModelForCausalLM.from_config(shape, **own).state_dict())
         self.stop_ids, self.group = list(stop_ids), tp_group
         self.sleeps, self.asleep = config.sleep and cuda, False
-        # what joins at the next step, and names of requests that nobody waits for any more
-        self.added: list[NamedRequest | str] = []
+        # by name what joins at the next step; None: nobody waits for that request any more
+        self.added: list[tuple[str, Request | None]] = []
         self.waiting: dict[str, tuple] = {}  # name -> (event loop, future) of its chain
         self.count, self.busy_seconds = 0, 0.0
         self.thread = EngineThread.shared()
@@ -381,23 +373,24 @@ class VLLMEngine:
             raise RuntimeError("the engine sleeps or is closed: load_weights comes before requests")
         options = dict(max_tokens=max_new_tokens, temperature=temperature, seed=seed, top_p=top_p)
         self.count += 1
-        request = NamedRequest(str(self.count), list(ids), options)
+        name, request = str(self.count), Request(list(ids), **options)
         loop = asyncio.get_running_loop()
         done = loop.create_future()
-        self.thread.jobs.put(functools.partial(self._join, request, loop, done))
+
+        def join():
+            self.added.append((name, request))
+            self.waiting[name] = loop, done
+
+        def leave():
+            if self.waiting.pop(name, None):
+                self.added.append((name, None))
+
+        self.thread.jobs.put(join)
         try:
             return await done
         except asyncio.CancelledError:
-            self.thread.jobs.put(functools.partial(self._leave, request.name))
+            self.thread.jobs.put(leave)
             raise
-
-    def _join(self, request: NamedRequest, loop, done) -> None:
-        self.added.append(request)
-        self.waiting[request.name] = loop, done
-
-    def _leave(self, name: str) -> None:
-        if self.waiting.pop(name, None):
-            self.added.append(name)
 
     def advance(self) -> None:
         """One step: requests that arrived meanwhile join, samples that are whole go back."""
@@ -417,7 +410,7 @@ class VLLMEngine:
         with contextlib.suppress(Exception):  # an engine that broke may not even do this
             self.llm.llm_engine.abort_request([*left])
 
-    def _step(self, added: list[NamedRequest | str]) -> list[tuple]:
+    def _step(self, added: list[tuple[str, Request | None]]) -> list[tuple]:
         """-> (name, vLLM's output or the error) of each request that has ended."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -425,15 +418,16 @@ class VLLMEngine:
         engine, began, finished = self.llm.llm_engine, time.perf_counter(), []
         fixed = dict(logprobs=0, stop_token_ids=self.stop_ids, ignore_eos=True, detokenize=False)
         fixed["output_kind"] = RequestOutputKind.FINAL_ONLY  # no partial outputs at every step
-        for request in added:
-            if isinstance(request, str):
-                engine.abort_request([request])
+        for name, request in added:
+            if request is None:
+                engine.abort_request([name])
                 continue
-            parameters = SamplingParams(**request.options, **fixed)
+            options = vars(request) | fixed
+            prompt = {"prompt_token_ids": options.pop("ids")}
             try:
-                engine.add_request(request.name, {"prompt_token_ids": request.ids}, parameters)
+                engine.add_request(name, prompt, SamplingParams(**options))
             except ValueError as error:  # this request is at fault, not the others
-                finished.append((request.name, error))
+                finished.append((name, error))
         finished += [(end.request_id, end.outputs[0]) for end in engine.step() if end.finished]
         self.busy_seconds += time.perf_counter() - began
         return finished

@@ -240,15 +240,16 @@ class RewardModel:
     limits: question and transcript. `name`: what answers. Where it `must_answer`, Unavailable stops
     the run instead of costing a judgment."""
 
-    def __init__(
-        self, ask, *, size=len, room=1_000_000, seconds=600.0, name="", must_answer=False, tries=3
-    ):
+    tries = 3  # at a judgment, each at a seed of its own
+    must_answer = False
+
+    def __init__(self, ask, *, size=len, room=1_000_000, seconds=600.0, name=""):
         if room < LEAST_ROOM:
             what = "the reward model's context is too small for any judgment: its prompt and"
             left = f"leave {max(room, 0)} tokens for a question and its trajectory"
             raise SystemExit(f"{what} rrm.max_tokens {left}")
-        self.ask, self.size, self.room, self.tries = ask, size, room, tries
-        self.seconds, self.name, self.must_answer = seconds, name, must_answer
+        self.ask, self.size, self.room = ask, size, room
+        self.seconds, self.name = seconds, name
         self.asked = self.failed = self.unread = 0
         self.problem = ""  # the first reply that could not be read, or the first failure
         self.answered = False  # has any request been?

@@ -11,6 +11,8 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 
 from reagent.calls import HERMES
 from reagent.chat import assistant_text
@@ -184,8 +186,8 @@ class TextChat:
         pieces = (i.to_bytes((i.bit_length() + 7) // 8, "big")[1:] for i in whole)
         return "".join(piece.decode("utf-32-be") for piece in pieces)
 
-    def _turn(self, role: str, ids: list[int]) -> list[int]:
-        return [_ROLES.index(role), *ids, self.closer_id]
+    def _turn(self, role: str, text: str) -> list[int]:
+        return [_ROLES.index(role), *self.text(text), self.closer_id]
 
     def prompt(self, messages: list[dict], tools: list[dict] | None) -> list[int]:
         ids = []
@@ -194,21 +196,20 @@ class TextChat:
         for message in messages:
             if message["role"] == "system":
                 text = (message["content"] + tool_text(tools)).lstrip("\n")
-                ids += self._turn("system", self.text(text))
+                ids += self._turn("system", text)
             else:
-                ids += self._turn("user", self.outside(message["content"]))
+                ids += self._turn("user", self.broken(message["content"]))
         return [*ids, _ROLES.index("assistant")]
 
     def fragment(self, messages: list[dict]) -> list[int]:
-        ids, results = [self.closer_id], []
-        for i, message in enumerate(messages):
-            if message["role"] == "tool":
-                results += self.text("\n" * bool(results) + "<tool_response>\n")
-                results += self.outside(message["content"]) + self.text("\n</tool_response>")
-                if i + 1 < len(messages) and messages[i + 1]["role"] == "tool":
-                    continue
-            ids += self._turn("user", results or self.outside(message["content"]))
-            results = []
+        ids = [self.closer_id]
+        for role, turns in groupby(messages, key=itemgetter("role")):
+            texts = [self.broken(turn["content"]) for turn in turns]
+            if role == "tool":
+                shown = (f"<tool_response>\n{text}\n</tool_response>" for text in texts)
+                texts = ["\n".join(shown)]
+            for text in texts:
+                ids += self._turn("user", text)
         return [*ids, _ROLES.index("assistant")]
 
     def messages_of(self, ids: list[int]) -> list[dict]:

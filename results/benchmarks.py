@@ -73,19 +73,16 @@ def load_tasks(cfg) -> list[Task]:
 
 def load_task(name: str, cfg) -> Task:
     if name.endswith(".jsonl"):
-        path, name, spec, hint = name, Path(name).stem, OWN_ROWS, ""
-        if name in DATASETS:
-            spec = DATASETS[name]
+        path, name, hint = name, Path(name).stem, ""
+        spec = DATASETS.get(name, OWN_ROWS)
     elif name in DATASETS:
         path, spec = str(Path(cfg.data_dir) / f"{name}.jsonl"), DATASETS[name]
         hint = f"run python data/benchmarks/prepare.py --dataset={name}"
     elif (held_out := Path(cfg.data_dir).parent / name / "rl_test.jsonl").is_file():
         path, spec, hint = str(held_out), OWN_ROWS, ""
     else:
-        known = (
-            f"there are {', '.join(DATASETS)}, files of RL rows (*.jsonl) and, once prepared, atlas"
-        )
-        raise SystemExit(f"--dataset: no {name!r}: {known}")
+        known = f"{', '.join(DATASETS)}, files of RL rows (*.jsonl) and, once prepared, atlas"
+        raise SystemExit(f"--dataset: no {name!r}: there are {known}")
     changes = dict(tools=cfg.tools, max_turns=cfg.max_turns, seconds_per_call=cfg.seconds_per_call)
     spec = dataclasses.replace(spec, **{key: value for key, value in changes.items() if value})
     if cfg.judged == "all":

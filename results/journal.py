@@ -56,10 +56,8 @@ class Entry:
 
 
 def entry_of(line: dict, path: str, offset: int) -> Entry:
-    attempts, names = (
-        line["attempts"],
-        dict(answers="answer", correct="correct", ended="termination"),
-    )
+    attempts = line["attempts"]
+    names = dict(answers="answer", correct="correct", ended="termination")
     lists = {name: [attempt[key] for attempt in attempts] for name, key in names.items()}
     lists["f1"] = [attempt.get("f1") for attempt in attempts]
     counts = dict(calls=sum(len(a["calls"]) for a in attempts), tokens=line["tokens"])

@@ -53,15 +53,6 @@ def share_axes(panels: list[Panel]) -> None:
         panel.x_range, panel.y_range = (min(xs), max(xs)), (min(ys), max(ys))
 
 
-def mean_line(runs: list[list[tuple[float, float]]], per: float = 1) -> Line:
-    """The mean over runs where all have a value, its band from lowest to highest; x times `per`."""
-    values = [dict(points) for points in runs]
-    steps = [x for x in sorted(values[0]) if all(x in of for of in values)]
-    rows = [(per * x, [of[x] for of in values]) for x in steps]
-    spread = [(x, min(ys), max(ys)) for x, ys in rows] if len(runs) > 1 else []
-    return Line([(x, mean(ys)) for x, ys in rows], spread)
-
-
 # --------------------------------------------------------------------------------------------------
 # numbers
 

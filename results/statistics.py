@@ -234,29 +234,26 @@ def markdown(summaries: list[dict], facts: list[str]) -> str:
     text.append(f"Percent, with 95 % intervals over questions. {note}")
     text += table([name(s) | main_figures(s, most) for s in summaries])
     between = sorted({n for s in summaries for n in s["pass_at"]} - {1, most})
-    if between:
-        text += ["", "## pass@n, unbiased, over all rows"]
-        shares = [{f"n = {n}": percent(s["pass_at"].get(n)) for n in between} for s in summaries]
-        text += table([name(s) | share for s, share in zip(summaries, shares)])
-    refined = []
-    for s in (s for s in summaries if "refine" in s):
-        shown = {k: percent(v) if isinstance(v, list) else v for k, v in s["refine"].items()}
-        shown = {k.replace("gain", "o2 - o1").replace("_", " "): v for k, v in shown.items()}
-        refined.append(name(s) | shown)
-    if refined:
-        title = "## Reagent-C: first answer (o1) and answer after the critique (o2), over all rows"
-        text += ["", title, *table(refined)]
-    counts = [{key.replace("_", " "): n for key, n in s["counts"].items()} for s in summaries]
-    text += ["", "## Rows", *table([name(s) | row for s, row in zip(summaries, counts)])]
+    shares = [{f"n = {n}": percent(s["pass_at"].get(n)) for n in between} for s in summaries]
+    sections = {"pass@n, unbiased, over all rows": zip(summaries, shares) if between else ()}
+    refined = "Reagent-C: first answer (o1) and answer after the critique (o2), over all rows"
+    sections[refined] = ((s, readable(s["refine"])) for s in summaries if "refine" in s)
+    sections["Rows"] = ((s, readable(s["counts"])) for s in summaries)
     for s in summaries:
-        groups = []
-        for kind, of in s["by"].items():
-            for value, group in of.items():
-                figures = {"kind": kind, "value": value, "questions": group["questions"]}
-                groups.append(name(s) | figures | {"pass@1, all rows": percent(group["all"])})
-        if groups:
-            text += ["", f"## {s['dataset']} by kind of question", *table(groups)]
+        groups = [(kind, *each) for kind, of in s["by"].items() for each in of.items()]
+        rows = [(s, dict(kind=kind, value=value) | readable(of)) for kind, value, of in groups]
+        sections[f"{s['dataset']} by kind of question"] = rows
+    for title, rows in sections.items():
+        if rows := [name(s) | row for s, row in rows]:
+            text += ["", f"## {title}", *table(rows)]
     return "\n".join(text) + "\n"
+
+
+def readable(figures: dict) -> dict:
+    """Figures under the names of their columns; those with an interval in percent."""
+    names = {"gain": "o2 - o1", "all": "pass@1, all rows"}
+    shown = {key: percent(v) if isinstance(v, list) else v for key, v in figures.items()}
+    return {names.get(key, key.replace("_", " ")): value for key, value in shown.items()}
 
 
 def name(s: dict) -> dict:

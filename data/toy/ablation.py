@@ -24,9 +24,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+from data.page import mean_line
 from reagent.rows import whole_rows
 from results.page import numeric_series
-from results.plots import Panel, mean_line, picture_svg, share_axes
+from results.plots import Panel, picture_svg, share_axes
 
 STEPS, QUESTIONS, GROUP = 24, 8, 8
 ARMS = {

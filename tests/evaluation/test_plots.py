@@ -4,6 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from data.page import mean_line
 from results.plots import (
     FEW,
     NOISY,
@@ -11,7 +12,6 @@ from results.plots import (
     Line,
     Panel,
     log_ticks,
-    mean_line,
     number,
     panel_svg,
     picture_svg,
