@@ -45,7 +45,7 @@ from reagent.folder import read_json, refuse_code, write_whole
 from reagent.reward_model import RewardModelConfig
 from reagent.scorers import SCORER_OF_KIND, score
 from results.benchmarks import DATASETS, DataSet, Task, load_tasks
-from results.journal import SEALED, Journal, about, check_served, named, sealed, write_results
+from results.journal import Journal, about, check_served, closed, named, write_results
 from results.runs import write_run_page
 from results.statistics import markdown, report_facts, summarise
 from results.verdicts import open_judge, open_verdicts
@@ -140,10 +140,7 @@ def record_of(episode, task: Task, row: dict, n: int) -> dict:
     line = named((task.name, row["id"], n)) | {"row": row["digest"], "status": status}
     line |= {"correct": last["correct"], "attempts": attempts, "meta": row["meta"]}
     line |= {key: told[key] for key in ("question", "gold", "messages", "tokens", "sampled")}
-    if canary := task.canaries.get(row["id"]):
-        line["sealed"] = sealed(json.dumps({key: line.pop(key) for key in SEALED}), canary)
-        line["canary"] = canary
-    return line
+    return closed(line, row["canary"]) if "canary" in row else line
 
 
 def scored(spec: DataSet, row: dict, answer: str | None) -> dict:
@@ -330,7 +327,7 @@ async def judge_answers(tasks: list[Task], journal: Journal, judge) -> int:
     async def one(task, key, row, attempt) -> bool:
         entry = journal.entries[key]
         golds = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-        secret = row["id"] in task.canaries
+        secret = "canary" in row
         correct = await judge(row["question"], golds, entry.answers[attempt], secret=secret)
         if correct is not None:
             line = named(key) | {"attempt": attempt, "about": about(entry, attempt)}

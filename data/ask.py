@@ -198,7 +198,7 @@ def answer(question: str, cfg: Config) -> rollout.Episode:
             row["files"] = with_files(cfg, folder)
         names = tools_here(cfg)
         spec = DataSet(names, "", max_turns=cfg.max_turns, seconds_per_call=cfg.seconds_per_call)
-        task = Task("question", spec, [row], 1, {}, [shown_question(row)])
+        task = Task("question", spec, [row], 1, [shown_question(row)])
         shared = dict(corpus=cfg.corpus, allow=cfg.allow, unsafe_python=cfg.unsafe_python)
         own = dict(seconds_per_call=cfg.seconds_per_call, files_dir=folder if cfg.files else "")
         toolbox = Toolbox([n for n in names.split(",") if n != "none"], **shared, **own)

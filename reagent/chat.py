@@ -63,9 +63,8 @@ _MARK = "\ue000{}\ue001"
 
 
 class Chat:
-    """Renders turns with the model's own chat template; what was rendered once never is again.
-
-    Text from outside is encoded apart from the template's: it can never become a control token."""
+    """Renders turns with the model's own chat template; what was rendered once never is again. Text
+    from outside is encoded apart from the template's: it can never become a control token."""
 
     def __init__(self, tokenizer, tools: bool = True):
         """Tries the template and the tokenizer; a ValueError says what of them cannot be used.
@@ -181,7 +180,6 @@ class Chat:
 
     def outside(self, text: str) -> list[int]:
         """Text of tools, pages, files, users: control strings are broken by a zero-width space.
-
         Some tokenizers fold look-alikes or drop characters: the ids are looked at, and what became
         a control string is broken for good."""
         text = self.broken(text)
@@ -231,7 +229,6 @@ class Chat:
 
     def prompt(self, messages: list[dict], tools: list[dict] | None) -> list[int]:
         """Leading system and user turns with the tool schemas, up to where the assistant begins.
-
         Where the template has no system turn, its text begins the first user turn."""
         roles, contents = _roles(messages, ("system", "user")), []
         for message in messages:

@@ -88,7 +88,6 @@ def holds(text: str, sought: str) -> bool:
 
 def leaks(critique: str, golds: list[str], question: str, trajectory: str) -> bool:
     """Whether the critique states a gold answer that neither question nor trajectory contains.
-
     Exempt are yes and no, single letters (choices) and whole numbers below 1000, which a critique
     may well say; with a sign of their own ($12, 50%, C++) they count where that stands too."""
     said, known = pieces(critique), question + "\n" + trajectory

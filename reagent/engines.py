@@ -45,11 +45,9 @@ class EngineConfig:
 
 class Engine(Protocol):
     """What the loop needs of a sampler; `sleep`, `close`, `follow`, `finish` and `holds`, how many
-    chains live in it at a time, are optional. A chain whose time is over cancels `generate`.
-
-    Yours is made as Class(folder, stop_ids, config=EngineConfig, max_context=n, tp_group=None);
-    log-probs are those at `temperature`, the stop token's is among them.
-    """
+    chains live in it at a time, are optional. A chain whose time is over cancels `generate`. Yours
+    is made as Class(folder, stop_ids, config=EngineConfig, max_context=n, tp_group=None); log-probs
+    are those at `temperature`, the stop token's is among them."""
 
     async def generate(
         self, ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, top_p: float
@@ -71,9 +69,7 @@ class Request:
 
 class Rounds:
     """The chains of an event loop and how many wait for an HFEngine, which computes when all do.
-
-    The engine made first goes first, the agent's: judgments then come in few large batches.
-    """
+    The engine made first goes first, the agent's: judgments then come in few large batches."""
 
     _of_loop: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
@@ -224,14 +220,12 @@ def _all_names(pairs, expected: set[str]):
 
 
 class EngineThread(threading.Thread):
-    """The one thread of this process that touches vLLM: builds, steps, loads, puts to sleep.
-
-    CUDA's current device and stream belong to a thread: a new one is on device 0. vLLM captures its
-    graphs on the stream of the thread that builds it and keeps the stream of its first step for
-    every later copy (model runner V2), and its forward context is one for the process. So device
-    and stream are set once, here, and engines that share a process take turns. A job and the thread
-    that asked for it see each other's kernels finished: `call` waits for both streams.
-    """
+    """The one thread of this process that touches vLLM: builds, steps, loads, puts to sleep. CUDA's
+    current device and stream belong to a thread: a new one is on device 0. vLLM captures its graphs
+    on the stream of the thread that builds it and keeps the stream of its first step for every
+    later copy (model runner V2), and its forward context is one for the process. So device and
+    stream are set once, here, and engines that share a process take turns. A job and the thread
+    that asked for it see each other's kernels finished: `call` waits for both streams."""
 
     current: "EngineThread | None" = None
 
@@ -314,10 +308,8 @@ def _in_thread(method):
 
 class VLLMEngine:
     """vLLM in this process, stepped by the thread of engines: requests go in by a queue, samples
-    come back by call_soon_threadsafe, and while anything runs the loop waits for nobody.
-
-    `sleep` gives the card's memory back, weights included; `load_weights` wakes the engine.
-    """
+    come back by call_soon_threadsafe, and while anything runs the loop waits for nobody. `sleep`
+    gives the card's memory back, weights included; `load_weights` wakes the engine."""
 
     def __init__(self, folder, stop_ids, *, config=None, max_context, tp_group=None):
         config = config or EngineConfig()

@@ -15,9 +15,7 @@ from pathlib import Path
 
 def claim(folder: str | Path, rank: int = 0):
     """Makes the folder of a run and locks it for this process: keep what is returned until its end.
-
-    `rank`: each writes files of its own. Who holds the lock is written inside.
-    """
+    `rank`: each writes files of its own. Who holds the lock is written inside."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -129,7 +129,6 @@ _NUMBER = re.compile(r"[\s*_`\"']*(0?\.\d{1,20}|0\.?|1(?:\.0{0,20})?)[\s*_`\"']*
 
 def read_judgment(message: dict) -> Judgment | None:
     """The judgment in the message of a chat reply, read at work by what it holds; None: unreadable.
-
     After the thoughts, wherever they stand (a field of their own, one or several blocks, without
     their opener), one critique and one score; text around them and code fences do no harm. In
     training the format reward goes by `parse_judgment`."""
@@ -234,7 +233,6 @@ def check_judged_row(row: dict, weighted: bool = False) -> str | None:
 
 class RewardModel:
     """The client of a reasoning reward model: asks, reads, asks again at a fresh seed, counts.
-
     `ask(question, trajectory, its transcript, seed, seconds)` -> a choice {"message",
     "finish_reason"} of a chat completion, or Unavailable | Refused. `size` counts what `room`
     limits: question and transcript. `name`: what answers. Where it `must_answer`, Unavailable stops

@@ -17,9 +17,8 @@ _decode = json.JSONDecoder().decode  # json.loads guesses the encoding first, wh
 
 class JsonlRows:
     """A JSONL file by byte offsets: lines are checked at opening, not kept; `rows[i]` reads one.
-
-    `check(row)` returns an error text or None. SystemExit names file and line, also of equal ids
-    if they are to be `unique`."""
+    `check(row)` returns an error text or None. SystemExit names file and line, also of equal ids if
+    they are to be `unique`."""
 
     def __init__(self, path: str, check: Callable | None = None, hint="", unique=True):
         self.path, self.offsets = str(path), array("q")
@@ -85,9 +84,8 @@ def drop_cut_line(path: Path) -> None:
 
 
 def batch_indices(step: int, batch: int, n: int, seed: int) -> list[int]:
-    """Rows of a step, of a stream of seeded permutations of n rows: no state, resume is exact.
-
-    A batch at the seam of two epochs, or one larger than n, can hold a row twice."""
+    """Rows of a step, of a stream of seeded permutations of n rows: no state, resume is exact. A
+    batch at the seam of two epochs, or one larger than n, can hold a row twice."""
     picked: list[int] = []
     at = step * batch
     while len(picked) < batch:

@@ -94,11 +94,8 @@ BARE |= dict(repetition_penalty=1.0, skip_special_tokens=False, spaces_between_s
 
 
 class ServedEngine:
-    """The policy behind /v1/completions: ids in, ids out, by the `generate` of an engine.
-
-    A server that returns no ids (`kind` "text") has its turns encoded here; earlier ids never
-    change.
-    """
+    """The policy behind /v1/completions: ids in, ids out, by the `generate` of an engine. A server
+    that returns no ids (`kind` "text") has its turns encoded here; earlier ids never change."""
 
     def __init__(self, endpoint: Endpoint, served: Served, chat, patience_s: float = 600.0):
         self.endpoint, self.served, self.chat = endpoint, served, chat
@@ -159,11 +156,9 @@ def without_control(text: str) -> str:
 
 class TextChat:
     """The `Chat` of a server without token ids: its "ids" are four characters, or marks of turns.
-
     So the agent loop runs unchanged and `messages_of(ids)` gives back exactly what was appended.
     Limits count pieces, which are tokens only roughly. Tools are described in the system turn, in
-    the format that the loop reads.
-    """
+    the format that the loop reads."""
 
     closer_id, opened, calls = len(_ROLES), "", HERMES
     stop_ids = (closer_id,)

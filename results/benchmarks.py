@@ -36,13 +36,13 @@ NOT_SHOWN = ("encrypted", "canary", "solution", "dataset")  # keys of meta
 
 @dataclass
 class Task:
-    """One data set of a run: rows, decrypted, ids unique, each with a `digest` of its file's."""
+    """One data set of a run: rows, ids unique, each with a `digest` of its file's; one that was
+    encrypted has its key as `canary`."""
 
     name: str
     spec: DataSet
     rows: list[dict]
     rollouts: int
-    canaries: dict[str, str]  # id -> key of an encrypted row
     longest: list[str]  # its longest questions, with those beyond --limit: the room for prompts
     revision: str = ""  # where the rows are from
     limits: object = None  # rollout.Limits
@@ -88,14 +88,14 @@ def load_task(name: str, cfg) -> Task:
     if cfg.judged == "all":
         spec = dataclasses.replace(spec, scorer="judge")
     read_prompt(spec.prompt_file, "")  # a missing one is told here
-    rows, canaries = read_rows(path, hint)
+    rows = read_rows(path, hint)
     longest = sorted((shown_question(row) for row in rows), key=len)[-20:]
     if cfg.ids:
         rows = [row for row in rows if row["id"] in cfg.ids]
     rows = rows[: cfg.limit] if cfg.limit else rows
     check_files(rows, spec, path, cfg.files_dir)
     rollouts = cfg.rollouts or spec.rollouts
-    return Task(name, spec, rows, rollouts, canaries, longest, revision=revision_of(path))
+    return Task(name, spec, rows, rollouts, longest, revision=revision_of(path))
 
 
 def revision_of(path: str) -> str:
@@ -107,12 +107,11 @@ def revision_of(path: str) -> str:
     return told["revision"] + ("" if told["sha256"] == digest else ", changed since")
 
 
-def read_rows(path: str, hint: str = "") -> tuple[list[dict], dict[str, str]]:
-    """(rows, {id: canary} of the encrypted ones). A question that stands there twice is two rows:
-    the second of two equal ids gets "#2" behind it (or the next number that is free)."""
-    file = JsonlRows(path, check_rl_row, hint, unique=False)
-    rows, canaries, seen = [], {}, set()
-    for row in file:
+def read_rows(path: str, hint: str = "") -> list[dict]:
+    """The rows, decrypted. A question that stands there twice is two rows: the second of two equal
+    ids gets "#2" behind it (or the next number that is free)."""
+    rows, seen = list(JsonlRows(path, check_rl_row, hint, unique=False)), set()
+    for row in rows:
         names = chain([str(row["id"])], (f"{row['id']}#{copy}" for copy in count(2)))
         row["id"] = next(name for name in names if name not in seen)
         seen.add(row["id"])
@@ -121,15 +120,14 @@ def read_rows(path: str, hint: str = "") -> tuple[list[dict], dict[str, str]]:
         meta = row.get("meta") or {}
         if meta.get("encrypted"):
             try:
-                canary = canaries[row["id"]] = meta["canary"]
+                row["canary"] = meta["canary"]
                 for key in ("question", "answer"):
-                    row[key] = unsealed(row[key], canary)
+                    row[key] = unsealed(row[key], row["canary"])
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 why = f"cannot be decrypted with its canary ({error})"
                 raise SystemExit(f"{path}: row {row['id']} {why}") from error
         row["meta"] = {key: value for key, value in meta.items() if key not in NOT_SHOWN}
-        rows.append(row)
-    return rows, canaries
+    return rows
 
 
 def check_files(rows: list[dict], spec: DataSet, path: str, files_dir: str) -> None:

@@ -35,6 +35,13 @@ def opened(line: dict) -> dict:
     return line | json.loads(unsealed(line["sealed"], line["canary"])) if "sealed" in line else line
 
 
+def closed(line: dict, canary: str) -> dict:
+    """A record with its texts encrypted."""
+    texts = json.dumps({name: line[name] for name in SEALED})
+    kept = {name: value for name, value in line.items() if name not in SEALED}
+    return kept | {"sealed": sealed(texts, canary), "canary": canary}
+
+
 # --------------------------------------------------------------------------------------------------
 # the journal: append-only, one writer, safe against kill -9
 
@@ -157,18 +164,14 @@ def final_line(journal: Journal, key: tuple, row: dict, judge: str) -> dict | No
     if not journal.done(key, row):
         name = named(key) | {"row": row["digest"], "status": "fault", "correct": None}
         return name | {"fault": journal.faults[key]} if key in journal.faults else None
-    entry, kept = journal.entries[key], journal.record(key)
-    line = opened(kept)
+    entry, line = journal.entries[key], opened(journal.record(key))
     for i, attempt in enumerate(line["attempts"]):
         if entry.correct[i] is None:
             line["judge"], attempt["correct"] = journal.said(key, i, judge)
         for call in attempt["calls"]:
             call.pop("seconds", None)
     line["correct"] = line["attempts"][-1]["correct"] if line["attempts"] else False
-    if "sealed" in kept:
-        texts = json.dumps({name: line.pop(name) for name in SEALED})
-        line["sealed"] = sealed(texts, line["canary"])
-    return line
+    return closed(line, line["canary"]) if "sealed" in line else line
 
 
 def check_served(path: Path, served: dict[str, str]) -> None:

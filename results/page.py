@@ -173,10 +173,8 @@ def split_by_scale(title: str, lines: dict[str, Line]) -> list[Panel]:
 
 
 def write_report(path, *, title: str, episodes=(), log=(), config=None, **data) -> None:
-    """The page of a run.
-
-    episodes: Episode.to_json() dicts, in the order to show; log: the dicts of log.jsonl; config:
-    any dict; data: for page.html, see write_page."""
+    """The page of a run. episodes: Episode.to_json() dicts, in the order to show; log: the dicts of
+    log.jsonl; config: any dict; data: for page.html, see write_page."""
     series = numeric_series(log)
     drawn, data["constants"] = panels({key: Line(points) for key, points in series.items()})
     data["config"] = [[key, str(value)] for key, value in flat(config or {}).items()]

@@ -35,7 +35,8 @@ class Panel:
     x_label: str = "step"
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
-    logarithmic: bool = False  # both axes; every value above 0, every x with a mark
+    x_marks: dict[float, str] | None = None  # {where: label}; None: the ends of the axis
+    y_marks: dict[float, str] | None = None  # None: round numbers
 
     def xs(self) -> list[float]:
         return [x for line in self.lines.values() for x, _ in line.points]
@@ -66,14 +67,6 @@ def ticks(low: float, high: float, most: int = 4) -> list[float]:
     return [i * step for i in range(first, max(last, first + 1) + 1)]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten, from the last one below `low` to the first above `high`."""
-    powers = range(math.floor(math.log10(low)) - 1, math.floor(math.log10(high)) + 2)
-    marks = [m * 10.0**power for power in powers for m in (1, 2, 5)]
-    first, last = max(m for m in marks if m <= low), min(m for m in marks if m >= high)
-    return [mark for mark in marks if first <= mark <= last]
-
-
 def number(value: float) -> str:
     """A short label: 0.25, 12k, 3.1M, 2e-5."""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -97,15 +90,12 @@ def thin(points: list, most: int = 300) -> list:
 class Scale:
     """Values between the first and the last of `marks` -> pixels from `start` to `end`."""
 
-    marks: list[float]
+    marks: dict[float, str]
     start: float
     end: float
-    logarithmic: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high = self.marks[0], self.marks[-1]
-        if self.logarithmic:
-            low, high, value = math.log(low), math.log(high), math.log(value)
+        low, high = min(self.marks), max(self.marks)
         return round(self.start + (value - low) / ((high - low) or 1) * (self.end - self.start), 1)
 
 
@@ -121,13 +111,11 @@ def scales(panel: Panel, top: int, width: int, height: int) -> tuple[Scale, Scal
     """The panel's two axes below a head of `top` pixels; labels of the y axis get their room."""
     low, high = panel.y_range or (min(panel.ys()), max(panel.ys()))
     across = panel.x_range or (min(panel.xs()), max(panel.xs()))
-    if panel.logarithmic:
-        marks, across = log_ticks(low, high), sorted(set(panel.xs()))
-    else:
-        marks = ticks(0.0 if 0 <= low < 0.6 * high else low, high)
-    left = 14 + round(6.3 * max(len(number(mark)) for mark in marks))
-    x = Scale(list(across), left, width - 14, panel.logarithmic)
-    return x, Scale(marks, height - 26, top, panel.logarithmic)
+    rounded = ticks(0.0 if 0 <= low < 0.6 * high else low, high)
+    marks = panel.y_marks or {mark: number(mark) for mark in rounded}
+    left = 14 + round(6.3 * max(map(len, marks.values())))
+    x = Scale(panel.x_marks or {end: number(end) for end in across}, left, width - 14)
+    return x, Scale(marks, height - 26, top)
 
 
 def colours(lines: dict[str, Line]) -> dict[str, str]:
@@ -145,7 +133,7 @@ def panel_svg(panel: Panel, width: int = WIDTH, height: int = HEIGHT) -> str:
     told = len(classes) == 1 and panel.title.endswith(*classes)  # the title names its one line
     legend, top = legend_svg({} if told else classes, width)
     x, y = scales(panel, top, width, height)
-    title, ends, most = panel.title, (x.marks[0], x.marks[-1]), width // 7  # characters
+    title, ends, most = panel.title, (min(x.marks), max(x.marks)), width // 7  # characters
     shown = title if len(title) <= most else title[: most - 1] + "…"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {width} {height}" '
@@ -153,13 +141,13 @@ def panel_svg(panel: Panel, width: int = WIDTH, height: int = HEIGHT) -> str:
         f'data-box="{x.start},{x.end},{ends[0]},{ends[1]}">'
         f'<text class="title" x="8" y="16">{escape(shown)}</text>{legend}'
     ]
-    for mark in y.marks:
+    for mark, label in y.marks.items():
         parts.append(f'<path class="grid" d="M{x.start} {y(mark)}H{x.end}"/>')
-        parts.append(label_svg(x.start - 6, y(mark) + 3.5, number(mark), "end"))
-    for mark in x.marks:
-        anchor = "middle" if panel.logarithmic else "start" if mark == ends[0] else "end"
-        parts.append(label_svg(x(mark), height - 9, number(mark), anchor))
-    if not panel.logarithmic:
+        parts.append(label_svg(x.start - 6, y(mark) + 3.5, label, "end"))
+    for mark, label in x.marks.items():
+        anchor = "middle" if panel.x_marks else "start" if mark == ends[0] else "end"
+        parts.append(label_svg(x(mark), height - 9, label, anchor))
+    if not panel.x_marks:
         parts.append(label_svg((x.start + x.end) / 2, height - 9, panel.x_label, "middle"))
     parts += [line_svg(line, classes[label], x, y) for label, line in panel.lines.items()]
     return "".join(parts) + "</svg>"

@@ -859,6 +859,8 @@ def bench_growth(cfg: Config) -> list[Line]:
     panels = [growth_panel(lengths, tokens, "tokens in the row")]
     panels.append(growth_panel(groups, sizes, "rows of 512 tokens"))
     share_axes(panels)
+    for panel in panels:
+        panel.y_marks = log_marks(*panel.y_range)
     Path(cfg.plot).write_text(picture_svg(panels, columns=2, height=240))
     for part in (lengths, groups):
         rates = [line.flops / statistics.median(line.seconds) for line in part]
@@ -868,13 +870,25 @@ def bench_growth(cfg: Config) -> list[Line]:
 
 
 def growth_panel(lines: list[Line], xs: tuple[int, ...], label: str) -> Panel:
-    """Measured seconds over the line that the FLOPs draw through the first of them."""
+    """Measured seconds over the line that the FLOPs draw through the first of them; both axes are
+    logarithms to the base 10."""
     seconds = [statistics.median(line.seconds) for line in lines]
     expected = [line.flops * seconds[0] / lines[0].flops for line in lines]
-    measured = plots.Line(list(zip(xs, seconds)))
-    flops = plots.Line(list(zip(xs, expected)), expected=True)
+    across = list(map(math.log10, xs))
+    measured = plots.Line(list(zip(across, map(math.log10, seconds))))
+    flops = plots.Line(list(zip(across, map(math.log10, expected))), expected=True)
     drawn = {"measured": measured, "by FLOPs from the first point": flops}
-    return Panel(f"Seconds of a step by {label}", drawn, logarithmic=True)
+    marks = {at: plots.number(x) for at, x in zip(across, xs)}
+    return Panel(f"Seconds of a step by {label}", drawn, x_marks=marks)
+
+
+def log_marks(low: float, high: float) -> dict[float, str]:
+    """{log10: label} of 1, 2 and 5 times powers of ten, from the last one below `low` to the first
+    above `high`, which are logarithms too."""
+    powers = range(math.floor(low) - 1, math.floor(high) + 2)
+    marks = {p + math.log10(m): plots.number(m * 10.0**p) for p in powers for m in (1, 2, 5)}
+    first, last = max(m for m in marks if m <= low), min(m for m in marks if m >= high)
+    return {mark: label for mark, label in marks.items() if first <= mark <= last}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -209,3 +209,11 @@ def test_the_agent_knows_its_tasks_by_heart(tmp_path):
     ]
     assert [e.attempts[1].answer for e in episodes] == answers
     assert not math.isnan(agent.line("", [1.0], 1, [len(e.ids) for e in episodes], 9).flops)
+
+
+@pytest.mark.parametrize("low, high", [(0.1, 4.5), (1, 1), (0.03, 0.04), (3, 812), (0.5, 10)])
+def test_logarithmic_marks_cover_the_values_with_no_mark_to_spare(low, high):
+    low, high = math.log10(low), math.log10(high)
+    found = list(bench.log_marks(low, high))
+    assert found[0] <= low and high <= found[-1]
+    assert len(found) <= 2 or (found[1] > low and found[-2] < high)

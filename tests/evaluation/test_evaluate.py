@@ -161,8 +161,8 @@ def test_sealed_texts_open_with_their_canary_alone():
 def test_the_rows_of_xbench_are_decrypted_in_memory(tmp_path):
     prepare = load("data/benchmarks/prepare.py")
     prepare.prepare("xbench", [SHARED / "xbench" / "DeepSearch-2505.csv"], tmp_path, {})
-    rows, canaries = benchmarks.read_rows(f"{tmp_path}/xbench.jsonl")
-    assert len(rows) == len(canaries) == 100
+    rows = benchmarks.read_rows(f"{tmp_path}/xbench.jsonl")
+    assert len(rows) == sum("canary" in row for row in rows) == 100
     assert (
         sum(any("\u4e00" <= c <= "\u9fff" for c in row["question"]) for row in rows) == 100
     )  # Chinese, every one
@@ -196,7 +196,7 @@ class Letters:
 def test_prompt_critique_and_all_attempts_fit_the_positions(refine, monkeypatch):
     def limits_at(positions: int, prompt: int, *args):
         monkeypatch.setattr(rollout, "opening", lambda *_: ([], [0] * prompt))
-        task = Task("t", benchmarks.OWN_ROWS, [], 1, {}, ["Q"])
+        task = Task("t", benchmarks.OWN_ROWS, [], 1, ["Q"])
         agent = evaluate.Agent(None, Letters(), positions, "")
         return evaluate.limits_of(config(*args), task, agent, "", [])
 
@@ -243,8 +243,8 @@ def line_of(task, row, n, answers=("a",), correct=None, **more):
 
 def task_of(tmp_path, rows, rollouts=1, scorer="hotpotqa", name="rows"):
     toy.write(tmp_path / f"{name}.jsonl", rows)
-    rows, canaries = benchmarks.read_rows(f"{tmp_path}/{name}.jsonl")
-    return Task(name, DataSet("search", scorer), rows, rollouts, canaries, [])
+    rows = benchmarks.read_rows(f"{tmp_path}/{name}.jsonl")
+    return Task(name, DataSet("search", scorer), rows, rollouts, [])
 
 
 def test_088_a_journal_cut_at_any_byte_keeps_the_whole_lines_and_goes_on(tmp_path):

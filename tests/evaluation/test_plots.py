@@ -11,7 +11,6 @@ from results.plots import (
     PICTURE,
     Line,
     Panel,
-    log_ticks,
     number,
     panel_svg,
     picture_svg,
@@ -56,13 +55,6 @@ def test_ticks_cover_the_values_with_few_round_marks(low, high):
     assert found[0] <= low + 1e-12 and found[-1] >= high - 1e-12 and 2 <= len(found) <= 6
 
 
-@pytest.mark.parametrize("low, high", [(0.1, 4.5), (1, 1), (0.03, 0.04), (3, 812), (0.5, 10)])
-def test_logarithmic_ticks_cover_the_values_with_no_mark_to_spare(low, high):
-    found = log_ticks(low, high)
-    assert found[0] <= low and high <= found[-1]
-    assert len(found) <= 2 or (found[1] > low and found[-2] < high)
-
-
 @pytest.mark.parametrize(
     "value, text",
     [(0, "0"), (0.25, "0.25"), (12_000, "12k"), (3.1e6, "3.1M"), (2e-5, "2e-5"), (-2e9, "-2G")],
@@ -92,11 +84,11 @@ def test_the_mean_over_seeds_stands_between_the_lowest_and_the_highest():
     assert mean_line([[(1, 0.0)]]).spread == []
 
 
-def test_on_logarithmic_axes_equal_ratios_are_equal_distances():
-    line = Line([(4, 0.1), (8, 1.0), (16, 10.0)])
-    points = points_of(marks(panel_svg(Panel("t", {"": line}, logarithmic=True)), "line")[0])
-    (x0, y0), (x1, y1), (x2, y2) = points
-    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
+def test_marks_that_are_given_are_drawn_with_their_labels():
+    given = dict(x_marks={0: "one", 1: "ten"}, y_marks={-1: "low", 2: "high"})
+    drawn = panel_svg(Panel("t", {"": Line([(0, 0.0), (1, 1.0)])}, **given))
+    assert all(f">{label}</text>" in drawn for label in ("one", "ten", "low", "high"))
+    assert ">step<" not in drawn
 
 
 def test_a_picture_is_as_wide_as_a_readme_and_its_labels_stay_inside_their_panels():

@@ -117,17 +117,16 @@ def test_a_set_is_made_of_what_its_publisher_hands_out(tmp_path, name):
     rows = read(tmp_path / f"out/{name}.jsonl")
     assert rows == with_name(name, ROWS[name])
     assert all(check_rl_row(row) is None for row in rows)
-    assert [row["id"] for row in read_rows(str(tmp_path / f"out/{name}.jsonl"))[0]] == [
-        row["id"] for row in rows
-    ]
+    read_again = read_rows(str(tmp_path / f"out/{name}.jsonl"))
+    assert [row["id"] for row in read_again] == [row["id"] for row in rows]
 
 
 def test_what_evaluation_reads_of_xbench_is_decrypted_and_the_file_is_not(tmp_path):
     make("xbench", tmp_path)
     path = tmp_path / "out/xbench.jsonl"
-    (row,), canaries = read_rows(str(path))
+    (row,) = read_rows(str(path))
     assert (row["question"], row["answer"]) == ("这盏灯有多少流明？", "384流明")
-    assert canaries == {"1": published.CANARY} and path.read_text(encoding="utf-8").isascii()
+    assert row["canary"] == published.CANARY and path.read_text(encoding="utf-8").isascii()
 
 
 # layouts of the same sets in other public copies, read by --input

@@ -580,6 +580,6 @@ def test_every_door_that_has_tools_takes_unsafe_python(monkeypatch, tmp_path):
             with at_work.agent_at_work(cfg, str(world / "model")):
                 pass
         with pytest.raises(SystemExit, match="seen"):
-            task = Task("t", DATASETS["gaia_text"], [], 1, {}, [])
+            task = Task("t", DATASETS["gaia_text"], [], 1, [])
             evaluate.make_toolboxes(parse_config(evaluate.Config, [option]), [task])
     assert given == [True] * 3 + [False] * 3
