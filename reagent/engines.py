@@ -9,7 +9,6 @@ import gc
 import os
 import queue
 import threading
-import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -104,7 +103,6 @@ class HFEngine:
         self.model = model.to(self.device).eval()
         self.stop_ids = set(stop_ids)
         self.queue: list[tuple[Request, asyncio.Future]] = []
-        self.busy_seconds = 0.0
         HFEngine.made += 1
         self.number = HFEngine.made
 
@@ -131,13 +129,11 @@ class HFEngine:
             return
         rounds.asked.discard(self)
         queue, self.queue = sorted(self.queue, key=lambda of: (len(of[0].ids), of[0].seed)), []
-        began = time.perf_counter()
         for i in range(0, len(queue), self.max_batch):
             requests, chains = zip(*queue[i : i + self.max_batch])
             for done, sample in zip(chains, self._decode(requests)):
                 rounds.waiting -= 1
                 done.set_result(sample)
-        self.busy_seconds += time.perf_counter() - began
 
     def _decode(self, requests) -> list[Sample]:
         import torch
@@ -346,7 +342,7 @@ class VLLMEngine:
         # by name what joins at the next step; None: nobody waits for that request any more
         self.added: list[tuple[str, Request | None]] = []
         self.waiting: dict[str, tuple] = {}  # name -> (event loop, future) of its chain
-        self.count, self.busy_seconds = 0, 0.0
+        self.count = 0  # of requests, which are named by it
         self.thread = EngineThread.shared()
         self._build(folder, options)
 
@@ -407,7 +403,7 @@ class VLLMEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        engine, began, finished = self.llm.llm_engine, time.perf_counter(), []
+        engine, finished = self.llm.llm_engine, []
         fixed = dict(logprobs=0, stop_token_ids=self.stop_ids, ignore_eos=True, detokenize=False)
         fixed["output_kind"] = RequestOutputKind.FINAL_ONLY  # no partial outputs at every step
         for name, request in added:
@@ -421,7 +417,6 @@ class VLLMEngine:
             except ValueError as error:  # this request is at fault, not the others
                 finished.append((name, error))
         finished += [(end.request_id, end.outputs[0]) for end in engine.step() if end.finished]
-        self.busy_seconds += time.perf_counter() - began
         return finished
 
     def _broadcast(self, message: list) -> None:

@@ -151,7 +151,6 @@ optimizer.step()
 report["stale"] = gap()
 engine.load_weights(full_weights(policy, torch.float32))
 report["after"] = gap()
-report["busy"] = engine.busy_seconds
 
 left_out = [pair for pair in full_weights(policy, torch.float32)][:-1]
 try:

@@ -813,11 +813,12 @@ def bench_idle(cfg: Config) -> list[Line]:
     agent = Agent(cfg, delay)
     rrm, walls, busy, alone = reward_model.RewardModel(ask), [], [], []
     agent.chains(rrm)
+    spent = busy_clock(agent.engine)
     for _ in range(cfg.repeats):
         draws.clear()
-        before = agent.engine.busy_seconds
+        spent.clear()
         walls.append(wall_seconds(lambda: agent.chains(rrm)))
-        busy.append(agent.engine.busy_seconds - before)
+        busy.append(sum(spent))
     for job in agent.jobs[:: max(cfg.rows // 8, 1)]:
         draws.clear()
         alone.append(wall_seconds(lambda: agent.chains(rrm, [job])))  # noqa: B023 - called at once
@@ -829,6 +830,22 @@ def bench_idle(cfg: Config) -> list[Line]:
     return [
         Line(f"{cfg.rows} chains with slow tools and judge, {cfg.engine}, wall", walls, note=note)
     ]
+
+
+def busy_clock(engine) -> list[float]:
+    """The seconds of each step of an engine from now on: vLLM's steps, the rounds of hf."""
+    name = "_step" if hasattr(engine, "_step") else "run_round"
+    work, spent = getattr(engine, name), []
+
+    def timed(*args):
+        began = time.perf_counter()
+        try:
+            return work(*args)
+        finally:
+            spent.append(time.perf_counter() - began)
+
+    setattr(engine, name, timed)
+    return spent
 
 
 def wall_seconds(work: Callable) -> float:
