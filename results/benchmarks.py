@@ -84,9 +84,8 @@ def load_task(name: str, cfg) -> Task:
         known = f"{', '.join(DATASETS)}, files of RL rows (*.jsonl) and, once prepared, atlas"
         raise SystemExit(f"--dataset: no {name!r}: there are {known}")
     changes = dict(tools=cfg.tools, max_turns=cfg.max_turns, seconds_per_call=cfg.seconds_per_call)
+    changes["scorer"] = "judge" if cfg.judged == "all" else ""
     spec = dataclasses.replace(spec, **{key: value for key, value in changes.items() if value})
-    if cfg.judged == "all":
-        spec = dataclasses.replace(spec, scorer="judge")
     read_prompt(spec.prompt_file, "")  # a missing one is told here
     rows = read_rows(path, hint)
     longest = sorted((shown_question(row) for row in rows), key=len)[-20:]

@@ -85,7 +85,7 @@ class AnswerJudge:
         self.endpoint, self.model, self.patience_s = endpoint, model, patience_s
         self.served = served or model  # what stands behind that name
         self.name = f"{self.served}/{PROMPT_VERSION}"  # what stands beside every number
-        self.cached, self.down = 0, False
+        self.down = False
         self.problem = ""  # why the last unscored answer is unscored
         self.db = open_verdicts(cache)
 
@@ -94,7 +94,6 @@ class AnswerJudge:
         whole = json.dumps([self.served, PROMPT_VERSION, question, golds, answer])
         key = hashlib.sha256(whole.encode()).hexdigest()
         if kept := self.db.execute("SELECT correct FROM verdicts WHERE key = ?", (key,)).fetchone():
-            self.cached += 1
             return bool(kept[0])
         for retry in range(REPLIES):
             if self.down:
@@ -135,8 +134,8 @@ def open_judge(cfg, runner: asyncio.Runner) -> AnswerJudge | None:
     """The judge at `cfg.judge`, or None where it cannot be asked; looked up when answers wait."""
     endpoint = endpoint_of(cfg.judge, "JUDGE_API_KEY", 16)
     patience = 2.0 if cfg.judge_model else cfg.patience_s  # for the list alone
+    listed = named_model(endpoint, cfg.judge_model, "--judge_model", patience_s=patience)
     try:
-        listed = named_model(endpoint, cfg.judge_model, "--judge_model", patience_s=patience)
         card = runner.run(listed)
     except (Unavailable, Refused, SystemExit) as problem:
         if not cfg.judge_model or isinstance(problem, SystemExit):
