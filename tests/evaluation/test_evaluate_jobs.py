@@ -19,7 +19,7 @@ import pytest
 
 import evaluate
 from reagent.config import parse_config
-from results.journal import opened
+from results.journal import opened, sealed
 from results.verdicts import open_verdicts
 from tests.helpers.chat_server import chat_server
 from tests.helpers.judge_server import judge_server
@@ -428,7 +428,7 @@ def test_encrypted_rows_lie_on_no_disk_in_the_open(world, tmp_path):
         "answer": "Paris on the Zyzzyva",
     }
     canary = "xb-9f2c"
-    row = {key: evaluate.sealed(text, canary) for key, text in secret.items()}
+    row = {key: sealed(text, canary) for key, text in secret.items()}
     toy.write(
         tmp_path / "xbench.jsonl",
         [dict(id="1", **row, kind="qa", meta={"encrypted": True, "canary": canary})],
