@@ -1,16 +1,14 @@
 """What the python tool's code runs in: the fences that a process puts around itself, and the warm
-server that forks calls.
-
-sandbox.py starts this file inside bubblewrap, or by itself where that is not to be had. Linux,
-x86_64 and aarch64; everything through ctypes, nothing but the standard library. Facts are from
-landlock(7), seccomp(2), pid_namespaces(7) and the kernel's tables of system calls.
+server that forks calls. sandbox.py starts this file, inside bubblewrap where that is to be had.
+Linux, x86_64 and aarch64; by ctypes and the standard library alone. Facts are from landlock(7),
+seccomp(2), pid_namespaces(7) and the kernel's tables of system calls.
 
 The server never sees code or output: they go between the caller and a call's own process, so that
 no call finds another's in the memory that it inherits. Before its code arrives that process has
 - a scratch of its own: a file system that is taken down after the call (where mounts are allowed);
 - in bubblewrap a pid namespace of its own, which ends with the call, and no /proc. Elsewhere a call
   is one process (threads, but no fork): nothing outlives it, and it may signal itself only;
-- only the system calls that are named here. None of them reaches the scheduling, IPC or owners of
+- only the system calls of system_calls.txt. None of them reaches the scheduling, IPC or owners of
   what is outside, and locks on files are make-believe: they would hold up the host's own files.
 """
 
@@ -35,6 +33,7 @@ import time
 import traceback
 import types
 
+GIVEN = json.loads(sys.argv[1])  # by sandbox.py
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.clone.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
 ARM = platform.machine() == "aarch64"
@@ -56,53 +55,14 @@ def checked(result: int, what: str) -> int:
 # ------------------------------------------------- seccomp: the system calls that the code may make
 
 
-def numbers(table: str) -> dict[str, int]:
-    """The numbers on this machine of a table of name:x86_64:aarch64 (-: there is none)."""
-    rows = (line.split(":") for line in table.split())
-    return {name: int(both[ARM]) for name, *both in rows if both[ARM] != "-"}
+def numbers(verdict: str) -> dict[str, int]:
+    """The numbers on this machine of the calls with a verdict in system_calls.txt."""
+    rows = (row.split() for row in GIVEN["calls"])
+    found = {name: both[ARM] for name, *both, what in rows if what == verdict}
+    return {name: int(number) for name, number in found.items() if number != "-"}
 
 
-ALLOWED = numbers("""
-read:0:63 write:1:64 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 preadv:295:69
-pwritev:296:70 preadv2:327:286 pwritev2:328:287 sendfile:40:71 copy_file_range:326:285 lseek:8:62
-close:3:57 close_range:436:436 dup:32:23 dup2:33:- dup3:292:24 pipe:22:- pipe2:293:59 creat:85:-
-stat:4:- lstat:6:- fstat:5:80 newfstatat:262:79 statx:332:291 access:21:- faccessat:269:48
-faccessat2:439:439 readlink:89:- readlinkat:267:78 getdents:78:- getdents64:217:61 getcwd:79:17
-chdir:80:49 fchdir:81:50 statfs:137:43 fstatfs:138:44 umask:95:166 ftruncate:77:46 mkdir:83:-
-mkdirat:258:34 mknod:133:- mknodat:259:33 rmdir:84:- unlink:87:- unlinkat:263:35 rename:82:-
-renameat:264:38 renameat2:316:276 link:86:- linkat:265:37 symlink:88:- symlinkat:266:36
-getxattr:191:8 lgetxattr:192:9 fgetxattr:193:10 listxattr:194:11 llistxattr:195:12 flistxattr:196:13
-munmap:11:215 mremap:25:216 mprotect:10:226 brk:12:214 select:23:- pselect6:270:72 poll:7:-
-ppoll:271:73 epoll_create:213:- epoll_create1:291:20 epoll_ctl:233:21 epoll_wait:232:-
-epoll_pwait:281:22 epoll_pwait2:441:441 eventfd:284:- eventfd2:290:19 signalfd:282:-
-signalfd4:289:74 timerfd_create:283:85 timerfd_settime:286:86 timerfd_gettime:287:87
-timer_settime:223:110 timer_gettime:224:108 timer_getoverrun:225:109 timer_delete:226:111
-nanosleep:35:101 gettimeofday:96:169 time:201:- times:100:153 alarm:37:- getitimer:36:102
-setitimer:38:103 pause:34:- rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigpending:127:136
-rt_sigreturn:15:139 rt_sigsuspend:130:133 rt_sigtimedwait:128:137 sigaltstack:131:132
-restart_syscall:219:128 execve:59:221 execveat:322:281 exit:60:93 exit_group:231:94 wait4:61:260
-waitid:247:95 set_tid_address:218:96 set_robust_list:273:99 rseq:334:293 arch_prctl:158:-
-sched_yield:24:124 getcpu:309:168 getpid:39:172 getppid:110:173 gettid:186:178 getpgid:121:155
-getpgrp:111:- getsid:124:156 getuid:102:174 geteuid:107:175 getgid:104:176 getegid:108:177
-getgroups:115:158 getresuid:118:148 getresgid:120:150 capget:125:90 getpriority:140:141
-sched_getaffinity:204:123 sched_getscheduler:145:120 sched_getparam:143:121
-sched_get_priority_max:146:125 sched_get_priority_min:147:126 sched_rr_get_interval:148:127
-getrlimit:97:163 setrlimit:160:164 getrusage:98:165 sysinfo:99:179 uname:63:160 getrandom:318:278
-accept:43:202 accept4:288:242 listen:50:201 getsockname:51:204 getpeername:52:205 getsockopt:55:209
-sendto:44:206 recvfrom:45:207 recvmsg:47:212 recvmmsg:299:243 shutdown:48:210
-""")
-PRETENDED = numbers("""
-fsync:74:82 fdatasync:75:83 sync:162:81 syncfs:306:267 msync:26:227 flock:73:32
-""")
-RULED = numbers("""
-open:2:- openat:257:56 mmap:9:222 madvise:28:233 fcntl:72:25 ioctl:16:29 prctl:157:167
-prlimit64:302:261 clone:56:220 clone3:435:435 fork:57:- vfork:58:- kill:62:129 tgkill:234:131
-setsid:112:157 setpgid:109:154 openat2:437:437 truncate:76:45 socket:41:198 socketpair:53:199
-futex:202:98 clock_gettime:228:113 clock_getres:229:114 clock_nanosleep:230:115 timer_create:222:107
-setsockopt:54:208 connect:42:203 bind:49:200 sendmsg:46:211 sendmmsg:307:269 fallocate:285:47
-chmod:90:- fchmod:91:52 fchmodat:268:53 fchmodat2:452:452 utime:132:- utimes:235:- futimesat:261:-
-utimensat:280:88 chown:92:- fchown:93:55 lchown:94:- fchownat:260:54
-""")
+ALLOWED, PRETENDED, RULED = map(numbers, ("allow", "pretend", "rule"))
 FIRST_UNKNOWN = 463  # what kernels after Linux 6.12 added is not there
 METADATA = list(RULED)[list(RULED).index("fchmod") :] + ["chmod", "utime", "utimes"]
 EPERM, EAGAIN, ENOTTY, ENOSYS, EOPNOTSUPP = 1, 11, 25, 38, 95
@@ -133,8 +93,8 @@ NOTICE_RECEIVE, NOTICE_SEND, NOTICE_CONTINUE = 0xC0502100, 0xC0182101, 1
 
 
 def rule(name: str, error=EPERM, argument=0, *, among=(), but=(), mask=0xFFFFFFFF) -> bytes:
-    """Answers a call with `error`: always, or if (argument & mask) is `among` values, or is
-    anything `but` them."""
+    """Answers a call with `error`: always, or if (argument & mask) is `among` values or none of
+    `but`."""
     if name not in RULED:
         return b""
     body, values = instruction(RETURN, ERROR | error), among or but or []
@@ -173,9 +133,7 @@ def common_rules() -> list[bytes]:
 
 def lone_rules() -> list[bytes]:
     """For a call beside the host's processes and under its file system: one process, no sockets but
-    a connected pair, no change of metadata.
-
-    Landlock does not know about owners, modes and times,
+    a connected pair, no change of metadata. Landlock does not know about owners, modes and times,
     nor (when it was new) about signals and truncation, nor about sockets that have a path. Changes
     of mode and time are made believe, so that shutil.copy works; the others are refused."""
     refused = "fork vfork setsid setpgid socket connect bind sendmsg sendmmsg truncate"
@@ -225,10 +183,8 @@ def system_calls(rung: str) -> Filter:
 
 
 def starts() -> Filter:
-    """Who starts a thread or process asks the reader of a descriptor (see permit).
-
-    A fork bomb of root's is bound by no limit, and leaves who should end it no time to: asking, its
-    processes wait."""
+    """Who starts a thread or process asks the reader of a descriptor (see permit): a fork bomb of
+    root's is bound by no limit and leaves who should end it no time to, but asking it waits."""
     calls = [RULED[name] for name in ("clone", "fork", "vfork") if name in RULED]
     asks = [instruction(EQUAL, n, len(calls) - i, 0) for i, n in enumerate(calls)]
     ends = [instruction(RETURN, ALLOW), instruction(RETURN, NOTIFY)]
@@ -251,14 +207,14 @@ READ, FILE_BITS, EVERYTHING = 0b1101, 0b1100000000000111, 0xFFFF
 
 
 def landlock(rights: dict[str, int]) -> None:
-    """Closes every path but those given to what they are not given for; also TCP, abstract sockets
-    and signals to the outside. OSError if there is no Landlock."""
+    """Closes every path but for the rights given; also TCP, abstract sockets and signals to the
+    outside. OSError if there is no Landlock."""
     version = checked(LIBC.syscall(444, None, 0, 1), "Landlock")
     handled = (1 << (13, 14, 15, 15, 16)[min(version, 5) - 1]) - 1
     # files; TCP bind and connect; abstract sockets and signals
-    attributes = struct.pack("=QQQ", handled, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
-    size = 24 if version >= 6 else 16 if version >= 4 else 8
-    ruleset = checked(LIBC.syscall(444, attributes, size, 0), "Landlock ruleset")
+    fields = [handled, 3, 3][: 3 if version >= 6 else 2 if version >= 4 else 1]
+    attributes = struct.pack(f"={len(fields)}Q", *fields)
+    ruleset = checked(LIBC.syscall(444, attributes, len(attributes), 0), "Landlock ruleset")
     for path, allowed in rights.items():
         fd = os.open(path, os.O_PATH)
         parent = struct.pack("=Qi", allowed & handled, fd)
@@ -320,10 +276,9 @@ def fresh_scratch(given: dict) -> None:
     options = f"size={given['scratch_mb']}m,nr_inodes={MOST_FILES},mode=1777".encode()
     checked(LIBC.mount(b"tmpfs", scratch.encode(), b"tmpfs", MS_NOSUID_NODEV, options), "mount")
     for kept, path in given["below"].items():
-        if os.path.isdir(kept):
-            os.makedirs(path)
-        else:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+        file = not os.path.isdir(kept)
+        os.makedirs(os.path.dirname(path) if file else path, exist_ok=file)
+        if file:
             open(path, "x").close()
         checked(LIBC.mount(kept.encode(), path.encode(), None, MS_BIND, None), f"mount {path}")
 
@@ -348,8 +303,7 @@ def remove_scratch(given: dict, removers: list[subprocess.Popen]) -> None:
 
 
 def run(code: str) -> int:
-    """Runs code as a script, prints the value of its last expression or the traceback; returns the
-    exit status."""
+    """Runs code as a script, prints its last expression's value or the traceback; exit status."""
     linecache.cache["<code>"] = (len(code), None, code.splitlines(True), "<code>")
     script = types.ModuleType("__main__")
     sys.modules["__main__"], scope, status = script, script.__dict__, 0
@@ -399,8 +353,7 @@ def confine(given: dict, filters: tuple[Filter, Filter], server: socket.socket) 
 
 
 def call(given: dict, filters: tuple[Filter, Filter], server: socket.socket, out: int) -> None:
-    """The forked process of one call: confines itself, says so, then waits for the code. Never
-    returns."""
+    """The forked process of one call: confines itself, says so, waits for the code. No return."""
     status = 1
     try:
         os.setsid()
@@ -465,11 +418,9 @@ def await_end(channel: socket.socket, pid: int, listener: int) -> None:
 
 
 def answer(given: dict, channel, filters: tuple, stack, myself: int, removers: list) -> bool:
-    """One call; False when the caller is gone.
-
-    Sends b"ready" with the ends of the pipes; receives a secret when the caller sends the code;
-    sends {"secret", "exit"} when all of the call is gone. Anything else that comes ends the call.
-    The secret comes after the fork: the process that the code runs in never held it."""
+    """One call; False when the caller is gone. Sends b"ready" with the ends of the pipes; receives
+    a secret when the caller sends the code; sends {"secret", "exit"} when all of the call is gone.
+    Anything else ends the call. The process that the code runs in, forked before, never held it."""
     pid, init, listener, ends = start(given, filters, stack)
     try:
         if init:
@@ -519,4 +470,4 @@ def serve(given: dict) -> None:
 
 
 if __name__ == "__main__":
-    serve(json.loads(sys.argv[1]))
+    serve(GIVEN)

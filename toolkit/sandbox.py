@@ -1,16 +1,12 @@
 """A sandbox for the python tool: warm fork servers (jail.py), one call at a time in each, watched
-and killed from outside.
-
-No network, no environment, no file of the host but the interpreter and its libraries (read-only), a
-scratch folder of bounded size that is fresh for every call. The ladder, from the top, is what this
-machine allows and a probe confirms:
+and killed from outside. No network, no environment, no file of the host but the interpreter and its
+libraries (read-only), a scratch of bounded size that is fresh for every call. The ladder, from the
+top, is what this machine allows and a probe confirms:
 
     bubblewrap             namespaces with a file system of their own, and seccomp
     landlock+namespaces    Landlock, own namespaces, and seccomp; a call is one process
     landlock               Landlock and seccomp alone, as in many containers; a call is one process
     unsafe                 a process with limits, only where `unsafe` is set
-
-    python -m toolkit.sandbox 'print(1 + 1)' [rung]
 """
 
 import contextlib
@@ -44,8 +40,8 @@ RUNGS = ("bubblewrap", "landlock+namespaces", "landlock")
 MOST_PROCESSES, MOST_THREADS = 64, 256  # of one call
 MOST_SOCKETS = 256  # of one call: what waits in them is nobody's memory
 MOST_FILES, DEEPEST = 2000, 50  # in a scratch without a file system of its own
-OWN = "RssAnon|VmSwap|VmPTE"  # memory of a process: what forks share counts in each
-JAIL = Path(__file__).with_name("jail.py").read_text()
+OWN = "RssAnon:|VmSwap:|VmPTE:"  # memory of a process: what forks share counts in each
+JAIL, CALLS = (Path(__file__).with_name(x).read_text() for x in ("jail.py", "system_calls.txt"))
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
@@ -68,10 +64,6 @@ class Observation:
     text: str
     status: str
     seconds: float
-
-
-class BrokenServer(Exception):
-    """A server has ended, or said what no server of ours says."""
 
 
 # ----------------------------------------------------------------------------- what a call can read
@@ -113,9 +105,8 @@ def _below(path: str, folder: str) -> bool:
 
 
 def bubblewrap(paths: list[str], below: dict[str, str]) -> list[str]:
-    """The command that gives what follows it a root of its own: these paths (those of `below` also
-    by another name), three devices and no /proc; for the server the right to mount, which no call
-    has."""
+    """The command that gives what follows a root of its own: these paths (those of `below` also by
+    another name), three devices and no /proc; for the server the right to mount, for no call."""
     command = "bwrap --unshare-all --unshare-user --die-with-parent --new-session --as-pid-1"
     command += " --clearenv --uid 65534 --gid 65534 --cap-drop ALL --cap-add CAP_SYS_ADMIN"
     command += " --dir /proc --dir /tmp --dir /dev --symlink /tmp /dev/shm"
@@ -135,8 +126,8 @@ def bubblewrap(paths: list[str], below: dict[str, str]) -> list[str]:
 
 
 def family(pid: int) -> list[int]:
-    """A process and its descendants, up to one more than a call may have: it costs little in a fork
-    bomb, which leaves its watcher hardly any time."""
+    """A process and its descendants, at most one more than a call may have: in a fork bomb there is
+    hardly any time."""
     found, left = [], [pid]
     while left and len(found) <= MOST_PROCESSES:
         found.append(here := left.pop())
@@ -152,7 +143,7 @@ def figure(pid: int, file: str, names: str) -> int:
         text = Path(f"/proc/{pid}/{file}").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    return sum(map(int, re.findall(rf"^(?:{names}):\s+(\d+)", text, re.M)))
+    return sum(map(int, re.findall(rf"^(?:{names})\s+(\d+)", text, re.M)))
 
 
 def divided(pids: list[int], seconds: float) -> float:
@@ -160,7 +151,7 @@ def divided(pids: list[int], seconds: float) -> float:
     total, deadline = 0, time.monotonic() + seconds
     with contextlib.suppress(PermissionError):
         for pid in pids:
-            total += figure(pid, "smaps_rollup", "Pss_Anon|SwapPss") << 10
+            total += figure(pid, "smaps_rollup", "Pss_Anon:|SwapPss:") << 10
             if time.monotonic() > deadline:
                 return math.inf
         return total
@@ -210,12 +201,12 @@ class _Server:
         below = {f"/.below/{number}": path for number, path in enumerate(hidden)}
         given = dict(rung=rung, memory_mb=memory_mb, scratch_mb=scratch_mb, scratch=self.scratch)
         given |= dict(below=below, read=[*paths, "/dev/random", "/dev/urandom"])
+        given["calls"] = [line for line in CALLS.splitlines() if not line.startswith("#")]
         command = bubblewrap(paths, below) if rung == "bubblewrap" else []
         command += [sys.executable, "-I", "-B", "-c", JAIL, json.dumps(given)]
         streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         environment = {"OMP_NUM_THREADS": "1"}
-        if self.folder:
-            environment |= {"TMPDIR": self.scratch, "HOME": self.scratch}
+        environment |= dict.fromkeys(("TMPDIR", "HOME"), self.scratch) if self.folder else {}
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         streams |= dict(stdin=theirs, cwd="/", env=environment, start_new_session=True)
         with theirs:
@@ -229,35 +220,29 @@ class _Server:
         self.idle_divided = shared if shared < math.inf else 0.0  # nor will a call's be read
 
     def ready(self, seconds: float) -> None:
-        """Waits until a process, fenced in, waits for code; BrokenServer if none does."""
+        """Waits until a process, fenced in, waits for code; OSError if none does."""
         self.channel.settimeout(seconds)
-        try:
-            message, fds, *_ = socket.recv_fds(self.channel, 100, 2, socket.MSG_CMSG_CLOEXEC)
-        except OSError as error:
-            raise BrokenServer(f"it does not answer ({error})") from error
+        message, fds, *_ = socket.recv_fds(self.channel, 100, 2, socket.MSG_CMSG_CLOEXEC)
         if message != b"ready" or len(fds) != 2:
             for fd in fds:
                 os.close(fd)
-            raise BrokenServer("it said what none says" if message else self.last_words())
+            raise ConnectionError("it said what none says" if message else self.last_words())
         self.code, self.out = socket.socket(fileno=fds[0]), fds[1]
         os.set_blocking(self.out, False)
 
     def call(self, code: str, seconds: float) -> tuple[bytes, int, int, str]:
         """Runs code: (the beginning of what it prints, bytes printed, exit status, why it was
-        stopped). BrokenServer if the server did not say how the call ended."""
+        stopped). OSError if the server did not say how the call ended."""
         text, secret = code.encode("utf-8", "surrogatepass"), secrets.token_hex(16)
         self.kept, self.total, self.seen, self.unread = bytearray(), 0, 0, 0
-        for end in (self.channel, self.code):
-            end.settimeout(10.0)
-        try:
-            self.channel.send(secret.encode())
-            self.code.sendall(len(text).to_bytes(8, sys.byteorder) + text)
-            if stopped := self._watch(seconds):
-                self.channel.send(b"stop")
-            self.usable = _readable(self.channel, 1.0)
-            status = self._report(secret) if self.usable or not stopped else 0
-        except OSError as error:
-            raise BrokenServer(f"it does not answer ({error})") from error
+        self.channel.settimeout(10.0)
+        self.code.settimeout(10.0)
+        self.channel.send(secret.encode())
+        self.code.sendall(len(text).to_bytes(8, sys.byteorder) + text)
+        if stopped := self._watch(seconds):
+            self.channel.send(b"stop")
+        self.usable = _readable(self.channel, 1.0)
+        status = self._report(secret) if self.usable or not stopped else 0
         while self.usable and self.total <= 16 * self.keep and self._read():
             pass
         self.let_go()
@@ -296,34 +281,30 @@ class _Server:
     def _report(self, secret: str) -> int:
         """The exit status of the call, from whom knows its secret."""
         self.channel.settimeout(0.0)
-        message = self.channel.recv(4096)
-        if not message:
-            raise BrokenServer(self.last_words())
+        if not (message := self.channel.recv(4096)):
+            raise ConnectionError(self.last_words())
         with contextlib.suppress(ValueError, RecursionError):
             report = json.loads(message)
             if isinstance(report, dict) and report.keys() == {"secret", "exit"}:
                 right = hmac.compare_digest(str(report["secret"]).encode(), secret.encode())
                 if right and type(report["exit"]) is int:
                     return report["exit"]
-        raise BrokenServer("it said what none says")
+        raise ConnectionError("it said what none says")
 
     def overgrown(self) -> str:
-        """What a call has too much of, or "": limits of a process bound no family, and not root's
-        processes."""
+        """What a call has too much of, or "": limits of a process bind neither family nor root."""
         pids = family(self.process.pid)
         if len(pids) > MOST_PROCESSES:
             return "too many processes"
-        if sum(figure(pid, "status", "Threads") for pid in pids) > MOST_THREADS:
+        if sum(figure(pid, "status", "Threads:") for pid in pids) > MOST_THREADS:
             return "too many threads"
         sizes = [figure(pid, "status", OWN) << 10 for pid in pids]
         grown = sum(max(0, size - self.idle_bytes) for size in sizes)
         if grown > self.memory or sum(sizes) > self.memory and self._is_large(pids):
             return f"its processes use more than {self.memory >> 20} MB of memory"
         if self.rung == "bubblewrap" and len(pids) > 1:  # the first is bwrap, outside
-            with contextlib.suppress(OSError):
-                open_ones = Path(f"/proc/{pids[1]}/net/sockstat").read_text().split()[2]
-                if int(open_ones) > MOST_SOCKETS:
-                    return "too many sockets"
+            if figure(pids[1], "net/sockstat", "sockets: used") > MOST_SOCKETS:
+                return "too many sockets"
         if self.rung in ("landlock", "unsafe"):  # no file system of its own
             hidden = sum(held(pid, self.scratch, self.disk // 4) for pid in pids)
             if hidden > self.disk or overfull(self.scratch, self.disk - hidden):
@@ -331,9 +312,8 @@ class _Server:
         return ""
 
     def _is_large(self, pids: list[int]) -> bool:
-        """Whether processes have too much memory when what they share is counted once: forks may
-        write to all of it. To find out takes long, in a fork bomb too long: it is done when their
-        number does not grow, and may fail a few times."""
+        """Whether processes have too much memory, what they share counted once. To find out takes
+        long, in a fork bomb too long: it is done when their number does not grow, and may fail."""
         settled, self.seen = len(pids) <= self.seen, len(pids)
         used = divided(pids, 0.25) - self.idle_divided if settled else 0.0
         self.unread = self.unread + 1 if used == math.inf else 0
@@ -381,8 +361,7 @@ def _readable(source, seconds: float) -> bool:
 
 
 class Sandbox:
-    """Runs code from any thread. `rung`: the one to use; by default the first of the ladder that
-    works."""
+    """Runs code from any thread. `rung`: the one to use, or the first of the ladder that works."""
 
     def __init__(
         self, seconds=30, output_chars=10_000, memory_mb=2048, scratch_mb=64, unsafe=False, rung=""
@@ -414,8 +393,8 @@ class Sandbox:
         _tell(self.rung, "; ".join(reasons))
 
     def _probe(self) -> None:
-        """The canary: it must print, must not reach a listener of ours, and must not read or change
-        a file outside: one in the temporary folder, one beside the project's, and the project's."""
+        """The canary must print, reach no listener of ours, and neither read nor change a file: one
+        in the temporary folder, one beside the project's, and the project's."""
         if self.rung == "bubblewrap" and not shutil.which("bwrap"):
             raise SandboxUnavailable("it is not installed")
         needed, planted = set(libraries()), []  # needed: of an environment in the checkout
@@ -450,7 +429,7 @@ class Sandbox:
                 server = self._take()
                 began = time.monotonic()
                 reply = server.call(code, seconds)
-            except (BrokenServer, OSError) as error:
+            except OSError as error:
                 if server:
                     self._drop(server)
                 text = f"The sandbox {'failed' if server else 'does not start'}: {error}"
@@ -462,9 +441,7 @@ class Sandbox:
                 self._drop(server)
         return self._result(*reply, spent)
 
-    def _result(
-        self, kept: bytes, total: int, exit_status: int, stopped: str, spent
-    ) -> Observation:
+    def _result(self, kept: bytes, total, exit_status, stopped: str, spent) -> Observation:
         whole = kept.decode("utf-8", "replace")
         text, notes = whole[: self.output_chars], []
         if total > len(text.encode()) and len(whole) > len(text):
@@ -485,10 +462,10 @@ class Sandbox:
                 try:
                     server.ready(5.0)
                     return server
-                except (BrokenServer, OSError):
+                except OSError:
                     self._drop(server)
         if self.closed:
-            raise BrokenServer("it is closed")
+            raise ConnectionError("it is closed")
         server = self.starter.submit(_Server, self.rung, *self.sizes).result()
         self.all.add(server)
         try:
@@ -535,22 +512,20 @@ if all(refused(open, path, mode) for path in %r for mode in ("r", "r+")):
 """
 
 
-# what may forbid user namespaces: setting, value that does, value that does not
-SWITCHES = (
-    ("kernel.unprivileged_userns_clone", "0", "1"),
-    ("kernel.apparmor_restrict_unprivileged_userns", "1", "0"),
-    ("user.max_user_namespaces", "0", "15000"),
-)
+# what may forbid user namespaces, and does where it is 0, or 1 where it should be 0
+SWITCHES = "kernel.unprivileged_userns_clone=1 kernel.apparmor_restrict_unprivileged_userns=0"
+SWITCHES = f"{SWITCHES} user.max_user_namespaces=15000".split()
 
 
 def remedy(reasons: list[str]) -> str:
     """What to install or enable where no rung works, in a sentence."""
     wrong = []
-    for name, closed, opened in SWITCHES:
+    for setting in SWITCHES:
+        name, _, opened = setting.partition("=")
         with contextlib.suppress(OSError):
-            if Path("/proc/sys", name.replace(".", "/")).read_text().strip() == closed:
-                wrong.append(f"sysctl -w {name}={opened}")
-    allow = " and ".join(wrong) or f"sysctl -w {SWITCHES[-1][0]}=15000, in a container its profile"
+            value = Path("/proc/sys", name.replace(".", "/")).read_text().strip()
+            wrong += [f"sysctl -w {setting}"] if value == str(int(opened == "0")) else []
+    allow = " and ".join(wrong) or f"sysctl -w {SWITCHES[-1]}, in a container its profile"
     return (
         f"no sandbox for the python tool works here ({'; '.join(reasons)}): apt-get install "
         f"bubblewrap and allow user namespaces ({allow}), or set unsafe_python to do without"
@@ -560,11 +535,3 @@ def remedy(reasons: list[str]) -> str:
 @functools.cache
 def _tell(rung: str, reasons: str) -> None:
     print(f"python tool: {rung}" + (f" ({reasons})" if reasons else ""), file=sys.stderr)
-
-
-if __name__ == "__main__":
-    box = Sandbox(rung=sys.argv[2] if len(sys.argv) > 2 else "")
-    ran = box.run(sys.argv[1])
-    box.close()
-    print(ran.text)
-    sys.exit(ran.status != "ok")

@@ -478,7 +478,10 @@ def test_a_checkout_that_is_an_environment_or_lies_below_usr_is_not_bound(monkey
 
 ROOTED = """
 import sys
-print([open(path).read() for path in sys.argv[1:]])
+from toolkit.sandbox import Sandbox
+box = Sandbox(rung=sys.argv[2])
+print(box.run(sys.argv[1]).text)
+box.close()
 """
 
 
@@ -487,7 +490,7 @@ def test_an_environment_in_the_root_of_a_checkout_opens_nothing_of_it(rung, tmp_
     make_box(rung, "this user").close()  # or skip
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path)], check=True)
     (tmp_path / "toolkit").mkdir()
-    for name in ("sandbox.py", "jail.py"):
+    for name in ("sandbox.py", "jail.py", "system_calls.txt"):
         (tmp_path / "toolkit" / name).write_text((ROOT / "toolkit" / name).read_text())
     secrets = [tmp_path / name for name in (".env", "data/gaia.jsonl", "lib/notes", "bin/run.sh")]
     for path in secrets:
@@ -496,7 +499,7 @@ def test_an_environment_in_the_root_of_a_checkout_opens_nothing_of_it(rung, tmp_
     code = "for path in %r:\n try: print(open(path).read())\n except OSError: print('closed')"
     paths = [*map(str, secrets), str(tmp_path / "toolkit/jail.py")]
     done = subprocess.run(
-        [tmp_path / "bin/python", "-B", "-m", "toolkit.sandbox", code % paths, rung],
+        [tmp_path / "bin/python", "-B", "-c", ROOTED, code % paths, rung],
         cwd=tmp_path,
         capture_output=True,
         text=True,
