@@ -410,8 +410,7 @@ def _bits(value: Fraction) -> int:
     return value.numerator.bit_length() + value.denominator.bit_length()
 
 
-ARITHMETIC = {"Add": add, "Sub": sub, "Mult": mul, "Div": truediv, "USub": neg, "UAdd": pos}
-ARITHMETIC |= {"abs": abs}
+ARITHMETIC = dict(Add=add, Sub=sub, Mult=mul, Div=truediv, USub=neg, UAdd=pos, abs=abs)
 COUNTS = {"factorial": factorial, "binom": comb}
 CALLED = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "ln": "log", "log": "log10"}
 CALLED |= {name: name for name in (*FUNCTIONS[3:-2], "factorial")}
@@ -419,14 +418,12 @@ CALLED |= {name: name for name in (*FUNCTIONS[3:-2], "factorial")}
 
 def _applied(name: str, values: list):
     """One operation; ValueError where it is not known or its result would be too long."""
-    if all(isinstance(value, Fraction) for value in values):
-        if name in ARITHMETIC:
-            return ARITHMETIC[name](*values)
-        if name in ("Pow", *COUNTS) and values[-1].denominator == 1:
-            return _whole(name, values)
-    x, *rest = map(MP.convert, values)
+    exact = all(isinstance(value, Fraction) for value in values)
     if name in ARITHMETIC:
-        return ARITHMETIC[name](x, *rest)
+        return ARITHMETIC[name](*(values if exact else map(MP.convert, values)))
+    if exact and name in ("Pow", *COUNTS) and values[-1].denominator == 1:
+        return _whole(name, values)
+    x, *rest = map(MP.convert, values)
     if name == "root" and not MP.im(x) and x < 0 and rest[0] % 2 == 1:  # as of real numbers
         return -MP.root(-x, int(rest[0]))
     if name in ("Pow", "root"):

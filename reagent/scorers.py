@@ -1,10 +1,8 @@
 """Scorers with the official semantics of the benchmarks: pure functions from (prediction, gold) to
-right or wrong. None waits for anything or works longer than its texts' length allows, so chains may
-score inside the event loop.
+right or wrong, whose work is bounded by their texts, so chains may score inside the event loop.
 
 score(scorer, pred, gold) -> {"correct": bool, "em"?, "f1"?}. LaTeX and markdown around an answer
-are taken off first, since the prompt asks for \\boxed{}. An empty prediction is never correct,
-whatever a normalisation makes of the gold answer.
+are taken off first, since the prompt asks for \\boxed{}. An empty prediction is never correct.
 """
 
 import re
@@ -14,8 +12,6 @@ from decimal import Decimal, InvalidOperation
 
 from reagent.mathematics import same
 from toolkit.text import last_boxed, plain, unwrapped
-
-# ---------------------------------------------------------------- open answers
 
 
 def normalize(text: str) -> str:
@@ -43,9 +39,6 @@ def score_qa(pred: str, golds: list[str], yes_no_exact: bool) -> dict:
     em = normalize(pred) in map(normalize, golds)
     f1 = max(token_f1(pred, gold, yes_no_exact) for gold in golds)
     return {"correct": em, "em": float(em), "f1": f1}
-
-
-# ---------------------------------------------------------------- GAIA
 
 
 def _number(text: str) -> Decimal | None:
@@ -78,8 +71,6 @@ def score_gaia(pred: str, gold: str) -> bool:
     each = (_same_item(said, wanted, dropped) for said, wanted in zip(preds, golds))
     return len(preds) == len(golds) and all(each)
 
-
-# ---------------------------------------------------------------- mathematics
 
 _FORMS = [("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac")]
 _FORMS += [(junk, "") for junk in ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")]
@@ -123,8 +114,6 @@ def score_math(pred: str, gold: str) -> bool:
         stated.append(text.rpartition("####")[2].strip() if boxed is None else boxed)
     return same(*stated)
 
-
-# ---------------------------------------------------------------- multiple choice
 
 _SAYS = r"(?:is|are|would be|should be|must be|:|=)"
 _ANSWER = r"(?:the )?(?:(?:final|correct|right|best|only) )*(?:answer|option|choice)"

@@ -1,3 +1,1 @@
-"""What tools.py stands on: search, the web, files, media, the sandbox. It imports neither reagent
-nor results.
-"""
+"""What tools.py stands on. It imports neither reagent nor results."""

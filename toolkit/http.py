@@ -1,10 +1,8 @@
-"""HTTP, once for the whole project: endpoints that a run is set to ask, and pages of the web.
-
-A request has a connection of its own and a deadline for all of it, whether the other side is
-silent, drips or never ends. What is read is capped. No redirect is followed, so a key reaches the
-configured host alone. Proxies of the environment count only where ENDPOINT_PROXIES=1 asks for them,
-and never for pages. It fails in two ways: `Unavailable` may be tried again, `Refused` never works.
-"""
+"""HTTP, once for the whole project: endpoints that a run is set to ask, and pages of the web. A
+request has a connection of its own and a deadline for all of it, whether the other side is silent,
+drips or never ends. What is read is capped. No redirect is followed, so a key reaches its own host
+alone. Proxies of the environment count only where ENDPOINT_PROXIES=1 asks for them, and never for
+pages. It fails in two ways: `Unavailable` may be tried again, `Refused` never works."""
 
 import asyncio
 import contextlib
@@ -53,12 +51,8 @@ class Refused(Exception):
 
     def __init__(self, text: str, status: int = 0):
         super().__init__(text)
-        self.status = status
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether every other request would be refused too."""
-        return self.status == 0 or self.status in HOPELESS
+        # hopeless: every other request would be refused too
+        self.status, self.hopeless = status, status == 0 or status in HOPELESS
 
 
 # ------------------------------------------------------------------------------------ one exchange
@@ -99,9 +93,9 @@ async def exchange(
     except TimeoutError as error:
         raise Unavailable(f"{parts.hostname} took too long to answer", late=True) from error
     except (ssl.SSLCertVerificationError, h11.LocalProtocolError) as error:
-        raise Refused(f"{parts.hostname}: {_named(error)}") from error
+        raise Refused(f"{parts.hostname}: {error!r:.200}") from error
     except ANY_FAILURE as error:
-        raise Unavailable(f"{parts.hostname} cannot be read: {_named(error)}") from error
+        raise Unavailable(f"{parts.hostname} cannot be read: {error!r:.200}") from error
 
 
 def _split(url: str) -> urllib.parse.SplitResult:
@@ -163,10 +157,6 @@ async def _exchanged(reader, writer, request: h11.Request, body: bytes, most: in
         if max(len(data), int(headers.get("content-length", 0))) > most:
             raise Unavailable(f"the reply is larger than {most / (1 << 20):.3g} MiB")
     return Reply(status, headers, bytes(data))
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def now(coroutine: Awaitable):
@@ -247,9 +237,7 @@ class Endpoint:
         self.answered, self.rests_until, self.told = time.monotonic(), 0.0, False
 
 
-async def insist(
-    endpoints: list[Endpoint], once, *, seconds=None, request_s=1800.0, patience_s=600.0
-):
+async def insist(endpoints: list[Endpoint], once, *, seconds=None, request_s=1800, patience_s=600):
     """What `once(endpoint, seconds=…)` returns, of the least busy endpoint, until one answers.
     Unavailable after `patience_s` of failures, or when `seconds` (None: no end) for turns, tries
     and pauses are over; Refused at once, and for what fails while others are answered."""
@@ -283,9 +271,6 @@ async def insist(
         raise Refused(str(problem), problem.status or 500)
     urls, waited = ", ".join(each.url for each in endpoints), time.monotonic() - began
     raise Unavailable(f"no answer from {urls} for {waited:.0f} s ({problem})", problem.status)
-
-
-# ----------------------------------------------------------------------- models behind an endpoint
 
 
 async def models_of(endpoint: Endpoint, *, seconds: float) -> dict[str, dict]:
