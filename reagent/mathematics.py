@@ -388,8 +388,7 @@ def _parsed(text: str) -> ast.expr:
 
 
 def _value(node: ast.expr, point: tuple[int, int]):
-    """Its value at a point (number, sign of the variables): exact where all is rational, else of
-    500 digits."""
+    """Its value at a point (number, sign of the variables): exact if rational, else 500 digits."""
     if isinstance(node, ast.Constant):
         return Fraction(node.value)
     if isinstance(node, ast.Name):

@@ -34,13 +34,6 @@ def token_f1(pred: str, gold: str, yes_no_exact: bool) -> float:
     return 2 * common / (len(a_tokens) + len(b_tokens))
 
 
-def score_qa(pred: str, golds: list[str], yes_no_exact: bool) -> dict:
-    """The best over the aliases."""
-    em = normalize(pred) in map(normalize, golds)
-    f1 = max(token_f1(pred, gold, yes_no_exact) for gold in golds)
-    return {"correct": em, "em": float(em), "f1": f1}
-
-
 def _number(text: str) -> Decimal | None:
     """The number that the text is, exactly; None: it is none, or not finite."""
     try:
@@ -50,8 +43,7 @@ def _number(text: str) -> Decimal | None:
 
 
 def _same_item(pred: str, gold: str, dropped: str) -> bool:
-    """A number without $, % and commas, which must stand for thousands; a text without case,
-    spaces and what is `dropped`."""
+    """A number without $, % and commas for thousands; a text without case, spaces and `dropped`."""
     if (number := _number(gold)) is None:
         pred, gold = (re.sub(r"\s", "", text).lower() for text in (pred, gold))
         return [c for c in pred if c not in dropped] == [c for c in gold if c not in dropped]
@@ -106,8 +98,7 @@ def score_gsm8k(pred: str, gold: str) -> bool:
 
 
 def score_math(pred: str, gold: str) -> bool:
-    """Whether what two solutions state (after ####, else in the last box, else all of it) is the
-    same in notation, form and value."""
+    """Whether two solutions state (after ####, else in the last box, else in all) the same."""
     stated = []
     for text in (pred, gold):
         boxed = None if "####" in text else last_boxed(text)
@@ -174,8 +165,10 @@ def score(scorer: str, pred: str | None, gold) -> dict:
     golds = list(map(str, gold if isinstance(gold, list) else [gold]))
     if scorer in RULES:
         result = {"correct": any(RULES[scorer](pred, gold) for gold in golds)}
-    else:
-        result = score_qa(pred, golds, yes_no_exact=scorer != "musique")
+    else:  # the best over the aliases
+        em = normalize(pred) in map(normalize, golds)
+        f1 = max(token_f1(pred, gold, yes_no_exact=scorer != "musique") for gold in golds)
+        result = {"correct": em, "em": float(em), "f1": f1}
     return result | {"correct": bool(result["correct"] and pred.strip())}
 
 

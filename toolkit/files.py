@@ -1,8 +1,6 @@
 """Files that come with a question, and pages of the web, as text; readers.py says of which kinds.
-
 Nothing outside `files_dir` is opened and no link is followed. Parsers run in a child process with
-limits on memory and time that holds the open file and nothing else.
-"""
+limits on memory and time that holds the open file and nothing else."""
 
 import contextlib
 import json
@@ -20,18 +18,14 @@ from toolkit.sandbox import ToolError, ToolFault
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MOST_PAGE = 10 << 20  # bytes of a page of the web, before and after unpacking
 MEMORY = 2 << 30  # bytes of address space of a reader
-CHILD = (
-    f"import json, sys; sys.path.insert(0, {ROOT!r}); from toolkit.readers import child; "
-    "child(json.loads(sys.argv[1]))"
-)
+CHILD = f"import json, sys; sys.path.insert(0, {ROOT!r}); from toolkit.readers import child; "
+CHILD += "child(json.loads(sys.argv[1]))"
 
 
 def opened(files_dir: str, path: str, most_bytes: int) -> int:
-    """A descriptor of a regular file in `files_dir` of at most `most_bytes`, else ToolError.
-
-    Every component is opened in the one before it, without following links and without any effect
-    on devices and pipes (O_PATH); what was looked at is what is then opened for reading, however
-    the folder changes in between."""
+    """A descriptor of a regular file in `files_dir` of at most `most_bytes`, else ToolError. Each
+    component is opened in the one before it, without following links or waking devices and pipes
+    (O_PATH); what was looked at is what is then read, however the folder changes in between."""
     shown, parts = repr(path[:200]), [part for part in path.split("/") if part not in ("", ".")]
     if "\0" in path or len(path) > 4096 or path.startswith("/") or ".." in parts or not parts:
         what = f"{shown} is not inside the folder of files"
@@ -63,26 +57,21 @@ def opened(files_dir: str, path: str, most_bytes: int) -> int:
 
 
 def file_to_text(files_dir: str, path: str, *, seconds: float = 30.0, chars: int = 200_000) -> str:
-    """The text of a file in `files_dir`, up to `chars` characters and with a note if there is more.
-
-    Read by what the file is, not by its name; a member of an archive is "a.zip::b.csv", an archive
-    alone lists its members. XML is shown as written, no entity is ever expanded; a formula is shown
-    where its value is not stored. ToolError for what cannot be read, within about `seconds`;
-    ToolFault if the reader does not start."""
+    """The text of a file in `files_dir`, up to `chars` characters and with a note if there is more:
+    by what it is, not by its name; a member of an archive is "a.zip::b.csv", an archive alone lists
+    its members. XML is shown as written, no entity expanded; a formula where no value is stored.
+    ToolError for what cannot be read within about `seconds`; ToolFault if no reader starts."""
     outer, *members = path.split("::")
     given = {"do": "file", "name": outer, "members": members, "chars": chars}
     with os.fdopen(opened(files_dir, outer, MOST_BYTES), "rb") as file:
         return in_child(file.fileno(), given, seconds)["text"]
 
 
-def page_to_text(
-    body: bytes, url: str, *, packed: str = "", charset: str = "", seconds: float, chars: int
-) -> tuple[str, str]:
+def page_to_text(body, url: str, *, packed="", charset="", seconds, chars) -> tuple[str, str]:
     """(title, text and links) of what stood at `url`: HTML, or what file_to_text reads; errors too.
-
     `packed` and `charset` are what the server said; the child undoes both, where all work ends."""
-    given = {"do": "page", "name": "page", "members": [], "chars": chars, "url": url}
-    given |= {"packed": packed, "charset": charset, "most": MOST_PAGE}
+    given = dict(do="page", name="page", members=[], chars=chars, url=url, most=MOST_PAGE)
+    given |= dict(packed=packed, charset=charset)
     with os.fdopen(os.memfd_create("page"), "w+b") as file:
         file.write(body)
         file.seek(0)
@@ -107,9 +96,8 @@ def in_child(fd: int, given: dict, seconds: float) -> dict:
 @contextlib.contextmanager
 def running(fd: int, given: dict, deadline: float):
     """A child that works on the open file: yields the pipe of its answer, kills it in the end."""
-    seconds = max(0.0, deadline - time.monotonic())
-    given = json.dumps(given | {"seconds": seconds, "memory": MEMORY})
-    command = [sys.executable, "-B", "-E", "-s", "-c", CHILD, given]
+    given = given | dict(seconds=max(0.0, deadline - time.monotonic()), memory=MEMORY)
+    command = [sys.executable, "-B", "-E", "-s", "-c", CHILD, json.dumps(given)]
     ends = dict(stdin=fd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/")
     ends["env"] = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     try:

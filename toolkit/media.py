@@ -1,8 +1,6 @@
-"""Images and recordings that come with a question, through OpenAI-compatible endpoints.
-
-A file is sent as what its header says it is, within limits on bytes, pixels and seconds that are
-checked before. Each endpoint has an address, a model and a key of its own; a key is sent to its own
-host only and no redirect is followed:
+"""Images and recordings that come with a question, through OpenAI-compatible endpoints. A file is
+sent as what its header says it is, within limits on bytes, pixels and seconds. Each endpoint has an
+address, a model and a key of its own, which is sent to its own host only, and never redirected:
 
     VISION_URL, VISION_MODEL, VISION_API_KEY    chat completions with an image, for describe_image
     SPEECH_URL, SPEECH_MODEL, SPEECH_API_KEY    audio/transcriptions, for transcribe_audio
@@ -29,25 +27,21 @@ AUDIO_TYPES = {"mp3": "audio/mpeg", "m4a": "audio/mp4"}  # others are audio/KIND
 
 def image_size(body: bytes) -> tuple[str, int, int]:
     """(type, width, height) of a png, jpeg, gif or webp image, which stays packed; ToolError."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None  # whoever asks for a size has a limit of their own
     try:
         image = Image.open(io.BytesIO(body), formats=("PNG", "JPEG", "GIF", "WEBP"))
-    except UnidentifiedImageError as error:
-        raise ToolError("The file is no png, jpeg, gif or webp image, or is damaged.") from error
     except Exception as error:  # a damaged header fails in any way
-        raise ToolError(f"The image is damaged: {error}") from error
+        raise ToolError("The file is no png, jpeg, gif or webp image, or is damaged.") from error
     kind = image.format.lower()
     return ("jpeg" if kind == "mpo" else kind), *image.size
 
 
 def describe_image(files_dir: str, path: str, question: str, *, seconds: float) -> str:
-    """The vision endpoint's answer to `question` about a png, jpeg, gif or webp in `files_dir`.
-
-    The image goes as it is, in a data URI of its true type. ToolError for a file that is no such
-    image, that has more than 20 MB or 50 million pixels, or that the endpoint does not take;
-    ToolFault if the endpoint fails or is not set."""
+    """The vision endpoint's answer to `question` about a png, jpeg, gif or webp in `files_dir`,
+    sent as it is. ToolError for a file that is no such image, has more than 20 MB or 50 million
+    pixels, or is not taken by the endpoint; ToolFault if that fails or is not set."""
     with _open(files_dir, path, MOST_IMAGE_BYTES) as stream:
         body = stream.read(MOST_IMAGE_BYTES)
     kind, width, height = image_size(body)
@@ -62,12 +56,10 @@ def describe_image(files_dir: str, path: str, question: str, *, seconds: float) 
 
 
 def transcribe_audio(files_dir: str, path: str, *, seconds: float) -> str:
-    """The words of a wav, mp3, flac, ogg or m4a recording in `files_dir`, from the speech endpoint.
-
-    A long one is sent in pieces of up to ten minutes: wav by itself, the others through ffmpeg.
-    ToolError for a file that is no such recording, that has more than 100 MB or two hours, or that
-    the endpoint does not take; ToolFault if the endpoint fails or is not set, or if a long
-    recording needs an ffmpeg that is not there."""
+    """The words of a wav, mp3, flac, ogg or m4a recording in `files_dir`, from the speech endpoint;
+    a long one is sent in pieces of up to ten minutes: wav by itself, the others through ffmpeg.
+    ToolError for a file that is no such recording, has more than 100 MB or two hours, or is not
+    taken by the endpoint; ToolFault if that fails or is not set, or a needed ffmpeg is missing."""
     deadline = time.monotonic() + seconds
     with _open(files_dir, path, MOST_AUDIO_BYTES) as stream:
         found = in_child(stream.fileno(), {"do": "audio"}, seconds)

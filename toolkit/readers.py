@@ -1,7 +1,5 @@
-"""What files.py runs in its child: documents, tables, archives and HTML as text.
-
-A reader takes (stream, chars) and yields pieces of text; kind_of chooses it by the first bytes.
-"""
+"""What files.py runs in its child: documents, tables, archives and HTML as text. A reader takes
+(stream, chars) and yields pieces of text; kind_of chooses it by the first bytes."""
 
 import codecs
 import contextlib
@@ -235,9 +233,8 @@ def _html(stream, chars: int) -> Iterator[str]:
 
 def html_text(text: str, url: str, chars: int) -> tuple[str, str]:
     """(title, text) of HTML: of a page at `url` main text and links, of a file whatever it says.
-
-    The main text, which trafilatura finds, gives way to all words of a page where it is short (a
-    list, a form), and of a file where it leaves out more than a fifth."""
+    The main text, by trafilatura, gives way to all words of a page where it is short (a list, a
+    form), and of a file where it leaves out more than a fifth."""
     import trafilatura
 
     tree, note = _tree(text)
@@ -295,9 +292,6 @@ def _words(tree) -> str:
         part.tail = ("\t" if part.tag in ("td", "th") else "\n") + (part.tail or "")
     lines = (re.sub("[ \r\f\v]+", " ", line).strip() for line in tree.text_content().split("\n"))
     return "\n".join(line for line in lines if line)
-
-
-# --------------------------------------------------------------------------- documents and archives
 
 
 def _pdf(stream, chars: int) -> Iterator[str]:

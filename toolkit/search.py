@@ -102,9 +102,8 @@ def docs_index(docs: tuple[tuple[str, str], ...]) -> Index:
 
 
 class Corpus(Index):
-    """BM25 over a file of `{"id", "title", "text", "url"?}` rows, one a line. The index is kept
-    beside it (`.bm25.npz`) and built again when the file has changed; texts are read from the file
-    when they are found."""
+    """BM25 over a file of `{"id", "title", "text", "url"?}` rows, one a line, which are read when
+    they are found. The index is kept beside it (`.bm25.npz`) until the file has changed."""
 
     VERSION = 1  # raise it when `words` or the arrays change
 

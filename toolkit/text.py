@@ -22,8 +22,7 @@ MARKED = re.compile(f"[{CONTROLS}\r\u200e\u200f\u2028\u2029\ufeff]|{STACKED}")
 
 
 def clean(text: str) -> str:
-    """Text that a terminal, a page and a JSON file can show: no control codes, no lone surrogates,
-    \\n at line ends."""
+    """Text for terminals, pages and JSON: no control codes, no lone surrogates, \\n ends lines."""
     text = UNSEEN.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     return text.encode("utf-8", "replace").decode()
 

@@ -1,7 +1,5 @@
 """The web for the tools: guarded HTTP, pages as text, search, a cache with replay, a block list.
-
-What it needs comes from the environment; a key is sent to its own host only and no redirect is
-followed with it.
+What it needs comes from the environment; a key is sent to its own host only, never redirected.
 
     SERPER_API_KEY | BRAVE_API_KEY | TAVILY_API_KEY | SEARXNG_URL  a search provider
         (SEARCH_PROVIDER=name if several)
@@ -27,7 +25,6 @@ import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from http.client import responses
 from pathlib import Path
 
 from urllib3.filepost import encode_multipart_formdata
@@ -48,8 +45,7 @@ VERSION = 2  # of what the cache holds: raise it when the reading of pages or re
 # ----------------------------------------------------- addresses: what a URL of the model may reach
 
 # `is_global` lets them pass, but they lead to private hosts or to the cloud around us: protocol
-# assignments, relays of 6to4, Azure's wire server; Teredo, 6to4. Of IPv6 only 2000::/3 is open: no
-# NAT64, and of mapped forms only one.
+# assignments, relays of 6to4, Azure's wire server; Teredo, 6to4. Of IPv6 only 2000::/3 is open.
 CLOSED = "192.0.0.0/24 192.88.99.0/24 168.63.129.16 2001::/23 2002::/16 2000::/3"
 *CLOSED, GLOBAL_UNICAST = map(ipaddress.ip_network, CLOSED.split())
 
@@ -60,10 +56,8 @@ def is_public(address: str) -> bool:
         return False
     ip = ipaddress.ip_address(address)
     ip = getattr(ip, "ipv4_mapped", None) or ip
-    if ip.version == 6 and ip not in GLOBAL_UNICAST:
-        return False
-    special = ip.is_multicast or ip.is_reserved or any(ip in net for net in CLOSED)
-    return ip.is_global and not special
+    closed = ip.version == 6 and ip not in GLOBAL_UNICAST or any(ip in net for net in CLOSED)
+    return ip.is_global and not (closed or ip.is_multicast or ip.is_reserved)
 
 
 @dataclass(frozen=True)
@@ -78,8 +72,7 @@ class Target:
 
 
 def look_up(host: str, port: int, type: int, seconds: float = LOOK_UP_S) -> list:
-    """As socket.getaddrinfo, in a process that can be killed: a name server that the model chose
-    with the host may keep one waiting."""
+    """As socket.getaddrinfo, in a process that can be killed: the model chose the name server."""
     command, how = ["getent", "ahosts", "--", host], dict(capture_output=True, text=True)
     try:
         said = subprocess.run(command, **how, timeout=max(seconds, 0)).stdout
@@ -158,9 +151,7 @@ HEADERS = {"User-Agent": "Mozilla/5.0 (compatible; Reagent)", "Accept-Encoding":
 HEADERS["Accept"] = "text/html,application/pdf,*/*;q=0.5"
 
 
-def fetch(
-    url, *, seconds: float, most_bytes=MOST_BYTES, allow=frozenset(), resolve=look_up
-) -> Page:
+def fetch(url, *, seconds, most_bytes=MOST_BYTES, allow=frozenset(), resolve=look_up) -> Page:
     """Opens a page in `seconds`, each redirect checked as the URL is. ToolError | ToolFault."""
     deadline, hops = time.monotonic() + seconds, []
     while len(hops) <= MOST_REDIRECTS:
@@ -175,8 +166,7 @@ def fetch(
         onward = got.headers.get("location") if got.status in (301, 302, 303, 307, 308) else None
         if onward is None:
             if not 200 <= got.status < 300:
-                what = f"{got.status} {responses.get(got.status, '')}"
-                raise ToolError(f"{url[:300]} answers {what}.")
+                raise ToolError(f"{url[:300]} answers {got.status}.")
             kind, packed = (got.headers.get(f"content-{x}", "") for x in ("type", "encoding"))
             return Page(target.url, kind, got.body, tuple(hops), packed)
         with contextlib.suppress(UnicodeError):  # raw UTF-8, which http.client reads as latin-1
@@ -191,12 +181,10 @@ OURS = re.compile(r"credit|quota|token|api.?key|unauthori|subscription|plan|bill
 
 
 def api(method, url: str, *, headers: dict, body=None, seconds: float, what: str, share=0.5):
-    """The JSON that a configured endpoint answers; no permission needed, no redirect followed.
-
-    A body goes as JSON, or as it is with a Content-Type in `headers`. One try takes up to `share`
-    of the time that is left. What may pass (429, 5xx, no JSON, no connection) is tried again within
-    `seconds`, then a ToolFault; so are, at once, wrong keys and used-up quotas. A request that the
-    endpoint does not take is a ToolError."""
+    """The JSON that a configured endpoint answers; no redirect is followed. A body goes as JSON, or
+    as it is with a Content-Type in `headers`. One try takes up to `share` of the time that is left.
+    What may pass (429, 5xx, no JSON, no connection) is tried again within `seconds`, then a
+    ToolFault; so are wrong keys and used-up quotas. A request that is not taken is a ToolError."""
     deadline, url = time.monotonic() + seconds, urllib.parse.quote(url, safe=IN_ADDRESSES)
     for attempt in range(TRIES):
         left = deadline - time.monotonic()
@@ -275,16 +263,10 @@ def provider_search(name: str, environ, query: str, top_k: int, seconds: float) 
     found = api(method, url, headers=headers.get(name, bearer(key)), body=body, **what)
     for step in where.split("/"):
         found = found.get(step) or {} if isinstance(found, dict) else {}
-
-    def plain(words):
-        return html.unescape(re.sub(r"</?[a-z][^>]{0,200}>", "", str(words or "")))
-
     hits = [hit for hit in found if isinstance(hit, dict)] if isinstance(found, list) else []
-    texts = [[hit.get(each) for each in (title, address, text)] for hit in hits[:top_k]]
-    return [[plain(head), str(to or ""), plain(body)] for head, to, body in texts]
-
-
-# --------------------------------------------------------------------- the block list and the cache
+    texts = [[str(hit.get(each) or "") for each in (title, address, text)] for hit in hits[:top_k]]
+    tag, plain = re.compile(r"</?[a-z][^>]{0,200}>"), html.unescape
+    return [[plain(tag.sub("", head)), to, plain(tag.sub("", body))] for head, to, body in texts]
 
 
 class Blocklist:
@@ -319,8 +301,7 @@ class Blocklist:
 
 class Cache:
     """Answers on disk by (tool, arguments, version), safe under threads and processes. The version
-    holds the settings (which provider, which summariser); a replay takes those of the last recorded
-    answer, so it does as that run did, whatever keys it has itself."""
+    is the settings (provider, summariser): a replay takes those of the last answer recorded."""
 
     def __init__(self, path: str, settings: dict, replay: bool):
         self.path, self.replay, self.settings = path, replay, {"version": VERSION} | settings
@@ -347,9 +328,8 @@ class Cache:
             raise ToolFault(f"the cache {self.path}: {error}") from error
 
     def through(self, tool: str, arguments: dict, compute: Callable):
-        """The recorded answer, else compute()'s, which is recorded. An error is recorded for
-        replays alone: a page that is missing today is tried again tomorrow, but a replay answers as
-        the recorded run did. A fault never is."""
+        """The recorded answer, else compute()'s, which is recorded; an error for replays alone,
+        since what is missing today may be there tomorrow; a fault never."""
         key = (tool, *(json.dumps(each, sort_keys=True) for each in (arguments, self.settings)))
         where = "SELECT status, value FROM calls WHERE tool = ? AND arguments = ? AND version = ?"
         status, value = self._execute(where, *key) or ("", "")
@@ -368,8 +348,6 @@ class Cache:
             raise ToolError(value)
         return value
 
-
-# --------------------------------------------------------------------------------- the web of a run
 
 SUMMARY_PROMPT = (
     "You read a web page for someone who looks for something on it. Answer from the page alone, in "
@@ -441,9 +419,9 @@ class Web:
 
         def ask():
             page = f"Looked for: {query}\n\nThe page {url}:\n<page>\n{text}\n</page>"
-            turns = [("system", SUMMARY_PROMPT), ("user", page)]
-            messages = [{"role": role, "content": said} for role, said in turns]
-            body = {"temperature": 0, "max_tokens": 2000, "messages": messages}
+            said = [("system", SUMMARY_PROMPT), ("user", page)]
+            body = {"messages": [{"role": role, "content": words} for role, words in said]}
+            body |= {"temperature": 0, "max_tokens": 2000}
             try:
                 return asked("summary", body, seconds, self.environ) or "(nothing)"
             except ToolError as error:  # never the model's doing
