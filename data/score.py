@@ -76,6 +76,8 @@ def answer_of(row: dict, file: str, place: int, cfg: Config) -> Answer:
         (n for n in names if n in DATASETS), names[0] or Path(file).resolve().parent.name
     )
     said = row["correct"] if "correct" in row else verdict_of_release(row)
+    if said is None and row.get("error"):  # the release's "[Failed]"
+        pred, said = "", False
     known = DATASETS[dataset].scorer if dataset in DATASETS else SCORER_OF_KIND.get(row.get("kind"))
     scorer = row.get("scorer") or known or cfg.scorer or ("" if said is None else "judge")
     scorer = "judge" if cfg.judged == "all" else scorer
@@ -103,7 +105,10 @@ def read_answers(path: str, cfg: Config) -> list[Answer]:
             return str(error)
 
     rows = JsonlRows(path, check, unique=False)
-    return [answer_of(row, path, n, cfg) for n, row in enumerate(rows)]
+    answers = [(row.get("error"), answer_of(row, path, n, cfg)) for n, row in enumerate(rows)]
+    done = {each.key for error, each in answers if not error}
+    # the release's next call writes a chain that failed once more, behind its failure
+    return [each for error, each in answers if not error or each.key not in done]
 
 
 def set_correct(answers: list[Answer], cfg: Config) -> str:

@@ -65,6 +65,17 @@ def test_files_of_the_release_keep_their_judges_score(tmp_path, capsys):
     assert "| 2 | 2 | 75.0 [" in told and told.splitlines()[-1].count("100.0 [") == 1  # pass@2
 
 
+def test_a_chain_of_the_release_that_failed_is_wrong_and_counted_once_when_tried_again(
+    tmp_path, capsys
+):
+    failed = {"answer": "a", "prediction": "[Failed]", "error": "Timeout (>1800s)", "messages": []}
+    judged = {"question": "Q0", "answer": "a", "prediction": "b", "auto_judge": {"score": 1}}
+    rows = [failed | {"question": "Q0"}, judged, failed | {"question": "Q1"}]
+    write(tmp_path / "iter1.jsonl", rows)
+    evaluate.command(["score", str(tmp_path)])
+    assert "| 2 | 2 | 50.0 [" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "line, problem", [({"id": "1", "gold": "x"}, "no answer"), ({"pred": "x"}, "no reference")]
 )
