@@ -79,8 +79,8 @@ atlas: data/atlas/model/config.json
 	$(PY) data/trial.py config/trial_atlas_135m.py --agents=$(ATLAS)/sft/step-000100,$(ATLAS)/u/step-000040 --closed_book
 
 atlas-smoke: data/atlas/model/config.json
-	$(PY) sft.py config/sft_atlas_135m.py --steps=3 --rows_per_step=2 --warmup_steps=1 --tokens_per_microbatch=1536 --out_dir=$(ATLAS)/smoke/sft
-	$(PY) grpo_unified.py config/grpo_unified_atlas_135m.py --model=$(ATLAS)/smoke/sft/step-000003 --engine=hf --eval_data= --tokens_per_microbatch=2560 \
+	$(PY) sft.py config/sft_atlas_135m.py --steps=3 --rows_per_step=2 --warmup_steps=1 --policy.tokens_per_microbatch=1536 --out_dir=$(ATLAS)/smoke/sft
+	$(PY) grpo_unified.py config/grpo_unified_atlas_135m.py --model=$(ATLAS)/smoke/sft/step-000003 --engine=hf --eval_data= --policy.tokens_per_microbatch=2560 \
 	  --steps=1 --prompts_per_step=2 --prompts_per_minibatch=2 --group_size=2 --max_turns=2 --max_new_tokens_per_turn=48 --out_dir=$(ATLAS)/smoke/u
 
 lint: .venv/test-installed

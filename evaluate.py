@@ -111,12 +111,14 @@ MAY_CHANGE = set(
 )
 
 
+RULES = """endpoint=auto|completions|chat judged=table|all|none top_p>0 top_p<=1 timeout_s>0
+max_tokens_per_attempt>0 engine.tensor_parallel>0 engine.memory_share<=1 rrm.memory_share<=1"""
+
+
 def check_config(cfg: Config) -> None:
     engines.engine_class(cfg.engine.kind)
     config.prompt_facts(cfg)  # a missing file is told before any work
-    config.check_choices(cfg, endpoint="auto completions chat", judged="table all none")
-    bounds = "top_p>0 top_p<=1 max_tokens_per_attempt>0 timeout_s>0 engine.tensor_parallel>0"
-    config.check_numbers(cfg, bounds + " engine.memory_share<=1 rrm.memory_share<=1")
+    config.check_values(cfg, RULES)
     if cfg.refine and not cfg.rrm.source:
         raise SystemExit("--refine needs the reward model whose critique is read: --rrm=FOLDER|URL")
     cfg.rrm.check(cfg.timeout_s)

@@ -33,11 +33,13 @@ import torch.distributed as dist
 import rollout
 from reagent import engines, reward_model
 from reagent.chat import Chat
-from reagent.config import check_choices, check_numbers, parse_config, prompt_facts, read_prompt
+from reagent.config import check_values, parse_config, prompt_facts, read_prompt
 from reagent.critiques import leak_shares
 from reagent.engines import EngineConfig
 from reagent.memory import plan_memory
 from reagent.policy import (
+    POLICY_RULES,
+    PolicyConfig,
     Sequence,
     backward,
     balance,
@@ -102,19 +104,13 @@ class Config:
     max_dlogp: float = 0.05
     # engine and memory
     engine: EngineConfig = EngineConfig()
-    attention: str = "auto"  # torch | flash | cudnn | auto: on a GPU what is faster when it starts
-    lora_rank: int = 0  # of adapters beside all linear layers of the blocks; 0: all weights train
-    tokens_per_microbatch: int = 28_000
-    checkpoint_activations: bool = True
-    cpu_offload: bool = False  # parameters, gradients and moments on the host
-    shard_ranks: int = 0  # HSDP; 0: all ranks share one copy
+    policy: PolicyConfig = PolicyConfig()
     # run
     seed: int = 0
     out_dir: str = "out/u"
     eval_interval: int = 20  # steps; two decoded episodes are printed as often
     save_interval: int = 20  # steps
     keep_last: int = 2  # checkpoints besides the best
-    save_dtype: str = "auto"  # of its Hugging Face folder: bf16 | fp32 | auto: bf16 on a GPU
     timeout_s: float = 3600.0  # seconds that ranks wait for each other, rollouts included
     wandb: bool = False
     check: bool = False  # stop after all checks, before anything heavy; writes nothing
@@ -417,21 +413,17 @@ def learning_rate(step: int, cfg) -> float:
     return cfg.lr * (1 - (1 - cfg.lr_end) * step / max(cfg.steps - 1, 1))
 
 
-BOUNDS = (
-    "prompts_per_step>0 prompts_per_minibatch>0 group_size>0 temperature>0 max_context>0 "
-    "max_new_tokens_per_turn>0 max_tokens_per_attempt>0 tokens_per_microbatch>0 max_grad_norm>0 "
-    "eval_interval>0 save_interval>0 timeout_s>0 engine.tensor_parallel>0 engine.memory_share<=1 "
-    "rrm.memory_share<=1"
-)
+RULES = f"""variant=u|r|rule pool=joint|per_stage drop=equal|rule_equal|release
+loss_agg=seq_mean|token_mean old_logps=sampler|recomputed prompts_per_step>0 group_size>0
+prompts_per_minibatch>0 temperature>0 max_context>0 max_new_tokens_per_turn>0
+max_tokens_per_attempt>0 max_grad_norm>0 eval_interval>0 save_interval>0 timeout_s>0
+engine.tensor_parallel>0 engine.memory_share<=1 rrm.memory_share<=1 {POLICY_RULES}"""
 
 
 def check_config(cfg: Config) -> None:
     engines.engine_class(cfg.engine.kind)
     prompt_facts(cfg)  # a missing file is told before any work
-    check_choices(cfg, variant="u r rule", pool="joint per_stage", drop="equal rule_equal release")
-    check_choices(cfg, attention="auto torch flash cudnn")
-    check_choices(cfg, loss_agg="seq_mean token_mean", old_logps="sampler recomputed")
-    check_numbers(cfg, BOUNDS)
+    check_values(cfg, RULES)
     if cfg.variant != "u" and cfg.group_size < 2:
         raise SystemExit("group_size = 1: a pool of one attempt has no spread and trains nothing")
     if cfg.prompts_per_step % cfg.prompts_per_minibatch:
@@ -600,7 +592,7 @@ def main(cfg: Config) -> None:
             for q in pools:
                 chosen += episodes[q * cfg.group_size : (q + 1) * cfg.group_size]
             sequences = training_sequences(chosen, advantages[pools], cfg.group_size, cfg.loss_agg)
-            dealt = balance(sequences, run.world, cfg.tokens_per_microbatch)
+            dealt = balance(sequences, run.world, cfg.policy.tokens_per_microbatch)
             minibatches.append(dealt[run.rank])
         with run.phase(f"the update of step {step + 1}"):
             done = update(policy, optimizer, minibatches, cfg, run, reference)

@@ -21,9 +21,11 @@ from functools import partial
 import torch
 
 from reagent.chat import Chat, check_messages
-from reagent.config import check_choices, check_numbers, parse_config
+from reagent.config import check_values, parse_config
 from reagent.memory import plan_memory
 from reagent.policy import (
+    POLICY_RULES,
+    PolicyConfig,
     Sequence,
     backward,
     balance,
@@ -58,20 +60,13 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.999
     max_grad_norm: float = 1.0
-    # memory
-    attention: str = "auto"  # torch | flash | cudnn | auto: on a GPU what is faster when it starts
-    lora_rank: int = 0  # of adapters beside all linear layers of the blocks; 0: all weights train
-    tokens_per_microbatch: int = 32_768  # tokens one rank packs into one forward
-    checkpoint_activations: bool = True
-    cpu_offload: bool = False  # parameters, gradients and moments on the host
-    shard_ranks: int = 0  # HSDP: ranks that share one copy of the parameters; 0: all
+    policy: PolicyConfig = PolicyConfig(tokens_per_microbatch=32_768)
     # run
     seed: int = 0
     out_dir: str = "out/sft"
     log_interval: int = 1  # steps
     save_interval: int = 500  # steps; the last step is always saved
     keep_last: int = 2  # checkpoints; 0: all
-    save_dtype: str = "auto"  # of its Hugging Face folder: bf16 | fp32 | auto: bf16 on a GPU
     timeout_s: float = 1800.0  # seconds that ranks wait for each other
     wandb: bool = False
     check: bool = False  # stop after all checks, before anything heavy; writes nothing
@@ -104,7 +99,7 @@ def update(policy, optimizer, rows: list[Sequence], cfg: Config, run: Run) -> tu
     if not trained:
         return 0.0, 0.0
     total = 0.0
-    mine = balance(rows, run.world, cfg.tokens_per_microbatch)[run.rank]
+    mine = balance(rows, run.world, cfg.policy.tokens_per_microbatch)[run.rank]
     for microbatch in each_microbatch(policy, mine):
         logps, _ = policy(collate(microbatch, (), run.device))
         loss = -logps.sum() / trained
@@ -118,16 +113,13 @@ def update(policy, optimizer, rows: list[Sequence], cfg: Config, run: Run) -> tu
     return total, norm
 
 
-BOUNDS = (
-    "rows_per_step>0 max_tokens_per_row>0 tokens_per_microbatch>0 max_grad_norm>0 beta1<1 beta2<1 "
-    "log_interval>0 save_interval>0 timeout_s>0"
-)
+RULES = f"""rows_per_step>0 max_tokens_per_row>0 max_grad_norm>0 beta1<1 beta2<1
+log_interval>0 save_interval>0 timeout_s>0 {POLICY_RULES}"""
 
 
 def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data
-    check_numbers(cfg, BOUNDS)
-    check_choices(cfg, attention="auto torch flash cudnn")
+    check_values(cfg, RULES)
     say(f"reading {cfg.data}")
     JsonlRows(cfg.data, check_row)  # what is wrong without a model is told before one is fetched
     chat = load_chat(cfg.model, cfg.chat_template)

@@ -38,11 +38,13 @@ import torch
 
 from reagent import reward_model
 from reagent.chat import Chat
-from reagent.config import check_choices, check_numbers, parse_config
+from reagent.config import check_values, parse_config
 from reagent.critiques import MOST_WORDS, leaks, name_agreement, names, prose
 from reagent.engines import EngineConfig, make_engine, rest, run_together
 from reagent.memory import plan_memory
 from reagent.policy import (
+    POLICY_RULES,
+    PolicyConfig,
     Sequence,
     backward,
     balance,
@@ -96,12 +98,7 @@ class Config:
     max_dlogp: float = 0.05  # mean |logp(sampler) - logp(trainer)| beyond which a step is skipped
     # engine and memory
     engine: EngineConfig = EngineConfig()
-    attention: str = "auto"  # torch | flash | cudnn | auto: on a GPU what is faster when it starts
-    lora_rank: int = 0  # of adapters beside all linear layers of the blocks; 0: all weights train
-    tokens_per_microbatch: int = 28_000
-    checkpoint_activations: bool = True
-    cpu_offload: bool = False  # parameters, gradients and moments on the host
-    shard_ranks: int = 0  # HSDP; 0: all ranks share one copy
+    policy: PolicyConfig = PolicyConfig()
     # run
     seed: int = 0
     out_dir: str = "out/rrm"
@@ -109,7 +106,6 @@ class Config:
     eval_interval: int = 100
     save_interval: int = 100
     keep_last: int = 2
-    save_dtype: str = "auto"  # of its Hugging Face folder: bf16 | fp32 | auto: bf16 on a GPU
     timeout_s: float = 3600.0
     wandb: bool = False
     check: bool = False  # stop after all checks, before anything heavy; writes nothing
@@ -246,7 +242,7 @@ def update(policy, optimizer, sequences: list, total_weight: float, cfg: Config,
         return {"loss": 0.0, "grad_norm": 0.0, "skipped": ""}
     grpo, loss_sum, gap, compared, skipped = cfg.stage == "grpo", 0.0, 0.0, 0, ""
     columns = ("advantage", "weight", "sampler_logps") if grpo else ("weight",)
-    mine = balance(sequences, run.world, cfg.tokens_per_microbatch)[run.rank]
+    mine = balance(sequences, run.world, cfg.policy.tokens_per_microbatch)[run.rank]
     for microbatch in each_microbatch(policy, mine):
         batch = collate(microbatch, columns, run.device)
         logps, _ = policy(batch, cfg.temperature if grpo else 1.0)
@@ -271,15 +267,14 @@ def update(policy, optimizer, sequences: list, total_weight: float, cfg: Config,
     return line | ({"dlogp/mean": dlogp} if grpo else {})
 
 
-BOUNDS = """judgments_per_step>0 group_size>1 temperature>0 max_judgment_tokens>0 max_context>0
-max_tokens_per_row>0 tokens_per_microbatch>0 max_grad_norm>0 log_interval>0 eval_interval>0
-save_interval>0 timeout_s>0 engine.tensor_parallel>0 engine.memory_share<=1 leak_penalty<=1"""
+RULES = f"""stage=sft|grpo judgments_per_step>0 group_size>1 temperature>0 max_judgment_tokens>0
+max_context>0 max_tokens_per_row>0 max_grad_norm>0 log_interval>0 eval_interval>0 save_interval>0
+timeout_s>0 engine.tensor_parallel>0 engine.memory_share<=1 leak_penalty<=1 {POLICY_RULES}"""
 
 
 def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- data
-    check_numbers(cfg, BOUNDS)
-    check_choices(cfg, stage="sft grpo", attention="auto torch flash cudnn")
+    check_values(cfg, RULES)
     reward_model.read_rrm_prompt(cfg.prompt_file, cfg.request_file)  # before any work
     check = reward_model.check_rrm_row
     eval_rows = list(JsonlRows(cfg.eval_data, check)) if cfg.eval_data else []

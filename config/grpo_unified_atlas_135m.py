@@ -18,8 +18,7 @@ lr = 2e-5  # at 1e-4 a quarter of the attempts ended at the turn limit
 lr_end = 0.1
 steps = 40
 engine = dict(kind="vllm", sleep=False, memory_share=0.3)
-tokens_per_microbatch = 17_500
-checkpoint_activations = False
+policy = dict(tokens_per_microbatch=17_500, checkpoint_activations=False)
 eval_interval = 20
 save_interval = 20
 out_dir = "out/atlas/u"

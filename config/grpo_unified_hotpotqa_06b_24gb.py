@@ -13,6 +13,6 @@ max_tokens_per_attempt = 4096
 max_context = 10_240
 lr = 1e-6
 steps = 200
-tokens_per_microbatch = 10_240
+policy = dict(tokens_per_microbatch=10_240)
 engine = dict(memory_share=0.5)
 out_dir = "out/hotpotqa_06b_24gb"

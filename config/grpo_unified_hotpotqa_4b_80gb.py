@@ -13,7 +13,6 @@ max_tokens_per_attempt = 4096
 max_context = 10_240
 lr = 1e-5  # about ten times that of all weights
 steps = 200
-lora_rank = 32
-tokens_per_microbatch = 20_480
+policy = dict(lora_rank=32, tokens_per_microbatch=20_480)
 engine = dict(memory_share=0.6)
 out_dir = "out/hotpotqa_4b_80gb"

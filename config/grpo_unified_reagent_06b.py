@@ -5,7 +5,7 @@ prompts_per_minibatch = 4
 max_tokens_per_attempt = 8000
 max_context = 20_000
 engine = dict(memory_share=0.4, sleep=False)
-tokens_per_microbatch = 16_384
+policy = dict(tokens_per_microbatch=16_384)
 out_dir = "out/u_06b"
 # the prompts that stand in the rows of the released sets (data/reagent/prepare.py)
 prompt_file = "data/reagent/prompts/sft.system.txt"

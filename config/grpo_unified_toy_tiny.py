@@ -19,8 +19,7 @@ lr_end = 0.1
 steps = 40
 max_dlogp = 5e-3  # fp32 stays under 1e-4; bf16 on a GPU began at .0011 and fell to .0002
 engine = "hf"
-tokens_per_microbatch = 16_384
-checkpoint_activations = False
+policy = dict(tokens_per_microbatch=16_384, checkpoint_activations=False)
 eval_interval = 20
 save_interval = 20
 timeout_s = 300.0

@@ -6,8 +6,7 @@ steps = 250
 lr = 3e-3
 warmup_steps = 20
 max_tokens_per_row = 1024
-tokens_per_microbatch = 16_384
-checkpoint_activations = False
+policy = dict(tokens_per_microbatch=16_384, checkpoint_activations=False)
 save_interval = 1000
 log_interval = 50
 timeout_s = 120.0

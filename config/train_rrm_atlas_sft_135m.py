@@ -11,8 +11,7 @@ lr_end = 0.1
 max_judgment_tokens = 160
 max_context = 2560
 engine = dict(kind="vllm", sleep=False, memory_share=0.3)
-tokens_per_microbatch = 17_500
-checkpoint_activations = False
+policy = dict(tokens_per_microbatch=17_500, checkpoint_activations=False)
 eval_interval = 125
 save_interval = 125
 out_dir = "out/atlas/rrm_sft"

@@ -11,8 +11,7 @@ max_judgment_tokens = 48
 max_context = 1024
 max_dlogp = 5e-3  # room for bf16 on a GPU
 engine = "hf"
-tokens_per_microbatch = 16_384
-checkpoint_activations = False
+policy = dict(tokens_per_microbatch=16_384, checkpoint_activations=False)
 eval_interval = 10
 save_interval = 30
 timeout_s = 300.0

@@ -12,8 +12,7 @@ verdict_weight = 4.0
 max_judgment_tokens = 48
 max_context = 1024
 engine = "hf"
-tokens_per_microbatch = 16_384
-checkpoint_activations = False
+policy = dict(tokens_per_microbatch=16_384, checkpoint_activations=False)
 eval_interval = 1000
 log_interval = 50
 save_interval = 1000

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import rollout
 from data.at_work import Common, agent_at_work
 from reagent import engines, reward_model
-from reagent.config import check_choices, parse_config
+from reagent.config import check_values, parse_config
 from reagent.critiques import leaks
 from reagent.folder import read_json, write_whole
 from reagent.reward_model import RewardModelConfig, check_judged_row, row_trajectory
@@ -288,7 +288,7 @@ def chat_of(cfg: AnnotateConfig):
 
 def annotate(cfg: AnnotateConfig) -> None:
     """Attempts, then rows of one kind, written whole at the end, and the table."""
-    check_choices(cfg, make="rrm sft rl")
+    check_values(cfg, "make=rrm|sft|rl")
     for key, given in (("agents", cfg.agents), ("teacher", cfg.teacher.source)):
         if not given and (key == "agents" or cfg.make == "rrm"):
             raise SystemExit(f"annotate needs --{key}")

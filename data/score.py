@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from reagent.config import check_choices, parse_config
+from reagent.config import check_values, parse_config
 from reagent.rows import JsonlRows
 from reagent.scorers import SCORER_OF_KIND, score, unknown
 from results.benchmarks import DATASETS
@@ -206,7 +206,7 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(keys) or not paths:
         print(__doc__)
     cfg = parse_config(Config, keys)
-    check_choices(cfg, judged="table all")
+    check_values(cfg, "judged=table|all")
     if not paths:
         raise SystemExit("score needs files or folders of results")
     if len(paths) == 1 and Path(paths[0]).is_file() and is_plain(paths[0]):

@@ -139,29 +139,24 @@ def _typed(value, kind, where: str):
     raise SystemExit(f"{where} = {value!r} is not of type {name}")
 
 
-def check_choices(cfg, **choices: str) -> None:
-    """Ends the program where a field is none of its words: check_choices(cfg, variant="u r")."""
-    for key, allowed in choices.items():
-        if getattr(cfg, key) not in allowed.split():
-            raise SystemExit(f"{key} = {getattr(cfg, key)!r}: one of {allowed.replace(' ', ', ')}")
-
-
-BOUND = re.compile(r"([\w.]+)(<=|<|>)(\d+)")
+RULE = re.compile(r"([\w.]+)(<=|<|>|=)(\S+)")
 HOLDS = {"<=": operator.le, "<": operator.lt, ">": operator.gt}
 MEANS = {"<=": "at most", "<": "below", ">": "above"}
 
 
-def check_numbers(cfg, bounds: str) -> None:
-    """Ends the program where a number of `cfg` is below 0 or not finite (a seed may be anything),
-    or outside of its bounds: check_numbers(cfg, "lr>0 top_p<=1 engine.tensor_parallel>0").
+def check_values(cfg, rules: str) -> None:
+    """Ends the program where a value breaks its rule, or a number (but a seed) is below 0 or not
+    finite: check_values(cfg, "variant=u|r lr>0 top_p<=1 engine.tensor_parallel>0").
     """
     values = flat(dataclasses.asdict(cfg))
     for key, value in values.items():
         number = type(value) in (int, float) and key != "seed"
         if number and not (math.isfinite(value) and value >= 0):
             raise SystemExit(f"{key} = {value}: not below 0, and finite")
-    for key, sign, bound in BOUND.findall(bounds):
-        if not HOLDS[sign](values[key], int(bound)):
+    for key, sign, bound in RULE.findall(rules):
+        if sign == "=" and values[key] not in bound.split("|"):
+            raise SystemExit(f"{key} = {values[key]!r}: one of {bound.replace('|', ', ')}")
+        if sign != "=" and not HOLDS[sign](values[key], int(bound)):
             raise SystemExit(f"{key} = {values[key]}: {MEANS[sign]} {bound}")
 
 

@@ -42,7 +42,7 @@ def add_lora(hf: nn.Module, rank: int) -> None:
             if type(child) is nn.Linear:
                 setattr(parent, name, LoraLinear(child, rank))
     if not any(weight.requires_grad for weight in hf.parameters()):
-        raise SystemExit("lora_rank: its blocks have no linear layers")
+        raise SystemExit("policy.lora_rank: its blocks have no linear layers")
 
 
 def merged(weight, lora_a, lora_b) -> torch.Tensor:

@@ -13,7 +13,7 @@ CONTEXT = 2.5e9
 DENSE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 CURES = {
     "rollout": "lower engine.memory_share or rrm.memory_share, or serve the reward model elsewhere",
-    "training": "lower tokens_per_microbatch, set checkpoint_activations or take more ranks",
+    "training": "lower policy.tokens_per_microbatch, set policy.checkpoint_activations, add ranks",
     "host": "take more memory or fewer ranks a host",
 }
 
@@ -125,14 +125,14 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None) -> None:
     longest: tokens of a row that stands alone. engine, rrm: the EngineConfig and RewardModelConfig
     of what runs beside the policy.
     """
-    config, cuda = load_config(cfg.model), torch.cuda.is_available()
+    config, cuda, own = load_config(cfg.model), torch.cuda.is_available(), cfg.policy
     if not all(hasattr(config, name) for name in DENSE) or getattr(config, "num_experts", 0):
         print(f"no memory plan for a model of the kind {config.model_type}", flush=True)
         return
     free, card = torch.cuda.mem_get_info() if cuda else (0, 0)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    ranks, total = cfg.shard_ranks or run.world, model_sizes(config)[2]
-    options = dict(tokens=max(cfg.tokens_per_microbatch, longest), width=2 if cuda else 4)
+    ranks, total = own.shard_ranks or run.world, model_sizes(config)[2]
+    options = dict(tokens=max(own.tokens_per_microbatch, longest), width=2 if cuda else 4)
     if engine and cuda:
         weights = 2 * total / engine.tensor_parallel
         vllm = engine.kind == "vllm"
@@ -144,12 +144,12 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None) -> None:
     if rrm and cuda and (rrm.sleep or Path(rrm.source).is_dir()):
         options |= dict(rrm=rrm.memory_share * card, rrm_sleeps=rrm.sleep)
         free = card if rrm.sleep else free  # its servers may be awake
-    options |= dict(ranks=ranks, checkpoint_activations=cfg.checkpoint_activations)
-    options |= dict(lora_rank=cfg.lora_rank, offload=cfg.cpu_offload)
+    options |= dict(ranks=ranks, checkpoint_activations=own.checkpoint_activations)
+    options |= dict(lora_rank=own.lora_rank, offload=own.cpu_offload)
     plan = memory_plan(config, reference=bool(getattr(cfg, "kl_coef", 0)), **options)
-    adapters = lora_size(config, cfg.lora_rank)
+    adapters = lora_size(config, own.lora_rank)
     here = 16 * adapters + 2 * total if adapters else 16 * total
-    here *= local / ranks if cfg.cpu_offload else 0
+    here *= local / ranks if own.cpu_offload else 0
     if not cuda:  # the ranks themselves are on the host
         here = local * max(sum(parts.values()) for parts in plan.values())
     plan["host"] = {"ranks": here, "rank 0 reads the model": 4 * total if run.rank < local else 0}

@@ -32,6 +32,22 @@ HEAD_CHUNK = {"cpu": 256, "cuda": 2048}
 HEAD_KEPT = 1 << 26  # numbers (M V) up to which a softmax is kept for backward: 256 MB
 
 
+@dataclass(frozen=True)
+class PolicyConfig:
+    """How the policy computes and lies in memory; `--policy.lora_rank=32`."""
+
+    attention: str = "auto"  # torch | flash | cudnn | auto: on a GPU what is faster when it starts
+    lora_rank: int = 0  # of adapters beside all linear layers of the blocks; 0: all weights train
+    tokens_per_microbatch: int = 28_000  # that a rank packs into one forward
+    checkpoint_activations: bool = True  # computed again in backward
+    cpu_offload: bool = False  # parameters, gradients and moments on the host
+    shard_ranks: int = 0  # HSDP: ranks that share one copy of the parameters; 0: all
+    save_dtype: str = "auto"  # of a Hugging Face folder: bf16 | fp32 | auto: bf16 on a GPU
+
+
+POLICY_RULES = """policy.tokens_per_microbatch>0 policy.attention=auto|torch|flash|cudnn
+policy.save_dtype=auto|bf16|fp32"""
+
 # --------------------------------------------------------------------------------------------------
 # packing
 
@@ -273,17 +289,17 @@ def load_chat(folder: str, chat_template: str = "", tools: bool = True) -> Chat:
 
 def make_policy(cfg, device: torch.device) -> Policy:
     """The policy that a trainer's `cfg` describes, sharded, on `device`; compiled on a GPU."""
-    policy = load_policy(cfg.model, cfg.checkpoint_activations, cfg.lora_rank)
+    policy = load_policy(cfg.model, cfg.policy.checkpoint_activations, cfg.policy.lora_rank)
     config = policy.hf.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = config.num_attention_heads, config.num_key_value_heads, head
-    policy.cudnn_from = choose_attention(cfg.attention, heads, device)
+    policy.cudnn_from = choose_attention(cfg.policy.attention, heads, device)
     return _placed(policy, cfg, device)
 
 
 def make_reference(cfg, policy: Policy, device: torch.device):
     """The policy as it was before training, for forwards only: with LoRA its own base."""
-    if cfg.lora_rank:
+    if cfg.policy.lora_rank:
         return base_of(policy)
     reference = load_policy(cfg.model, False, frozen=True)
     reference.cudnn_from = policy.cudnn_from
@@ -293,7 +309,7 @@ def make_reference(cfg, policy: Policy, device: torch.device):
 def _placed(policy: Policy, cfg, device: torch.device) -> Policy:
     if device.type == "cuda":
         compile_blocks(policy)
-    return shard(policy, device, cfg.shard_ranks, cfg.cpu_offload)
+    return shard(policy, device, cfg.policy.shard_ranks, cfg.policy.cpu_offload)
 
 
 def compile_blocks(policy: Policy, backend: str = "inductor") -> None:
@@ -403,7 +419,7 @@ def shard(policy: Policy, device: torch.device, shard_ranks: int = 0, cpu_offloa
     world = dist.get_world_size()
     inner = shard_ranks or world
     if world % inner:
-        raise SystemExit(f"shard_ranks = {inner} does not divide {world} ranks")
+        raise SystemExit(f"policy.shard_ranks = {inner} does not divide {world} ranks")
     shape, names = (world,), ("shard",)
     if inner < world:
         shape, names = (world // inner, inner), ("replicate", "shard")

@@ -50,7 +50,6 @@ class RewardModelConfig:
     max_context: int = 32_768  # tokens; longer trajectories are shortened inside tool results
     max_tokens: int = 4096  # of a judgment, its thoughts included
     temperature: float = 0.3
-    top_p: float = 1.0
     seconds: float = 600.0  # for a judgment of a server, turns and tries included
     in_flight: int = 64  # requests at a time to each server, of one rank; 0: all
     max_failures: float = 0.2  # share of the judgments of a step that may fail before a run stops
@@ -422,7 +421,7 @@ def scripted_rrm(path: str, seconds: float) -> RewardModel:
 
 def engine_rrm(engine, chat, config: RewardModelConfig, prompt: RRMPrompt = OURS) -> RewardModel:
     """The client of a reward model behind an engine."""
-    options = dict(temperature=config.temperature, top_p=config.top_p)
+    options = dict(temperature=config.temperature, top_p=1.0)
     options["max_new_tokens"] = config.max_tokens
 
     async def ask(question, trajectory, text, seed, seconds):
@@ -460,7 +459,7 @@ def served_rrm(
     async def ask(question, trajectory, text, seed, seconds):
         messages = prompt.messages(question, text)
         messages[-1]["content"] = without_control(broken(messages[-1]["content"]))
-        body = dict(messages=messages, temperature=config.temperature, top_p=config.top_p)
+        body = dict(messages=messages, temperature=config.temperature, top_p=1.0)
         body["seed"] = seed % 2**31
 
         async def once(endpoint, seconds):

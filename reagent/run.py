@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from reagent.config import check_choices, flat, run_facts
+from reagent.config import flat, run_facts
 from reagent.folder import check_digest, check_free, claim, read_json, write_digest, write_whole
 from reagent.policy import Policy, check_model, full_weights
 
@@ -362,10 +362,12 @@ def asked_to_stop() -> list[bool]:
 # the bookkeeping of a trainer
 
 
-MAY_CHANGE = {"out_dir", "save_interval", "save_dtype", "log_interval", "keep_last", "timeout_s"}
-MAY_CHANGE |= {"check", "wandb", "tokens_per_microbatch", "checkpoint_activations"}
-MAY_CHANGE |= {"shard_ranks", "cpu_offload", "attention"}
-MAY_CHANGE |= {"engine.memory_share", "engine.sleep"}  # keys that leave the math of a run alone
+# keys that leave the math of a run alone
+MAY_CHANGE = set(
+    "out_dir save_interval log_interval keep_last timeout_s check wandb engine.memory_share "
+    "engine.sleep policy.attention policy.tokens_per_microbatch policy.checkpoint_activations "
+    "policy.cpu_offload policy.shard_ranks policy.save_dtype".split()
+)
 
 
 class Run:
@@ -378,12 +380,11 @@ class Run:
     def __init__(self, cfg, may_change: set[str]):
         if cfg.wandb and not find_spec("wandb"):
             raise SystemExit("wandb = True, but it is not installed: pip install wandb")
-        check_choices(cfg, save_dtype="auto bf16 fp32")
         self.cfg = cfg
         self.may_change = MAY_CHANGE | may_change | ({"steps"} if cfg.lr_end == 1.0 else set())
         self.rank, self.world, self.device = init_distributed(cfg.timeout_s)
-        if self.world % (cfg.shard_ranks or 1):
-            raise SystemExit(f"shard_ranks = {cfg.shard_ranks} does not divide {self.world} ranks")
+        if self.world % ((ranks := cfg.policy.shard_ranks) or 1):
+            raise SystemExit(f"policy.shard_ranks = {ranks} does not divide {self.world} ranks")
         self.gloo = dist.new_group(backend="gloo")
         self.sampler_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.out, self.saved = Path(cfg.out_dir), 0
@@ -522,7 +523,9 @@ class Run:
     def save(self, step: int, policy: Policy, optimizer, tokenizer) -> None:
         facts = {**self.facts, "log": self.log, "best": self.best}
         # auto: as the sampler computes
-        given = dict(meet_all=self.meet, dtype=DTYPES.get(self.cfg.save_dtype, self.sampler_dtype))
+        given = dict(
+            meet_all=self.meet, dtype=DTYPES.get(self.cfg.policy.save_dtype, self.sampler_dtype)
+        )
         save_checkpoint(self.out, step, policy, optimizer, tokenizer, facts, **given)
         self.saved = step
         if self.rank == 0:

@@ -42,7 +42,7 @@ import grpo_unified
 import rollout
 from reagent import engines, reward_model, run
 from reagent.chat import Chat
-from reagent.config import check_choices, parse_config, run_facts
+from reagent.config import check_values, parse_config, run_facts
 from reagent.policy import (
     Policy,
     Sequence,
@@ -1019,7 +1019,7 @@ def main(cfg: Config) -> None:
     if cfg.device != "cpu":
         from tests.bench import card
 
-        check_choices(cfg, device="cpu cuda dry")
+        check_values(cfg, "device=cpu|cuda|dry")
         return card.main(dry=cfg.device == "dry")
     torch.set_num_threads(1)
     Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)

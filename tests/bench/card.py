@@ -20,7 +20,7 @@ import sft
 from reagent import policy as policies
 from reagent.attention import choose_attention, leave_flash
 from reagent.lora import add_lora
-from reagent.policy import Policy, balance, compile_blocks, make_optimizer, shard
+from reagent.policy import Policy, PolicyConfig, balance, compile_blocks, make_optimizer, shard
 from tests.bench.bench import forward_flops
 from tests.gpu.checks import Alone, sequences_of, shape_of
 
@@ -110,7 +110,7 @@ def stepper(case: Case, config, run):
     rows = sequences_of([case.length] * (case.rows or 65_536 // case.length), config.vocab_size)
     size = max(16_384, case.length)
     if case.what == "sft":
-        cfg = sft.Config(tokens_per_microbatch=size)
+        cfg = sft.Config(policy=PolicyConfig(tokens_per_microbatch=size))
         return lambda: sft.update(policy, optimizer, rows, cfg, run), rows
     cfg = grpo_unified.Config(max_dlogp=math.inf, temperature=1.0)
     microbatches = balance(rows, 1, size)[0]

@@ -152,7 +152,7 @@ def test_a_question_that_is_always_right_is_left_out_and_none_left_is_told(world
 def test_a_changed_setting_is_refused_by_name_and_more_of_the_same_is_taken(world, tmp_path):
     with judge_server() as (url, seen):
         assert len(annotate(world, tmp_path, url, "--limit=2")) == 4
-        for change in ("--temperature=0.9", "--teacher.temperature=0.9", "--teacher.top_p=0.9"):
+        for change in ("--temperature=0.9", "--teacher.temperature=0.9"):
             with pytest.raises(SystemExit, match=change[2:].partition("=")[0]):
                 annotate(world, tmp_path, url, change)
         with pytest.raises(SystemExit, match="no model 'other' at"):

@@ -17,6 +17,7 @@ import grpo_unified
 from reagent import run
 from reagent.lora import ADAPTERS, LoraLinear, base_of
 from reagent.policy import (
+    PolicyConfig,
     collate,
     full_weights,
     load_policy,
@@ -136,7 +137,7 @@ def test_recomputed_activations_do_not_change_the_gradient(folder):
 
 def test_the_reference_of_the_kl_term_is_the_base_and_leaves_no_trace(folder):
     policy = moved(lora_of(folder))
-    cfg = grpo_unified.Config(model=folder, lora_rank=RANK)
+    cfg = grpo_unified.Config(model=folder, policy=PolicyConfig(lora_rank=RANK))
     reference = make_reference(cfg, policy, CPU)
     before, batch = logps(policy), collate(random_rows([7, 19, 19, 3], 1), (), CPU)
     ours, _ = policy(batch, 0.7)  # a forward whose backward comes after the reference's
@@ -159,7 +160,9 @@ def test_a_reference_that_fails_puts_the_adapters_back(folder):
 
 def test_an_update_of_grpo_with_a_kl_term_moves_the_adapters_only(folder):
     policy, rows = moved(lora_of(folder)), random_rows([9, 4, 16])
-    cfg = grpo_unified.Config(model=folder, lora_rank=RANK, kl_coef=0.1, max_dlogp=1e9)
+    cfg = grpo_unified.Config(
+        model=folder, policy=PolicyConfig(lora_rank=RANK), kl_coef=0.1, max_dlogp=1e9
+    )
     optimizer = make_optimizer(policy, lr=1e-2, weight_decay=0.0)
     reference = make_reference(cfg, policy, CPU)
     done = grpo_unified.update(policy, optimizer, [[rows]], cfg, Alone(), reference)
@@ -248,7 +251,12 @@ def test_a_stopped_run_goes_on_to_the_bit_and_leaves_a_plain_folder(tmp_path, st
 
     world = toy_world(tmp_path)
     base = [f"--model={world}/model", f"--data={world}/sft.jsonl", "--rows_per_step=4", "--lr=1e-2"]
-    base += ["--warmup_steps=1", "--checkpoint_activations=false", "--lr_end=1", "--lora_rank=4"]
+    base += [
+        "--warmup_steps=1",
+        "--policy.checkpoint_activations=false",
+        "--lr_end=1",
+        "--policy.lora_rank=4",
+    ]
     ends = {}
     for name, runs in (("straight", [3]), ("stopped", [stop, 3])):
         for steps in runs:
@@ -269,7 +277,7 @@ def test_a_stopped_run_goes_on_to_the_bit_and_leaves_a_plain_folder(tmp_path, st
     kept = {key for key in kept if key.startswith("model.")} - {"model.hf.lm_head.weight"}  # tied
     assert len(kept) == 2 * 7 * 2 and all(key.endswith(ADAPTERS) for key in kept)
     facts = json.loads((saved / "trainer.json").read_text())
-    assert facts["config"]["lora_rank"] == 4 and load_tokenizer(str(saved))
+    assert facts["config"]["policy"]["lora_rank"] == 4 and load_tokenizer(str(saved))
 
 
 @pytest.mark.parametrize("stage", ["u", "rrm"])
@@ -283,7 +291,11 @@ def test_the_sampler_of_a_run_samples_from_the_adapted_policy(tmp_path, stage, m
     toy.write(world / "rrm.jsonl", (toy.rrm_row(rng, i) for i in range(8)))
     (world / "rrm.py").write_text(ANNOTATE)
     common = [f"--model={world}/model", "--steps=2", "--lr=1e-2", "--engine=hf", "--group_size=4"]
-    common += ["--lora_rank=4", "--checkpoint_activations=false", f"--out_dir={tmp_path}/out"]
+    common += [
+        "--policy.lora_rank=4",
+        "--policy.checkpoint_activations=false",
+        f"--out_dir={tmp_path}/out",
+    ]
     common += ["--max_context=1024", "--max_dlogp=1e-3"]
     if stage == "u":
         monkeypatch.setattr(grpo_unified, "rule_reward", Rules())

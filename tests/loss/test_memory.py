@@ -258,7 +258,7 @@ def test_lora_leaves_gradients_and_moments_of_the_adapters_only():
 def test_the_host_of_a_run_with_offload_holds_what_the_card_does_not(
     script, card, monkeypatch, capsys
 ):
-    planned(monkeypatch, script, ["--cpu_offload"], "8b", 8)
+    planned(monkeypatch, script, ["--policy.cpu_offload"], "8b", 8)
     assert "host 163.8 = ranks 131.0, rank 0 reads the model 32.8" in capsys.readouterr().out
 
 
@@ -269,7 +269,7 @@ def test_the_defaults_fit_eight_cards_and_a_longer_microbatch_does_not(
     planned(monkeypatch, script, [], "8b", 8)
     assert "rank 0 reads the model 32.8" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="it cannot fit: .* needs .* GB free: "):
-        planned(monkeypatch, script, ["--tokens_per_microbatch=400000"], "8b", 8)
+        planned(monkeypatch, script, ["--policy.tokens_per_microbatch=400000"], "8b", 8)
 
 
 def test_a_reward_model_in_the_process_has_a_share_of_its_own(card, monkeypatch, tmp_path):
@@ -291,11 +291,11 @@ def test_a_share_that_does_not_hold_the_weights_is_refused(card, monkeypatch):
 
 
 def test_shards_on_the_host_must_fit_the_host(card, monkeypatch):
-    planned(monkeypatch, "sft.py", ["--cpu_offload"], "8b", 8)
+    planned(monkeypatch, "sft.py", ["--policy.cpu_offload"], "8b", 8)
     sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 128e9 // 4096}
     monkeypatch.setattr("os.sysconf", sizes.get)
     with pytest.raises(SystemExit, match="host needs 163.8 GB .ranks 131.0, rank 0 reads"):
-        planned(monkeypatch, "sft.py", ["--cpu_offload"], "8b", 8)
+        planned(monkeypatch, "sft.py", ["--policy.cpu_offload"], "8b", 8)
 
 
 def test_segments_of_a_cards_memory_may_grow_unless_the_user_says_otherwise(monkeypatch):

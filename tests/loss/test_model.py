@@ -244,7 +244,7 @@ sys.path[:0] = [{root!r}]
 import torch.distributed as dist
 import sft
 from reagent import run
-from reagent.policy import load_policy, make_optimizer, shard
+from reagent.policy import PolicyConfig, load_policy, make_optimizer, shard
 from tests.helpers.tiny import random_rows
 class Two:
     rank, world, device = run.init_distributed(60)
@@ -259,7 +259,7 @@ kept, seen = [], []
 def keep():
     kept.append({{n: p.grad.full_tensor() for n, p in policy.named_parameters()}})
 optimizer.step = keep
-cfg = sft.Config(tokens_per_microbatch=16, max_grad_norm=1e9)
+cfg = sft.Config(policy=PolicyConfig(tokens_per_microbatch=16), max_grad_norm=1e9)
 sft.update(policy, optimizer, random_rows([9, 4, 16, 11, 5]), cfg, Two)
 if Two.rank == 0:
     torch.save((kept[0], [n for n in reduced if n > 100]), {out!r})

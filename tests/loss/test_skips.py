@@ -10,7 +10,7 @@ import torch
 import grpo_unified
 import sft
 import train_rrm
-from reagent.policy import balance
+from reagent.policy import PolicyConfig, balance
 from tests.helpers.tiny import Alone, random_rows, tiny_model
 from tests.loss.test_model import policy_of
 
@@ -36,10 +36,12 @@ def update(trainer, policy, rows, run=RANKS[0], tokens=40, most=1e9) -> tuple[fl
     """One SGD step of a trainer on rows of `random_rows`; -> (loss, why it was skipped)."""
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
     if trainer == "sft":
-        cfg = sft.Config(tokens_per_microbatch=tokens)
+        cfg = sft.Config(policy=PolicyConfig(tokens_per_microbatch=tokens))
         loss, norm = sft.update(policy, optimizer, rows, cfg, run)
         return loss, "" if math.isfinite(loss + norm) else f"loss {loss}"
-    sampled = dict(temperature=1.0, max_dlogp=most, tokens_per_microbatch=tokens)
+    sampled = dict(
+        temperature=1.0, max_dlogp=most, policy=PolicyConfig(tokens_per_microbatch=tokens)
+    )
     if trainer == "agent":
         minibatch = balance(rows, run.world, tokens)[run.rank]
         cfg = grpo_unified.Config(**sampled)

@@ -12,7 +12,7 @@ import pytest
 
 import evaluate
 import grpo_unified
-from reagent.config import check_numbers, flat, parse_config, run_facts
+from reagent.config import check_values, flat, parse_config, run_facts
 
 ROOT = Path(__file__).parents[2]
 
@@ -283,5 +283,5 @@ def test_every_number_of_every_script_refuses_what_is_below_0(script):
     for key in numbers:
         if key != "seed":
             with pytest.raises(SystemExit, match=f"^{key} = -1"):
-                check_numbers(parse_config(module.Config, [f"--{key}=-1"]), "")
+                check_values(parse_config(module.Config, [f"--{key}=-1"]), "")
     assert "lr" in numbers or script == "evaluate"

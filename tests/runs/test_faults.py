@@ -28,7 +28,7 @@ def calling_agent(folder, **shape):
         "--steps=100",
         "--lr=4e-3",
         "--warmup_steps=10",
-        "--checkpoint_activations=false",
+        "--policy.checkpoint_activations=false",
         "--log_interval=50",
         f"--out_dir={folder}/sft",
     )

@@ -1,6 +1,8 @@
 """The house itself: six doors at the root, arrows one way, sizes, and a README that is true."""
 
 import ast
+import dataclasses
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -40,6 +42,15 @@ def test_no_file_is_too_long_to_read():
     assert max(map(lines, SCRIPTS)) < 800 and sum(map(lines, SCRIPTS)) < 3400
     assert max(map(lines, MODULES)) <= 650
     assert sum(map(lines, SCRIPTS + MODULES)) <= 11_750  # the aim is 11,000
+
+
+@pytest.mark.parametrize("door", ["sft", "train_rrm", "grpo_unified", "evaluate"])
+def test_a_config_can_be_read_at_one_sitting(door):
+    cfg = importlib.import_module(door).Config()
+    values = [getattr(cfg, field.name) for field in dataclasses.fields(cfg)]
+    assert len(values) <= 45
+    for nested in filter(dataclasses.is_dataclass, values):
+        assert len(dataclasses.fields(nested)) <= 12, type(nested)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.stem}")

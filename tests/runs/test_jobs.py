@@ -97,10 +97,10 @@ SFT = (
     "--rows_per_step=8",
     "--steps=4",
     "--save_interval=2",
-    "--tokens_per_microbatch=2000",
+    "--policy.tokens_per_microbatch=2000",
     "--keep_last=0",
     "--lr=1e-3",
-    "--checkpoint_activations=false",
+    "--policy.checkpoint_activations=false",
     "--timeout_s=100",
 )
 
@@ -112,7 +112,7 @@ GRPO = (
     "--max_turns=3",
     "--temperature=1.0",
     "--max_dlogp=1e-3",
-    "--checkpoint_activations=false",
+    "--policy.checkpoint_activations=false",
     "--timeout_s=200",
     "--rrm.seconds=20",
     "--lr=1e-3",
@@ -172,7 +172,7 @@ def test_three_steps_of_reagent_u_on_real_hotpotqa_paragraphs(tmp_path):
         "--steps=120",
         "--lr=3e-3",
         "--warmup_steps=10",
-        "--checkpoint_activations=false",
+        "--policy.checkpoint_activations=false",
         "--timeout_s=200",
         f"--out_dir={tmp_path}/sft",
     )

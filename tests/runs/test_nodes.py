@@ -17,9 +17,9 @@ SFT = (
     "--rows_per_step=8",
     "--steps=3",
     "--save_interval=3",
-    "--tokens_per_microbatch=500",
+    "--policy.tokens_per_microbatch=500",
     "--lr=1e-3",
-    "--checkpoint_activations=false",
+    "--policy.checkpoint_activations=false",
     "--timeout_s=120",
 )
 
@@ -80,7 +80,7 @@ def test_two_nodes_of_two_ranks_train_as_one_rank(nodes, world, tmp_path, shard_
             "sft.py",
             *base,
             f"--out_dir={tmp_path}/out",
-            f"--shard_ranks={shard_ranks}",
+            f"--policy.shard_ranks={shard_ranks}",
         ]
         env = {**os.environ, "GLOO_SOCKET_IFNAME": link}
         pipe = subprocess.PIPE

@@ -22,7 +22,7 @@ from tests.helpers.tiny import ROOT, toy, toy_world
 from tests.helpers.trainers import run_here
 
 SCRIPTS = {"sft": sft, "train_rrm": train_rrm, "grpo_unified": grpo_unified}
-SMALL = ("--steps=2", "--timeout_s=100", "--checkpoint_activations=false")
+SMALL = ("--steps=2", "--timeout_s=100", "--policy.checkpoint_activations=false")
 AGENT = ("--engine=hf", "--tools=search", "--max_context=900", "--rrm.seconds=20")
 DATA = {"sft": "sft", "train_rrm": "rrm", "grpo_unified": "rl"}
 
@@ -90,7 +90,7 @@ REFUSED = {
     "no judge": "no reward model answers at http://127.0.0.1:9/v1",
     "prose": "a first judgment failed on rank 0: the reward model .* gives no judgment: no judg",
     "broken": "a first judgment failed on rank 0: .*no annotator today",
-    "shards": "shard_ranks = 3 does not divide 1 ranks",
+    "shards": "policy.shard_ranks = 3 does not divide 1 ranks",
     "engines": "engine.tensor_parallel = 2 does not divide 1 ranks",
     "taken": "is being written by process",
     "file": "cannot be written",
@@ -123,7 +123,7 @@ def test_what_a_run_lacks_is_told_before_anything_heavy_loads(
     elif fault == "wandb":
         monkeypatch.setattr(run, "find_spec", lambda name: None)
     flags = {"no tool": "--tools=serach", "no template": "--chat_template=none.jinja"}
-    flags |= {"no judge": "--rrm=http://127.0.0.1:9/v1", "shards": "--shard_ranks=3"}
+    flags |= {"no judge": "--rrm=http://127.0.0.1:9/v1", "shards": "--policy.shard_ranks=3"}
     flags |= {"engines": "--engine.tensor_parallel=2", "wandb": "--wandb"}
     with pytest.raises(SystemExit, match=REFUSED[fault]):
         checked("grpo_unified", world, out, *more, *[flags[f] for f in flags if f == fault])
@@ -219,6 +219,7 @@ def test_help_needs_no_torch_and_names_keys_and_commands(door, tmp_path):
         (["--rrm_seconds=3"], "unknown key 'rrm_seconds': did you mean rrm.seconds?"),
         (["--rrm.secs=3"], "unknown key 'rrm.secs': did you mean rrm.seconds?"),
         (["--engine.kin=hf"], "unknown key 'engine.kin': did you mean engine.kind?"),
+        (["--lora_rank=8"], "unknown key 'lora_rank': did you mean policy.lora_rank?"),
     ],
 )
 def test_a_slip_on_the_command_line_is_told_with_its_cure(given, told):

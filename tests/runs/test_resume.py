@@ -27,7 +27,7 @@ RRM = (
     "--keep_last=0",
     "--lr=1e-3",
     "--engine=hf",
-    "--checkpoint_activations=false",
+    "--policy.checkpoint_activations=false",
     "--max_context=1024",
     "--timeout_s=100",
 )
@@ -136,9 +136,9 @@ def test_with_vllm_data_order_seeds_and_step_numbers_are_the_same(world, tmp_pat
     )
 
 
-BOOKKEEPING = {"out_dir", "save_interval", "keep_last", "timeout_s", "wandb", "check", "save_dtype"}
-BOOKKEEPING |= {"tokens_per_microbatch", "checkpoint_activations", "shard_ranks"}
-BOOKKEEPING |= {"cpu_offload", "attention"}
+BOOKKEEPING = {"out_dir", "save_interval", "keep_last", "timeout_s", "wandb", "check"}
+BOOKKEEPING |= {"policy.save_dtype", "policy.tokens_per_microbatch", "policy.attention"}
+BOOKKEEPING |= {"policy.checkpoint_activations", "policy.shard_ranks", "policy.cpu_offload"}
 ENGINE = {"engine.memory_share", "engine.sleep"}
 FREE = {
     sft: BOOKKEEPING | {"log_interval", "show"},
@@ -161,3 +161,10 @@ def test_a_changed_field_is_refused_by_name_unless_it_leaves_the_math_alone(scri
         except SystemExit as stopped:
             assert f"{name}: {config[name]!r} -> 'another'" in str(stopped)
     assert taken == FREE[script]
+
+
+def test_a_run_of_older_keys_is_refused_by_the_name_that_a_key_has_now():
+    now = run.flat(dataclasses.asdict(sft.Config()))
+    older = {key.removeprefix("policy."): value for key, value in now.items()}
+    with pytest.raises(SystemExit, match=r"policy.lora_rank: None -> 0\)"):
+        run.check_resume(older, now, run.MAY_CHANGE, "step-000001")

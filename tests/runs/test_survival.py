@@ -31,10 +31,10 @@ from tests.runs.test_jobs import GRPO, final_state
 SFT = (
     "--rows_per_step=4",
     "--save_interval=1",
-    "--tokens_per_microbatch=2000",
+    "--policy.tokens_per_microbatch=2000",
     "--keep_last=3",
     "--lr=1e-3",
-    "--checkpoint_activations=false",
+    "--policy.checkpoint_activations=false",
     "--timeout_s=60",
 )
 SMALL = (

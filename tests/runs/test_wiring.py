@@ -28,9 +28,9 @@ COMMON = (
     "--lr_end=0.4",
     "--max_grad_norm=0.02",
     "--weight_decay=0.03",
-    "--tokens_per_microbatch=300",
+    "--policy.tokens_per_microbatch=300",
     "--save_interval=1",
-    "--checkpoint_activations=false",
+    "--policy.checkpoint_activations=false",
     "--timeout_s=100",
 )
 RRM = (
