@@ -24,7 +24,7 @@ from toolkit.media import describe_image, transcribe_audio
 from toolkit.sandbox import Observation, Sandbox, SandboxUnavailable, ToolError, ToolFault
 from toolkit.search import Corpus, Index, docs_index, passages
 from toolkit.text import capped, clean
-from toolkit.web import Web
+from toolkit.web import KEYS, Web
 
 
 @dataclass
@@ -255,7 +255,7 @@ class Toolbox:
     corpus: rows with id, title and text; files_dir: where rows' files lie; block: a file of
     addresses that search and browse leave out (`blocked` counts them); cache: a sqlite file of web
     answers, from which alone `replay` answers; allow: host:port pairs beyond the public web,
-    separated by commas. web.py says which keys the environment may hold."""
+    separated by commas. toolkit/web.py says which keys the environment may hold."""
 
     def __init__(
         self,
@@ -382,8 +382,8 @@ class Toolbox:
         readers = self.files_dir and {"file_reader", "image2text", "audio2text"} & set(self.names)
         for row in rows:
             if not found and "docs" not in row:
-                missing = "nothing to search: give --corpus=FILE or a search provider (see web.py)"
-                raise SystemExit(f"{what}: {missing}")
+                missing = "nothing to search: give --corpus=FILE or a search provider"
+                raise SystemExit(f"{what}: {missing}; {KEYS}")
             if row.get("files") and not readers:
                 missing = "give --files_dir=FOLDER and a tool that reads them"
                 raise SystemExit(f"{what}: row {row.get('id')} has files: {missing}")
