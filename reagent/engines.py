@@ -67,23 +67,27 @@ class Request:
 
 
 class Rounds:
-    """The chains of an event loop and how many wait for an HFEngine, which computes when all do.
+    """The chains of an event loop; its HFEngines compute when all of them wait for one.
     The engine made first goes first, the agent's: judgments then come in few large batches."""
 
     _of_loop: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
     def __init__(self):
-        self.live = self.waiting = 0
-        self.asked: set[HFEngine] = set()  # engines with requests
+        self.live = 0  # chains
+        self.engines: set[HFEngine] = set()
 
     @classmethod
     def here(cls) -> "Rounds":
         """Those of the running event loop."""
         return cls._of_loop.setdefault(asyncio.get_running_loop(), cls())
 
+    def ready(self) -> bool:
+        return sum(len(engine.queue) for engine in self.engines) >= self.live > 0
+
     def check(self):
-        if self.live and self.waiting >= self.live:
-            first = min(self.asked, key=lambda engine: engine.number)
+        if self.ready():
+            asked = (engine for engine in self.engines if engine.queue)
+            first = min(asked, key=lambda engine: engine.number)
             asyncio.get_running_loop().call_soon(first.run_round)
 
 
@@ -111,28 +115,22 @@ class HFEngine:
         options = dict(max_tokens=max_new_tokens, temperature=temperature, seed=seed, top_p=top_p)
         waits = Request(ids, **options), done
         self.queue.append(waits)
-        rounds.asked.add(self)
-        rounds.waiting += 1
+        rounds.engines.add(self)
         rounds.check()
         try:
             return await done
         except asyncio.CancelledError:
             if waits in self.queue:
                 self.queue.remove(waits)
-                rounds.waiting -= 1
-                rounds.asked -= set() if self.queue else {self}
             raise
 
     def run_round(self):
-        rounds = Rounds.here()
-        if rounds.waiting < rounds.live:  # a chain was added meanwhile
+        if not Rounds.here().ready():  # a chain was added meanwhile
             return
-        rounds.asked.discard(self)
         queue, self.queue = sorted(self.queue, key=lambda of: (len(of[0].ids), of[0].seed)), []
         for i in range(0, len(queue), self.max_batch):
             requests, chains = zip(*queue[i : i + self.max_batch])
             for done, sample in zip(chains, self._decode(requests)):
-                rounds.waiting -= 1
                 done.set_result(sample)
 
     def _decode(self, requests) -> list[Sample]:
@@ -249,15 +247,12 @@ class EngineThread(threading.Thread):
             torch.cuda.set_stream(torch.cuda.Stream())
         while not self.stopping:
             busy = [engine for engine in self.engines if engine.waiting or engine.added]
-            self._do_jobs(wait=not busy)
+            with contextlib.suppress(queue.Empty):
+                self.jobs.get(block=not busy)()
+                while not self.stopping:
+                    self.jobs.get_nowait()()
             for engine in busy:
                 engine.advance()
-
-    def _do_jobs(self, wait: bool) -> None:
-        with contextlib.suppress(queue.Empty):
-            self.jobs.get(block=wait)()
-            while not self.stopping:
-                self.jobs.get_nowait()()
 
     def call(self, work, *args):
         """work(*args) in the thread, between two steps; its result or its error, whatever kind."""
@@ -277,11 +272,8 @@ class EngineThread(threading.Thread):
         return done.result()
 
     def stop(self) -> None:
-        def last():
-            self.stopping = True
-
         atexit.unregister(self.stop)
-        self.jobs.put(last)
+        self.jobs.put(functools.partial(setattr, self, "stopping", True))
         self.join(timeout=10)
 
 

@@ -9,7 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from reagent.served import _CONTROL, endpoint_of, named_model, served_name
+from reagent.served import endpoint_of, named_model, served_name, without_control
 from toolkit.http import Endpoint, Refused, Unavailable, complete, insist
 from toolkit.text import after_thoughts, capped, clean, spoken
 
@@ -35,7 +35,7 @@ _VERDICT = re.compile(
 
 def broken(text: str) -> str:
     """The text with a zero-width space in words of verdicts and control strings: safe to quote."""
-    return _CONTROL.sub("<\u200b", _KEY.sub(lambda key: key[0] + "\u200b", text))
+    return without_control(_KEY.sub(lambda key: key[0] + "\u200b", text))
 
 
 def judge_request(question: str, golds: list[str], answer: str) -> str:
@@ -44,8 +44,7 @@ def judge_request(question: str, golds: list[str], answer: str) -> str:
     reference = "\n".join(f"- {gold}" for gold in golds) if len(golds) > 1 else golds[0]
     whole = json.dumps([question, golds, answer])
     mark = f"=====[{hashlib.sha256(whole.encode()).hexdigest()[:16]}]====="
-    text = JUDGE_PROMPT.format(mark=mark, question=question, reference=reference, answer=answer)
-    return text.encode("utf-8", "replace").decode()
+    return JUDGE_PROMPT.format(mark=mark, question=question, reference=reference, answer=answer)
 
 
 def parse_verdict(text: str) -> bool | None:
