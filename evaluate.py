@@ -353,7 +353,7 @@ def write_reports(cfg: Config, tasks, journal: Journal, judge: str, how: str, se
     text = markdown(summaries, report_facts(cfg, tasks, judge, how, search))
     (out / "report.md").write_text(text, encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summaries, indent=1), encoding="utf-8")
-    write_run_page(out, dataclasses.asdict(cfg))
+    write_run_page(out)
     return text
 
 

@@ -172,13 +172,14 @@ def split_by_scale(title: str, lines: dict[str, Line]) -> list[Panel]:
 # the page
 
 
-def write_report(path, *, title: str, episodes=(), log=(), config=None, **data) -> None:
-    """The page of a run. episodes: Episode.to_json() dicts, in the order to show; log: the dicts of
-    log.jsonl; config: any dict; data: for page.html, see write_page."""
+def write_report(path, *, title: str, episodes=(), log=(), config=None, **data) -> list[Panel]:
+    """Writes the page of a run and returns its panels. episodes: Episode.to_json() dicts, in the
+    order to show; log: the dicts of log.jsonl; config: any dict; data: see write_page."""
     series = numeric_series(log)
     drawn, data["constants"] = panels({key: Line(points) for key, points in series.items()})
     data["config"] = [[key, str(value)] for key, value in flat(config or {}).items()]
     write_page(path, title, data, drawn, [slim(episode) for episode in episodes])
+    return drawn
 
 
 def write_page(path, title: str, data: dict, drawn: list[Panel], episodes=()) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from reagent.rows import whole_rows
 from results import page
-from results.plots import COLOURS, Line, picture_svg, share_axes
+from results.plots import COLOURS, picture_svg, share_axes
 
 MOST = 1_000  # episodes on a page: a run's newest, of an evaluation as many of each data set
 
@@ -75,10 +75,9 @@ def title_of(run: Path, script: str, config: dict) -> str:
     return kinds.get(script, f"{script.upper()} {run}".strip())
 
 
-def write_run_page(run: Path, config: dict | None = None) -> None:
+def write_run_page(run: Path) -> None:
     """report.html, and curve.svg where there are curves, from what lies in a run's folder."""
-    log, (script, kept) = list(whole_rows(run / "log.jsonl")), facts_of(run)
-    config = config or kept
+    (script, config), log = facts_of(run), list(whole_rows(run / "log.jsonl"))
     data = {"markdown": text_of(run / "report.md"), "config": config, "log": log}
     if (run / "results.jsonl").is_file():
         summaries = json.loads(text_of(run / "summary.json", "[]"))
@@ -86,10 +85,8 @@ def write_run_page(run: Path, config: dict | None = None) -> None:
         data["tiles"] = [*set_tiles(summaries), ("episodes", f"{total:,}")]
     else:
         data |= {"episodes": newest_episodes(run), "which": "newest episodes"}
-    page.write_report(run / "report.html", title=title_of(run, script, config), **data)
-    lines = {key: Line(points) for key, points in page.numeric_series(log).items()}
-    drawn = [panel for panel in page.panels(lines)[0] if panel.section == "Learning"][:6]
-    if drawn:
+    drawn = page.write_report(run / "report.html", title=title_of(run, script, config), **data)
+    if drawn := [panel for panel in drawn if panel.section == "Learning"][:6]:
         shares = [of for of in drawn if of.lines.keys() <= COLOURS.keys() and max(of.ys()) <= 1]
         if shares:
             share_axes(shares)

@@ -5,7 +5,7 @@ import asyncio
 import evaluate
 from reagent import scorers
 from results import benchmarks
-from results.journal import Journal, sealed
+from results.journal import SEALED, Journal, sealed
 from tests.evaluation.test_evaluate import line_of, row_of, task_of
 
 
@@ -73,7 +73,7 @@ def test_a_judge_is_told_that_a_question_is_secret(tmp_path):
 
 
 def test_an_encrypted_record_has_no_text_in_the_open():
-    assert set(evaluate.SEALED) == {"question", "gold", "messages", "attempts"}
+    assert set(SEALED) == {"question", "gold", "messages", "attempts"}
 
 
 def test_the_rules_of_the_sets():
