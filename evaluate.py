@@ -101,13 +101,14 @@ class Config:
     retries: int = 2  # more tries, in this run, at a chain that the infrastructure failed
     patience_s: float = 600.0  # how long to wait for a server that is away
     timeout_s: float = 86_400.0  # how long ranks wait for each other
+    check: bool = False  # stop after all checks, before anything heavy; writes nothing
 
 
 # these change no answers, so a resumed run may change them; rows are keyed by set, id and rollout
 MAY_CHANGE = set(
     "dataset data_dir files_dir limit ids rollouts judge judge_model judge_cache judged endpoint "
     "engine.memory_share engine.max_live_chains engine.tensor_parallel rrm.seconds rrm.in_flight "
-    "rrm.memory_share out_dir retries patience_s timeout_s cache unsafe_python".split()
+    "rrm.memory_share out_dir retries patience_s timeout_s cache unsafe_python check".split()
 )
 
 
@@ -161,11 +162,11 @@ def scored(spec: DataSet, row: dict, answer: str | None) -> dict:
 
 @dataclass
 class Agent:
-    engine: object
+    engine: object  # None: not started yet
     chat: object
     positions: int  # tokens that a chain may have
     how: str  # how it is asked, for the report
-    served: str = ""  # the model behind a URL
+    served: dict[str, str]  # the models behind URLs, by what they are
 
 
 def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
@@ -174,13 +175,14 @@ def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
     endpoint = endpoint_of(cfg.model, "MODEL_API_KEY", cfg.engine.max_live_chains)
     patience = cfg.patience_s
     found = runner.run(look_up(endpoint, cfg.served_model, cfg.endpoint, patience))
+    served = {"model": found.name}
     if found.kind == "chat":
         print(f"{cfg.model} takes messages only: it renders history again, limits are estimates")
         # four characters are a token only roughly: stay clear of the server's own limit
         positions = (found.max_context or 32_768) * 3 // 4
         how = f"{found.model} by chat completions: the server renders history, counts are estimates"
         chat = TextChat()
-        return Agent(ChatEngine(endpoint, found, chat, patience), chat, positions, how, found.name)
+        return Agent(ChatEngine(endpoint, found, chat, patience), chat, positions, how, served)
     from reagent.policy import load_chat
 
     folder = cfg.tokenizer or found.root
@@ -192,17 +194,23 @@ def served_agent(cfg: Config, runner: asyncio.Runner) -> Agent:
     how = f"{found.model} by completions, token ids in"
     how += " and out" if found.kind == "ids" else ", text out: each turn is encoded again"
     positions = found.max_context or cfg.max_context or positions_of(folder)
-    return Agent(ServedEngine(endpoint, found, chat, patience), chat, positions, how, found.name)
+    return Agent(ServedEngine(endpoint, found, chat, patience), chat, positions, how, served)
 
 
-def local_agent(cfg: Config, tp_group) -> Agent:
+def local_agent(cfg: Config) -> Agent:
     from reagent.policy import load_chat
 
     chat = load_chat(cfg.model, cfg.chat_template, tools=cfg.tools != "none")
-    positions = positions_of(cfg.model)
-    room = dict(max_context=min(cfg.max_context or positions, positions), tp_group=tp_group)
-    engine = engines.make_engine(cfg.engine, cfg.model, chat.stop_ids, **room)
-    return Agent(engine, chat, positions, f"{cfg.engine.kind} in this process")
+    how = f"{cfg.engine.kind} in this process"
+    return Agent(None, chat, positions_of(cfg.model), how, {"model": ""})
+
+
+def start_engine(cfg: Config, agent: Agent, tp_group=None) -> Agent:
+    """Loads the model of a `local_agent`."""
+    room = dict(max_context=min(cfg.max_context or agent.positions, agent.positions))
+    room["tp_group"] = tp_group
+    agent.engine = engines.make_engine(cfg.engine, cfg.model, agent.chat.stop_ids, **room)
+    return agent
 
 
 def positions_of(folder: str) -> int:
@@ -239,6 +247,8 @@ def limits_of(cfg: Config, task: Task, agent: Agent, system: str, schemas) -> ro
 def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
     """{(tools, seconds): Toolbox}; SystemExit before the start for what search or rows lack."""
     shared = {key: getattr(cfg, key) for key in ("corpus", "block", "cache", "replay", "allow")}
+    if cfg.check and not cfg.replay and not Path(cfg.cache).exists():
+        shared["cache"] = ""  # it would be made
     boxes = {}
     for task in tasks:
         names = [name for name in task.spec.tools.split(",") if name != "none"]
@@ -255,7 +265,7 @@ def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
 # running and judging
 
 
-def setup_of(cfg: Config, task: Task, agent: Agent, toolbox, rrm) -> rollout.Setup:
+def setup_of(cfg: Config, task: Task, agent: Agent, toolbox) -> rollout.Setup:
     system = config.read_prompt(cfg.prompt_file or task.spec.prompt_file, rollout.SYSTEM_PROMPT)
     task.limits = limits = limits_of(cfg, task, agent, system, toolbox.schemas)
     what = f"{task.name}: {len(task.rows)} questions x {task.rollouts}, subset {task.subset}"
@@ -266,7 +276,7 @@ def setup_of(cfg: Config, task: Task, agent: Agent, toolbox, rrm) -> rollout.Set
     def unscored(row, answer):  # record_of scores
         return None, None
 
-    parts = dict(engine=agent.engine, chat=agent.chat, toolbox=toolbox, limits=limits, rrm=rrm)
+    parts = dict(engine=agent.engine, chat=agent.chat, toolbox=toolbox, limits=limits)
     parts |= dict(refine=cfg.refine, temperature=cfg.temperature, top_p=cfg.top_p)
     return rollout.Setup(**parts, rule_reward=unscored, system_prompt=system)
 
@@ -357,37 +367,60 @@ def write_reports(cfg: Config, tasks, journal: Journal, judge: str, how: str, se
     return text
 
 
-def run_missing(cfg: Config, tasks, toolboxes, journal, runner, rank, world, group) -> str:
-    """Runs this process's share of what is missing; returns how the agent is asked."""
-    tp = cfg.engine.tensor_parallel
-    if cfg.refine and not cfg.model.startswith("http"):
-        from reagent.memory import check_shares
+def preflight(cfg: Config, tasks, toolboxes, journal, runner, asks: bool) -> tuple:
+    """-> (agent, reward model or None, setups), without the engines that this process loads. Says
+    what is left of the run; SystemExit for what it lacks. asks: a judge of answers is there."""
+    serves, first = cfg.model.startswith("http"), int(os.environ.get("RANK", 0)) == 0
+    agent, rrm, left = served_agent(cfg, runner) if serves else local_agent(cfg), None, Counter()
+    boxes = [toolboxes[task.spec.tools, task.spec.seconds_per_call] for task in tasks]
+    setups = [setup_of(cfg, task, agent, box) for task, box in zip(tasks, boxes)]
+    for task in tasks:
+        attempts = sum(not journal.done(*each) for each in task.keys()) * (1 + cfg.refine)
+        left["attempts"] += attempts
+        left["judgments"] += attempts * cfg.refine
+        left["verdicts"] += attempts * (asks and task.spec.scorer == "judge")
+        left["tokens at most"] += attempts * task.limits.max_tokens_per_attempt
+        turns = task.limits.max_turns * (task.spec.tools != "none")
+        left["turns that search or use a tool at most"] += attempts * turns
+    if not serves or (cfg.refine and cfg.rrm.in_process):
+        from reagent.memory import plan_engines
 
-        check_shares(cfg.engine, cfg.rrm)
-    agent = served_agent(cfg, runner) if cfg.model.startswith("http") else local_agent(cfg, group)
-    rrm = None
-    if cfg.refine:
+        plan_engines(cfg.engine, cfg.model, cfg.rrm)
+    if cfg.refine and not cfg.rrm.in_process:
         rrm = reward_model.open_rrm(cfg.rrm, agent.chat, engine=cfg.engine)
+        if first and left["attempts"]:
+            runner.run(rrm.try_out(tasks[0].rows[0]["question"]))
+    agent.served |= {"rrm": rrm.name if rrm else cfg.rrm.source} if cfg.refine else {}
+    check_served(Path(cfg.out_dir) / "run.json", agent.served)
+    if first and asks and cfg.check:  # a run looks for it when answers wait
+        judge = open_judge(dataclasses.replace(cfg, judge_cache=""), runner)
+        if judge is None or runner.run(judge("What is 1 + 1?", ["2"], "2")) is None:
+            raise SystemExit(f"no verdict of {cfg.judge}: {judge and judge.problem}")
+    if first:
+        print("left of the run: " + ", ".join(f"{n:,} {what}" for what, n in left.items()))
+    return agent, rrm, setups
+
+
+def run_missing(cfg: Config, tasks, journal, runner, agent, rrm, setups, *, rank, world, group):
+    """Runs this process's share of what is missing."""
+    tp = cfg.engine.tensor_parallel
+    agent = agent if agent.engine else start_engine(cfg, agent, group)
+    if cfg.refine:
+        rrm = rrm or reward_model.open_rrm(cfg.rrm, agent.chat, engine=cfg.engine)
         rrm.must_answer = True  # else chains would keep their first answer and count as finished
     if rank == 0:
-        path, served = Path(cfg.out_dir) / "run.json", {"model": agent.served}
-        served |= {"rrm": rrm.name} if rrm else {}
-        check_served(path, served)
-        facts = config.run_facts(cfg) | {"agent": agent.how, "served": served}
+        facts = config.run_facts(cfg) | {"agent": agent.how, "served": agent.served}
         facts["subsets"] = {task.name: task.subset for task in tasks}
-        write_whole(path, json.dumps(facts, indent=1))
+        write_whole(Path(cfg.out_dir) / "run.json", json.dumps(facts, indent=1))
     if rank % tp:  # a tensor-parallel rank that does not lead
-        agent.engine.follow()
-        return agent.how
+        return agent.engine.follow()
     try:
-        for task in tasks:
-            toolbox = toolboxes[task.spec.tools, task.spec.seconds_per_call]
-            setup = setup_of(cfg, task, agent, toolbox, rrm)
+        for task, setup in zip(tasks, setups):
+            setup = dataclasses.replace(setup, engine=agent.engine, rrm=rrm)
             runner.run(run_task(cfg, task, setup, journal, rank // tp, world // tp))
     finally:  # also after an error: those that follow would wait for ever
         if tp > 1:
             agent.engine.finish()
-    return agent.how
 
 
 def join_ranks(cfg: Config, rank: int, world: int, stack):
@@ -422,12 +455,14 @@ def main(cfg: Config) -> None:
         what = f"the answers of {names} stay unscored until a run has --judge=http://…/v1"
         print(f"no judge: {what}", file=sys.stderr)
     if asks:
-        open_verdicts(cfg.judge_cache).close()  # a damaged one is told before any work
+        kept = cfg.judge_cache if Path(cfg.judge_cache).exists() or not cfg.check else ""
+        open_verdicts(kept).close()  # a damaged one is told before any work
     with contextlib.ExitStack() as stack:
         toolboxes = make_toolboxes(cfg, tasks)
         for toolbox in toolboxes.values():
             stack.callback(toolbox.close)
-        journal = stack.enter_context(contextlib.closing(Journal(cfg.out_dir, rank)))
+        journal = Journal(cfg.out_dir, rank, reads=cfg.check)
+        stack.enter_context(contextlib.closing(journal))
         if facts.is_file():  # a folder holds the answers of one agent: a changed key is refused
             from reagent.run import check_resume
 
@@ -438,7 +473,11 @@ def main(cfg: Config) -> None:
 
         # ------------------------------------------------------------ chains
         try:
-            how = run_missing(cfg, tasks, toolboxes, journal, runner, rank, world, group)
+            agent, *parts = preflight(cfg, tasks, toolboxes, journal, runner, asks)
+            if cfg.check:
+                return print("checked: it can start") if rank == 0 else None
+            own = dict(rank=rank, world=world, group=group)
+            run_missing(cfg, tasks, journal, runner, agent, *parts, **own)
         except (Unavailable, Refused) as down:
             done = sum(journal.done(key, row) for key, row in keys)
             told = f"{done} of {len(keys)} chains are finished: run the same command again"
@@ -454,7 +493,7 @@ def main(cfg: Config) -> None:
             runner.run(judge_answers(judged, journal, judge))
         web = next(iter(toolboxes.values())).web.settings["search"] or "no provider"
         search = f"local pages {cfg.corpus}" if cfg.corpus else web
-        print(write_reports(cfg, tasks, journal, judge.name if judge else "", how, search))
+        print(write_reports(cfg, tasks, journal, judge.name if judge else "", agent.how, search))
         if left := sum(not journal.done(key, row) for key, row in keys):
             what = f"{left} chains failed for want of infrastructure"
             print(f"{what}: run the same command again", file=sys.stderr)

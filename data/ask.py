@@ -167,7 +167,7 @@ def with_files(cfg: Config, folder: str) -> list[str]:
 def open_agent(cfg: Config, runner: asyncio.Runner) -> evaluate.Agent:
     """The agent of a folder or a URL; messages are sent where its tokenizer cannot be had."""
     if not cfg.model.startswith("http"):
-        return evaluate.local_agent(cfg, None)
+        return evaluate.start_engine(cfg, evaluate.local_agent(cfg))
     try:
         return evaluate.served_agent(cfg, runner)
     except SystemExit as error:

@@ -48,7 +48,7 @@ def open_agent(cfg: Common, source: str, runner: asyncio.Runner) -> evaluate.Age
     asked = evaluate.Config(**parts, max_context=cfg.max_context)
     if model.startswith("http"):
         return evaluate.served_agent(asked, runner)
-    return evaluate.local_agent(asked, None)
+    return evaluate.start_engine(asked, evaluate.local_agent(asked))
 
 
 @contextlib.contextmanager

@@ -49,9 +49,9 @@ def grounded(episode) -> bool:
 
 def trial(folder: str, cfg: Config) -> tuple[dict, list]:
     """-> ({column: [mean, low, high]}, episodes with the reward model's own critiques)."""
-    from reagent.memory import check_shares  # torch
+    from reagent.memory import plan_engines  # torch
 
-    check_shares(cfg.engine, cfg.rrm)
+    plan_engines(cfg.engine, folder, cfg.rrm)
     with agent_at_work(cfg, folder) as (setup, rows, run):
         prompt = read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
         rrm = open_rrm(cfg.rrm, setup.chat, engine=cfg.engine)

@@ -1,6 +1,7 @@
 """The memory plan of a trainer, by phase and part of a rank's card; printed before any loading."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,10 @@ CURES = {
     "training": "lower policy.tokens_per_microbatch, set policy.checkpoint_activations, add ranks",
     "host": "take more memory or fewer ranks a host",
 }
+
+
+def is_dense(config) -> bool:
+    return all(hasattr(config, k) for k in DENSE) and not getattr(config, "num_experts", 0)
 
 
 def widths(config) -> tuple[int, int, int, int]:
@@ -126,7 +131,7 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None) -> None:
     of what runs beside the policy.
     """
     config, cuda, own = load_config(cfg.model), torch.cuda.is_available(), cfg.policy
-    if not all(hasattr(config, name) for name in DENSE) or getattr(config, "num_experts", 0):
+    if not is_dense(config):
         print(f"no memory plan for a model of the kind {config.model_type}", flush=True)
         return
     free, card = torch.cuda.mem_get_info() if cuda else (0, 0)
@@ -134,13 +139,8 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None) -> None:
     ranks, total = own.shard_ranks or run.world, model_sizes(config)[2]
     options = dict(tokens=max(own.tokens_per_microbatch, longest), width=2 if cuda else 4)
     if engine and cuda:
-        weights = 2 * total / engine.tensor_parallel
-        vllm = engine.kind == "vllm"
-        options |= dict(engine=engine.memory_share * card if vllm else weights)
-        options["sleep"] = vllm and engine.sleep
-        if options["engine"] < weights:
-            share = f"engine.memory_share = {engine.memory_share} of {card / 1e9:.1f} GB"
-            raise SystemExit(f"{share} does not hold its weights, {weights / 1e9:.1f} GB: raise it")
+        options["engine"] = engine_size(engine, config, card)
+        options["sleep"] = engine.kind == "vllm" and engine.sleep
     if rrm and cuda and (rrm.sleep or Path(rrm.source).is_dir()):
         options |= dict(rrm=rrm.memory_share * card, rrm_sleeps=rrm.sleep)
         free = card if rrm.sleep else free  # its servers may be awake
@@ -156,14 +156,36 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None) -> None:
     if run.rank == 0:
         lines = [f"{phase} {sum(p.values()) / 1e9:.1f} = {told(p)}" for phase, p in plan.items()]
         print("memory of a rank, GB: " + "; ".join(lines), flush=True)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if why := too_large(plan, {"card": free, "host": memory}):
+    if why := too_large(plan, {"card": free, "host": host_memory()}):
         raise SystemExit(f"it cannot fit: {why}")
 
 
-def check_shares(engine, rrm) -> None:
-    """Two engines in one process, an agent's and a reward model's: their shares must leave room."""
-    both = engine.memory_share + rrm.memory_share
-    if torch.cuda.is_available() and Path(rrm.source).is_dir() and both > 0.95:
-        shares = f"engine.memory_share = {engine.memory_share}, rrm.memory_share = "
-        raise SystemExit(f"{shares}{rrm.memory_share}: more than 0.95 of the card together")
+def host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def engine_size(engine, config, card: float, key: str = "engine") -> float:
+    """Bytes that an engine takes of a card of so many, or of the host where there is none."""
+    weights = (2 if card else 4) * model_sizes(config)[2] / engine.tensor_parallel
+    size = engine.memory_share * card if card and engine.kind == "vllm" else weights
+    if size < weights:
+        share = f"{key}.memory_share = {engine.memory_share} of {card / 1e9:.1f} GB"
+        raise SystemExit(f"{share} does not hold its weights, {weights / 1e9:.1f} GB: raise it")
+    return size
+
+
+def plan_engines(engine, folder: str, rrm) -> None:
+    """The plan where nothing is trained: the engine of the agent in `folder`, or of a server, and
+    that of a reward model in a folder."""
+    free, card = torch.cuda.mem_get_info() if torch.cuda.is_available() else (host_memory(), 0)
+    beside = replace(engine, memory_share=rrm.memory_share, tensor_parallel=1)
+    parts = {"context": CONTEXT if card else 0}
+    for name, source, one in (("engine", folder, engine), ("rrm", rrm.source, beside)):
+        if not source or source.startswith("http") or source.endswith(".py"):
+            continue
+        if is_dense(config := load_config(source)):
+            parts[name] = engine_size(one, config, card, name)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"memory of a rank, GB: {told(parts)}", flush=True)
+    if why := too_large({"rollout" if card else "host": parts}, {"card": free}):
+        raise SystemExit(f"it cannot fit: {why}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-from reagent.folder import claim, read_json
+from reagent.folder import check_free, claim, read_json
 from reagent.rows import drop_cut_line
 
 # --------------------------------------------------------------------------------------------------
@@ -74,17 +74,19 @@ def entry_of(line: dict, path: str, offset: int) -> Entry:
 class Journal:
     """OUT/journal-<rank>.jsonl of all ranks, and the right to write this rank's. A line is a record
     of a finished chain, a {"fault"} of the infrastructure that ended it, or a {"verdict"} of a
-    judge; one without its end is none."""
+    judge; one without its end is none. One that only `reads` writes nothing and takes no lock."""
 
-    def __init__(self, folder: str, rank: int = 0):
+    def __init__(self, folder: str, rank: int = 0, reads: bool = False):
         self.folder, self.path = Path(folder), Path(folder) / f"journal-{rank}.jsonl"
-        self.lock = claim(folder, rank)
-        drop_cut_line(self.path)
+        self.lock = check_free(self.folder) if reads else claim(folder, rank)
         self.entries: dict[tuple, Entry] = {}
         self.faults: dict[tuple, str] = {}
         self.verdicts: dict[tuple, list] = {}  # (*key, attempt, about(...)) -> [(judge, correct)]
-        self.file = open(self.path, "ab", buffering=0)
-        self._read(self.path)
+        if not reads:
+            drop_cut_line(self.path)
+        self.file = None if reads else open(self.path, "ab", buffering=0)
+        if self.path.is_file():
+            self._read(self.path)
         self.read_other_ranks()
 
     def read_other_ranks(self) -> None:
@@ -141,8 +143,8 @@ class Journal:
         return next((one for one in reversed(said) if judge in ("", one[0])), ("none", None))
 
     def close(self) -> None:
-        self.file.close()
-        self.lock.close()
+        for held in filter(None, (self.file, self.lock)):
+            held.close()
 
 
 def named(key: tuple) -> dict:

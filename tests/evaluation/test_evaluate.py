@@ -197,7 +197,7 @@ def test_prompt_critique_and_all_attempts_fit_the_positions(refine, monkeypatch)
     def limits_at(positions: int, prompt: int, *args):
         monkeypatch.setattr(rollout, "opening", lambda *_: ([], [0] * prompt))
         task = Task("t", benchmarks.OWN_ROWS, [], 1, ["Q"])
-        agent = evaluate.Agent(None, Letters(), positions, "")
+        agent = evaluate.Agent(None, Letters(), positions, "", {})
         return evaluate.limits_of(config(*args), task, agent, "", [])
 
     for positions, prompt in itertools.product((600, 4096, 40_960, 131_072), (50, 250)):

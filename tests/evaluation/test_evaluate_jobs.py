@@ -328,7 +328,7 @@ def test_refinement_counts_what_it_fixes_and_breaks(world, tmp_path):
         len(r["attempts"]) == 2 for r in rows
     )
     report = (tmp_path / "report.md").read_text()
-    assert len(judged) == 8 and "| 2 | 1 | 4 | 0 |" in report
+    assert len(judged) == 1 + 8 and "| 2 | 1 | 4 | 0 |" in report
     assert f"refined after critiques of {rrm}: pass@1 is of refined answers" in report
     assert "rrm.request_file our own" in report
 

@@ -17,10 +17,10 @@ from reagent.engines import EngineConfig
 from reagent.lora import add_lora
 from reagent.memory import (
     CONTEXT,
-    check_shares,
     lora_size,
     memory_plan,
     model_sizes,
+    plan_engines,
     plan_memory,
     too_large,
 )
@@ -311,9 +311,15 @@ def test_segments_of_a_cards_memory_may_grow_unless_the_user_says_otherwise(monk
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
 
 
-def test_two_engines_on_one_card_must_leave_room(card, tmp_path):
-    rrm = RewardModelConfig(source=str(tmp_path))
-    check_shares(EngineConfig(memory_share=0.6), rrm)
-    check_shares(EngineConfig(memory_share=0.85), RewardModelConfig(source="http://a/v1"))
-    with pytest.raises(SystemExit, match="engine.memory_share = 0.85, rrm.memory_share = 0.3"):
-        check_shares(EngineConfig(memory_share=0.85), rrm)
+def test_two_engines_on_one_card_must_leave_room(card, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("reagent.memory.load_config", lambda folder: qwen3("8b"))
+    beside = RewardModelConfig(source=str(tmp_path))
+    plan_engines(EngineConfig(memory_share=0.6), "agent", beside)
+    assert "context 2.5, engine 51.1, rrm 25.5" in capsys.readouterr().out
+    plan_engines(EngineConfig(memory_share=0.85), "agent", RewardModelConfig("http://a/v1"))
+    plan_engines(EngineConfig(memory_share=0.85), "agent", RewardModelConfig("judge.py"))
+    plan_engines(EngineConfig(memory_share=0.85), "http://a/v1", beside)
+    with pytest.raises(SystemExit, match="rollout needs .*engine 72.3, rrm 25.5.*memory_share"):
+        plan_engines(EngineConfig(memory_share=0.85), "agent", beside)
+    with pytest.raises(SystemExit, match="rrm.memory_share = 0.1 of 85.1 GB does not hold"):
+        plan_engines(EngineConfig(), "agent", RewardModelConfig("folder", memory_share=0.1))

@@ -1,0 +1,105 @@
+"""evaluate.py --check: everything is looked at, nothing heavy loads, nothing is written."""
+
+import pytest
+
+import evaluate
+from reagent.config import parse_config
+from reagent.policy import load_tokenizer
+from tests.evaluation.test_evaluate_jobs import knows
+from tests.helpers.chat_server import chat_server
+from tests.helpers.judge_server import judge_server
+from tests.helpers.tiny import tiny_model, toy
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model and three questions, with and without documents of their own."""
+    folder = tmp_path_factory.mktemp("check")
+    tiny_model(folder / "model", max_positions=4096)
+    docs = [{"title": "Capitals", "text": "Paris, Lima and Rome are capitals."}]
+    rows = [dict(id=f"q{i}", question=f"Which city is q{i}?", answer="Lima") for i in range(3)]
+    toy.write(folder / "none.jsonl", [row | {"kind": "qa"} for row in rows])
+    toy.write(folder / "cities.jsonl", [row | {"kind": "qa", "docs": docs} for row in rows])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_loading(monkeypatch):
+    def loads(*_, **__):
+        raise AssertionError("something heavy was loaded")
+
+    monkeypatch.setattr("reagent.engines.make_engine", loads)
+    monkeypatch.setattr("reagent.reward_model.make_engine", loads)
+
+
+def run(folder, out, *more, check="--check"):
+    base = ["--tools=search", "--engine=hf", "--patience_s=2", "--rollouts=2", "--rrm.seconds=2"]
+    files = [f"--out_dir={out}", f"--judge_cache={out}/cache.sqlite", f"--model={folder}/model"]
+    given = [*base, *files, f"--dataset={folder}/cities.jsonl", *more, check]
+    evaluate.main(parse_config(evaluate.Config, given))
+
+
+def test_a_check_says_what_a_run_asks_for_and_writes_nothing(folder, tmp_path, capsys):
+    with judge_server() as (rrm, critiques), judge_server(lambda text: "VERDICT: CORRECT") as judge:
+        more = ["--refine", f"--rrm={rrm}", "--judged=all", f"--judge={judge[0]}"]
+        more.append(f"--cache={tmp_path}/web.sqlite")
+        run(folder, tmp_path / "out", *more)
+        told = capsys.readouterr().out
+        assert len(critiques) == len(judge[1]) == 1 and "boxed{unknown}" in critiques[0]
+    left = "12 attempts, 12 judgments, 12 verdicts, 20,004 tokens at most, 360 turns that search"
+    assert f"left of the run: {left}" in told and "2 attempt(s) of 1667 tokens" in told
+    assert "memory of a rank, GB: engine 0.0" in told and told.endswith("checked: it can start\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_check_counts_what_is_left_and_changes_no_byte(folder, tmp_path, capsys):
+    with chat_server(knows, load_tokenizer(f"{folder}/model")) as (url, _):
+        more = [f"--model={url}", f"--tokenizer={folder}/model"]
+        run(folder, tmp_path, *more, "--limit=1", check="--check=false")
+        held = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        run(folder, tmp_path, *more)
+        assert (
+            "left of the run: 4 attempts, 0 judgments, 0 verdicts, 15,384 to"
+            in capsys.readouterr().out
+        )
+        with pytest.raises(SystemExit, match="top_p: 0.95 -> 0.5"):
+            run(folder, tmp_path, *more, "--top_p=0.5")
+    assert held == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+LACKS = {
+    "no rows": (["--dataset=nowhere.jsonl"], "nowhere.jsonl"),
+    "no docs": (["--dataset={folder}/none.jsonl"], "nothing to search"),
+    "no tool": (["--tools=serach"], "no tool named serach"),
+    "no template": (["--chat_template=none.jinja"], "chat_template = none.jinja"),
+    "no model": (["--model=out/a/b"], "no model in out/a/b"),
+    "no room": (["--max_context=40"], "positions are left for an attempt"),
+    "no server": (["--model=http://127.0.0.1:9/v1"], "127.0.0.1:9.* 0 of 6 chains are finished"),
+    "no rrm": (["--refine", "--rrm=http://127.0.0.1:9/v1"], "no reward model answers|gives no jud"),
+    "no annotator": (["--refine", "--rrm={folder}/rrm.py"], "gives no judgment: no judg"),
+    "no judge": (["--judged=all", "--judge=http://127.0.0.1:9/v1"], "no verdict of http"),
+    "no memory": ([], "it cannot fit: host needs"),
+    "file": (["--out_dir={folder}/cities.jsonl"], "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("lack", LACKS)
+@pytest.mark.parametrize("check", ["--check", "--check=false"])
+def test_what_an_evaluation_lacks_is_told_before_anything_heavy_loads(
+    lack, check, folder, tmp_path, monkeypatch
+):
+    if check == "--check=false" and lack == "no judge":
+        pytest.skip("a run looks for its judge when answers wait")
+    if lack == "no memory":
+        monkeypatch.setattr("reagent.memory.host_memory", lambda: 1000)
+    (folder / "rrm.py").write_text("def annotate(question, messages):\n    return 'Fine.'\n")
+    more, told = LACKS[lack]
+    with pytest.raises(SystemExit, match=told):
+        run(folder, tmp_path / "o", *[m.format(folder=folder) for m in more], check=check)
+
+
+@pytest.mark.parametrize("reply", ["Fine.", 500])
+def test_a_judge_whose_verdict_cannot_be_read_is_told(reply, folder, tmp_path):
+    with judge_server(lambda text: reply) as (url, _):
+        with pytest.raises(SystemExit, match=f"no verdict of {url}: "):
+            run(folder, tmp_path / "out", "--judged=all", f"--judge={url}")
