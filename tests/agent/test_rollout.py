@@ -118,7 +118,8 @@ def test_every_sampled_token_keeps_the_log_prob_that_it_was_sampled_with():
 
 
 def test_a_forced_answer_that_was_cut_is_not_graded():
-    episode = episode_of(CALL, CALL, "\\boxed{here} and so on…", max_turns=1)
+    episode = episode_of(CALL, "\\boxed{here} and so on…", max_turns=1)
+    assert episode.messages[-1]["content"].startswith("\\boxed{here}")
     assert episode.attempts[0].termination == "turn_limit" and not episode.attempts[0].correct
     assert episode.attempts[0].answer is None
 

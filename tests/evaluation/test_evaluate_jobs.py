@@ -748,3 +748,14 @@ def test_a_cache_with_a_damaged_page_is_told(tmp_path, cache):
     path.write_bytes(body)
     with pytest.raises(SystemExit, match="cache.sqlite is damaged or none"):
         make(str(path))
+
+
+def test_a_reward_model_that_goes_away_stops_the_run_and_costs_no_critique(world, tmp_path):
+    """A chain that kept its first answer for want of a judge would count as refined for ever."""
+    with (
+        chat_server(knows, tokenizer_of(world)) as (url, _),
+        judge_server(lambda text: 503) as (rrm, _),
+    ):
+        asked = ("--refine", f"--rrm={rrm}", "--rrm.seconds=0.5")
+        with pytest.raises(SystemExit, match="0 of 4 chains are finished: run the same command"):
+            run(world, tmp_path, *served(world, url), *asked)

@@ -29,7 +29,8 @@ def run_here(script, arguments: list[str]) -> list[dict]:
 
 class Seen:
     """What a run did, in order: ("step", lr, gradient norm, settings), ("sync",), ("ask", seed,
-    prompt, temperature) and ("meet", phase), and what a test notes of its own.
+    prompt, temperature, tokens at most), ("meet", phase) and ("save", step), and what a test notes
+    of its own.
     """
 
     def __init__(self, patch):
@@ -38,6 +39,7 @@ class Seen:
         self.note(HFEngine, "load_weights", lambda *_: ("sync",))
         self.note(HFEngine, "generate", told_request)
         self.note(Run, "meet", lambda _, phase, error=None: ("meet", phase))
+        self.note(Run, "save", lambda _, step, *more: ("save", step))
 
     def note(self, owner, name: str, told, after: bool = False):
         """`told` sees the arguments of owner.name, or (result, *arguments) with `after`."""
@@ -57,8 +59,8 @@ class Seen:
         return [event[1:] for event in self.events if event[0] == kind]
 
 
-def told_request(_, ids, *, seed, temperature, **more):
-    return "ask", seed, tuple(ids), temperature
+def told_request(_, ids, *, seed, temperature, max_new_tokens, **more):
+    return "ask", seed, tuple(ids), temperature, max_new_tokens
 
 
 def step_facts(optimizer) -> tuple[float, float, tuple]:

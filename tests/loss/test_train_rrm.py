@@ -15,6 +15,7 @@ from reagent.chat import Chat
 from reagent.engines import EngineConfig, Sample
 from reagent.reward_model import Judgment, RewardModelConfig
 from results import judging
+from tests.helpers import templates
 from tests.helpers.judge_server import judge_server
 from tests.helpers.tiny import toy
 
@@ -49,6 +50,7 @@ def earned(found, **changes):
         (judgment(0.8, "You should have read some other page."), {}, (0.93 + 0.125) / 1.2),
         (judgment(0.8, "Bob did not open the page of Cleo."), {}, (0.93 + 0.25 * 5 / 6) / 1.2),
         (judgment(0.8, "The page of Cleo names Ada  Byron."), {}, 0.5 * (0.93 + 0.25) / 1.2),
+        (judgment(0.8, "It was somebody else: Cleo"), {"answer": "somebody else"}, 1.18 / 1.2),
     ],
 )
 def test_reward_of_a_judgment(found, changes, value):
@@ -325,6 +327,39 @@ def test_a_row_that_is_too_long_is_left_out_and_long_tool_results_are_shortened_
         CHAT, row | {"trajectory": [seen, {"role": "assistant", "content": "the answer"}]}, cfg
     )
     assert len(fitted.ids) <= 3000 and "the answer" in CHAT.decode(fitted.ids)
+
+
+def test_a_prompt_leaves_room_for_the_longest_judgment():
+    cfg = train_rrm.Config(max_context=4000, max_judgment_tokens=1500)
+    for words in range(100, 2000, 190):
+        seen = {"role": "tool", "content": "fact " * words}
+        ids = train_rrm.judge_ids(CHAT, {"question": "q", "trajectory": [seen]}, cfg)
+        assert 1000 < len(ids) <= 2500
+
+
+def test_a_row_counts_with_its_judgment():
+    row = {"question": "q", "trajectory": "t", "think": "a", "critique": "c", "score": 0.5}
+    whole = len(train_rrm.sft_row(CHAT, row, CFG).ids)
+    for most, left_out in ((whole, 0), (whole - 1, 1)):
+        cfg = train_rrm.Config(max_tokens_per_row=most)
+        fitting, total, line = train_rrm.sft_batch(CHAT, [row], cfg)
+        assert line == {"too_long": left_out} and len(fitting) == 1 - left_out
+        assert bool(total) is not bool(left_out)
+
+
+def test_a_template_that_opens_the_thoughts_changes_neither_the_verdict_nor_its_weight():
+    chat = Chat(templates.make_tokenizer(templates.OPENED), tools=False)
+    row = toy.rrm_row(random.Random(0), 0)
+    text = chat.sampled(reward_model.target_text(row))
+    assert chat.opened and not text.startswith("<think>")
+    cfg = train_rrm.Config(max_context=4000, max_judgment_tokens=300, verdict_weight=3.0)
+    weights = train_rrm.sft_row(chat, row, cfg).columns["weight"]
+    verdict = len(chat.text(text.partition(" Found ")[2])) + 1
+    assert weights.count(3.0) >= verdict and weights[-verdict:] == [3.0] * verdict
+    assert 1.0 in weights and weights == sorted(weights)
+    sample = Sample([*chat.text(text), chat.closer_id], [], "stop")
+    found = train_rrm.read_judgment(chat, sample)
+    assert found.score == row["score"] and found.think == row["think"]
 
 
 @pytest.mark.parametrize("system", ["You are Agent-RRM.", ""])

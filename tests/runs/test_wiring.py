@@ -3,9 +3,11 @@ the seams, resumed to the bit, and with numbers written down once.
 """
 
 import json
+import math
 import random
 import shutil
 import statistics
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,7 @@ import sft
 import train_rrm
 from reagent.config import load_script
 from reagent.reward_model import Judgment, RewardModelConfig
-from reagent.run import checkpoints
+from reagent.run import Run, checkpoints
 from tests.helpers.tiny import toy, toy_world
 from tests.helpers.trainers import Seen, run_here, trained_tokens
 from tests.runs.test_jobs import final_state
@@ -29,7 +31,8 @@ COMMON = (
     "--max_grad_norm=0.02",
     "--weight_decay=0.03",
     "--policy.tokens_per_microbatch=300",
-    "--save_interval=1",
+    "--save_interval=2",
+    "--seed=7",
     "--policy.checkpoint_activations=false",
     "--timeout_s=100",
 )
@@ -105,42 +108,55 @@ class Rules:
         return float(right), right
 
 
-def run_u(world, out):
+def run_u(world, out, *more):
     with pytest.MonkeyPatch.context() as patch:
         seen, rules = Seen(patch), Rules()
+        for name in ("kept_pools", "pooled_advantages", "grpo_loss"):
+            seen.note(grpo_unified, name, told_as(name))
         patch.setattr(grpo_unified, "rule_reward", rules)
         seen.note(grpo_unified.rollout, "run_chains", told_keys)
         seen.note(grpo_unified, "training_sequences", told_minibatch, after=True)
+        seen.note(grpo_unified.engines, "rest", lambda engine: ("rest",))
         files = [f"--model={world}/model", f"--data={world}/rl.jsonl", f"--rrm={world}/rrm.py"]
         files.append("--rrm.seconds=50")
         files += [f"--eval_data={world}/eval.jsonl", f"--out_dir={out}"]
-        log = run_here(grpo_unified, [*COMMON, *U, *files])
+        log = run_here(grpo_unified, [*COMMON, *U, *files, *more])
     return SimpleNamespace(seen=seen, log=log, out=out, rules=rules)
 
 
-LONGEST = 100  # tokens of a row of the cold start: some are longer
+LONGEST = 90  # tokens of a row of the cold start: one has as many, some are longer
 
 
 def told_rows(policy, optimizer, rows, *_):
     return "rows", [row.ids for row in rows]
 
 
+def told_as(name):
+    return lambda *args, **options: (name, args, options)
+
+
 def told_keys(jobs, *_):
     return "rollout", [key for _, key in jobs]
+
+
+def told_report(report, judgments, rows, lengths):
+    return "report", report, rows, lengths
 
 
 def told_minibatch(sequences, episodes, advantages, group, loss_agg):
     return "minibatch", sequences, episodes, advantages, group
 
 
-def run_rrm(stage, world, out):
+def run_rrm(stage, world, out, *more):
     new = "16" if stage == "grpo" else "48"
     own = [f"--stage={stage}", "--group_size=2", f"--max_judgment_tokens={new}"]
     own += [f"--model={world}/model", f"--data={world}/rrm.jsonl", f"--out_dir={out}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_rrm, "read_judgment", any_judgment)
         seen = Seen(patch)
-        log = run_here(train_rrm, [*COMMON, *RRM, *own, f"--eval_data={world}/held.jsonl"])
+        seen.note(train_rrm, "rest", lambda engine: ("rest",))
+        seen.note(train_rrm, "judgment_report", told_report, after=True)
+        log = run_here(train_rrm, [*COMMON, *RRM, *own, f"--eval_data={world}/held.jsonl", *more])
     return SimpleNamespace(seen=seen, log=log, out=out, stage=stage)
 
 
@@ -197,7 +213,7 @@ def test_the_cold_start_takes_new_rows_at_every_step_and_none_that_is_too_long(c
     told = [(4 - len(rows), sum(map(len, rows))) for rows in taken]
     assert told == [(line["too_long"], line["tokens"]) for line in cold.log]
     whole = [tuple(ids) for rows in taken for ids in rows]
-    assert 3 < len(set(whole)) == len(whole) < 12 and max(map(len, whole)) <= LONGEST
+    assert 3 < len(set(whole)) == len(whole) < 12 and max(map(len, whole)) == LONGEST
 
 
 def test_the_reward_model_steps_with_its_schedule_and_a_clipped_gradient(rrm):
@@ -210,8 +226,11 @@ def test_the_agent_steps_with_its_schedule_and_a_clipped_gradient(u):
 
 def test_the_sampler_gets_the_weights_of_every_update_before_it_is_asked_again(u, rrm):
     for run in (u, rrm):
-        kinds = [event[0] for event in run.seen.events if event[0] in ("step", "sync", "ask")]
-        assert ("step", "ask") not in list(zip(kinds, kinds[1:])) and "ask" in kinds
+        kinds = [event[0] for event in run.seen.events]
+        kinds = [kind for kind in kinds if kind in ("step", "sync", "ask", "rest")]
+        after = set(zip(kinds, kinds[1:]))
+        assert not after & {("step", "ask"), ("rest", "ask")} and "ask" in kinds
+        assert ("ask", "step") not in after  # an engine that can sleep has given its memory back
         assert all(line.get("dlogp/mean", 0.0) < 1e-5 for line in run.log)
 
 
@@ -223,9 +242,12 @@ def test_ranks_meet_after_the_sampling_of_judgments(rrm):
 
 def test_no_two_judgments_of_a_run_are_asked_for_with_one_seed(rrm):
     held = {seed for seed, *_ in rrm.seen.of("ask")[-2:]}  # the same at every evaluation
+    assert len(held) == 2
     asked = [seed for seed, *_ in rrm.seen.of("ask") if seed not in held]
     assert len(set(asked)) == len(asked) == (24 if rrm.stage == "grpo" else 0)
-    temperatures = {(seed in held, temperature) for seed, _, temperature in rrm.seen.of("ask")}
+    told = rrm.seen.of("ask")
+    assert {most for *_, most in told} == {16 if rrm.stage == "grpo" else 48}
+    temperatures = {(seed in held, temperature) for seed, _, temperature, _ in told}
     at_work = {(True, RewardModelConfig.temperature)}
     assert temperatures == at_work | ({(False, 0.8)} if rrm.stage == "grpo" else set())
 
@@ -244,6 +266,7 @@ def test_chains_of_a_step_have_keys_of_their_own(u):
     rollouts = [keys for (keys,) in u.seen.of("rollout")]
     assert [keys[0][1] for keys in rollouts] == ["eval", 0, "eval", 1, "eval", 2, "eval"]
     assert all(len(set(keys)) == len(keys) == 8 for keys in rollouts[1::2])
+    assert {key[0] for keys in rollouts for key in keys} == {7}  # the seed of the run
 
 
 def advantages_of(episodes) -> dict[int, float]:
@@ -285,7 +308,8 @@ def test_pools_without_spread_train_nothing_and_count_nowhere(u, world):
 
 def test_refinement_reads_the_fixed_critique(u):
     episodes = [json.loads(line) for line in open(u.out / "episodes" / "step-000001.jsonl")]
-    told = [m["content"] for e in episodes for m in e["messages"] if "reviewer" in m["content"]]
+    turns = [m["content"] for e in episodes for m in e["messages"] if m["role"] == "user"]
+    told = [text for text in turns if "reviewer" in text]
     assert len(told) == 8 and all("Look again at Rome." in text for text in told)
 
 
@@ -318,12 +342,90 @@ def test_the_figures_of_a_step_are_those_of_its_episodes(u):
         for name, right in (("right", True), ("wrong", False)):
             scores = [a["score"] for a in everything if a["correct"] is right]
             assert line[f"score/{name}"] == pytest.approx(statistics.mean(scores), abs=1e-6)
-        assert line["attempts"] == len(everything) == 16
+        assert line["attempts"] == len(everything) == line["judge/asked"] == 16
+        assert line["judge/failed"] == 0 and line["tokens"] == sum(e["tokens"] for e in episodes)
         assert line["trained_tokens"] == trained_tokens(u.out, line["step"])
+
+
+def test_checkpoints_are_saved_at_their_interval_at_the_end_and_where_an_evaluation_is_best(
+    cold, rrm, u
+):
+    assert [step for (step,) in cold.seen.of("save")] == [2, 3]
+    assert [step for (step,) in rrm.seen.of("save")] == [2, 3]
+    assert [step for (step,) in u.seen.of("save")] == [1, 2, 3]
+
+
+def test_the_reward_model_is_evaluated_on_the_held_out_rows_and_its_report_is_of_the_last_one(
+    rrm, world
+):
+    evaluated = [line for line in rrm.log if "eval/valid" in line]
+    assert [line["step"] for line in evaluated] == [2, 3]
+    held = [json.loads(line) for line in open(world / "held.jsonl")]
+    reports = rrm.seen.of("report")
+    assert [rows for _, rows, _ in reports] == [held, held]
+    for line, (report, _, lengths) in zip(evaluated, reports):
+        assert len(lengths) == 2 and line["eval/too_long"] == 0
+        assert all(line[f"eval/{name}"] == value for name, value in report.items())
+    final = reports[-1][0] | {"too_long": 0}
+    assert (rrm.out / "report.md").read_text() == train_rrm.report_table(final)
 
 
 def test_the_kl_term_measures_how_far_the_policy_has_moved(u):
     assert all(abs(line["kl"]) > 1e-4 for line in u.log[1:])
+
+
+@pytest.mark.parametrize("variant", ["r", "rule"])
+def test_what_a_run_is_told_reaches_its_chains_its_pools_and_its_loss(variant, world, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Look at it .")
+    told = ["--steps=1", f"--variant={variant}", "--pool=per_stage", "--drop=release"]
+    told += ["--loss_agg=token_mean", "--max_seconds_per_chain=0", "--clip_low=0.1"]
+    told += [f"--prompt_file={tmp_path}/prompt.txt", "--eval_data=", "--group_size=4"]
+    run = run_u(world, tmp_path / "out", *told)
+    (((rewards, rules, drop), _),) = run.seen.of("kept_pools")
+    assert drop == "release" and not rules[:, 1].isfinite().any()
+    assert {tuple(options.items()) for _, options in run.seen.of("pooled_advantages")} == {
+        (("pool", "per_stage"),),
+        (),
+    }
+    kinds = {(options["clip_low"], options["clip_high"]) for _, options in run.seen.of("grpo_loss")}
+    assert kinds == {(0.1, 0.34)}
+    written = lines_of(run.out)
+    for i, episode in enumerate(written):
+        (attempt,) = episode["attempts"]
+        assert episode["messages"][0] == {"role": "system", "content": "Look at it ."}
+        bonus = 0.3 * attempt["score"] if variant == "r" else 0.0
+        assert rules[i // 4, 0, i % 4].item() == attempt["rule_reward"]
+        assert rewards[i // 4, 0, i % 4].item() == pytest.approx(attempt["rule_reward"] + bonus)
+    assert len(written) == 16 and rules[:, 0].sum() > 0
+    for sequences, *_ in run.seen.of("minibatch"):
+        weights = {w for sequence in sequences for w in sequence.columns["weight"]}
+        assert len(weights) <= 1  # a mean over tokens
+
+
+def lines_of(out):
+    return [json.loads(line) for line in open(out / "episodes" / "step-000001.jsonl")]
+
+
+@pytest.mark.parametrize("trainer", ["cold", "rrm", "agent"])
+def test_a_run_that_is_asked_to_stop_saves_the_step_that_it_has_done(
+    trainer, world, tmp_path, monkeypatch
+):
+    asked = iter([False, True] if trainer == "agent" else [True])
+    monkeypatch.setattr(Run, "stopping", lambda _: next(asked))
+    runs = {"cold": run_sft, "rrm": partial(run_rrm, "sft"), "agent": run_u}
+    run = runs[trainer](world, tmp_path)
+    assert [line["step"] for line in run.log if line["step"]] == [1]
+    assert run.seen.of("save") == [(1,)]
+
+
+@pytest.mark.parametrize("trainer", ["cold", "rrm"])
+def test_a_first_step_that_is_skipped_ends_the_run(trainer, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "update", lambda *_: (math.nan, 1.0))
+    line = dict(loss=1.0, grad_norm=1.0, skipped="loss nan")
+    monkeypatch.setattr(train_rrm, "update", lambda *_: line)
+    runs = {"cold": run_sft, "rrm": partial(run_rrm, "sft")}
+    with pytest.raises(SystemExit, match="step 1: loss nan"):
+        runs[trainer](world, tmp_path)
 
 
 def resumed(run, tmp_path, at: int, again) -> None:
@@ -363,10 +465,10 @@ def test_a_run_takes_more_steps_where_no_schedule_hangs_on_their_number(cold, wo
 
 
 GOLDEN = {  # of the last step: loss, norm of the gradient; how the weights moved
-    "cold": (5.6142206192, 3.2707531452, 0.2424380661),
-    "sft": (5.8344836235, 1.7868554592, 0.0418065768),
-    "grpo": (0.0, 1.082975626, 0.0151626877),
-    "u": (-0.0412918305, 1.4223726392, 0.0458551538),
+    "cold": (5.7096829414, 3.2681522369, 0.3763596886),
+    "sft": (5.7838401794, 1.6764867306, -0.0954612454),
+    "grpo": (0.0, 1.0770618916, 0.0246982957),
+    "u": (0.0013980418, 1.1915147305, -0.2375926576),
 }
 
 

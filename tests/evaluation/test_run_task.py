@@ -1,0 +1,163 @@
+"""The chains of an evaluation: who runs which, how often, with which seeds, and what is written."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+import evaluate
+import rollout
+from reagent.chat import Chat
+from reagent.config import parse_config
+from reagent.engines import Sample
+from reagent.reward_model import RewardModel
+from results.benchmarks import load_task
+from results.journal import Journal
+from tests.evaluation.test_evaluate import row_of, task_of
+from tests.helpers.tiny import toy
+from tools import Toolbox
+
+CHAT = Chat(toy.make_tokenizer([]))
+JUDGMENT = "<think>a</think><critique>look again</critique><score>0.5</score>"
+
+
+class Says:
+    """An engine whose first answer is `first`, the next in a chain `then`; None: it aborts."""
+
+    def __init__(self, first, then="a"):
+        self.first, self.then, self.seeds = first, then, []
+
+    async def generate(self, ids, *, max_new_tokens, temperature, seed, top_p=1.0):
+        self.seeds.append(seed)
+        text = CHAT.decode(ids)
+        answer = self.then if "look again" in text else self.first
+        if answer is None:
+            return Sample([], [], "abort")
+        new = [*CHAT.text(f"\\boxed{{{answer}}}"), CHAT.closer_id]
+        return Sample(new, [-0.5] * len(new), "stop")
+
+
+async def ask(question, trajectory, text, seed, seconds):
+    return {"message": {"content": JUDGMENT}}
+
+
+def run(folder, task, engine, *args, rank=0, world=1, refine=False):
+    """One rank's share of a task; -> its journal, closed."""
+    cfg = parse_config(evaluate.Config, ["--tools=search", *args])
+    agent = evaluate.Agent(engine, CHAT, 4096, "")
+    cfg.refine, rrm = refine, RewardModel(ask) if refine else None
+    setup = evaluate.setup_of(cfg, task, agent, Toolbox(["search"]), rrm)
+    journal = Journal(folder, rank)
+    asyncio.run(evaluate.run_task(cfg, task, setup, journal, rank, world))
+    journal.close()
+    return journal
+
+
+@pytest.fixture
+def task(tmp_path):
+    made = task_of(tmp_path, [row_of(str(i), f"q{i}?") for i in range(5)], rollouts=2)
+    made.longest = ["q0?"]
+    return made
+
+
+def test_a_limit_takes_the_first_questions_and_ids_those_that_are_named(task, tmp_path):
+    def chosen(*args):
+        cfg = parse_config(evaluate.Config, list(args))
+        made = load_task(f"{tmp_path}/rows.jsonl", cfg)
+        assert len(made.longest) == 5  # the room for prompts does not hang on it
+        return [row["id"] for row in made.rows], made.rollouts
+
+    assert chosen("--limit=2") == (["0", "1"], 1)
+    assert chosen("--ids=4,1", "--rollouts=3") == (["1", "4"], 3)
+    assert chosen("--ids=4,1", "--limit=1") == (["1"], 1)
+
+
+def test_ranks_share_the_questions_and_every_chain_is_run_by_one(task, tmp_path):
+    engines = [Says("a"), Says("a")]
+    ran = []
+    for rank, engine in enumerate(engines):
+        run(tmp_path / "out", task, engine, rank=rank, world=2)
+        lines = (tmp_path / "out" / f"journal-{rank}.jsonl").read_text().splitlines()
+        ran.append(len(lines))
+    assert ran == [6, 4] == [len(engine.seeds) for engine in engines]
+    whole = Journal(tmp_path / "out")
+    assert all(whole.done(key, row) for key, row in task.keys())
+    whole.close()
+
+
+def test_no_two_chains_of_an_evaluation_have_a_seed_in_common(task, tmp_path):
+    engine, again, other = Says("a"), Says("a"), Says("a")
+    run(tmp_path / "a", task, engine)
+    run(tmp_path / "b", task, again)
+    run(tmp_path / "c", task, other, "--seed=1")
+    assert len(set(engine.seeds)) == 10 and engine.seeds == again.seeds
+    assert not set(engine.seeds) & set(other.seeds)
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_a_chain_that_was_aborted_is_tried_so_often_again_and_is_a_fault(task, tmp_path, retries):
+    engine = Says(None)
+    journal = run(tmp_path / "out", task, engine, f"--retries={retries}")
+    assert len(engine.seeds) == 10 * (retries + 1) and not journal.entries
+    assert set(journal.faults.values()) == {"aborted"}
+
+
+def test_the_refined_answer_is_the_one_that_counts(task, tmp_path):
+    for first, then in (("wrong", "a"), ("a", "wrong"), (None, "a")):
+        refines = first is not None
+        out = tmp_path / f"{first}-{then}"
+        journal = run(out, task, Says(first or "a", then), refine=refines)
+        record = journal.record(("rows", "3", 1))
+        assert record["correct"] is (then == "a")
+        told = [(each["answer"], each["correct"]) for each in record["attempts"]]
+        answers = [first, then] if refines else ["a"]
+        assert told == [(answer, answer == "a") for answer in answers]
+        assert (record["rollout"], record["status"]) == (1, "answered")
+
+
+def test_a_set_has_its_own_prompt_unless_the_run_names_one(task, tmp_path, capsys):
+    own, given = tmp_path / "own.txt", tmp_path / "given.txt"
+    own.write_text("You are the set's .")
+    given.write_text("You are the run's .")
+    agent = evaluate.Agent(Says("a"), CHAT, 4096, "")
+
+    def prompt_of(spec, *args):
+        task.spec = spec
+        cfg = parse_config(evaluate.Config, list(args))
+        return evaluate.setup_of(cfg, task, agent, Toolbox(["search"]), None).system_prompt
+
+    plain = task.spec
+    named = replace(plain, prompt_file=str(own))
+    assert prompt_of(plain) == rollout.SYSTEM_PROMPT
+    assert prompt_of(named) == own.read_text()
+    assert prompt_of(named, f"--prompt_file={given}") == given.read_text()
+
+
+def test_sets_of_other_seconds_or_tools_have_toolboxes_of_their_own(tmp_path):
+    rows = [row_of("1", docs=[{"title": "t", "text": "x"}])]
+    tasks = [task_of(tmp_path, rows, name=name) for name in ("a", "b", "c")]
+    tasks[1].spec = replace(tasks[1].spec, seconds_per_call=7.0)
+    tasks[2].spec = replace(tasks[2].spec, tools="search,browse")
+    boxes = evaluate.make_toolboxes(evaluate.Config(), tasks)
+    told = {key: (box.seconds, box.names) for key, box in boxes.items()}
+    assert told == {
+        ("search", 30.0): (30.0, ["search"]),
+        ("search", 7.0): (7.0, ["search"]),
+        ("search,browse", 30.0): (30.0, ["search", "browse"]),
+    }
+
+
+def test_limits_are_those_that_were_asked_for_where_they_fit(task):
+    agent = evaluate.Agent(Says("a"), CHAT, 4096, "")
+
+    def limits(*args):
+        cfg = parse_config(evaluate.Config, list(args))
+        return evaluate.limits_of(cfg, task, agent, "", [])
+
+    asked = limits("--max_tokens_per_attempt=900", "--max_new_tokens_per_turn=70")
+    assert (asked.max_tokens_per_attempt, asked.max_new_tokens_per_turn) == (900, 70)
+    assert asked.max_turns == task.spec.max_turns == 30 and asked.final_tokens == 225
+    assert limits("--max_context=2000").max_context == 2000
+    assert limits("--max_context=9000").max_context == 4096
+    room = limits()
+    assert room.max_new_tokens_per_turn == room.max_tokens_per_attempt
