@@ -12,6 +12,7 @@ from reagent.rows import (
     JsonlRows,
     batch_indices,
     check_rl_row,
+    seed_of,
     sft_messages,
     sft_tools,
     shown_question,
@@ -438,3 +439,12 @@ def test_real_files_open_with_every_line():
     for path in sorted(SHARED.glob("*/*.jsonl")):
         lines = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
         assert list(JsonlRows(path)) == lines
+
+
+def test_every_part_of_a_seed_counts_and_where_one_ends():
+    parts = (0, 1, "task", 2)
+    others = [parts[:i] + (9,) + parts[i + 1 :] for i in range(4)]
+    others += [parts[:-1], (*parts, 0), ("01", "task", 2), (0, 1, "task2"), parts[::-1]]
+    seeds = {seed_of(*each) for each in (parts, *others)}
+    assert len(seeds) == 10 and all(0 <= seed < 2**62 for seed in seeds)
+    assert seed_of(*parts) == seed_of(0, 1, "task", 2)
