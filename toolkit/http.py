@@ -220,10 +220,6 @@ class Endpoint:
         method = "GET" if body is None else "POST"
         return await ask(method, self.url + path, headers=self.headers, body=body, seconds=seconds)
 
-    @property
-    def rests(self) -> bool:
-        return self.rests_until > time.monotonic()
-
     def failed(self, problem: Unavailable) -> None:
         if not problem.late:  # one that is slow is busy, not down
             self.rests_until = time.monotonic() + REST_S
@@ -246,8 +242,8 @@ async def insist(endpoints: list[Endpoint], once, *, seconds=None, request_s=180
     problem = Unavailable("no request came to its turn", late=True)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
-            while time.monotonic() < failing_since + patience_s:
-                endpoint = min(endpoints, key=lambda each: (each.rests, each.asking))
+            while (clock := time.monotonic()) < failing_since + patience_s:
+                endpoint = min(endpoints, key=lambda each: (each.rests_until > clock, each.asking))
                 try:
                     endpoint.asking += 1
                     async with endpoint.slots:
@@ -262,7 +258,7 @@ async def insist(endpoints: list[Endpoint], once, *, seconds=None, request_s=180
                     endpoint.asking -= 1
                 clock = time.monotonic()
                 failing_since = min(failing_since, clock)
-                if all(each is endpoint or each.rests for each in endpoints):
+                if all(each is endpoint or each.rests_until > clock for each in endpoints):
                     left = min(failing_since + patience_s - clock, (end - clock) / 2)
                     wait = min(max(pause, problem.wait_s), MOST_PAUSE_S, max(0.05, left))
                     await asyncio.sleep(wait)

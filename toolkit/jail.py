@@ -57,7 +57,7 @@ def checked(result: int, what: str) -> int:
 
 def numbers(verdict: str) -> dict[str, int]:
     """The numbers on this machine of the calls with a verdict in system_calls.txt."""
-    rows = (row.split() for row in GIVEN["calls"])
+    rows = (row.split() for row in GIVEN["calls"].splitlines() if row[0] != "#")
     found = {name: both[ARM] for name, *both, what in rows if what == verdict}
     return {name: int(number) for name, number in found.items() if number != "-"}
 
@@ -93,8 +93,7 @@ NOTICE_RECEIVE, NOTICE_SEND, NOTICE_CONTINUE = 0xC0502100, 0xC0182101, 1
 
 
 def rule(name: str, error=EPERM, argument=0, *, among=(), but=(), mask=0xFFFFFFFF) -> bytes:
-    """Answers a call with `error`: always, or if (argument & mask) is `among` values or none of
-    `but`."""
+    """Answers with `error`: always, or if (argument & mask) is `among` values, or not one `but`."""
     if name not in RULED:
         return b""
     body, values = instruction(RETURN, ERROR | error), among or but or []
@@ -207,8 +206,7 @@ READ, FILE_BITS, EVERYTHING = 0b1101, 0b1100000000000111, 0xFFFF
 
 
 def landlock(rights: dict[str, int]) -> None:
-    """Closes every path but for the rights given; also TCP, abstract sockets and signals to the
-    outside. OSError if there is no Landlock."""
+    """Leaves these rights to paths, no TCP, abstract sockets or signals; OSError: no Landlock."""
     version = checked(LIBC.syscall(444, None, 0, 1), "Landlock")
     handled = (1 << (13, 14, 15, 15, 16)[min(version, 5) - 1]) - 1
     # files; TCP bind and connect; abstract sockets and signals
@@ -284,8 +282,7 @@ def fresh_scratch(given: dict) -> None:
 
 
 def remove_scratch(given: dict, removers: list[subprocess.Popen]) -> None:
-    """Takes the scratch down with all that is in it; what may take long on a disk of the host's is
-    left to a process."""
+    """Takes the scratch down with all in it; what may take long on a disk is left to a process."""
     scratch = given["scratch"]
     if given["mounts"]:
         checked(LIBC.umount2(scratch.encode(), MNT_DETACH), "umount")
@@ -382,31 +379,10 @@ def put_away(given: dict, pid: int, init: int) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def start(given: dict, filters: tuple, stack: ctypes.Array) -> tuple[int, int, int, list[int]]:
-    """A process that waits, confined, for the code of one call; process 1 of its namespace; where
-    it asks to start others (0: it has none, or nowhere); and the caller's ends of its pipes: for
-    the code, and of its output. RuntimeError if it could not be confined."""
-    fresh_scratch(given)
-    # before the pipes are made: it would hold their ends
-    init = first_process(stack) if given["rung"] == "bubblewrap" else 0
-    (pipe, its), (read, out) = socket.socketpair(), os.pipe()
-    pid = os.fork()
-    if not pid:
-        call(given, filters, its, out)
-    its.close()
-    os.close(out)
-    said, fds, *_ = socket.recv_fds(pipe, 1, 1)
-    if fds:
-        said = pipe.recv(1)
-    if said != b"+":
-        raise RuntimeError(os.read(read, 4096).decode("utf-8", "replace").strip())
-    return pid, init, fds[0] if fds else 0, [pipe.detach(), read]
-
-
-def await_end(channel: socket.socket, pid: int, listener: int) -> None:
+def await_end(channel: socket.socket, pid: int, listener: int = -1) -> None:
     """Returns when the call has ended, or its caller says that it must or is gone."""
     poller, ended, started = select.poll(), os.pidfd_open(pid), 0
-    for source in (ended, channel.fileno(), *[listener] * bool(listener)):
+    for source in {ended, channel.fileno(), listener} - {-1}:
         poller.register(source, select.POLLIN)
     while (ready := dict(poller.poll())).keys() == {listener}:
         if ready[listener] != select.POLLIN:  # nobody is left who could ask
@@ -418,23 +394,35 @@ def await_end(channel: socket.socket, pid: int, listener: int) -> None:
 
 
 def answer(given: dict, channel, filters: tuple, stack, myself: int, removers: list) -> bool:
-    """One call; False when the caller is gone. Sends b"ready" with the ends of the pipes; receives
-    a secret when the caller sends the code; sends {"secret", "exit"} when all of the call is gone.
-    Anything else ends the call. The process that the code runs in, forked before, never held it."""
-    pid, init, listener, ends = start(given, filters, stack)
+    """One call; False when the caller is gone. Sends b"ready" with the ends of the pipes for the
+    code and of the output; receives a secret when the caller sends the code; sends {"secret",
+    "exit"} when all of the call is gone. Anything else ends the call. The process that the code
+    runs in, forked before, never held the secret. RuntimeError if it could not be confined."""
+    fresh_scratch(given)
+    # process 1 before the pipes are made: it would hold their ends
+    init = first_process(stack) if given["rung"] == "bubblewrap" else 0
+    (pipe, its), (read, out) = socket.socketpair(), os.pipe()
+    pid = os.fork()
+    if not pid:
+        call(given, filters, its, out)
+    its.close()
+    os.close(out)
     try:
+        said, fds, *_ = socket.recv_fds(pipe, 1, 1)  # where it asks to start others, or nothing
+        if (pipe.recv(1) if fds else said) != b"+":
+            raise RuntimeError(os.read(read, 4096).decode("utf-8", "replace").strip())
         if init:
             checked(LIBC.setns(myself, NEW_PID), "setns")
-        socket.send_fds(channel, [b"ready"], ends)
-        for end in ends:
-            os.close(end)
+        socket.send_fds(channel, [b"ready"], [pipe.fileno(), read])
+        pipe.close()
+        os.close(read)
         while (message := channel.recv(100)) == b"stop":  # for a call that had just ended
             pass
         if message:
-            await_end(channel, pid, listener)
+            await_end(channel, pid, *fds)
     finally:
         status = put_away(given, pid, init)
-    if listener:
+    for listener in fds:
         os.close(listener)
     if message:
         channel.send(json.dumps({"secret": message.decode(), "exit": status}).encode())

@@ -42,6 +42,7 @@ MOST_SOCKETS = 256  # of one call: what waits in them is nobody's memory
 MOST_FILES, DEEPEST = 2000, 50  # in a scratch without a file system of its own
 OWN = "RssAnon:|VmSwap:|VmPTE:"  # memory of a process: what forks share counts in each
 JAIL, CALLS = (Path(__file__).with_name(x).read_text() for x in ("jail.py", "system_calls.txt"))
+say_once = functools.cache(print)
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
@@ -126,8 +127,7 @@ def bubblewrap(paths: list[str], below: dict[str, str]) -> list[str]:
 
 
 def family(pid: int) -> list[int]:
-    """A process and its descendants, at most one more than a call may have: in a fork bomb there is
-    hardly any time."""
+    """A process and its descendants, one more than a call may have at most: bombs leave no time."""
     found, left = [], [pid]
     while left and len(found) <= MOST_PROCESSES:
         found.append(here := left.pop())
@@ -200,8 +200,7 @@ class _Server:
         hidden = [path for path in paths if rung == "bubblewrap" and _below(path, self.scratch)]
         below = {f"/.below/{number}": path for number, path in enumerate(hidden)}
         given = dict(rung=rung, memory_mb=memory_mb, scratch_mb=scratch_mb, scratch=self.scratch)
-        given |= dict(below=below, read=[*paths, "/dev/random", "/dev/urandom"])
-        given["calls"] = [line for line in CALLS.splitlines() if not line.startswith("#")]
+        given |= dict(below=below, calls=CALLS, read=[*paths, "/dev/random", "/dev/urandom"])
         command = bubblewrap(paths, below) if rung == "bubblewrap" else []
         command += [sys.executable, "-I", "-B", "-c", JAIL, json.dumps(given)]
         streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -357,9 +356,6 @@ def _readable(source, seconds: float) -> bool:
     return bool(poller.poll(1000 * seconds))
 
 
-# -------------------------------------------------------------------------------------- the sandbox
-
-
 class Sandbox:
     """Runs code from any thread. `rung`: the one to use, or the first of the ladder that works."""
 
@@ -390,7 +386,8 @@ class Sandbox:
                 self.close()
                 raise SandboxUnavailable(remedy(reasons))
             self.rung = "unsafe"
-        _tell(self.rung, "; ".join(reasons))
+        why = f" ({'; '.join(reasons)})" if reasons else ""
+        say_once(f"python tool: {self.rung}{why}", file=sys.stderr)
 
     def _probe(self) -> None:
         """The canary must print, reach no listener of ours, and neither read nor change a file: one
@@ -530,8 +527,3 @@ def remedy(reasons: list[str]) -> str:
         f"no sandbox for the python tool works here ({'; '.join(reasons)}): apt-get install "
         f"bubblewrap and allow user namespaces ({allow}), or set unsafe_python to do without"
     )
-
-
-@functools.cache
-def _tell(rung: str, reasons: str) -> None:
-    print(f"python tool: {rung}" + (f" ({reasons})" if reasons else ""), file=sys.stderr)

@@ -34,7 +34,6 @@ from toolkit.files import page_to_text
 from toolkit.sandbox import ToolError, ToolFault
 from toolkit.text import after_thoughts, spoken
 
-MOST_BYTES = 10 << 20  # of a page, before and after decompression
 MOST_REDIRECTS = 5
 LOOK_UP_S = 10.0  # seconds for the address of a name
 MOST_CHARS = 500_000  # of a page's text
@@ -151,7 +150,7 @@ HEADERS = {"User-Agent": "Mozilla/5.0 (compatible; Reagent)", "Accept-Encoding":
 HEADERS["Accept"] = "text/html,application/pdf,*/*;q=0.5"
 
 
-def fetch(url, *, seconds, most_bytes=MOST_BYTES, allow=frozenset(), resolve=look_up) -> Page:
+def fetch(url, *, seconds, most_bytes=http.MOST_BYTES, allow=frozenset(), resolve=look_up) -> Page:
     """Opens a page in `seconds`, each redirect checked as the URL is. ToolError | ToolFault."""
     deadline, hops = time.monotonic() + seconds, []
     while len(hops) <= MOST_REDIRECTS:
