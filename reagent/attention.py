@@ -195,7 +195,8 @@ def choose_attention(asked: str, heads: tuple[int, int, int], device: torch.devi
     activated where it is taken. heads: of queries, of keys, and their width.
 
     asked: torch | flash | cudnn | auto, which takes what is faster on this card when it starts. A
-    kernel that fails here or differs from dense fp32 is dropped, with a sentence.
+    kernel that fails here or differs from dense fp32 is dropped, with a sentence. All ranks take
+    the same: what fails on one is dropped by all, and the slowest one's seconds count.
     """
     timed = asked == "auto"
     if asked == "torch" or (timed and device.type == "cpu"):
@@ -203,11 +204,15 @@ def choose_attention(asked: str, heads: tuple[int, int, int], device: torch.devi
 
     def clock(kernel: str) -> list[float]:
         rows = (SHORT_ROWS, LONG_ROW) if timed else ()
-        return [seconds(kernel, lengths, heads, device) for lengths in rows]
+        own = [seconds(kernel, lengths, heads, device) for lengths in rows]
+        return [max(each) for each in zip(*of_all_ranks(own))]
+
+    def fault(kernel: str) -> str:
+        return next(filter(None, of_all_ranks(problem(kernel, heads, device))), "")
 
     best, dropped = clock("torch"), {}
     if asked != "cudnn":
-        dropped["flash"] = problem("flash", heads, device)
+        dropped["flash"] = fault("flash")
         own = best if dropped["flash"] else clock("torch")
         dropped["flash"] = dropped["flash"] or _slower(own, best)
         if dropped["flash"]:
@@ -215,13 +220,19 @@ def choose_attention(asked: str, heads: tuple[int, int, int], device: torch.devi
         else:
             best = own
     if asked != "flash":
-        why = problem("cudnn", heads, device)
-        dropped["cudnn"] = why or _slower(clock("cudnn")[1:], best[1:])
+        dropped["cudnn"] = fault("cudnn") or _slower(clock("cudnn")[1:], best[1:])
     for name, why in dropped.items():
         if not dist.is_initialized() or dist.get_rank() == 0:
             what = f"dropped for torch's: {why}" if why else "taken"
             print(f"attention: {name} is {what}", flush=True)
     return math.inf if dropped.get("cudnn", "no") else LONG if timed else 0
+
+
+def of_all_ranks(own) -> list:
+    found = [own] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(found) > 1:
+        dist.all_gather_object(found, own)
+    return found
 
 
 def _slower(own: list[float], other: list[float]) -> str:

@@ -152,7 +152,8 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None) -> None:
     here *= local / ranks if own.cpu_offload else 0
     if not cuda:  # the ranks themselves are on the host
         here = local * max(sum(parts.values()) for parts in plan.values())
-    plan["host"] = {"ranks": here, "rank 0 reads the model": 4 * total if run.rank < local else 0}
+    read = (2 if adapters and cuda else 4) * total  # as load_policy does
+    plan["host"] = {"ranks": here, "rank 0 reads the model": read if run.rank < local else 0}
     if run.rank == 0:
         lines = [f"{phase} {sum(p.values()) / 1e9:.1f} = {told(p)}" for phase, p in plan.items()]
         print("memory of a rank, GB: " + "; ".join(lines), flush=True)

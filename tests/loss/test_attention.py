@@ -6,7 +6,9 @@ import math
 import random
 import re
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -153,6 +155,41 @@ def test_auto_takes_what_was_faster(torchs, flash, cudnn, taken, cudnn_from, mon
     assert bool(flash_is_on) == ("flash" in taken)
     if "flash" not in taken:
         assert "flash is dropped for torch's: 14.00 ms against 13.00" in printed
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_ranks_that_time_kernels_differently_take_the_same(fails, monkeypatch):
+    """Alone rank 0 would take FlashAttention-4, rank 1 torch's and cuDNN's."""
+    monkeypatch.setattr(attention, "use_flash", lambda: setattr(here, "flash", True))
+    monkeypatch.setattr(attention, "leave_flash", lambda: setattr(here, "flash", False))
+    here, meeting, shared = threading.local(), threading.Barrier(2, timeout=20), [None, None]
+
+    def distance(kernel, *_):
+        if fails and here.rank and here.flash:
+            raise RuntimeError("no kernel image")
+        return 0.0
+
+    def seconds(kernel, *_):
+        flash, torchs, cudnn = (1, 5, 3) if here.rank == 0 else (9, 5, 4)
+        return cudnn if kernel == "cudnn" else flash if here.flash else torchs
+
+    def all_gather_object(found, own):
+        shared[here.rank] = own
+        meeting.wait()
+        found[:] = shared
+        meeting.wait()
+
+    def rank(number):
+        here.rank, here.flash = number, False
+        return choose_attention("auto", HEADS, torch.device("cuda")), here.flash
+
+    fake = dict(is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda: here.rank)
+    fake |= dict(all_gather_object=all_gather_object)
+    monkeypatch.setattr(attention, "dist", types.SimpleNamespace(**fake))
+    monkeypatch.setattr(attention, "seconds", seconds)
+    monkeypatch.setattr(attention, "distance", distance)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(rank, range(2))) == [(8192, False)] * 2
 
 
 def test_flash_attn_4_answers_as_torch_expects(monkeypatch):

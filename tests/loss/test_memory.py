@@ -254,6 +254,11 @@ def test_lora_leaves_gradients_and_moments_of_the_adapters_only():
     assert not plan["reference"]  # it is the base
 
 
+def test_a_frozen_base_is_read_in_bf16(card, monkeypatch, capsys):
+    planned(monkeypatch, "sft.py", ["--policy.lora_rank=32"], "8b", 8)
+    assert "rank 0 reads the model 16.4" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("script", ["sft.py", "train_rrm.py", "grpo_unified.py"])
 def test_the_host_of_a_run_with_offload_holds_what_the_card_does_not(
     script, card, monkeypatch, capsys
