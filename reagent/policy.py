@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from reagent.attention import choose_attention, row_ends
 from reagent.chat import Chat
-from reagent.folder import check_digest, refuse_code
+from reagent.folder import check_digest, hub_answers, refuse_code
 from reagent.lora import ADAPTERS, add_lora, base_of, merged
 
 # tokens that pass the head at once: V = 152k in fp32 is 0.6 MB a token; a CPU has small caches
@@ -253,13 +253,17 @@ def _read(loader, folder: str, what: str, **options):
     path = Path(folder)
     if path.exists() and not (path / "config.json").is_file():
         raise SystemExit(f"{folder} is not a model folder: it has no config.json")
-    if not path.exists() and len(path.parts) > 2:
+    if not path.exists() and (len(path.parts) > 2 or Path(path.parts[0]).is_dir()):
         raise SystemExit(f"no model in {folder}: run the stage that makes it (README, stages)")
     refuse_code(path)
+    cached = not path.exists() and not hub_answers()  # transformers would try for minutes
+    options |= dict(local_files_only=True) if cached else {}
     try:
         return loader.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         text = str(error).strip().splitlines()[0]
+        if cached:
+            text = "no such folder here, nothing in the hub's cache, and the hub does not answer"
         raise SystemExit(f"no {what} in {folder}: {text}") from error
 
 

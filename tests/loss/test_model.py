@@ -444,6 +444,15 @@ def test_resume_names_the_changed_field():
         run.check_resume({"rrm": "http://a:1/v1"}, {"rrm": "out/rrm"}, set(), "run")
 
 
+def test_a_model_that_is_nowhere_is_told_and_a_silent_hub_is_not_asked(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("reagent.policy.hub_answers", lambda: False)
+    for name, told in (("out/sft", "run the stage"), ("owner/name", "the hub does not answer")):
+        with pytest.raises(SystemExit, match=told):
+            policy.load_chat(name)
+
+
 def test_a_folder_without_a_model_is_a_clear_error(tmp_path):
     (tmp_path / "readme").write_text(json.dumps({}))
     with pytest.raises(SystemExit, match="is not a model folder"):
