@@ -60,19 +60,17 @@ class Served:
     kind: str
     root: str  # the folder or the name it was started with
     max_context: int | None
-
-    @property
-    def name(self) -> str:
-        return served_name({"id": self.model, "root": self.root})
+    name: str  # what the results say
 
 
 async def look_up(endpoint: Endpoint, model: str, how: str, patience_s: float = 600.0) -> Served:
     """Asks which model is served and how it can be asked; `how` = auto | completions | chat."""
     card = await named_model(endpoint, model, "--served_model", patience_s=patience_s)
     name, most = card["id"], card.get("max_model_len")
-    root, most = str(card.get("root") or name), most if isinstance(most, int) else None
+    known = dict(root=str(card.get("root") or name), name=served_name(card))
+    known["max_context"] = most if isinstance(most, int) else None
     if how == "chat":
-        return Served(name, "chat", root, most)
+        return Served(name, "chat", **known)
     probe = dict(model=name, prompt=[1], max_tokens=1, temperature=0.0, return_token_ids=True)
     try:
         ids, *_ = await insist([endpoint], partial(_continued, body=probe), patience_s=patience_s)
@@ -80,8 +78,8 @@ async def look_up(endpoint: Endpoint, model: str, how: str, patience_s: float = 
         if how == "completions":
             what = f"/completions does not take token ids: {refused}"
             raise SystemExit(endpoint.url + what) from refused
-        return Served(name, "chat", root, most)
-    return Served(name, "ids" if ids else "text", root, most)
+        return Served(name, "chat", **known)
+    return Served(name, "ids" if ids else "text", **known)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -781,7 +781,7 @@ def sample(reply, chat, kind="chat", patience_s=1.0):
     """One turn of the policy behind a server that answers `reply`."""
     with chat_server(lambda text, request: reply) as (url, seen), asyncio.Runner() as runner:
         endpoint = served.endpoint_of(url, "MODEL_API_KEY")
-        found = served.Served("tiny", kind, "tiny", 4096)
+        found = served.Served("tiny", kind, root="tiny", max_context=4096, name="tiny")
         engine = (served.ChatEngine if kind == "chat" else served.ServedEngine)(
             endpoint, found, chat, patience_s
         )
