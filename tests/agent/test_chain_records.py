@@ -36,12 +36,13 @@ def test_spans_and_messages_of_the_two_attempts_hold_their_own_turns():
 
 
 def test_calls_are_noted_with_their_turn_what_came_of_them_and_whether_they_were_mended():
-    episode = episode_of(CALL + SLIP, UNKNOWN, "\\boxed{here}")
+    episode = episode_of(CALL + SLIP, UNKNOWN, "<tool_call>[]</tool_call>", "\\boxed{here}")
     told = [(c["name"], c["turn"], c["status"], c["repaired"]) for c in episode.attempts[0].calls]
     assert told == [
         ("search", 1, "ok", False),
         ("search", 1, "ok", True),
         ("fly", 2, "error", False),
+        ("", 3, "error", False),
     ]
     assert all(0 <= call["seconds"] < 60 for call in episode.attempts[0].calls)
 
