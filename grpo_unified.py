@@ -522,7 +522,7 @@ def main(cfg: Config) -> None:
                         engine.finish()
         bar.close()
         tell_rrm("sleep?level=1")
-        shares = run.gather(mine)[:: cfg.engine.tensor_parallel]
+        shares = run.gather([episode.packed() for episode in mine])[:: cfg.engine.tensor_parallel]
         queues = [iter(share) for share in shares]
         return [next(queues[i // cfg.group_size % n_engines]) for i in range(len(jobs))]
 

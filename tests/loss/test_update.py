@@ -2,8 +2,11 @@
 attempt, and PyTorch.
 """
 
+import pickle
 import random
 import statistics
+from array import array
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import grpo_unified as grpo
-from reagent.policy import balance
+from reagent.policy import balance, collate
 from rollout import Attempt, Episode
 from tests.helpers.tiny import Alone, tiny_model
 from tests.loss.test_model import policy_of
@@ -31,6 +34,19 @@ def attempt_logps(plain, episode, span) -> torch.Tensor:
     ids = torch.tensor([episode.ids[: span[1]]])
     logps = F.log_softmax(plain(ids).logits[0, :-1] / T, -1).gather(1, ids[0, 1:, None])[:, 0]
     return logps[[t - 1 for t in range(*span) if episode.mask[t]]]
+
+
+def test_what_goes_between_ranks_is_trained_on_as_it_is():
+    episode = Episode("1", "q", ["x"], [5, 151_935, 7, 8], [0, 1, 0, 1], [-0.1, -1 / 3], [], 0)
+    episode.attempts = [Attempt((1, 4), (0, 0), "x", "answered", 0, reward=1.0)]
+    sent = pickle.loads(pickle.dumps(episode.packed()))
+    batches = []
+    for each in (episode, sent):
+        rows = grpo.training_sequences([each], torch.tensor([[[0.5], [0.0]]]), 1, "seq_mean")
+        batches.append(collate(rows, grpo.COLUMNS, torch.device("cpu")))
+    texts = [repr(vars(batch)) for batch in batches]
+    assert texts[0] == texts[1] and type(sent.ids) is array
+    assert len(pickle.dumps(replace(episode, ids=[9] * 9000).packed())) < 40_000
 
 
 def make_episodes(plain) -> list[Episode]:
