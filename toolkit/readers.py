@@ -51,8 +51,7 @@ def child(given: dict) -> None:
     except MemoryError:
         reply = {"error": f"The file needs more than {given['memory'] >> 20} MB to be read."}
     except Exception as error:  # parsers raise anything on a damaged file
-        what = f"{type(error).__name__}: {str(error)[:200]}"
-        reply = {"error": f"The file is damaged, or not what it seems: {what}"}
+        reply = {"error": f"The file is damaged, or not what it seems: {error!r:.200}"}
     with os.fdopen(answer, "wb") as out:
         out.write(json.dumps(reply).encode())
 
@@ -216,12 +215,8 @@ def charset(label: str) -> str | None:
         return CHARSETS[codecs.lookup(label.lower().removeprefix("x-")).name]
 
 
-# ------------------------------------------------------------------------------------ text and HTML
-
-
 def _text(stream, chars: int) -> Iterator[str]:
-    most = 4 * chars + 4
-    body = stream.read(most)
+    body = stream.read(most := 4 * chars + 4)
     yield decoded(body, whole=len(body) < most)
     if len(body) == most:
         yield " " * chars  # there is more: the caller cuts
@@ -318,15 +313,13 @@ def _archive(stream) -> zipfile.ZipFile:
     except (zipfile.BadZipFile, ValueError, OSError, struct.error) as error:
         raise ToolError(f"The archive is damaged: {str(error)[:200]}.") from error
     if (count := len(archive.infolist())) > MOST_MEMBERS:
-        most = f"up to {MOST_MEMBERS:,} can be read"
-        raise ToolError(f"The archive has {count:,} members; {most}.")
+        raise ToolError(f"The archive has {count:,} members; up to {MOST_MEMBERS:,} can be read.")
     return archive
 
 
 def _check_size(packed: int, unpacked: int, most: int) -> None:
     if unpacked > most or (unpacked > FREE_BYTES and unpacked > MOST_RATIO * packed):
-        what = f"from {packed:,} to {unpacked:,} bytes"
-        raise ToolError(f"It would unpack {what}, which is too much to read.")
+        raise ToolError(f"It would unpack from {packed:,} to {unpacked:,} bytes: too much to read.")
 
 
 def _member(stream, name: str, member: str) -> bytes:

@@ -41,8 +41,6 @@ PORTS = {"http": 80, "https": 443}
 IN_ADDRESSES = "%/:=&?~+!$,;'@()*[]"  # stay as they are when an address is quoted
 VERSION = 2  # of what the cache holds: raise it when the reading of pages or results changes
 
-# ----------------------------------------------------- addresses: what a URL of the model may reach
-
 # `is_global` lets them pass, but they lead to private hosts or to the cloud around us: protocol
 # assignments, relays of 6to4, Azure's wire server; Teredo, 6to4. Of IPv6 only 2000::/3 is open.
 CLOSED = "192.0.0.0/24 192.88.99.0/24 168.63.129.16 2001::/23 2002::/16 2000::/3"
@@ -79,8 +77,7 @@ def look_up(host: str, port: int, type: int, seconds: float = LOOK_UP_S) -> list
         raise ToolError(f"{host[:200]} took too long to look up.") from error
     if not said:
         raise socket.gaierror(f"{host[:200]} is not known")
-    found = re.findall(r"^(\S+)\s+STREAM", said, re.M)
-    return [(0, type, 0, "", (address, port)) for address in found]
+    return [(0, type, 0, "", (ip, port)) for ip in re.findall(r"^(\S+)\s+STREAM", said, re.M)]
 
 
 def checked(url: str, allow=frozenset(), resolve=look_up) -> Target:
@@ -132,9 +129,6 @@ def allowed_hosts(text: str) -> frozenset[str]:
     return pairs
 
 
-# ---------------------------- pages: one exchange with each checked address; no proxies, no cookies
-
-
 @dataclass(frozen=True)
 class Page:
     """What a URL gave; `hops` are the addresses on the way, the last one that of the page."""
@@ -151,7 +145,8 @@ HEADERS["Accept"] = "text/html,application/pdf,*/*;q=0.5"
 
 
 def fetch(url, *, seconds, most_bytes=http.MOST_BYTES, allow=frozenset(), resolve=look_up) -> Page:
-    """Opens a page in `seconds`, each redirect checked as the URL is. ToolError | ToolFault."""
+    """Opens a page in `seconds`, each redirect checked as the URL is, and connects to no address
+    but those checked; no proxies, no cookies. ToolError | ToolFault."""
     deadline, hops = time.monotonic() + seconds, []
     while len(hops) <= MOST_REDIRECTS:
         target = checked(url, allow, resolve)
@@ -410,8 +405,8 @@ class Web:
         data = got.get("data") if isinstance(got, dict) else None
         if not isinstance(data, dict) or not isinstance(data.get("content"), str):
             raise ToolFault(f"the Jina Reader answers without content: {str(got)[:200]}")
-        title, text = str(data.get("title") or ""), data["content"][:MOST_CHARS]
-        return [title, text, [str(data.get("url") or url)]]
+        title, hops = str(data.get("title") or ""), [str(data.get("url") or url)]
+        return [title, data["content"][:MOST_CHARS], hops]
 
     def answer(self, url: str, text: str, query: str, seconds: float) -> str:
         """What the page says to the query, in the words of the summariser."""
