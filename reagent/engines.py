@@ -302,6 +302,7 @@ class VLLMEngine:
     def __init__(self, folder, stop_ids, *, config=None, max_context, tp_group=None):
         config = config or EngineConfig()
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -342,7 +343,12 @@ class VLLMEngine:
     def _build(self, folder, options) -> None:
         from vllm import LLM
 
-        self.llm = LLM(folder, **options)
+        try:
+            self.llm = LLM(folder, **options)
+        except ValueError as error:  # pydantic's: the second line says what is wrong
+            why = " ".join(str(error).split("\n")[:2])
+            cure = "its max_model_len is --max_context, --rrm.max_context of a reward model"
+            raise SystemExit(f"vLLM refuses {folder} ({cure}): {why}") from error
         self.thread.engines.append(self)
         cache = self.llm.llm_engine.vllm_config.cache_config
         # of its longest a live chain has half on average; one that waits for a tool may be evicted
