@@ -53,7 +53,6 @@ def show_help(script: str, name: str = "Config") -> None:
     the source alone, so that a script can ask for it before it imports torch.
     """
     about = ast.get_docstring(ast.parse(Path(script).read_text("utf-8"))) or ""
-    # one write, so that `| head` may close the pipe
     sys.stdout.write("\n\n".join([about, *_sources(Path(script), name)]) + "\n")
     raise SystemExit(0)
 

@@ -345,10 +345,9 @@ class VLLMEngine:
 
         try:
             self.llm = LLM(folder, **options)
-        except ValueError as error:  # pydantic's: the second line says what is wrong
-            why = " ".join(str(error).split("\n")[:2])
-            cure = "its max_model_len is --max_context, --rrm.max_context of a reward model"
-            raise SystemExit(f"vLLM refuses {folder} ({cure}): {why}") from error
+        except ValueError as error:  # pydantic's
+            told = f"vLLM refuses {folder} (max_model_len: --max_context, --rrm.max_context)"
+            raise SystemExit(f"{told}: {' '.join(str(error).split())}") from error
         self.thread.engines.append(self)
         cache = self.llm.llm_engine.vllm_config.cache_config
         # of its longest a live chain has half on average; one that waits for a tool may be evicted

@@ -11,10 +11,9 @@ import os
 import socket
 import sys
 import time
+import urllib.request
 from functools import cache
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 
 def claim(folder: str | Path, rank: int = 0):
@@ -94,11 +93,10 @@ def refuse_code(folder: str | Path) -> None:
 @cache
 def hub_answers() -> bool:
     """Whether the hub takes a connection within 5 s; behind a proxy, where nobody knows, True."""
-    if getproxies():
-        return True
-    hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    hub = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     with contextlib.suppress(OSError):
-        socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
+        if not urllib.request.getproxies():
+            socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
         return True
     return False
 

@@ -256,13 +256,12 @@ def _read(loader, folder: str, what: str, **options):
     if not path.exists() and (len(path.parts) > 2 or Path(path.parts[0]).is_dir()):
         raise SystemExit(f"no model in {folder}: run the stage that makes it (README, stages)")
     refuse_code(path)
-    cached = not path.exists() and not hub_answers()  # transformers would try for minutes
-    options |= dict(local_files_only=True) if cached else {}
+    options["local_files_only"] = not path.exists() and not hub_answers()
     try:
         return loader.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         text = str(error).strip().splitlines()[0]
-        if cached:
+        if options["local_files_only"]:
             text = "no such folder here, nothing in the hub's cache, and the hub does not answer"
         raise SystemExit(f"no {what} in {folder}: {text}") from error
 

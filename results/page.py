@@ -120,8 +120,7 @@ def numeric_series(log: Iterable[dict]) -> dict[str, list[tuple[float, float]]]:
                 series.setdefault(str(key), []).append((step, float(value)))
     for key in series:
         if key.startswith("ended/"):  # a step without such an end leaves it out: 0
-            sampled = [(step, line) for step, line in lines if step or key in line]
-            series[key] = [(step, float(line.get(key, 0))) for step, line in sampled]
+            series[key] = [(n, float(line.get(key, 0))) for n, line in lines if n or key in line]
     return series
 
 
