@@ -41,7 +41,7 @@ from tqdm import tqdm
 import rollout
 from reagent import config, engines, reward_model
 from reagent.engines import EngineConfig
-from reagent.folder import read_json, refuse_code, write_whole
+from reagent.folder import read_json, write_whole
 from reagent.reward_model import RewardModelConfig
 from reagent.scorers import SCORER_OF_KIND, score
 from results.benchmarks import DATASETS, DataSet, Task, load_tasks
@@ -215,15 +215,9 @@ def start_engine(cfg: Config, agent: Agent, tp_group=None) -> Agent:
 
 def positions_of(folder: str) -> int:
     """How many positions the model knows."""
-    from transformers import AutoConfig
+    from reagent.policy import load_config
 
-    refuse_code(folder)
-    try:
-        known = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    except (OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise SystemExit(f"{folder} does not say how many positions it has: {why}") from error
-    return known.max_position_embeddings
+    return load_config(folder).max_position_embeddings
 
 
 def limits_of(cfg: Config, task: Task, agent: Agent, system: str, schemas) -> rollout.Limits:
@@ -433,12 +427,9 @@ def join_ranks(cfg: Config, rank: int, world: int, stack):
 
     run.init_distributed(cfg.timeout_s)
     stack.callback(dist.destroy_process_group)
-    gloo, tp = dist.new_group(backend="gloo"), cfg.engine.tensor_parallel
-    members = [list(range(a, a + tp)) for a in range(0, world, tp)] if tp > 1 else []
-    groups = [dist.new_group(ranks, backend="gloo") for ranks in members]
-    return groups[rank // tp] if groups else None, lambda phase: run.meet(
-        phase, gloo, cfg.timeout_s
-    )
+    own = run.engine_group(cfg.engine.tensor_parallel, cfg.timeout_s)
+    gloo = dist.new_group(backend="gloo")
+    return own, lambda phase: run.meet(phase, gloo, cfg.timeout_s)
 
 
 def main(cfg: Config) -> None:

@@ -25,10 +25,8 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 
 import rollout
 from reagent import engines, reward_model
@@ -43,7 +41,6 @@ from reagent.policy import (
     Sequence,
     backward,
     balance,
-    clip_gradients,
     collate,
     each_microbatch,
     full_weights,
@@ -51,10 +48,13 @@ from reagent.policy import (
     make_optimizer,
     make_policy,
     make_reference,
+    normalised,
+    spread,
+    take_step,
 )
 from reagent.reward_model import RewardModelConfig
 from reagent.rows import JsonlRows, batch_indices, check_rl_row
-from reagent.run import Run, say
+from reagent.run import Run, engine_group, say
 from reagent.scorers import rule_reward
 from results.judging import auc, has_fallen
 from results.runs import write_run_page
@@ -161,31 +161,13 @@ def reward_tensor(episodes: list, group: int, read) -> torch.Tensor:
 
 
 def pooled_advantages(rewards, eps: float = 1e-6, pool: str = "joint") -> torch.Tensor:
-    """A = (R - mean(R_pool)) / (std(R_pool) + eps) (paper equation 8), unbiased std over the
-    attempts that remain.
+    """A = (R - mean(R_pool)) / (std(R_pool) + eps) (paper equation 8), as `normalised` has it.
 
-    rewards (N, 2, G): question, stage, sibling; NaN where an attempt is missing. Returns (N, 2, G)
-    with 0 there, in pools with one attempt or none, and in pools whose max - min is under 1e-6: the
-    std of equal fp32 numbers is not 0. pool: "joint" over the 2G attempts of a question,
-    "per_stage" over the G of each stage.
+    rewards (N, 2, G): question, stage, sibling; NaN where an attempt is missing. Returns (N, 2, G).
+    pool: "joint" over the 2G attempts of a question, "per_stage" over the G of each stage.
     """
-    n, stages, group = rewards.shape
-    flat = rewards.double().reshape((n, stages * group) if pool == "joint" else (n * stages, group))
-    there = ~flat.isnan()
-    count = there.sum(1, keepdim=True)
-    filled = flat.nan_to_num(0.0)
-    mean = filled.sum(1, keepdim=True) / count.clamp(min=1)
-    centred = (filled - mean) * there
-    std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    varies = (count > 1) & (spread(flat)[:, None] >= 1e-6)
-    advantages = torch.where(varies, centred / (std + eps), 0.0)
-    return advantages.reshape(rewards.shape).to(rewards.dtype)
-
-
-def spread(pools: torch.Tensor) -> torch.Tensor:
-    """max - min of each pool (N, …), NaN left out -> (N,)."""
-    flat = pools.flatten(1)
-    return flat.nan_to_num(-math.inf).amax(1) - flat.nan_to_num(math.inf).amin(1)
+    pools = rewards.flatten(1) if pool == "joint" else rewards.flatten(0, 1)
+    return normalised(pools, eps).reshape(rewards.shape).to(rewards.dtype)
 
 
 def kept_pools(rewards: torch.Tensor, rules: torch.Tensor, drop: str) -> torch.Tensor:
@@ -315,20 +297,13 @@ def update(policy, optimizer, minibatches: list, cfg: Config, run: Run, referenc
                 sums.update(gap=gap.sum().item(), compared=len(gap))
                 worst = max(worst, gap.max().item())
         sums = Counter(dict(zip(SUMS, run.sum([sums[name] for name in SUMS]))))
-        norm = clip_gradients(policy, cfg.max_grad_norm)
         dlogp = sums["gap"] / max(sums["compared"], 1)
-        if not math.isfinite(norm + sums["loss"]):
-            skipped = f"loss {sums['loss']}, gradient norm {norm}"
-        elif dlogp > cfg.max_dlogp:
-            told = f"mean |dlogp| {dlogp:.4f} > max_dlogp = {cfg.max_dlogp}"
-            skipped = f"sampler and trainer differ: {told}"
-        else:
-            optimizer.step()
-            norms.append(norm)
-        optimizer.zero_grad()
+        limits = cfg.max_grad_norm, sums["loss"], dlogp, cfg.max_dlogp
+        norm, skipped = take_step(policy, optimizer, *limits)
         totals.update(sums)
         if skipped:
             break
+        norms.append(norm)
     return {name: totals[name] for name in SUMS} | dict(norms=norms, worst=worst, skipped=skipped)
 
 
@@ -346,19 +321,12 @@ def recomputed_logps(policy, minibatches: list, cfg: Config, device) -> dict:
 def update_metrics(done: dict, worst: float) -> dict:
     """The log's names for what `update` returns; `worst` is over all ranks."""
     updates, tokens = max(len(done["norms"]), 1), max(done["tokens"], 1)
-    return {
-        "loss": done["loss"] / updates,
-        "grad_norm": sum(done["norms"]) / updates,
-        "updates": len(done["norms"]),
-        "skipped": done["skipped"],
-        "dlogp/mean": done["gap"] / max(done["compared"], 1),
-        "dlogp/max": worst,
-        "clip_share": done["clipped"] / tokens,
-        "bounded_share": done["bounded"] / tokens,
-        "kl": done["kl"] / tokens,
-        "entropy": done["entropy"] / tokens,
-        "trained_tokens": done["tokens"],
-    }
+    line = {"loss": done["loss"] / updates, "grad_norm": sum(done["norms"]) / updates}
+    line |= {"updates": len(done["norms"]), "skipped": done["skipped"]}
+    line |= {"dlogp/mean": done["gap"] / max(done["compared"], 1), "dlogp/max": worst}
+    line |= {"clip_share": done["clipped"] / tokens, "bounded_share": done["bounded"] / tokens}
+    line |= {"kl": done["kl"] / tokens, "entropy": done["entropy"] / tokens}
+    return line | {"trained_tokens": done["tokens"]}
 
 
 def step_metrics(episodes: list, rewards, rules, advantages, kept) -> dict:
@@ -367,16 +335,12 @@ def step_metrics(episodes: list, rewards, rules, advantages, kept) -> dict:
     for stage, name in enumerate(("first", "refined")):
         whole = [e for e in episodes if len(e.attempts) > stage and not e.dropped]
         attempts = [e.attempts[stage] for e in whole]
-        if attempts:
-            line |= {
-                f"reward/{name}": _mean(a.reward for a in attempts),
-                f"rule_reward/{name}": _mean(a.rule_reward for a in attempts),
-                f"score/{name}": _mean(a.score for a in attempts),
-                f"accuracy/{name}": _mean(float(a.correct) for a in attempts),
-                f"tool_calls/{name}": _mean(len(a.calls) for a in attempts),
-                f"repaired/{name}": _mean(sum(c["repaired"] for c in a.calls) for a in attempts),
-                f"tokens/{name}": _mean(a.span[1] - a.span[0] for a in attempts),
-            }
+        for key in ("reward", "rule_reward", "score"):
+            line[f"{key}/{name}"] = _mean(getattr(a, key) for a in attempts)
+        line[f"accuracy/{name}"] = _mean(float(a.correct) for a in attempts)
+        line[f"tool_calls/{name}"] = _mean(len(a.calls) for a in attempts)
+        line[f"repaired/{name}"] = _mean(sum(c["repaired"] for c in a.calls) for a in attempts)
+        line[f"tokens/{name}"] = _mean(a.span[1] - a.span[0] for a in attempts)
     attempts = [a for e in episodes for a in e.attempts]
     line |= {f"ended/{why}": n for why, n in Counter(a.termination for a in attempts).items()}
     firsts = [e.attempts[0] for e in episodes if e.attempts and not e.dropped]
@@ -455,7 +419,8 @@ def main(cfg: Config) -> None:
     scored = cfg.variant != "rule"
     beside = cfg.rrm if scored else None
     plan_memory(cfg, run, longest=cfg.max_context, engine=cfg.engine, rrm=beside)
-    place, n_engines, tp_group = engine_places(cfg.engine.tensor_parallel, run)
+    tp = cfg.engine.tensor_parallel  # adjacent ranks that share an engine; the first leads
+    tp_group, place, n_engines = engine_group(tp, cfg.timeout_s), run.rank // tp, run.world // tp
     runner, rrm = asyncio.Runner(), None
     if scored and not cfg.rrm.in_process:
         rrm = reward_model.open_rrm(cfg.rrm, chat, engine=cfg.engine)
@@ -485,14 +450,10 @@ def main(cfg: Config) -> None:
     optimizer = make_optimizer(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
     # the policy at the start, for forwards only
     reference = make_reference(cfg, policy, run.device) if cfg.kl_coef else None
-    limits = rollout.Limits(
-        cfg.max_turns,
-        cfg.max_new_tokens_per_turn,
-        cfg.max_tokens_per_attempt,
-        cfg.max_context,
-        cfg.max_seconds_per_chain or math.inf,
-        final_tokens=min(512, cfg.max_new_tokens_per_turn),
-    )
+    turn, attempt = cfg.max_new_tokens_per_turn, cfg.max_tokens_per_attempt
+    ends = dict(max_seconds_per_chain=cfg.max_seconds_per_chain or math.inf)
+    ends |= dict(final_tokens=min(512, turn))
+    limits = rollout.Limits(cfg.max_turns, turn, attempt, cfg.max_context, **ends)
     parts = dict(engine=engine, chat=chat, toolbox=toolbox, limits=limits, rrm=rrm)
     parts |= dict(refine=cfg.variant == "u", temperature=cfg.temperature)
     system = read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
@@ -510,7 +471,7 @@ def main(cfg: Config) -> None:
         bar = run.bar(what, len(jobs))
         mine = []
         with run.together(f"the rollout of {what}"):
-            if place is None:  # another rank of the tensor-parallel group leads
+            if run.rank % tp:  # another rank of the tensor-parallel group leads
                 engine.follow()
             else:
                 most = cfg.engine.max_live_chains
@@ -522,7 +483,7 @@ def main(cfg: Config) -> None:
                         engine.finish()
         bar.close()
         tell_rrm("sleep?level=1")
-        shares = run.gather([episode.packed() for episode in mine])[:: cfg.engine.tensor_parallel]
+        shares = run.gather([episode.packed() for episode in mine])[::tp]
         queues = [iter(share) for share in shares]
         return [next(queues[i // cfg.group_size % n_engines]) for i in range(len(jobs))]
 
@@ -646,22 +607,6 @@ def whole_run(cfg: Config, steps: int, held_out: int) -> dict[str, int]:
     counts = {"attempts": attempts, "judgments": attempts * (cfg.variant != "rule")}
     tokens = attempts * cfg.max_tokens_per_attempt
     return counts | {"tokens at most": tokens, "turns that search or use a tool at most": turns}
-
-
-def engine_places(tensor_parallel: int, run: Run) -> tuple[int | None, int, object]:
-    """(number of the engine that this rank leads or None, of how many, gloo group of its ranks)."""
-    if run.world % tensor_parallel:
-        what = f"engine.tensor_parallel = {tensor_parallel}"
-        raise SystemExit(f"{what} does not divide {run.world} ranks")
-    number, member = divmod(run.rank, tensor_parallel)
-    own = None
-    if tensor_parallel > 1:
-        patience = timedelta(seconds=run.cfg.timeout_s)
-        for first in range(0, run.world, tensor_parallel):  # all ranks make all groups
-            members = list(range(first, first + tensor_parallel))
-            group = dist.new_group(members, patience, backend="gloo")
-            own = group if first // tensor_parallel == number else own
-    return None if member else number, run.world // tensor_parallel, own
 
 
 def check_failures(step: int, asked: float, failed: float, rrm, problems: list[str]) -> None:

@@ -5,25 +5,28 @@ A chain is one coroutine: first attempt -> score -> refined attempt -> score (pa
 Reagent-U; without the last judgment it is Reagent-C, section 3.5.1). All share one engine and wait
 for nobody but the tools and the reward model they called. Tokens in, tokens out: ids are
 append-only, the mask is written when a token is appended, history is never rendered again.
+
+    python rollout.py read FILE.jsonl  # what is read in turns, judgments, verdicts
 """
 
-import argparse
 import asyncio
 import json
 import math
+import sys
 import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
-from reagent.calls import HERMES, Call, Turn, made_up_result, read_turn
+from reagent.calls import Call, Turn, made_up_result, read_turn
 from reagent.engines import Sample, run_together
-from reagent.reward_model import RewardModel, read_judgment
-from reagent.rows import JsonlRows, seed_of, shown_question
+from reagent.reward_model import RewardModel
+from reagent.rows import seed_of, shown_question
 
 SYSTEM_PROMPT = (
     "You answer questions with the help of tools. Think before you act, call a tool whenever a "
@@ -108,7 +111,6 @@ class Limits:
     max_context: int = 32_768  # tokens of a whole chain
     max_seconds_per_chain: float = math.inf  # both attempts and the judgment between them
     final_tokens: int = 512  # kept free for the call for a final answer and that answer
-    force_answer: bool = True
 
 
 # --------------------------------------------------------------------------------------------------
@@ -129,7 +131,6 @@ class Setup:
     temperature: float = 1.0
     top_p: float = 1.0
     system_prompt: str = SYSTEM_PROMPT
-    refine_prompt: str = REFINE_PROMPT
     fixed_critique: str = ""  # used in place of the reward model's, for the ablation
     policy_version: int = 0
 
@@ -168,7 +169,7 @@ async def refine(
     episode: Episode, row: dict, setup: Setup, critique: str, key: tuple, until: float = math.inf
 ) -> None:
     """Stage 2 of the conversation: a user turn with the critique, another attempt, its score."""
-    message = {"role": "user", "content": setup.refine_prompt.replace("{critique}", critique)}
+    message = {"role": "user", "content": REFINE_PROMPT.replace("{critique}", critique)}
     room = setup.limits.max_context - setup.limits.final_tokens - 1
     if not append_fragment(episode, setup, [message], room):
         return
@@ -254,15 +255,14 @@ def _full(end: int, limits: Limits) -> str:
 
 def _append_results(episode, setup, results, limit, end) -> tuple[str, bool]:
     """Appends results, at a limit the call for an answer; -> (the limit or "", another turn?)."""
-    force = setup.limits.force_answer
     if not limit and append_fragment(episode, setup, results, end - setup.limits.final_tokens):
         return "", True
     limit = limit or _full(end, setup.limits)
-    final = [{"role": "user", "content": FINAL_PROMPT}] if force else []
+    final = {"role": "user", "content": FINAL_PROMPT}
     short = [{**message, "content": LEFT_OUT} for message in results]
-    for messages in (results + final, short + final):
-        if messages and append_fragment(episode, setup, messages, end - 1):
-            return limit, force
+    for told in (results, short):
+        if append_fragment(episode, setup, [*told, final], end - 1):
+            return limit, True
     return limit, False
 
 
@@ -352,57 +352,5 @@ def write_episodes(folder: Path, step: int, episodes: list) -> None:
     path.with_suffix(".tmp").replace(path.with_suffix(".jsonl"))
 
 
-# --------------------------------------------------------------------------------------------------
-# to see what is read
-
-
-JUDGMENT_KEYS = {"content", "reasoning_content", "reasoning"}
-
-
-def check_reply(row: dict) -> str | None:
-    """A row of `rollout.py read`: one sampled turn, a judge's reply or a reward model's message."""
-    texts = [row[key] for key in ("turn", "reply") if key in row]
-    known = texts or JUDGMENT_KEYS & set(row)
-    if not known or not all(isinstance(text, str) for text in texts):
-        return f"a row has 'turn', 'reply' or 'content' with a text; found the keys {sorted(row)}"
-
-
-def read_reply(row: dict, chat=None) -> dict:
-    """What the loop reads in a turn (under the chat format of `chat`), a judgment or a verdict."""
-    from results.verdicts import parse_verdict
-    from tools import TOOLS, schema_of
-
-    if "turn" in row:
-        opened, form = (chat.opened, chat.calls) if chat else ("", HERMES)
-        text = row["turn"] if row["turn"].startswith("<think>") else opened + row["turn"]
-        said = read_turn(text, form, [schema_of(tool) for tool in TOOLS.values()])
-        calls = [dict(name=c.name, arguments=c.arguments) for c in said.calls if not c.problem]
-        errors = [call.problem for call in said.calls if call.problem]
-        return dict(calls=calls, errors=errors, answer=None if said.calls else said.answer)
-    if "reply" in row:
-        return {"verdict": parse_verdict(row["reply"])}
-    judgment = read_judgment(row)
-    return {"judgment": judgment and vars(judgment)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Prints what is read in each row of a file.")
-    parser.add_argument("command", choices=["read"])
-    parser.add_argument("file", help="JSONL: {turn}, {content, reasoning_content} or {reply}")
-    parser.add_argument("--model", help="a folder or name: the chat format of its turns")
-    args = parser.parse_args()
-    chat = None
-    if args.model:
-        from reagent.policy import load_chat
-
-        chat = load_chat(args.model)
-    try:
-        rows = JsonlRows(args.file, check_reply)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    for row in rows:
-        print(json.dumps(read_reply(row, chat)))
-
-
 if __name__ == "__main__":
-    main()
+    import_module("data.read").main(sys.argv[1:])

@@ -13,7 +13,6 @@ from reagent.config import show_help
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     show_help(__file__)  # before torch is imported
 
-import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -29,13 +28,13 @@ from reagent.policy import (
     Sequence,
     backward,
     balance,
-    clip_gradients,
     collate,
     each_microbatch,
     learning_rate,
     load_chat,
     make_optimizer,
     make_policy,
+    take_step,
 )
 from reagent.rows import JsonlRows, batch_indices, sft_messages, sft_tools
 from reagent.run import Run, say
@@ -89,15 +88,14 @@ def render(chat: Chat, row: dict) -> Sequence:
     return Sequence(ids, mask)
 
 
-def update(policy, optimizer, rows: list[Sequence], cfg: Config, run: Run) -> tuple[float, float]:
-    """One optimizer step on the rows of all ranks; returns (loss, gradient norm before clipping).
+def update(policy, optimizer, rows: list[Sequence], cfg: Config, run: Run) -> dict:
+    """One optimizer step on the rows of all ranks; returns loss, grad_norm and why it was skipped.
 
-    The loss is the mean over all trained tokens, whatever rank or micro-batch they are in. A step
-    whose loss or gradient is not finite changes nothing.
+    The loss is the mean over all trained tokens, whatever rank or micro-batch they are in.
     """
     trained = sum(sum(row.mask) for row in rows)  # every rank sees the whole batch
     if not trained:
-        return 0.0, 0.0
+        return {"loss": 0.0, "grad_norm": 0.0, "skipped": ""}
     total = 0.0
     mine = balance(rows, run.world, cfg.policy.tokens_per_microbatch)[run.rank]
     for microbatch in each_microbatch(policy, mine):
@@ -105,12 +103,9 @@ def update(policy, optimizer, rows: list[Sequence], cfg: Config, run: Run) -> tu
         loss = -logps.sum() / trained
         backward(loss)
         total += loss.item()
-    norm = clip_gradients(policy, cfg.max_grad_norm)
     total = run.sum([total])[0]
-    if math.isfinite(norm + total):
-        optimizer.step()
-    optimizer.zero_grad()
-    return total, norm
+    norm, skipped = take_step(policy, optimizer, cfg.max_grad_norm, total)
+    return {"loss": total, "grad_norm": norm, "skipped": skipped}
 
 
 RULES = f"""rows_per_step>0 max_tokens_per_row>0 max_grad_norm>0 beta1<1 beta2<1
@@ -160,14 +155,13 @@ def main(cfg: Config) -> None:
 
         # ------------------------------------------------------------ update
         with run.phase(f"the update of step {step + 1}"):
-            loss, norm = update(policy, optimizer, fitting, cfg, run)
-        skipped = "" if math.isfinite(norm + loss) else f"loss {loss}, gradient norm {norm}"
-        run.count_skip(step, skipped)
+            done = update(policy, optimizer, fitting, cfg, run)
+        run.count_skip(step, done["skipped"])
 
         # ------------------------------------------------------------ log, save
         seconds, tokens = time.perf_counter() - began, sum(len(row.ids) for row in fitting)
-        line = dict(step=step + 1, loss=loss, grad_norm=norm, lr=lr, tokens=tokens)
-        line |= {"too_long": len(rendered) - len(fitting), "skipped": skipped}
+        line = {"step": step + 1, **done, "lr": lr, "tokens": tokens}
+        line |= {"too_long": len(rendered) - len(fitting)}
         line |= {"seconds/step": round(seconds, 3), "tokens_per_second": round(tokens / seconds)}
         shown = ("loss", "grad_norm", "lr", "tokens_per_second")
         run.write(line, shown, quiet=(step + 1) % cfg.log_interval != 0)

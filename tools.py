@@ -1,6 +1,8 @@
 """The tools of the agent: a function's type hints and docstring make the schema of its tool.
 
-python tools.py search '{"queries": ["capital of Peru"]}' --corpus=corpus.jsonl --block=mirrors.txt
+    python tools.py search '{"queries": ["capital of Peru"]}' --corpus=corpus.jsonl --block=list.txt
+
+Its name is search, browse, python, file_reader, image2text or audio2text.
 """
 
 import asyncio
@@ -19,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from reagent.config import parse_config
 from toolkit.files import file_to_text
 from toolkit.media import describe_image, transcribe_audio
 from toolkit.sandbox import Observation, Sandbox, SandboxUnavailable, ToolError, ToolFault
@@ -144,6 +147,7 @@ def audio2text(context: Context, audio_path: str) -> str:
 
 TOOLS = [search, browse, python, file_reader, image2text, audio2text]
 TOOLS = {tool.__name__: tool for tool in TOOLS}
+FILE_READERS = {"file_reader", "image2text", "audio2text"}
 
 
 def _local(context: Context) -> Index | None:
@@ -250,43 +254,38 @@ def _is_number(value) -> bool:
 # -------------------------------------------------------------------------------------- the toolbox
 
 
+@dataclass
+class Config:
+    corpus: str = ""  # rows with id, title and text: search and browse stay there
+    seconds_per_call: float = 30.0
+    calls_in_flight: int = 16  # of each tool
+    output_chars: int = 10_000
+    unsafe_python: bool = False  # run code without a sandbox where this machine has none
+    files_dir: str = ""  # where the files of rows lie
+    block: str = ""  # a file of addresses that search and browse leave out
+    cache: str = ""  # a sqlite file of web answers
+    replay: bool = False  # answer web calls from the cache alone
+    allow: str = ""  # host:port pairs beyond the public web, separated by commas
+
+
 class Toolbox:
     """The tools of a run, for async callers: deadlines, a limit on calls in flight, capped results.
-    corpus: rows with id, title and text; files_dir: where rows' files lie; block: a file of
-    addresses that search and browse leave out (`blocked` counts them); cache: a sqlite file of web
-    answers, from which alone `replay` answers; allow: host:port pairs beyond the public web,
-    separated by commas. toolkit/web.py says which keys the environment may hold."""
+    options: fields of Config. toolkit/web.py says which keys the environment may hold."""
 
-    def __init__(
-        self,
-        names,
-        *,
-        corpus: str = "",
-        seconds_per_call: float = 30.0,
-        calls_in_flight: int = 16,
-        output_chars: int = 10_000,
-        unsafe_python: bool = False,
-        files_dir: str = "",
-        block: str = "",
-        cache: str = "",
-        replay: bool = False,
-        allow: str = "",
-    ):
+    def __init__(self, names, **options):
+        self.names, self.cfg = list(names), (cfg := Config(**options))
         if unknown := [name for name in names if name not in TOOLS]:
             raise SystemExit(f"no tool named {', '.join(unknown)}: there are {', '.join(TOOLS)}")
-        if files_dir and not Path(files_dir).is_dir():
-            raise SystemExit(f"no folder {files_dir}: --files_dir is where the rows' files lie")
-        self.names, self.files_dir = list(names), files_dir
-        self.seconds, self.output_chars = seconds_per_call, output_chars
-        self.calls_in_flight = calls_in_flight
+        if cfg.files_dir and not Path(cfg.files_dir).is_dir():
+            raise SystemExit(f"no folder {cfg.files_dir}: --files_dir is where the rows' files lie")
         self.schemas = [schema_of(TOOLS[name]) for name in self.names]
-        self.corpus = Corpus(corpus) if corpus else None
-        self.web = Web(allow=allow, block=block, cache=cache, replay=replay)
+        self.corpus = Corpus(cfg.corpus) if cfg.corpus else None
+        self.web = Web(allow=cfg.allow, block=cfg.block, cache=cfg.cache, replay=cfg.replay)
         self.sandbox = None
         if "python" in self.names:
-            limits = dict(seconds=seconds_per_call, output_chars=output_chars)
+            limits = dict(seconds=cfg.seconds_per_call, output_chars=cfg.output_chars)
             try:
-                self.sandbox = Sandbox(**limits, unsafe=unsafe_python)
+                self.sandbox = Sandbox(**limits, unsafe=cfg.unsafe_python)
             except SandboxUnavailable as error:
                 raise SystemExit(str(error)) from error
         self.lock, self.gates, self.loop = threading.Lock(), {}, None
@@ -306,7 +305,8 @@ class Toolbox:
             text = f"There is no tool {str(name)[:100]!r}. The tools are {', '.join(self.names)}."
             return Observation(clean(text), "error", 0.0)
         shared = dict(corpus=self.corpus, sandbox=self.sandbox, web=self.web)
-        context = Context(**shared, files_dir=self.files_dir, output_chars=self.output_chars)
+        shared |= dict(files_dir=self.cfg.files_dir, output_chars=self.cfg.output_chars)
+        context = Context(**shared)
         if docs is not None:
             context.docs = tuple((d["title"], d["text"]) for d in docs)
         context.files = None if files is None else tuple(files)
@@ -320,12 +320,12 @@ class Toolbox:
         except (ToolError, ToolFault) as error:
             text, status = str(error), "error" if isinstance(error, ToolError) else "fault"
         except TimeoutError as error:
-            given_up = f"{name} took longer than {self.seconds:g} s and was given up."
+            given_up = f"{name} took longer than {self.cfg.seconds_per_call:g} s and was given up."
             text, status = str(error) or given_up, "timeout"
         except (Exception, SystemExit) as error:  # a tool that raises is an observation
             text, status = f"{name} failed: {type(error).__name__}: {str(error)[:500]}", "error"
         seconds = time.perf_counter() - began
-        return Observation(clean(capped(text, self.output_chars)), status, seconds)
+        return Observation(clean(capped(text, self.cfg.output_chars)), status, seconds)
 
     def _run(self, name, arguments, context) -> str:
         return TOOLS[name](context, **repaired(TOOLS[name], arguments))
@@ -333,10 +333,10 @@ class Toolbox:
     async def _in_thread(self, name, arguments, context) -> str:
         """Runs the call in a spare thread; one that hangs is written off, and no exit waits."""
         with self.lock:
-            if self.running[name] >= 4 * self.calls_in_flight:
+            if self.running[name] >= 4 * self.cfg.calls_in_flight:
                 raise ToolFault(f"{self.running[name]} calls of {name} have never come back")
             self.running[name] += 1
-        context.deadline, outcome = time.monotonic() + self.seconds, Future()
+        context.deadline, outcome = time.monotonic() + self.cfg.seconds_per_call, Future()
         outcome.set_running_or_notify_cancel()  # giving it up must not cancel what is set later
 
         def job():
@@ -357,7 +357,8 @@ class Toolbox:
         jobs.put(job)
         # tools keep their deadlines; a cold sandbox's time is not the code's
         grace = 60.0 if name == "python" else 0.5
-        text, error = await asyncio.wait_for(asyncio.wrap_future(outcome), self.seconds + grace)
+        seconds = self.cfg.seconds_per_call + grace
+        text, error = await asyncio.wait_for(asyncio.wrap_future(outcome), seconds)
         if error is not None:
             raise error
         return text
@@ -371,15 +372,15 @@ class Toolbox:
         """Calls of one tool at a time; of python as many as run: none waits with its clock on."""
         loop = asyncio.get_running_loop()
         if loop is not self.loop:
-            rooms = dict.fromkeys(self.names, self.calls_in_flight)
-            rooms["python"] = min(self.calls_in_flight, max(2, os.cpu_count() or 2))
+            rooms = dict.fromkeys(self.names, self.cfg.calls_in_flight)
+            rooms["python"] = min(self.cfg.calls_in_flight, max(2, os.cpu_count() or 2))
             self.loop, self.gates = loop, {n: asyncio.Semaphore(room) for n, room in rooms.items()}
         return self.gates[name]
 
     def check_rows(self, rows, what: str) -> None:
         """SystemExit where a row needs a search or files that these tools cannot reach."""
         found = self.corpus or self.web.settings["search"] or "search" not in self.names
-        readers = self.files_dir and {"file_reader", "image2text", "audio2text"} & set(self.names)
+        readers = self.cfg.files_dir and FILE_READERS & set(self.names)
         for row in rows:
             if not found and "docs" not in row:
                 missing = "nothing to search: give --corpus=FILE or a search provider"
@@ -397,22 +398,11 @@ class Toolbox:
 
 
 def main(argv: list[str]) -> int:
-    options, plain = {}, [arg for arg in argv if not arg.startswith("--")]
-    known = {name: type(p.default) for name, p in _parameters(Toolbox).items()}
-    if {"-h", "--help"} & set(argv):
-        defaults = [f"  --{name}={p.default}" for name, p in _parameters(Toolbox).items()]
-        print(f"{__doc__}\nNAME: {', '.join(TOOLS)}", inspect.getdoc(Toolbox), *defaults, sep="\n")
-        return 0
-    for name, equals, value in (arg[2:].partition("=") for arg in argv if arg.startswith("--")):
-        if name not in known:
-            raise SystemExit(f"no option --{name}: there are --{', --'.join(known)}")
-        try:
-            options[name] = _typed("tools.py", f"--{name}", value if equals else True, known[name])
-        except ToolError as error:
-            raise SystemExit(str(error)) from error
+    plain = [arg for arg in argv if not arg.startswith("--")]
+    cfg = parse_config(Config, [arg for arg in argv if arg.startswith("-")])
     if len(plain) != 2:
         raise SystemExit('usage: python tools.py NAME \'{"json": "arguments"}\' [--option=value …]')
-    toolbox = Toolbox([plain[0]], **options)
+    toolbox = Toolbox([plain[0]], **vars(cfg))
     seen = asyncio.run(toolbox.call(plain[0], plain[1]))
     toolbox.close()
     print(seen.text)

@@ -29,7 +29,6 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     show_help(__file__)  # before torch is imported
 
 import asyncio
-import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +47,6 @@ from reagent.policy import (
     Sequence,
     backward,
     balance,
-    clip_gradients,
     collate,
     each_microbatch,
     full_weights,
@@ -56,6 +54,8 @@ from reagent.policy import (
     load_chat,
     make_optimizer,
     make_policy,
+    normalised,
+    take_step,
 )
 from reagent.rows import JsonlRows, batch_indices, seed_of
 from reagent.run import Run, say
@@ -143,15 +143,6 @@ def judgment_reward(judgment, row: dict, cfg: Config) -> float:
 # ---------------------------------------------------------------- GRPO on judgments: groups of G
 
 
-def group_advantages(rewards: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """(N, G) -> (N, G): (R - mean) / (std + eps) of its group, the std unbiased; groups whose
-    max - min is under 1e-6 get 0."""
-    rewards = rewards.double()
-    spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)
-    centred = rewards - rewards.mean(1, keepdim=True)
-    return torch.where(spread >= 1e-6, centred / (rewards.std(1, keepdim=True) + eps), 0.0)
-
-
 def clipped_loss(logps, columns: dict, clip_low: float, clip_high: float) -> torch.Tensor:
     """-sum_t w_t min(r_t A_t, clip(r_t) A_t), r = pi / the sampler's, w normalised; all (M,)."""
     ratio = (logps - columns["sampler_logps"]).exp()
@@ -217,7 +208,7 @@ def grpo_batch(chat: Chat, rows: list[dict], sample, step: int, cfg: Config):
     samples = sample([prompt for _, prompt in judged], seeds, cfg.temperature)
     judgments = [read_judgment(chat, each) for each in samples]
     rewards = [judgment_reward(j, row, cfg) for j, (row, _) in zip(judgments, judged)]
-    advantages = group_advantages(torch.tensor(rewards).view(-1, cfg.group_size))  # (N, G)
+    advantages = normalised(torch.tensor(rewards).view(-1, cfg.group_size))  # (N, G)
     counted = int((advantages != 0).any(1).sum()) * cfg.group_size
     sequences = []
     for (_, prompt), each, advantage in zip(judged, samples, advantages.flatten().tolist()):
@@ -240,7 +231,7 @@ def update(policy, optimizer, sequences: list, total_weight: float, cfg: Config,
     """
     if not sequences:
         return {"loss": 0.0, "grad_norm": 0.0, "skipped": ""}
-    grpo, loss_sum, gap, compared, skipped = cfg.stage == "grpo", 0.0, 0.0, 0, ""
+    grpo, loss_sum, gap, compared = cfg.stage == "grpo", 0.0, 0.0, 0
     columns = ("advantage", "weight", "sampler_logps") if grpo else ("weight",)
     mine = balance(sequences, run.world, cfg.policy.tokens_per_microbatch)[run.rank]
     for microbatch in each_microbatch(policy, mine):
@@ -255,14 +246,9 @@ def update(policy, optimizer, sequences: list, total_weight: float, cfg: Config,
         backward(loss)
         loss_sum += loss.item()
     loss_sum, gap, compared = run.sum([loss_sum, gap, compared])
-    norm = clip_gradients(policy, cfg.max_grad_norm)
     dlogp = gap / max(compared, 1)
-    if not math.isfinite(norm + loss_sum) or dlogp > cfg.max_dlogp:
-        skipped = f"loss {loss_sum}, gradient norm {norm}, mean |dlogp| {dlogp:.4g}"
-        skipped += f" (max_dlogp = {cfg.max_dlogp})"
-    else:
-        optimizer.step()
-    optimizer.zero_grad()
+    limits = cfg.max_grad_norm, loss_sum, dlogp, cfg.max_dlogp
+    norm, skipped = take_step(policy, optimizer, *limits)
     line = {"loss": loss_sum, "grad_norm": norm, "skipped": skipped}
     return line | ({"dlogp/mean": dlogp} if grpo else {})
 
@@ -310,11 +296,8 @@ def main(cfg: Config) -> None:
         options = dict(max_new_tokens=cfg.max_judgment_tokens, temperature=temperature)
         share = range(run.rank, len(prompts), run.world)
         asked = [engine.generate(prompts[i], seed=seeds[i], **options) for i in share]
-        try:
-            mine, error = runner.run(run_together(asked)), None
-        except Exception as problem:  # the others wait for this rank: they must hear of it
-            mine, error = [], problem
-        run.meet("the sampling of judgments", error)
+        with run.together("the sampling of judgments"):
+            mine = runner.run(run_together(asked))
         shares = run.gather(mine)
         return [shares[i % run.world][i // run.world] for i in range(len(prompts))]
 

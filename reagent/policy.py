@@ -49,6 +49,30 @@ POLICY_RULES = """policy.tokens_per_microbatch>0 policy.attention=auto|torch|fla
 policy.save_dtype=auto|bf16|fp32"""
 
 # --------------------------------------------------------------------------------------------------
+# pools of rewards
+
+
+def normalised(pools: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """Rewards (N, K) -> (R - mean) / (std + eps) of their own pool, in fp64: the std is unbiased,
+    over those that are there. 0 where a reward is missing (NaN), in pools with one or none, and in
+    pools whose max - min is under 1e-6: the std of equal fp32 numbers is not 0.
+    """
+    flat, there = pools.double().nan_to_num(0.0), ~pools.isnan()
+    count = there.sum(1, keepdim=True)
+    mean = flat.sum(1, keepdim=True) / count.clamp(min=1)
+    centred = (flat - mean) * there
+    std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    varies = (count > 1) & (spread(pools.double())[:, None] >= 1e-6)
+    return torch.where(varies, centred / (std + eps), 0.0)
+
+
+def spread(pools: torch.Tensor) -> torch.Tensor:
+    """max - min of each pool (N, …), NaN left out -> (N,)."""
+    flat = pools.flatten(1)
+    return flat.nan_to_num(-math.inf).amax(1) - flat.nan_to_num(math.inf).amin(1)
+
+
+# --------------------------------------------------------------------------------------------------
 # packing
 
 
@@ -469,7 +493,8 @@ def learning_rate(step: int, cfg) -> float:
 
 def make_optimizer(policy: Policy, *, lr: float, weight_decay: float, betas=(0.9, 0.999)):
     """AdamW whose moments exist from the start: their memory is taken before the first rollout. On
-    a GPU it is fused: no copy of the parameters is made in a step."""
+    a GPU it is fused: no copy of the parameters is made in a step. Another optimizer takes the same
+    `weights`: with LoRA a frozen one has no place in its state."""
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
     fused = weights[0].is_cuda
     options = dict(lr=lr, betas=betas, weight_decay=weight_decay, fused=fused or None)
@@ -501,6 +526,22 @@ def clip_gradients(policy: Policy, max_norm: float) -> float:
     """Clips by the global norm over all ranks; returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def take_step(
+    policy: Policy, optimizer, max_norm: float, loss: float, dlogp=0.0, max_dlogp=math.inf
+) -> tuple[float, str]:
+    """An optimizer step; none where the loss (over all ranks) or the gradient is not finite, or the
+    mean |dlogp| of sampler and trainer beyond its limit. -> (norm before clipping, why skipped)."""
+    norm, skipped = clip_gradients(policy, max_norm), ""
+    if not math.isfinite(norm + loss):
+        skipped = f"loss {loss}, gradient norm {norm}"
+    elif dlogp > max_dlogp:
+        skipped = f"sampler and trainer differ: mean |dlogp| {dlogp:.4f} > max_dlogp = {max_dlogp}"
+    else:
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm, skipped
 
 
 def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

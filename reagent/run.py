@@ -52,9 +52,8 @@ MOST_SKIPS = 5  # steps in a row that bring no update, before a run stops
 
 def local_device() -> torch.device:
     """This rank's card, or the CPU where there is none."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+    cuda = torch.cuda.is_available()
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
 
 
 def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
@@ -114,16 +113,6 @@ def meet(phase: str, group, timeout_s: float, error: BaseException | None = None
 
 
 @contextmanager
-def phase(name: str, meet_all):
-    """A collective that fails says no name: all that live meet, and who is missing is named."""
-    try:
-        yield
-    except RuntimeError as error:
-        meet_all(name, error)
-        raise
-
-
-@contextmanager
 def together(name: str, meet_all):
     """All ranks meet after what is done here; where it failed on one, all stop with its words."""
     error = None
@@ -140,6 +129,15 @@ def sum_over_ranks(numbers: list[float], group=None) -> list[float]:
     total = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(total, group=group)
     return total.tolist()
+
+
+def engine_group(tensor_parallel: int, timeout_s: float):
+    """The gloo group of the adjacent ranks that share this one's engine; None: it has its own."""
+    if dist.get_world_size() % tensor_parallel:
+        what = f"engine.tensor_parallel = {tensor_parallel}"
+        raise SystemExit(f"{what} does not divide {dist.get_world_size()} ranks")
+    options = dict(timeout=timedelta(seconds=timeout_s), backend="gloo")
+    return dist.new_subgroups(tensor_parallel, **options)[0] if tensor_parallel > 1 else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -435,9 +433,14 @@ class Run:
     def meet(self, phase: str, error: BaseException | None = None) -> None:
         meet(phase, self.gloo, self.cfg.timeout_s, error)
 
+    @contextmanager
     def phase(self, name: str):
-        """A context in which a collective that fails because of a lost peer names that peer."""
-        return phase(name, self.meet)
+        """A collective that fails says no name: all that live meet, and who is missing is named."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.meet(name, error)
+            raise
 
     def together(self, name: str):
         return together(name, self.meet)

@@ -272,8 +272,8 @@ def test_the_context_limit_ends_an_attempt():
 
 
 def test_a_truncated_turn_is_not_graded_and_its_closer_is_not_trained():
-    episode = episode_of("\\boxed{here} and so on…", force_answer=False, max_new_tokens_per_turn=30)
-    assert episode.attempts[0].answer is None and CHAT.closer_id not in sampled(episode)
+    episode = episode_of("\\boxed{here} and so on…", "none", max_new_tokens_per_turn=30)
+    assert episode.attempts[0].answer is None and sampled(episode).count(CHAT.closer_id) == 1
 
 
 def test_without_room_a_result_is_left_out_not_cut():

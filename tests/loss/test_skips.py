@@ -55,8 +55,7 @@ def step(trainer, policy, rows, run, tokens, most) -> dict:
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
     if trainer == "sft":
         cfg = sft.Config(policy=PolicyConfig(tokens_per_microbatch=tokens))
-        loss, norm = sft.update(policy, optimizer, rows, cfg, run)
-        return dict(loss=loss, skipped="" if math.isfinite(loss + norm) else f"loss {loss}")
+        return sft.update(policy, optimizer, rows, cfg, run)
     packed = PolicyConfig(tokens_per_microbatch=tokens)
     sampled = dict(temperature=1.0, max_dlogp=most, policy=packed)
     if trainer == "agent":

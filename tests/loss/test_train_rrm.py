@@ -13,6 +13,7 @@ import train_rrm
 from reagent import critiques, reward_model
 from reagent.chat import Chat
 from reagent.engines import EngineConfig, Sample
+from reagent.policy import normalised
 from reagent.reward_model import Judgment, RewardModelConfig
 from results import judging
 from tests.helpers import templates
@@ -232,11 +233,11 @@ def test_a_judgment_in_one_text_has_score_and_critique():
 
 def test_group_advantages_are_centred_and_scaled_in_their_own_group():
     rewards = torch.tensor([[0.0, 1.0], [0.4, 0.6], [1.01, 1.01]])
-    got = train_rrm.group_advantages(rewards, eps=0.0)
+    got = normalised(rewards, eps=0.0)
     half = 0.5**0.5  # of two values the unbiased std is their distance times that
     want = torch.tensor([[-half, half], [-half, half], [0.0, 0.0]], dtype=torch.float64)
     assert torch.allclose(got, want, atol=1e-6)
-    assert not train_rrm.group_advantages(torch.full((2, 3), 0.7)).any()
+    assert not normalised(torch.full((2, 3), 0.7)).any()
 
 
 @pytest.mark.parametrize("weight", [dict(leak_penalty=1.1), dict(critique_weight=-1.0)])
@@ -451,7 +452,7 @@ def test_each_judgment_is_trained_with_its_own_advantage_weight_and_logps():
     assert line["reward"] == pytest.approx(
         (sum(map(sum, rewards)) + 2 * earned(judgment(0.5))) / 6, abs=1e-6
     )
-    wanted = train_rrm.group_advantages(torch.tensor(rewards, dtype=torch.float32)).flatten()
+    wanted = normalised(torch.tensor(rewards, dtype=torch.float32)).flatten()
     places = [0, 1, 4, 5]  # the group without spread is left out, also of the weights
     for sequence, place, advantage in zip(sequences, places, wanted.tolist(), strict=True):
         prompt, text = asked[place][0], texts[place // 2][place % 2]

@@ -3,7 +3,6 @@ the seams, resumed to the bit, and with numbers written down once.
 """
 
 import json
-import math
 import random
 import shutil
 import statistics
@@ -420,9 +419,9 @@ def test_a_run_that_is_asked_to_stop_saves_the_step_that_it_has_done(
 
 @pytest.mark.parametrize("trainer", ["cold", "rrm"])
 def test_a_first_step_that_is_skipped_ends_the_run(trainer, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(sft, "update", lambda *_: (math.nan, 1.0))
     line = dict(loss=1.0, grad_norm=1.0, skipped="loss nan")
-    monkeypatch.setattr(train_rrm, "update", lambda *_: line)
+    for script in (sft, train_rrm):
+        monkeypatch.setattr(script, "update", lambda *_: line)
     runs = {"cold": run_sft, "rrm": partial(run_rrm, "sft")}
     with pytest.raises(SystemExit, match="step 1: loss nan"):
         runs[trainer](world, tmp_path)

@@ -953,7 +953,7 @@ def test_a_tool_runs_from_the_shell(tmp_path):
     [
         (["search"], "usage: python tools.py"),
         (["fly", "{}"], "no tool named fly"),
-        (["search", "{}", "--colour=red"], "no option --colour: there are --corpus"),
+        (["search", "{}", "--colour=red"], "unknown key 'colour'"),
         (["search", "{}", "--seconds_per_call=many"], "seconds_per_call"),
         (["browse", '{"url": "http://127.0.0.1/"}'], "[error,"),
         (["browse", '{"url": "http://127.0.0.1/"}', "--replay"], "replay"),
