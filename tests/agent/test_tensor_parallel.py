@@ -35,7 +35,7 @@ async def late(self, *args, **options):
     return await call(self, *args, **options)
 
 def told(self, added):
-    names.extend(request.name for request in added)
+    names.extend(name for name, _ in added)
     return step(self, added)
 
 names, tools.Toolbox.call, engines.VLLMEngine._step = [], late, told
