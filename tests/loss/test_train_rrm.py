@@ -355,9 +355,8 @@ def test_a_template_that_opens_the_thoughts_changes_neither_the_verdict_nor_its_
     assert chat.opened and not text.startswith("<think>")
     cfg = train_rrm.Config(max_context=4000, max_judgment_tokens=300, verdict_weight=3.0)
     weights = train_rrm.sft_row(chat, row, cfg).columns["weight"]
-    verdict = len(chat.text(text.partition(" Found ")[2])) + 1
-    assert weights.count(3.0) >= verdict and weights[-verdict:] == [3.0] * verdict
-    assert 1.0 in weights and weights == sorted(weights)
+    plain = len(chat.text(text.partition(" Found ")[0]))
+    assert weights == [1.0] * plain + [3.0] * (len(weights) - plain)
     sample = Sample([*chat.text(text), chat.closer_id], [], "stop")
     found = train_rrm.read_judgment(chat, sample)
     assert found.score == row["score"] and found.think == row["think"]

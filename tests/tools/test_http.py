@@ -103,7 +103,7 @@ ODD = {
     "no HTTP": lambda request: request.wfile.write(b"SSH-2.0-OpenSSH\r\n\r\n") and None,
     "lies": (200, {"Content-Encoding": "gzip"}, "{}"),
     "br": (200, {"Content-Encoding": "br"}, "{}"),
-    "redirect": (307, {"Location": "/y"}, ""),
+    "redirect": (307, {"Location": "/y"}, "{}"),
     **{str(status): (status, {}, "no") for status in (408, 409, 425, 429, 500, 503)},
 }
 

@@ -669,6 +669,7 @@ def test_075_many_and_empty_queries(tmp_path):
     text = call(toolbox, "search", {"queries": ["", " ", "x" * 10_000] + ["peru"] * 997}).text
     assert text.startswith('No results for "".\n\nNo results for " ".') and len(text) < 10_100
     assert text.endswith("[990 queries left out: a call takes 10]")
+    assert text.count("esults for ") == 10
 
 
 def test_075_without_anything_to_search_a_call_is_a_fault(monkeypatch):
