@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from reagent.config import parse_config
 from results.journal import opened, sealed
 from results.verdicts import open_verdicts
 from tests.helpers.chat_server import chat_server
-from tests.helpers.judge_server import judge_server
+from tests.helpers.judge_server import hashed_judgment, judge_server
 from tests.helpers.tiny import ROOT, tiny_model, toy
 from toolkit.web import Cache
 
@@ -333,11 +334,16 @@ def test_refinement_counts_what_it_fixes_and_breaks(world, tmp_path):
     assert "rrm.request_file our own" in report
 
 
+def after_the_preflight(reply):
+    """A reward model that judges the preflight's attempt, then says `reply` for ever."""
+    return lambda text: hashed_judgment(text) if "I cannot find it." in text else reply
+
+
 def test_invalid_critiques_leave_the_first_answer_and_a_dead_reward_model_stops_the_run(
     world, tmp_path
 ):
     with chat_server(knows, tokenizer_of(world)) as (url, _):
-        with judge_server(lambda text: "no blocks") as (rrm, _):
+        with judge_server(after_the_preflight("no blocks")) as (rrm, _):
             run(world, tmp_path / "a", *served(world, url), "--refine", f"--rrm={rrm}")
         figures = json.load(open(tmp_path / "a" / "summary.json"))[0]["refine"]
         assert figures["not_refined"] == 4 and figures["o1"] == figures["o2"]
@@ -694,7 +700,9 @@ def ended(world, out, *args, signal_at=None):
     command = [sys.executable, "evaluate.py", f"--dataset={world}/cities.jsonl", "--tools=search"]
     command += [f"--out_dir={out}", "--patience_s=5", f"--judge_cache={out}/cache.sqlite", *args]
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command, cwd=ROOT, **pipes)
+    # a background job of a shell ignores Ctrl-C, and so would what it starts
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=heard, **pipes)
     while signal_at and not signal_at() and process.poll() is None:
         time.sleep(0.05)
     if signal_at:
@@ -754,7 +762,7 @@ def test_a_reward_model_that_goes_away_stops_the_run_and_costs_no_critique(world
     """A chain that kept its first answer for want of a judge would count as refined for ever."""
     with (
         chat_server(knows, tokenizer_of(world)) as (url, _),
-        judge_server(lambda text: 503) as (rrm, _),
+        judge_server(after_the_preflight(503)) as (rrm, _),
     ):
         asked = ("--refine", f"--rrm={rrm}", "--rrm.seconds=0.5")
         with pytest.raises(SystemExit, match="0 of 4 chains are finished: run the same command"):

@@ -44,9 +44,9 @@ async def ask(question, trajectory, text, seed, seconds):
 def run(folder, task, engine, *args, rank=0, world=1, refine=False):
     """One rank's share of a task; -> its journal, closed."""
     cfg = parse_config(evaluate.Config, ["--tools=search", *args])
-    agent = evaluate.Agent(engine, CHAT, 4096, "")
+    agent = evaluate.Agent(engine, CHAT, 4096, "", {})
     cfg.refine, rrm = refine, RewardModel(ask) if refine else None
-    setup = evaluate.setup_of(cfg, task, agent, Toolbox(["search"]), rrm)
+    setup = replace(evaluate.setup_of(cfg, task, agent, Toolbox(["search"])), rrm=rrm)
     journal = Journal(folder, rank)
     asyncio.run(evaluate.run_task(cfg, task, setup, journal, rank, world))
     journal.close()
@@ -119,12 +119,12 @@ def test_a_set_has_its_own_prompt_unless_the_run_names_one(task, tmp_path, capsy
     own, given = tmp_path / "own.txt", tmp_path / "given.txt"
     own.write_text("You are the set's .")
     given.write_text("You are the run's .")
-    agent = evaluate.Agent(Says("a"), CHAT, 4096, "")
+    agent = evaluate.Agent(Says("a"), CHAT, 4096, "", {})
 
     def prompt_of(spec, *args):
         task.spec = spec
         cfg = parse_config(evaluate.Config, list(args))
-        return evaluate.setup_of(cfg, task, agent, Toolbox(["search"]), None).system_prompt
+        return evaluate.setup_of(cfg, task, agent, Toolbox(["search"])).system_prompt
 
     plain = task.spec
     named = replace(plain, prompt_file=str(own))
@@ -139,7 +139,7 @@ def test_sets_of_other_seconds_or_tools_have_toolboxes_of_their_own(tmp_path):
     tasks[1].spec = replace(tasks[1].spec, seconds_per_call=7.0)
     tasks[2].spec = replace(tasks[2].spec, tools="search,browse")
     boxes = evaluate.make_toolboxes(evaluate.Config(), tasks)
-    told = {key: (box.seconds, box.names) for key, box in boxes.items()}
+    told = {key: (box.cfg.seconds_per_call, box.names) for key, box in boxes.items()}
     assert told == {
         ("search", 30.0): (30.0, ["search"]),
         ("search", 7.0): (7.0, ["search"]),
@@ -148,7 +148,7 @@ def test_sets_of_other_seconds_or_tools_have_toolboxes_of_their_own(tmp_path):
 
 
 def test_limits_are_those_that_were_asked_for_where_they_fit(task):
-    agent = evaluate.Agent(Says("a"), CHAT, 4096, "")
+    agent = evaluate.Agent(Says("a"), CHAT, 4096, "", {})
 
     def limits(*args):
         cfg = parse_config(evaluate.Config, list(args))
