@@ -198,7 +198,8 @@ def test_the_agent_knows_its_tasks_by_heart(tmp_path):
     agent = bench.Agent(bench.Config(out_dir=str(tmp_path), rows=4), temperature=0.1)
     episodes = agent.chains(agent.rrm)
     assert [[len(a.calls) for a in e.attempts] for e in episodes] == [[2, 2]] * 4
-    assert all(a.termination == "answered" and a.score == 1.0 for e in episodes for a in e.attempts)
+    ended = {(a.termination, a.score) for e in episodes for a in e.attempts}
+    assert ended == {("answered", 0.55)}  # what the judgments that it learned say
     assert agent.sampled > sum(sum(e.mask) for e in episodes)  # judgments too
     answers = [
         re.sub(
