@@ -394,12 +394,12 @@ def check_config(cfg: Config) -> None:
         what = f"prompts_per_minibatch = {cfg.prompts_per_minibatch}"
         raise SystemExit(f"{what} does not divide {cfg.prompts_per_step}")
     scored = cfg.variant != "rule"
-    if scored:
-        cfg.rrm.check(cfg.timeout_s)
     if cfg.engine.tensor_parallel > 1 and scored and cfg.rrm.in_process:
         told = f"engine.tensor_parallel = {cfg.engine.tensor_parallel}: serve the reward model"
         why = "an engine of its own beside a tensor-parallel one is not supported"
         raise SystemExit(f"{told} {cfg.rrm.source} (--rrm=http://…/v1), {why}")
+    if scored:
+        cfg.rrm.check(cfg.timeout_s)
 
 
 def main(cfg: Config) -> None:

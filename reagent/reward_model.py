@@ -62,8 +62,15 @@ class RewardModelConfig:
     def in_process(self) -> bool:
         return not self.served and not self.source.endswith(".py")
 
+    def check_folder(self) -> None:
+        if self.in_process and not Path(self.source).is_dir():
+            cure = "train one with train_rrm.py, or give a URL (--rrm=http://…/v1) or a FILE.py"
+            cure += " with annotate(question, messages)"
+            raise SystemExit(f"no reward model in {self.source}: {cure}")
+
     def check(self, timeout_s: float) -> None:
         """A chain waits for two judgments while the other ranks wait for it."""
+        self.check_folder()
         if self.sleep and not self.served:
             raise SystemExit(f"rrm.sleep is for servers (--rrm=http://…/v1), not for {self.source}")
         if self.served and 2 * self.seconds > timeout_s:
@@ -489,9 +496,7 @@ def open_rrm(config: RewardModelConfig, chat, *, engine: EngineConfig) -> Reward
         return served_rrm(config, prompt, chat.broken)
     if not config.in_process:
         return scripted_rrm(config.source, config.seconds)
-    if not Path(config.source).is_dir():
-        cure = "train one with train_rrm.py, or give a URL (--rrm=http://…/v1) or a FILE.py with"
-        raise SystemExit(f"no reward model in {config.source}: {cure} annotate(question, messages)")
+    config.check_folder()
     from reagent.policy import load_chat
 
     own = load_chat(config.source, tools=False)

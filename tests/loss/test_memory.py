@@ -254,6 +254,13 @@ def test_lora_leaves_gradients_and_moments_of_the_adapters_only():
     assert not plan["reference"]  # it is the base
 
 
+def test_a_reference_is_weights_in_bf16_shared_by_the_ranks():
+    shape = dict(tokens=16_384, checkpoint_activations=True, width=2)
+    plan = memory_plan(qwen3("4b"), ranks=8, reference=True, **shape)["training"]
+    assert plan["reference"] == 2 * model_sizes(qwen3("4b"))[2] / 8
+    assert not memory_plan(qwen3("4b"), ranks=8, **shape)["training"]["reference"]
+
+
 def test_a_frozen_base_is_read_in_bf16(card, monkeypatch, capsys):
     planned(monkeypatch, "sft.py", ["--policy.lora_rank=32"], "8b", 8)
     assert "rank 0 reads the model 16.4" in capsys.readouterr().out
