@@ -809,6 +809,13 @@ def test_a_completion_that_holds_no_text_is_no_turn():
         assert isinstance(sample(body, chat, "ids", patience_s=0.2)[0], Unavailable)
 
 
+@pytest.mark.parametrize("reason", ["stop", "length", "content_filter", "abort", None])
+def test_a_completion_that_ended_otherwise_is_no_answer(reason):
+    body = json.dumps({"choices": [{"text": "a", "token_ids": [97], "finish_reason": reason}]})
+    turn = sample(body.encode(), served.TextChat(), "ids")[0]
+    assert turn.finish_reason == (reason if reason in ("stop", "length") else "abort")
+
+
 # --------------------------------------------------------------------------------------------------
 # the chat of a server that takes messages only
 

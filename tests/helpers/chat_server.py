@@ -47,10 +47,9 @@ def chat_server(
                 return self.send(self.completion(request, "a", "length"))
             with lock:
                 seen.append(request)
-            said = reply(
-                request["messages"][-1]["content"] if chat else tokenizer.decode(request["prompt"]),
-                request,
-            )
+            ids = request.get("prompt", [])
+            text = tokenizer.decode(ids) if tokenizer else str(ids)
+            said = reply(request["messages"][-1]["content"] if chat else text, request)
             if said is None:
                 self.close_connection = True
                 return self.connection.shutdown(socket.SHUT_RDWR)

@@ -41,7 +41,10 @@ def test_a_folder_that_cannot_be_one_is_told_in_a_sentence(tmp_path):
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
+    write_whole(path, "older")
+    os.link(path, tmp_path / "kept")  # a file in another's hand is not written into
     write_whole(path, "old")
+    assert path.read_text() == "old" and (tmp_path / "kept").read_text() == "older"
 
     def full(_):
         raise OSError(28, "No space left on device")
