@@ -27,22 +27,31 @@ class JsonlRows:
         hint = f": {hint}" if hint else ""
         if not Path(path).is_file():
             raise SystemExit(f"no file {path}{hint}")
-        numbers, offset = {}, 0  # {hash of an id, however long that is: its line}
+        keys, offset = array("q"), 0  # of the ids: 8 bytes, however long they are
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.isspace():
                     row = self._parse(line, number)
-                    problem = check(row) if check else None
-                    if unique and "id" in row and not problem:
-                        first = numbers.setdefault(hash(repr(row["id"])), number)
-                        again = f"id {row['id']!r} stands in line {first} too"
-                        problem = again if first < number else None
-                    if problem:
+                    if problem := check(row) if check else None:
                         raise SystemExit(f"{path}:{number}: {problem}")
+                    keys.append(hash(repr(row["id"]) if unique and "id" in row else (number,)))
                     self.offsets.append(offset)
                 offset += len(line)
         if not self.offsets:
             raise SystemExit(f"{path} is empty{hint}")
+        self._check_unique(keys)
+
+    def _check_unique(self, keys: array) -> None:
+        import numpy as np
+
+        keys = np.frombuffer(keys, np.int64)
+        firsts = np.unique(keys, return_index=True)[1]
+        if len(firsts) < len(keys):
+            again = int(np.setdiff1d(np.arange(len(keys)), firsts)[0])
+            first, data = int(np.flatnonzero(keys == keys[again])[0]), Path(self.path).read_bytes()
+            here, there = (data.count(b"\n", 0, self.offsets[i]) + 1 for i in (again, first))
+            what = f"id {self[again]['id']!r} stands in line {there} too"
+            raise SystemExit(f"{self.path}:{here}: {what}")
 
     def _parse(self, line: bytes, number: int) -> dict:
         try:
