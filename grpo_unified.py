@@ -298,8 +298,8 @@ def update(policy, optimizer, minibatches: list, cfg: Config, run: Run, referenc
                 worst = max(worst, gap.max().item())
         sums = Counter(dict(zip(SUMS, run.sum([sums[name] for name in SUMS]))))
         dlogp = sums["gap"] / max(sums["compared"], 1)
-        limits = cfg.max_grad_norm, sums["loss"], dlogp, cfg.max_dlogp
-        norm, skipped = take_step(policy, optimizer, *limits)
+        limits = dict(max_norm=cfg.max_grad_norm, dlogp=dlogp, max_dlogp=cfg.max_dlogp)
+        norm, skipped = take_step(policy, optimizer, sums["loss"], **limits)
         totals.update(sums)
         if skipped:
             break

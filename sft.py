@@ -104,7 +104,7 @@ def update(policy, optimizer, rows: list[Sequence], cfg: Config, run: Run) -> di
         backward(loss)
         total += loss.item()
     total = run.sum([total])[0]
-    norm, skipped = take_step(policy, optimizer, cfg.max_grad_norm, total)
+    norm, skipped = take_step(policy, optimizer, total, max_norm=cfg.max_grad_norm)
     return {"loss": total, "grad_norm": norm, "skipped": skipped}
 
 

@@ -247,8 +247,8 @@ def update(policy, optimizer, sequences: list, total_weight: float, cfg: Config,
         loss_sum += loss.item()
     loss_sum, gap, compared = run.sum([loss_sum, gap, compared])
     dlogp = gap / max(compared, 1)
-    limits = cfg.max_grad_norm, loss_sum, dlogp, cfg.max_dlogp
-    norm, skipped = take_step(policy, optimizer, *limits)
+    limits = dict(max_norm=cfg.max_grad_norm, dlogp=dlogp, max_dlogp=cfg.max_dlogp)
+    norm, skipped = take_step(policy, optimizer, loss_sum, **limits)
     line = {"loss": loss_sum, "grad_norm": norm, "skipped": skipped}
     return line | ({"dlogp/mean": dlogp} if grpo else {})
 

@@ -25,16 +25,11 @@ QUESTION = "question task problem_statement instruction query problem prompt inp
 QUESTION += "original_input originalInput".split()
 TURNS = "trajectory messages conversations history steps traj new_items items output".split()
 TURNS += "newItems generated_items generatedItems completion response events".split()
-ROWS = (
-    "trajectories episodes samples simulations results rows data".split()
-)  # keys of a list of rows
+# keys of a list of rows
+ROWS = "trajectories episodes samples simulations results rows data".split()
 NAMES = "id instance_id task_id run_id name".split()  # what a row may call itself
-SUFFIXES = (
-    ".json",
-    ".jsonl",
-    ".traj",
-    ".eval",
-)  # that a folder is searched for; a text is named itself
+# that a folder is searched for; a text is named itself
+SUFFIXES = (".json", ".jsonl", ".traj", ".eval")
 ROLES = {"human": "user", "gpt": "assistant", "ai": "assistant", "model": "assistant"}
 ROLES |= {"bot": "assistant", "agent": "assistant", "developer": "system", "exit": "tool"}
 ROLES |= {"tool-call": "assistant", "tool_call": "assistant", "function_call": "assistant"}

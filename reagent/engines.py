@@ -74,7 +74,7 @@ class Rounds:
 
     def __init__(self):
         self.live = 0  # chains
-        self.engines: set[HFEngine] = set()
+        self.engines: weakref.WeakSet[HFEngine] = weakref.WeakSet()
 
     @classmethod
     def here(cls) -> "Rounds":

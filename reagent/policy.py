@@ -528,9 +528,7 @@ def clip_gradients(policy: Policy, max_norm: float) -> float:
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
-def take_step(
-    policy: Policy, optimizer, max_norm: float, loss: float, dlogp=0.0, max_dlogp=math.inf
-) -> tuple[float, str]:
+def take_step(policy: Policy, optimizer, loss: float, *, max_norm, dlogp=0.0, max_dlogp=math.inf):
     """An optimizer step; none where the loss (over all ranks) or the gradient is not finite, or the
     mean |dlogp| of sampler and trainer beyond its limit. -> (norm before clipping, why skipped)."""
     norm, skipped = clip_gradients(policy, max_norm), ""

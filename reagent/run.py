@@ -525,10 +525,8 @@ class Run:
 
     def save(self, step: int, policy: Policy, optimizer, tokenizer) -> None:
         facts = {**self.facts, "log": self.log, "best": self.best}
-        # auto: as the sampler computes
-        given = dict(
-            meet_all=self.meet, dtype=DTYPES.get(self.cfg.policy.save_dtype, self.sampler_dtype)
-        )
+        own = self.cfg.policy.save_dtype  # auto: as the sampler computes
+        given = dict(meet_all=self.meet, dtype=DTYPES.get(own, self.sampler_dtype))
         save_checkpoint(self.out, step, policy, optimizer, tokenizer, facts, **given)
         self.saved = step
         if self.rank == 0:

@@ -362,7 +362,8 @@ class Web:
         ready = [name for name, key in KEY_OF.items() if environ.get(key)]
         named = environ.get("SEARCH_PROVIDER") or (ready[0] if ready else None)
         if named and named not in ready:
-            raise SystemExit(f"SEARCH_PROVIDER={named}: no such provider, or its key is not set")
+            told = f"no such provider, or its key is not set; {KEYS}"
+            raise SystemExit(f"SEARCH_PROVIDER={named}: {told}")
         summary = environ.get("SUMMARY_MODEL") if environ.get("SUMMARY_URL") else None
         if environ.get("SUMMARY_URL") and not summary:
             raise SystemExit("SUMMARY_URL is set but SUMMARY_MODEL is not")
@@ -377,9 +378,8 @@ class Web:
         """Hits as (title, text, URL), without those of blocked addresses."""
         name = self.settings["search"]
         if name is None:
-            raise ToolFault(
-                f"Nothing to search: no docs in the row, no --corpus, no provider; {KEYS}"
-            )
+            where = "no docs in the row, no --corpus, no provider"
+            raise ToolFault(f"Nothing to search: {where}; {KEYS}")
         ask = partial(provider_search, name, self.environ, query, top_k, seconds)
         hits = self._through("search", {"query": query, "top_k": top_k}, ask)
         return [(title, text, url) for title, url, text in hits if not self.blocklist.blocks(url)]
