@@ -435,9 +435,9 @@ def test_a_context_too_small_for_any_judgment_is_told_before_work():
         assert all(asks(client(server.url, max_tokens=1000), 1))
 
 
-def test_two_judgments_must_fit_the_time_that_ranks_wait_for_each_other():
+def test_two_judgments_must_fit_the_time_that_ranks_wait_for_each_other(tmp_path):
     RewardModelConfig("http://a/v1", seconds=600).check(1200)
-    RewardModelConfig("folder", seconds=600).check(10)
+    RewardModelConfig(str(tmp_path), seconds=600).check(10)
     with pytest.raises(SystemExit, match="rrm.seconds = 600.*at most 500"):
         RewardModelConfig("http://a/v1", seconds=600).check(1000)
 
