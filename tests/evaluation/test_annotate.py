@@ -96,6 +96,26 @@ def test_what_stays_prose_is_left_out_and_asked_again_by_the_next_call(world, tm
     )
 
 
+def test_a_judgment_that_tells_the_answer_is_left_out_and_asked_for_again(world, tmp_path, capsys):
+    lines, data = (world / "rl.jsonl").open(), f"--data={tmp_path}/rl.jsonl"
+    rows = [json.loads(line) | {"answer": f"Quillby {i}"} for i, line in enumerate(lines)]
+    toy.write(tmp_path / "rl.jsonl", rows)
+    golds = {row["question"]: row["answer"] for row in rows}
+
+    def indiscreet(text):
+        gold = next(golds[question] for question in golds if question in text)
+        said = f"It is {gold}." if int(gold[-1]) % 2 else "Look again."
+        return f"<think>It should say {gold}.</think><critique>{said}</critique><score>0.5</score>"
+
+    with judge_server(indiscreet) as (url, seen):
+        rows = annotate(world, tmp_path, url, data)
+        told = capsys.readouterr().out
+        assert len(seen) == 12 and len(rows) == 6
+        assert annotate(world, tmp_path, url, data) == rows and len(seen) == 18
+    assert {row["critique"] for row in rows} == {"Look again."}
+    assert "6 leak the answer" in told and "call it again" in told
+
+
 def test_a_line_cut_by_a_kill_is_written_again(world, tmp_path):
     with judge_server() as (url, seen):
         rows = annotate(world, tmp_path, url)
@@ -185,6 +205,30 @@ def test_critique_lift_counts_each_kind_of_critique(first_attempts):
     assert (lift["lift/questions"], lift["lift/aborted"]) == (6, 0)
 
 
+def test_each_chain_is_refined_by_its_own_critique_by_another_ones_and_by_none(
+    first_attempts, monkeypatch
+):
+    setup, jobs, run = first_attempts
+    given, seeds, refine_with = {}, {}, compare_rrm.refine_with
+
+    def recorded(episodes, rows, critiques, setup, key):
+        told = zip(episodes, rows, critiques)
+        given[key[1]] = [(episode.id, row["id"], critique) for episode, row, critique in told]
+        seeds[key[1]] = key[0]
+        return refine_with(episodes, rows, critiques, setup, key)
+
+    monkeypatch.setattr(compare_rrm, "refine_with", recorded)
+    jobs = [(episode, row, f"critique of {row['id']}") for episode, row, _ in jobs]
+    compare_rrm.critique_lift(setup, jobs, run, seed=7)
+    ids = [row["id"] for _, row, _ in jobs]
+    assert {*seeds.values()} == {7} and list(given) == ["own", "shuffled", "empty"]
+    assert given["own"] == [(name, name, f"critique of {name}") for name in ids]
+    assert given["empty"] == [(name, name, "") for name in ids]
+    assert [told[:2] for told in given["shuffled"]] == [(name, name) for name in ids]
+    of = [told[2].removeprefix("critique of ") for told in given["shuffled"]]
+    assert sorted(of) == sorted(ids) and all(a != b for a, b in zip(of, ids))
+
+
 def test_a_refinement_that_was_aborted_is_not_broken(first_attempts, monkeypatch):
     setup, jobs, run = first_attempts
 
@@ -264,7 +308,8 @@ def test_the_interval_is_of_95_percent_and_draws_questions():
     assert middle == pytest.approx(gaps.mean(), abs=1e-4)
     half = 1.96 * gaps.std() / 20
     assert high - middle == pytest.approx(half, rel=0.1) == middle - low  # of 90 %: 16 % less
-    ten = compare_rrm.paired_bootstrap(exact * 10, off * 10, rows * 10, draws=200)
+    copies = [dict(row) for row in rows * 10]
+    ten = compare_rrm.paired_bootstrap(exact * 10, off * 10, copies, draws=200)
     assert ten == compare_rrm.paired_bootstrap(exact, off, rows, draws=200)
 
 

@@ -332,6 +332,29 @@ def test_locks_on_the_hosts_files_hold_nobody_up(box):
     thread.join()
 
 
+def test_a_lock_is_made_believe_so_that_what_locks_its_own_files_works(box):
+    code = CALLS + (
+        "import sqlite3\nwith open('own', 'w') as f:\n fcntl.flock(f, fcntl.LOCK_EX)\n"
+        " fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "base = sqlite3.connect('own.db')\nbase.execute('create table t (x)')\n"
+        "base.execute('insert into t values (7)'); base.commit()\n"
+        "print(sqlite3.connect('own.db').execute('select * from t').fetchall())"
+    )
+    assert box.run(code).text == "[(7,)]\n"
+
+
+def test_only_sockets_with_a_path_and_in_one_process_not_even_these(box):
+    code = CALLS + (
+        "for family in range(46):\n for kind in range(1, 11):\n"
+        "  for name in ('socket', 'socketpair'):\n"
+        "   try: getattr(socket, name)(family, kind); print(name, family)\n"
+        "   except (OSError, ValueError): pass"
+    )
+    pair = {"socketpair 1"}
+    more = {"socket 1"} if box.rung == "bubblewrap" else set()
+    assert set(box.run(code).text.splitlines()) == pair | more
+
+
 HARM = (
     CALLS
     + """

@@ -7,6 +7,7 @@ import socket
 import ssl
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,7 @@ from toolkit.http import Endpoint, Refused, Unavailable
 COMPLETION = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": "yes"}}]}
 
 
-def asked(server, path="/x", seconds=2.0, body=None, key=KEY):
+def asked(server, path="/x", seconds=10.0, body=None, key=KEY):
     endpoint = Endpoint(server.url, key)
     return http.now(endpoint.ask(path, body, seconds=seconds))
 
@@ -245,7 +246,8 @@ def insist(servers, times=1, most=64, **options):
 
     async def all_of():
         each = (http.insist(endpoints, once, **options) for _ in range(times))
-        return await asyncio.gather(*each, return_exceptions=True)
+        async with asyncio.timeout(20):  # what never ends fails, and holds nobody up
+            return await asyncio.gather(*each, return_exceptions=True)
 
     return http.now(all_of()), endpoints
 
@@ -316,6 +318,72 @@ def test_the_least_busy_server_is_asked_and_one_that_fails_is_left_alone():
     with web_server({"*": (500, {}, "")}) as bad, web_server({"*": answer({})}) as good:
         answers, _ = insist([bad, good], times=8)
         assert answers == [{}] * 8 and len(bad.seen) <= 4 and len(good.seen) == 8
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A time that only pauses and tries let pass; the pauses."""
+    pauses, real = [], asyncio.sleep
+    clock = SimpleNamespace(now=1000.0, pauses=pauses)
+
+    async def sleep(seconds):
+        clock.now += seconds
+        pauses.extend([seconds] * (seconds > 0))
+        await real(0)
+
+    monkeypatch.setattr(http, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    return clock
+
+
+def tried(clock, urls=("http://a",), fails=lambda tries: Unavailable("no", 503), **options):
+    """(url, seconds given, clock) of each try, what came of it; a try takes 1 s and fails with
+    `fails(tries)`, or is answered where that is no exception."""
+    tries, began = [], clock.now
+
+    async def once(endpoint, seconds):
+        tries.append((endpoint.url, seconds, clock.now - began))
+        assert len(tries) < 100, "it never ends"
+        clock.now += 1.0
+        reply = fails(tries)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    try:
+        return tries, http.now(http.insist([Endpoint(url) for url in urls], once, **options))
+    except (Unavailable, Refused) as error:
+        return tries, error
+
+
+def test_patience_is_counted_from_the_first_failure_and_pauses_grow_to_their_most(clock):
+    tries, error = tried(clock, patience_s=100, request_s=7)
+    assert isinstance(error, Unavailable) and "for 101 s (no)" in str(error)
+    assert clock.now == pytest.approx(1101, abs=1.1)  # the first try, then the patience
+    assert clock.pauses[:7] == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, http.MOST_PAUSE_S]
+    assert max(clock.pauses) == http.MOST_PAUSE_S and {given for _, given, _ in tries} == {7}
+
+
+def test_no_try_takes_all_of_the_time_that_holds_them_all(clock):
+    tries, _ = tried(clock, seconds=40.0, request_s=25, patience_s=30)
+    assert tries[0][1] == 25
+    assert all(given <= max(http.SHARE * (40 - at), 0) for _, given, at in tries)
+    later = [(given, at) for _, given, at in tries if http.SHARE * (40 - at) < 25]
+    assert later and all(given == http.SHARE * (40 - at) for given, at in later)
+
+
+def test_a_pause_is_as_long_as_the_server_asks_but_not_longer_than_the_most(clock):
+    fails = [Unavailable("", 429, wait_s=9.0), Unavailable("", 429, wait_s=3600.0), "yes"]
+    tries, reply = tried(clock, fails=lambda tries: fails[len(tries) - 1])
+    assert reply == "yes" and clock.pauses == [9.0, http.MOST_PAUSE_S]
+
+
+def test_another_server_is_asked_without_a_pause_and_the_one_that_failed_after_its_rest(clock):
+    fails = {"http://a": Unavailable("", 500), "http://b": "yes"}
+    tries, reply = tried(clock, ["http://a", "http://b"], lambda tries: fails[tries[-1][0]])
+    assert [url for url, *_ in tries] == ["http://a", "http://b"] and clock.pauses == []
+    tries, _ = tried(clock, ["http://a", "http://b"], patience_s=9)
+    assert [url for url, *_ in tries[:2]] == ["http://a", "http://b"] and clock.pauses[0] == 0.25
 
 
 def test_one_that_is_slow_is_not_left_alone():
