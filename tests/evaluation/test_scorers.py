@@ -372,6 +372,10 @@ def test_the_published_rules_of_math_and_gsm8k(scorer, text):
         ("a; B", "a,b", True),
         ("1, 2", "1, 2, 2", False),
         ("1, 2, 3", "1, 2", False),
+        ("1.0, 2", "1; 2", True),  # either sign parts
+        ("ab", "a;b", False),
+        ("a., b", "a, b", False),  # the texts in a list keep their punctuation
+        ("a-b", "a, b", False),
     ],
 )
 def test_lists_of_gaia_have_as_many_items(pred, gold, right):
@@ -397,6 +401,34 @@ def test_an_unknown_scorer_is_an_error():
 def test_rule_reward(answer, reward, correct):
     got = rule_reward({"kind": "qa", "answer": ["New York", "NY"]}, answer)
     assert got == (pytest.approx(reward), correct)
+
+
+@pytest.mark.parametrize("words, reward", [("q r s t u v w", 0.3), ("q r s t u v w x", 0.0)])
+def test_an_f1_at_the_floor_earns_itself_and_one_below_it_nothing(words, reward):
+    row = {"kind": "qa", "answer": "b c d e f g h i j k"}
+    assert rule_reward(row, f"b c d {words}") == (reward, False)
+
+
+@pytest.mark.parametrize(
+    "kind, answer, pred, right",
+    [
+        ("qa", "The Nile", "nile!", True),
+        ("qa", "0.5", "1/2", False),
+        ("math", "0.5", "1/2", True),
+        ("gaia", "0.5", "1/2", False),
+        ("gaia", "1,7", "1; 7.0", True),
+        ("choice", "B", "The answer is (B).", True),
+        ("qa", "B", "The answer is (B).", False),
+    ],
+)
+def test_every_kind_of_row_has_its_own_rule(kind, answer, pred, right):
+    reward, said = rule_reward({"kind": kind, "answer": answer}, pred)
+    assert said is right and (reward == 1.0) == right
+
+
+@pytest.mark.parametrize("gold, right", [("4", True), ("#### 4", True), ("3", False)])
+def test_what_stands_after_four_signs_is_stated_before_what_a_box_holds(gold, right):
+    assert score("math", "so \\boxed{3} #### 4", gold)["correct"] is right
 
 
 def test_no_inside_unknown_earns_nothing():

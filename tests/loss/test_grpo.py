@@ -74,6 +74,12 @@ def test_dropped_pools(drop, kept):
     assert kept_pools(rewards, rules, drop).int().tolist() == kept
 
 
+@pytest.mark.parametrize("drop", ["equal", "rule_equal", "release"])
+def test_a_spread_of_a_rounding_error_is_none(drop):
+    same = pool([0.1 + 0.2, 0.3], [0.3, 0.3])
+    assert same.max() > same.min() and not kept_pools(same, same, drop).any()
+
+
 def test_rewards_are_rule_and_score_and_what_was_dropped_or_not_judged_has_none():
     def episode(dropped, *attempts):
         made = [

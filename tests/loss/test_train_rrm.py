@@ -217,6 +217,7 @@ def test_names_are_those_of_the_trail_and_a_critique_has_its_own():
     )
     assert trail == {"rome", "nile"}
     assert critiques.named("The search of Rome and Oslo was enough.", trail) == {"rome"}
+    assert critiques.named("Look at rome once more, and at nile.", trail) == set()
     assert critiques.named("再查看北京大学", critiques.names("q\n北京大学很大")) == {"北京大学"}
 
 

@@ -79,8 +79,10 @@ def make_episodes(plain) -> list[Episode]:
     return episodes
 
 
-def parameters_by_hand(plain, episodes, old_logps: str, loss_agg: str, reference=None) -> dict:
-    """Equations 8 and 9, question by question = minibatch by minibatch, with SGD."""
+def parameters_by_hand(plain, episodes, old_logps: str, loss_agg: str, reference=None):
+    """Equations 8 and 9, question by question = minibatch by minibatch, with SGD; the parameters
+    and the sum of log pi - log pi_ref over the trained tokens."""
+    moved = 0.0
     optimizer = torch.optim.SGD(plain.parameters(), lr=LR)
     jobs = []  # (question, episode, attempt, mu, old)
     for n, episode in enumerate(episodes):
@@ -109,6 +111,7 @@ def parameters_by_hand(plain, episodes, old_logps: str, loss_agg: str, reference
                 away = attempt_logps(plain, episode, attempt.span)
                 away = away - attempt_logps(reference, episode, attempt.span).detach()
                 terms[-1] = terms[-1] - KL * away.square() / 2
+                moved += away.sum().item()
         loss = -(
             torch.cat(terms).mean()
             if loss_agg == "token_mean"
@@ -117,7 +120,7 @@ def parameters_by_hand(plain, episodes, old_logps: str, loss_agg: str, reference
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {name: p.detach() for name, p in plain.named_parameters()}
+    return {name: p.detach() for name, p in plain.named_parameters()}, moved
 
 
 @pytest.mark.parametrize(
@@ -151,7 +154,8 @@ def test_three_minibatches_of_updates_equal_a_loop_over_attempts(
     optimizer = torch.optim.SGD(policy.parameters(), lr=LR)
     done = grpo.update(policy, optimizer, minibatches, cfg, Alone(), references[0])
     assert len(done["norms"]) == 3 and not done["skipped"] and done["clipped"] > 0
-    expected = parameters_by_hand(plain, episodes, old_logps, loss_agg, references[1])
+    expected, moved = parameters_by_hand(plain, episodes, old_logps, loss_agg, references[1])
+    assert done["kl"] == pytest.approx(moved, rel=1e-3) and (abs(moved) > 1) == kl
     for name, p in policy.hf.named_parameters():
         assert torch.allclose(p.full_tensor(), expected[name], atol=1e-5), name
     assert max((expected[name] - start[name]).abs().max() for name in start) > 1e-3

@@ -12,7 +12,12 @@ import pytest
 
 import evaluate
 import grpo_unified
+import rollout
+import sft
+import tools
+import train_rrm
 from reagent.config import check_values, flat, parse_config, run_facts
+from reagent.reward_model import RewardModelConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,6 +167,35 @@ def test_the_papers_protocol_is_a_preset_of_evaluation():
     assert (cfg.temperature, cfg.top_p) == (0.6, 0.95)
     released = ROOT / "config/grpo_unified_reagent_release_8b.py"
     assert parse_config(grpo_unified.Config, [str(released)]).prompt_file == cfg.prompt_file
+
+
+# of the paper (section 4, table 4), its release (clipping, lengths), veRL (moments), and our own
+TRAINED = dict(weight_decay=0.01, max_grad_norm=1.0, seed=0)
+GRPO = TRAINED | dict(lr=5e-7, lr_end=1.0, clip_low=0.2, clip_high=0.34, max_dlogp=0.05)
+AGENT = dict(max_turns=13, max_tokens_per_attempt=11_000, max_new_tokens_per_turn=4096)
+REWARD = dict(closeness_weight=0.45, agreement_weight=0.5, critique_weight=0.25, leak_penalty=0.5)
+LOSS = dict(pool="joint", drop="equal", loss_agg="seq_mean", old_logps="sampler", kl_coef=0.0)
+RECIPES = [
+    (sft.Config, TRAINED | dict(rows_per_step=32, steps=3476, lr=1e-5, warmup_steps=50)),
+    (sft.Config, dict(model="Qwen/Qwen3-8B", beta1=0.9, beta2=0.999, lr_end=0.1)),
+    (train_rrm.Config, GRPO | REWARD | dict(stage="grpo", judgments_per_step=32, steps=2800)),
+    (train_rrm.Config, dict(group_size=8, temperature=1.0, max_judgment_tokens=1400)),
+    (grpo_unified.Config, GRPO | LOSS | AGENT | dict(variant="u", rrm_weight=0.3, steps=300)),
+    (grpo_unified.Config, dict(group_size=8, prompts_per_step=64, prompts_per_minibatch=16)),
+    (grpo_unified.Config, dict(temperature=0.7, max_context=32_768, fixed_critique="")),
+    (evaluate.Config, dict(temperature=0.6, top_p=0.95, refine=False, judged="table", seed=0)),
+    (evaluate.Config, dict(limit=0, rollouts=0, max_turns=0, max_tokens_per_attempt=32_768)),
+    (rollout.Limits, AGENT | dict(max_context=32_768, final_tokens=512)),
+    (tools.Config, dict(seconds_per_call=30.0, calls_in_flight=16, output_chars=10_000)),
+    (tools.Config, dict(unsafe_python=False, replay=False)),
+    (RewardModelConfig, dict(max_context=32_768, max_tokens=4096, temperature=0.3)),
+    (RewardModelConfig, dict(seconds=600.0, in_flight=64, max_failures=0.2, sleep=False)),
+]
+
+
+@pytest.mark.parametrize("kind, wanted", RECIPES)
+def test_the_defaults_are_those_of_the_recipe(kind, wanted):
+    assert vars(kind()) | wanted == vars(kind())
 
 
 def test_the_prompts_of_a_run_are_told_by_file_and_digest(tmp_path):

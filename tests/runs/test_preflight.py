@@ -81,12 +81,30 @@ def test_the_bare_command_makes_307_200_attempts_and_as_many_judgments():
     assert counts["attempts"] == counts["judgments"] == 307_200
 
 
+@pytest.mark.parametrize("steps", range(1, 8))
+@pytest.mark.parametrize(
+    ("variant", "stages", "judged"), [("u", 2, 2), ("r", 1, 1), ("rule", 1, 0)]
+)
+def test_what_a_run_asks_for_is_what_its_loop_does(steps, variant, stages, judged):
+    sizes = dict(prompts_per_step=4, group_size=3, max_turns=5, max_tokens_per_attempt=7)
+    cfg = grpo_unified.Config(variant=variant, steps=steps, eval_interval=3, **sizes)
+    evaluations = 1 + sum((step + 1) % 3 == 0 or step + 1 == steps for step in range(steps))
+    chains = steps * 4 * 3 + 10 * evaluations
+    counts = dict(attempts=chains * stages, judgments=chains * judged)
+    counts["tokens at most"] = chains * stages * 7
+    counts["turns that search or use a tool at most"] = chains * stages * 5
+    assert grpo_unified.whole_run(cfg, steps, 10) == counts
+
+
 REFUSED = {
     "no weights": "no weights",
     "no key": "data.jsonl:1: an RL row needs 'answer'",
     "no docs": "nothing to search",
+    "no docs at all": "eval.jsonl: nothing to search",
+    "no folder": "row 1 has files: give --files_dir",
     "no tool": "no tool named serach",
     "no template": "chat_template = ",
+    "no group": "a pool of one attempt has no spread",
     "no judge": "no reward model answers at http://127.0.0.1:9/v1",
     "prose": "a first judgment failed on rank 0: the reward model .* gives no judgment: no judg",
     "broken": "a first judgment failed on rank 0: .*no annotator today",
@@ -98,6 +116,18 @@ REFUSED = {
 }
 
 
+ROW = {"id": 1, "question": "Where?", "kind": "qa", "answer": "there"}
+
+
+def test_what_rows_need_may_lie_in_a_corpus_and_a_folder(world, tmp_path, no_loading):
+    (tmp_path / "pages.jsonl").write_text('{"id": "1", "title": "a", "text": "b"}')
+    (tmp_path / "data.jsonl").write_text(json.dumps(ROW | {"files": ["a.txt"]}))
+    places = [f"--corpus={tmp_path}/pages.jsonl", f"--files_dir={tmp_path}"]
+    rows = [f"--data={tmp_path}/data.jsonl", f"--eval_data={tmp_path}/data.jsonl"]
+    more = [*rows, *places, "--tools=search,file_reader", "--variant=rule"]
+    checked("grpo_unified", world, tmp_path / "out", *more)
+
+
 @pytest.mark.parametrize("fault", REFUSED)
 def test_what_a_run_lacks_is_told_before_anything_heavy_loads(
     fault, world, tmp_path, no_loading, monkeypatch
@@ -107,11 +137,15 @@ def test_what_a_run_lacks_is_told_before_anything_heavy_loads(
         shutil.copytree(world / "model", tmp_path / "model")
         (tmp_path / "model" / "model.safetensors").unlink()
         more = [f"--model={tmp_path}/model"]
-    elif fault in ("no key", "no docs"):
-        row = {"id": 1, "question": "Where?", "kind": "qa"}
-        row |= {"answer": "there"} if fault == "no docs" else {}
+    elif fault in ("no key", "no docs", "no folder"):
+        row = ROW | ({"files": ["a.txt"]} if fault == "no folder" else {})
+        row |= {"docs": [{"title": "a", "text": "b"}]} if fault == "no folder" else {}
+        row = {key: row[key] for key in row if fault != "no key" or key != "answer"}
         (tmp_path / "data.jsonl").write_text(json.dumps(row))
         more = [f"--data={tmp_path}/data.jsonl"]
+    elif fault == "no docs at all":
+        (tmp_path / "eval.jsonl").write_text(json.dumps(ROW))
+        more = [f"--eval_data={tmp_path}/eval.jsonl"]
     elif fault in ("prose", "broken"):
         body = "return 'Fine.'" if fault == "prose" else "raise KeyError('no annotator today')"
         (tmp_path / "rrm.py").write_text(f"def annotate(question, messages):\n    {body}\n")
@@ -123,9 +157,11 @@ def test_what_a_run_lacks_is_told_before_anything_heavy_loads(
     elif fault == "wandb":
         monkeypatch.setattr(run, "find_spec", lambda name: None)
     flags = {"no tool": "--tools=serach", "no template": "--chat_template=none.jinja"}
+    flags |= {"no group": "--group_size=1"}
     flags |= {"no judge": "--rrm=http://127.0.0.1:9/v1", "shards": "--policy.shard_ranks=3"}
     flags |= {"engines": "--engine.tensor_parallel=2", "wandb": "--wandb"}
     with pytest.raises(SystemExit, match=REFUSED[fault]):
+        more += ["--variant=r"] * (fault == "no group")
         checked("grpo_unified", world, out, *more, *[flags[f] for f in flags if f == fault])
     if fault == "taken":
         held.close()

@@ -115,6 +115,7 @@ def run_u(world, out, *more):
         patch.setattr(grpo_unified, "rule_reward", rules)
         seen.note(grpo_unified.rollout, "run_chains", told_keys)
         seen.note(grpo_unified, "training_sequences", told_minibatch, after=True)
+        seen.note(grpo_unified, "has_fallen", lambda aucs: ("aucs", list(aucs)))
         seen.note(grpo_unified.engines, "rest", lambda engine: ("rest",))
         files = [f"--model={world}/model", f"--data={world}/rl.jsonl", f"--rrm={world}/rrm.py"]
         files.append("--rrm.seconds=50")
@@ -265,6 +266,7 @@ def test_chains_of_a_step_have_keys_of_their_own(u):
     rollouts = [keys for (keys,) in u.seen.of("rollout")]
     assert [keys[0][1] for keys in rollouts] == ["eval", 0, "eval", 1, "eval", 2, "eval"]
     assert all(len(set(keys)) == len(keys) == 8 for keys in rollouts[1::2])
+    assert {key for keys in rollouts[::2] for key in keys} == {(7, "eval", 0)}  # they compare
     assert {key[0] for keys in rollouts for key in keys} == {7}  # the seed of the run
 
 
@@ -346,6 +348,12 @@ def test_the_figures_of_a_step_are_those_of_its_episodes(u):
         assert line["trained_tokens"] == trained_tokens(u.out, line["step"])
 
 
+def test_the_alarm_sees_every_auc_of_the_run_up_to_its_own_step(u):
+    aucs = [line["score/auc"] for line in u.log if "score/auc" in line]
+    assert [told for (told,) in u.seen.of("aucs")] == [aucs[: i + 1] for i in range(len(aucs))]
+    assert aucs
+
+
 def test_checkpoints_are_saved_at_their_interval_at_the_end_and_where_an_evaluation_is_best(
     cold, rrm, u
 ):
@@ -374,7 +382,11 @@ def test_the_kl_term_measures_how_far_the_policy_has_moved(u):
 
 
 @pytest.mark.parametrize("variant", ["r", "rule"])
-def test_what_a_run_is_told_reaches_its_chains_its_pools_and_its_loss(variant, world, tmp_path):
+def test_what_a_run_is_told_reaches_its_chains_its_pools_and_its_loss(
+    variant, world, tmp_path, monkeypatch
+):
+    gather = Run.gather  # as if there were a second rank, whose sampler is further off
+    monkeypatch.setattr(Run, "gather", lambda run, own: further(gather(run, own)))
     (tmp_path / "prompt.txt").write_text("Look at it .")
     told = ["--steps=1", f"--variant={variant}", "--pool=per_stage", "--drop=release"]
     told += ["--loss_agg=token_mean", "--max_seconds_per_chain=0", "--clip_low=0.1"]
@@ -386,6 +398,7 @@ def test_what_a_run_is_told_reaches_its_chains_its_pools_and_its_loss(variant, w
         (("pool", "per_stage"),),
         (),
     }
+    assert run.log[-1]["dlogp/max"] > 1 > run.log[-1]["dlogp/mean"]
     kinds = {(options["clip_low"], options["clip_high"]) for _, options in run.seen.of("grpo_loss")}
     assert kinds == {(0.1, 0.34)}
     written = lines_of(run.out)
@@ -399,6 +412,10 @@ def test_what_a_run_is_told_reaches_its_chains_its_pools_and_its_loss(variant, w
     for sequences, *_ in run.seen.of("minibatch"):
         weights = {w for sequence in sequences for w in sequence.columns["weight"]}
         assert len(weights) <= 1  # a mean over tokens
+
+
+def further(told: list) -> list:
+    return told + [of + 1 for of in told if isinstance(of, float)]
 
 
 def lines_of(out):
@@ -417,12 +434,13 @@ def test_a_run_that_is_asked_to_stop_saves_the_step_that_it_has_done(
     assert run.seen.of("save") == [(1,)]
 
 
-@pytest.mark.parametrize("trainer", ["cold", "rrm"])
+@pytest.mark.parametrize("trainer", ["cold", "rrm", "agent"])
 def test_a_first_step_that_is_skipped_ends_the_run(trainer, world, tmp_path, monkeypatch):
     line = dict(loss=1.0, grad_norm=1.0, skipped="loss nan")
-    for script in (sft, train_rrm):
+    line |= dict(norms=[1.0], worst=0.0) | dict.fromkeys(grpo_unified.SUMS, 1.0)
+    for script in (sft, train_rrm, grpo_unified):
         monkeypatch.setattr(script, "update", lambda *_: line)
-    runs = {"cold": run_sft, "rrm": partial(run_rrm, "sft")}
+    runs = {"cold": run_sft, "rrm": partial(run_rrm, "sft"), "agent": run_u}
     with pytest.raises(SystemExit, match="step 1: loss nan"):
         runs[trainer](world, tmp_path)
 
