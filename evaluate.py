@@ -25,8 +25,8 @@ if __name__ == "__main__" and len(sys.argv) > 1:  # before torch is imported
     script = Path(__file__).parent / "data" / f"{sys.argv[1]}.py"
     if {"-h", "--help"} & set(sys.argv):
         show_help(script if script.is_file() else __file__)
-    if sys.argv[1] == "critique":  # it needs tqdm and h11 alone
-        sys.exit(import_module("data.critique").main(sys.argv[2:]))
+    if sys.argv[1] in ("critique", "page"):  # they need next to nothing
+        sys.exit(import_module(f"data.{sys.argv[1]}").main(sys.argv[2:]))
 
 import asyncio
 import contextlib
@@ -46,7 +46,7 @@ from reagent.reward_model import RewardModelConfig
 from reagent.scorers import SCORER_OF_KIND, score
 from results.benchmarks import DATASETS, DataSet, Task, load_tasks
 from results.journal import Journal, about, check_served, closed, named, write_results
-from results.runs import write_run_page
+from results.page import make_page
 from results.statistics import markdown, report_facts, summarise
 from results.verdicts import open_judge, open_verdicts
 from toolkit.http import Refused, Unavailable
@@ -357,7 +357,7 @@ def write_reports(cfg: Config, tasks, journal: Journal, judge: str, how: str, se
     text = markdown(summaries, report_facts(cfg, tasks, judge, how, search))
     (out / "report.md").write_text(text, encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summaries, indent=1), encoding="utf-8")
-    write_run_page(out)
+    make_page(out)
     return text
 
 

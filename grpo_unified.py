@@ -57,7 +57,7 @@ from reagent.rows import JsonlRows, batch_indices, check_rl_row
 from reagent.run import Run, engine_group, say
 from reagent.scorers import rule_reward
 from results.judging import auc, has_fallen
-from results.runs import write_run_page
+from results.page import make_page
 from tools import Toolbox
 
 
@@ -593,7 +593,7 @@ def main(cfg: Config) -> None:
     tell_rrm("wake_up")
     run.finish_writing()
     if run.rank == 0:
-        write_run_page(run.out)
+        make_page(run.out)
     toolbox.close()
     run.end()
 

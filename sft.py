@@ -38,7 +38,7 @@ from reagent.policy import (
 )
 from reagent.rows import JsonlRows, batch_indices, sft_messages, sft_tools
 from reagent.run import Run, say
-from results.runs import write_run_page
+from results.page import make_page
 
 
 @dataclass
@@ -173,7 +173,7 @@ def main(cfg: Config) -> None:
 
     # ---------------------------------------------------------------- report
     if run.rank == 0:
-        write_run_page(run.out)
+        make_page(run.out)
     run.end()
 
 

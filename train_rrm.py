@@ -60,7 +60,7 @@ from reagent.policy import (
 from reagent.rows import JsonlRows, batch_indices, seed_of
 from reagent.run import Run, say
 from results.judging import judgment_report, report_table
-from results.runs import write_run_page
+from results.page import make_page
 
 
 @dataclass
@@ -368,7 +368,7 @@ def main(cfg: Config) -> None:
         table = report_table(final) if final else ""
         print(table)
         (run.out / "report.md").write_text(table)
-        write_run_page(run.out)
+        make_page(run.out)
     run.end()
 
 

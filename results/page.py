@@ -1,227 +1,29 @@
-"""Pages that a browser opens: what a run measured, its curves, its episodes turn by turn.
+"""The page of a run: data/page.py makes report.html and curve.svg, in a process of its own."""
 
-page.html has the markup, the style and the script. It loads nothing from outside, and no text of a
-model or of the web is ever markup: texts travel as JSON, which the script puts on the page as text.
-Episodes of more than INLINE characters lie in files beside the page, read when they are opened.
-"""
-
-import json
-import math
-import re
-import secrets
-import time
-from collections import Counter
-from collections.abc import Iterable
-from itertools import accumulate
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-from reagent.config import flat
-from reagent.folder import write_whole
-from results.plots import CSS, Line, Panel, escape, panel_svg, thin
-from toolkit.text import capped, visible
-
-MESSAGE = 20_000  # characters of one text; longer ones are cut in the middle
-INLINE = 1_000_000  # characters of episodes in the page itself, and at most in a file beside it
-UNSHOWN = ("ids", "mask", "logps", "sealed", "canary")  # keys of an episode
-# section of the page -> first words of the keys it shows, in that order; others stand under Other
-SECTIONS = {
-    "Learning": "eval accuracy grounded reward rule_reward score lift valid mae auc spearman loss "
-    "leak alarm",
-    "Optimization": "entropy clip_share dlogp grad_norm advantage pools kl lr updates",
-    "Rollouts": "tokens trained_tokens tool_calls repaired ended attempts left_out judge too_long",
-    "Speed": "seconds tokens_per_second memory",
-}
-ORDER = [(section, word) for section, words in SECTIONS.items() for word in words.split()]
-
-# --------------------------------------------------------------------------------------------------
-# texts from outside, made harmless
+SCRIPT = Path(__file__).parents[1] / "data" / "page.py"
+SECONDS = 120  # most that a run waits for its page
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 
-def jsonable(value):
-    """A value as strict JSON: texts visible and cut, NaN and infinity None, the rest as text."""
-    if isinstance(value, dict):
-        return {visible(str(key)): jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int)):
-        return value
-    return capped(visible(str(value)), MESSAGE)
+def make_page(run: Path) -> None:
+    """`python evaluate.py page RUN`. A run does not fail for its page: what went wrong is a line.
 
-
-def as_json(value) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
-
-
-def embed(name: str, value) -> str:
-    """A JSON block of the page; `<` as an escape, so that nothing inside can close the block."""
-    text = as_json(value).replace("<", "\\u003c")
-    return f'<script type="application/json" id="{name}">{text}</script>'
-
-
-# --------------------------------------------------------------------------------------------------
-# episodes
-
-
-def outcomes(episode: dict) -> list[str]:
-    """How an episode is filtered: dropped, or by its last attempt, and whether that changed it."""
-    if episode.get("dropped"):
-        return ["dropped"]
-    verdicts = [attempt.get("correct") for attempt in episode.get("attempts") or []]
-    if not verdicts or verdicts[-1] is None:
-        return ["unscored"]
-    names = ["right" if verdicts[-1] else "wrong"]
-    if len(verdicts) == 2 and verdicts[0] is not None and bool(verdicts[0]) != bool(verdicts[1]):
-        names.append("fixed" if verdicts[1] else "broken")
-    return names
-
-
-def counted(episode: dict) -> dict:
-    """An Episode without token ids, mask, log-probs and encrypted texts; the counts stay."""
-    if "ids" in episode:
-        episode = episode | {"tokens": len(episode["ids"]), "sampled": sum(episode["mask"])}
-    return {key: value for key, value in episode.items() if key not in UNSHOWN}
-
-
-def slim(episode: dict) -> dict:
-    """An Episode as JSON data for the page."""
-    return jsonable(counted(episode)) | {"outcomes": outcomes(episode)}
-
-
-def heads(episodes: list[dict]) -> list[dict]:
-    """What the list shows of slim episodes; each `link` says step or data set, id and sibling."""
-    found, seen = [], Counter()
-    for episode in episodes:
-        dataset = (episode.get("meta") or {}).get("dataset")
-        parts = [str(part) for part in (episode.get("step"), dataset, episode.get("id")) if part]
-        seen[*parts] += 1
-        sibling = episode.get("sibling") or seen[*parts]
-        head = {"step": episode.get("step"), "dataset": dataset, "outcomes": episode["outcomes"]}
-        head |= {"sibling": sibling, "link": "/".join([*parts, str(sibling)])}
-        head["question"] = (episode.get("question") or "")[:300]
-        for key in ("correct", "reward", "score"):
-            head[key] = [attempt.get(key) for attempt in episode.get("attempts") or []]
-        found.append(head)
-    return found
-
-
-# --------------------------------------------------------------------------------------------------
-# curves
-
-
-def numeric_series(log: Iterable[dict]) -> dict[str, list[tuple[float, float]]]:
-    """{key: [(step, value)]} of the finite numbers in log lines; lines without a step count."""
-    lines = [(line.get("step", number), line) for number, line in enumerate(log, 1)]
-    series: dict[str, list[tuple[float, float]]] = {}
-    for step, line in lines:
-        for key, value in line.items():
-            if isinstance(value, (int, float)) and key != "step" and math.isfinite(value):
-                series.setdefault(str(key), []).append((step, float(value)))
-    for key in series:
-        if key.startswith("ended/"):  # a step without such an end leaves it out: 0
-            series[key] = [(n, float(line.get(key, 0))) for n, line in lines if n or key in line]
-    return series
-
-
-def panels(lines: dict[str, Line]) -> tuple[list[Panel], dict[str, float]]:
-    """{key: line} -> (panels in the order of SECTIONS, constants {key: value}, which never move).
-    Keys that share what stands before the "/" share a panel, unless their scales differ twentyfold;
-    score/right and score/wrong stand apart from score/first and score/refined."""
-    constants, groups = {}, {}
-    for key, line in lines.items():
-        values = {y for _, y in line.points}
-        family, _, label = key.rpartition("/")
-        if len(line.points) > 1 and len(values) == 1 and not family:
-            constants[key] = values.pop()
-            continue
-        apart = " of right and wrong answers" * (label in ("right", "wrong"))
-        groups.setdefault((family or key) + apart, {})[label] = line
-    found = [part for title, group in groups.items() for part in split_by_scale(title, group)]
-    return sorted(found, key=lambda panel: place(panel.title)), constants
-
-
-def place(key: str) -> int:
-    """Where a key's first word stands in ORDER; behind all where it does not."""
-    word = re.split(r"[/ ]", key)[0]
-    return next((i for i, (_, known) in enumerate(ORDER) if known == word), len(ORDER))
-
-
-def section_of(key: str) -> str:
-    return [*(section for section, _ in ORDER), "Other"][place(key)]
-
-
-def split_by_scale(title: str, lines: dict[str, Line]) -> list[Panel]:
-    """A panel, or several: lines that a common axis would flatten get one of their own."""
-    sizes = {label: max(abs(y) for _, y in line.points) for label, line in lines.items()}
-    rooms: list[list[str]] = []
-    for label in sorted(lines, key=sizes.get, reverse=True):
-        fits = (room for room in rooms if sizes[label] * 20 >= sizes[room[0]] and len(room) < 8)
-        room = next(fits, None)
-        rooms.append([label]) if room is None else room.append(label)
-    found = []
-    for room in rooms:
-        alone = len(room) == 1 and room[0] not in ("", title)
-        part = {label: line for label, line in lines.items() if label in room}
-        found.append(Panel(f"{title}/{room[0]}" if alone else title, part, section_of(title)))
-    return found
-
-
-# --------------------------------------------------------------------------------------------------
-# the page
-
-
-def write_report(path, *, title: str, episodes=(), log=(), config=None, **data) -> list[Panel]:
-    """Writes the page of a run and returns its panels. episodes: Episode.to_json() dicts, in the
-    order to show; log: the dicts of log.jsonl; config: any dict; data: see write_page."""
-    series = numeric_series(log)
-    drawn, data["constants"] = panels({key: Line(points) for key, points in series.items()})
-    data["config"] = [[key, str(value)] for key, value in flat(config or {}).items()]
-    write_page(path, title, data, drawn, [slim(episode) for episode in episodes])
-    return drawn
-
-
-def write_page(path, title: str, data: dict, drawn: list[Panel], episodes=()) -> None:
-    """Writes `path`, beside and renamed. data: what page.html reads, all of it optional: tiles
-    [(label, figure, note)], markdown, tables [{title, head, rows}], config [(key, value)], which
-    (what to call episodes that are not all), constants {key: value}, unfolded (sections)."""
-    path, nonce = Path(path), secrets.token_hex(8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.with_name(path.stem + "_episodes")
-    parts, inline = write_parts(folder, nonce, [as_json(episode) for episode in episodes])
-    data = jsonable({"made": time.strftime("Written %Y-%m-%d %H:%M")} | data)
-    data |= {"heads": heads(episodes), "parts": parts, "panels": []}
-    for panel in drawn:
-        lines = {label or panel.title: thin(line.points) for label, line in panel.lines.items()}
-        data["panels"].append(jsonable({"section": panel.section, "lines": lines}))
-    figures = (f"<figure>{panel_svg(panel)}<figcaption></figcaption></figure>" for panel in drawn)
-    slots = {
-        "title": escape(title),
-        "nonce": nonce,
-        "plots_css": CSS.read_text(),
-        "figures": "".join(figures),
-        "data": embed("data", data) + (embed("episodes", list(episodes)) if inline else ""),
-    }
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    write_whole(path, re.sub(r"\{\{(\w+)\}\}", lambda slot: slots[slot[1]], template))
-    for old in folder.glob("*.js"):  # only now: until here the page before this one needed them
-        if not old.name.startswith(nonce):
-            old.unlink()
-
-
-def write_parts(folder: Path, nonce: str, texts: list[str]) -> tuple[list[dict], bool]:
-    """([{file, first}] of the episodes, are they inline?); the nonce ties files to their page."""
-    groups, ends = {}, accumulate(map(len, texts))
-    for text, end in zip(texts, ends):
-        groups.setdefault((end - 1) // INLINE, []).append(text)
-    if len(groups) <= 1:
-        return [{"file": "", "first": 0}], True
-    folder.mkdir(exist_ok=True)
-    parts, first = [], 0
-    for i, group in enumerate(groups.values()):
-        path = folder / f"{nonce}-{i:03}.js"
-        call = f"receive({i},{as_json('[' + ','.join(group) + ']')});\n"
-        path.write_text(call, encoding="utf-8")
-        parts.append({"file": f"{folder.name}/{path.name}", "first": first})
-        first += len(group)
-    return parts, False
+    The process has no card and is no rank, and hears no Ctrl-C that is meant for the run.
+    """
+    own = {key: value for key, value in os.environ.items() if not key.startswith(TORCHRUN)}
+    given = dict(env=own | {"CUDA_VISIBLE_DEVICES": ""}, stdin=subprocess.DEVNULL, timeout=SECONDS)
+    given |= dict(capture_output=True, text=True, errors="replace", start_new_session=True)
+    try:
+        done = subprocess.run([sys.executable, SCRIPT, run], **given)
+        said = done.stderr.splitlines() or [f"exit {done.returncode}"]
+        problem = said[-1] if done.returncode else ""
+    except (OSError, subprocess.SubprocessError) as error:
+        problem = error
+    if problem:
+        told = f"no page of {run}: {problem}; python evaluate.py page {run} makes it again"
+        print(told, file=sys.stderr, flush=True)

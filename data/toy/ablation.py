@@ -24,10 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from data.page import mean_line
+from data.report.curves import mean_line, numeric_series
+from data.report.plots import Panel, picture_svg, share_axes
 from reagent.rows import whole_rows
-from results.page import numeric_series
-from results.plots import Panel, picture_svg, share_axes
 
 STEPS, QUESTIONS, GROUP = 24, 8, 8
 ARMS = {

@@ -40,6 +40,8 @@ import torch
 
 import grpo_unified
 import rollout
+from data.report import plots
+from data.report.plots import Panel, picture_svg, share_axes
 from reagent import engines, reward_model, run
 from reagent.chat import Chat
 from reagent.config import check_values, parse_config, run_facts
@@ -54,8 +56,6 @@ from reagent.policy import (
     load_tokenizer,
     shard,
 )
-from results import plots
-from results.plots import Panel, picture_svg, share_axes
 from tests.helpers.tiny import Alone, toy
 from tools import Observation
 

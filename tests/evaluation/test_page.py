@@ -2,29 +2,26 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pypdfium2
 import pytest
 
-from data.page import compared, grouped, read_run, write_folder_page
+from data.page import write_folder_page
+from data.report.curves import numeric_series, panels
+from data.report.index import compared, grouped, read_run
+from data.report.page import INLINE, embed, heads, jsonable, outcomes, slim, write_report
+from data.report.plots import Line
+from data.report.run import evaluated_episodes, newest_episodes, set_tiles
 from reagent.config import flat
-from results.page import (
-    INLINE,
-    embed,
-    heads,
-    jsonable,
-    numeric_series,
-    outcomes,
-    panels,
-    slim,
-    write_report,
-)
-from results.plots import Line
-from results.runs import newest_episodes, set_tiles
+from results.page import make_page
+from tests.helpers.tiny import ROOT
 from toolkit.text import visible
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -289,7 +286,7 @@ def test_a_run_folder_gets_its_page_and_picture_again(tmp_path):
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"st')  # a run that writes at this moment
     before = (tmp_path / "log.jsonl").read_bytes()
-    write_folder_page(str(tmp_path))
+    write_folder_page(tmp_path)
     page = (tmp_path / "report.html").read_text()
     data = embedded(page, "data")
     assert [head["link"] for head in data["heads"]] == ["1/toy/s/1", "2/toy/s/1"]
@@ -302,12 +299,66 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
     run_folder(tmp_path)
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"log.jsonl:2: not a JSON line"):
-        write_folder_page(str(tmp_path))
+        write_folder_page(tmp_path)
 
 
 def test_a_folder_without_runs_is_named(tmp_path):
     with pytest.raises(SystemExit, match="no log.jsonl, results.jsonl or episodes/ there or below"):
-        write_folder_page(str(tmp_path))
+        write_folder_page(tmp_path)
+
+
+# ---------------------------------------------------------------- at the end of a run
+def test_a_rank_of_torchrun_makes_its_page_from_any_working_directory(tmp_path, monkeypatch):
+    run_folder(tmp_path / "out/u")
+    monkeypatch.chdir(tmp_path)
+    ranks = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="10.255.255.1", MASTER_PORT="1")
+    for key, value in ranks.items():
+        monkeypatch.setenv(key, value)
+    make_page(Path("out/u"))
+    assert "<title>Reagent-U, out/u</title>" in (tmp_path / "out/u/report.html").read_text()
+    ElementTree.parse(tmp_path / "out/u/curve.svg")
+
+
+def page_script(tmp_path, monkeypatch, text):
+    """Puts a script of our own in the place of data/page.py."""
+    (tmp_path / "script.py").write_text(text)
+    monkeypatch.setattr("results.page.SCRIPT", tmp_path / "script.py")
+
+
+def test_the_process_of_a_page_is_no_rank_has_no_card_and_hears_no_signal_of_the_run(
+    tmp_path, monkeypatch
+):
+    told = "json.dump([dict(os.environ), os.getsid(0)], open(sys.argv[1] + '/told', 'w'))"
+    page_script(tmp_path, monkeypatch, f"import json, os, sys\n{told}")
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "KEPT"):
+        monkeypatch.setenv(key, "1")
+    make_page(tmp_path)
+    found, session = json.loads((tmp_path / "told").read_text())
+    assert found["KEPT"] == "1" and found["CUDA_VISIBLE_DEVICES"] == ""
+    assert not [key for key in found if re.search("RANK|WORLD|MASTER|TORCHELASTIC", key)]
+    assert session != os.getsid(0)
+
+
+@pytest.mark.parametrize(
+    "script, why",
+    {
+        "import sys; print('kept', file=sys.stderr); sys.exit('log.jsonl:2: bad')": "log.jsonl:2",
+        "import os; os.abort()": "exit -6",
+        "import time; time.sleep(60)": "timed out after 0.5 seconds",
+    }.items(),
+)
+def test_a_page_that_fails_is_one_line_and_ends_no_run(tmp_path, monkeypatch, capfd, script, why):
+    page_script(tmp_path, monkeypatch, script)
+    monkeypatch.setattr("results.page.SECONDS", 0.5 if "sleep" in script else 60)
+    make_page(tmp_path)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"no page of {tmp_path}: ") and why in line
+    assert line.endswith(f"python evaluate.py page {tmp_path} makes it again")
+
+
+def test_no_page_waits_for_torch():
+    check = "import sys, data.page, data.report.index; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
 
 
 SUMMARY = dict(dataset="hotpotqa", subset="all", judge="rule", questions=500, k=1)
@@ -335,7 +386,7 @@ def test_the_page_of_an_evaluation_shows_as_many_episodes_of_each_set_and_no_sea
     summaries = [SUMMARY | {"dataset": name, "all": [0.5, 0.4, 0.6]} for name in "abc"]
     (tmp_path / "summary.json").write_text(json.dumps(summaries))
     (tmp_path / "report.md").write_text("# Evaluation\n")
-    write_folder_page(str(tmp_path))
+    write_folder_page(tmp_path)
     page = (tmp_path / "report.html").read_text()
     data = embedded(page, "data")
     assert [head["link"] for head in data["heads"]] == ["a/q/1", "b/q/1", "a/q/2", "b/q/2", "c/q/1"]
@@ -346,8 +397,17 @@ def test_the_page_of_an_evaluation_shows_as_many_episodes_of_each_set_and_no_sea
     )
 
 
+def test_a_large_set_leaves_room_for_the_others_and_a_failed_chain_is_dropped(tmp_path):
+    base = dict(rollout=0, status="fault", correct=None, attempts=[])
+    rows = [base | {"dataset": name, "id": f"{name}{i}"} for name in "ab" for i in range(3)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown, total = evaluated_episodes(tmp_path, sets=2, most=4)
+    assert [row["id"] for row in shown] == ["a0", "a1", "b0", "b1"] and total == 6
+    assert outcomes(shown[0]) == ["dropped"] and shown[0]["dropped"] == "fault"
+
+
 def index_of(folder):
-    write_folder_page(str(folder))
+    write_folder_page(folder)
     return embedded((folder / "index.html").read_text(), "data")
 
 
@@ -355,7 +415,7 @@ def test_the_index_puts_seeds_together_and_links_to_the_pages_of_runs(tmp_path):
     for seed in (0, 2):
         run_folder(tmp_path / f"u/{seed}", seed=seed, model=f"{tmp_path}/sft")
     run_folder(tmp_path / "rule", variant="rule", model=f"{tmp_path}/sft")
-    write_folder_page(str(tmp_path / "u/0"))
+    write_folder_page(tmp_path / "u/0")
     (table,) = index_of(tmp_path)["tables"]
     assert table["head"] == ["run", "differs in", "steps", "accuracy/first"]
     seeds = [{"text": "u/0", "href": "u/0/report.html"}, {"text": "u/2", "href": ""}]

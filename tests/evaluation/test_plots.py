@@ -4,8 +4,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from data.page import mean_line
-from results.plots import (
+from data.report.curves import mean_line
+from data.report.plots import (
     FEW,
     NOISY,
     PICTURE,

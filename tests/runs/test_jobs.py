@@ -146,6 +146,8 @@ def test_reagent_u_on_two_ranks_resumed_is_bit_identical(world, tmp_path):
     for line in log:
         assert line["updates"] == 2 and line["attempts"] == 16 and line["dlogp/mean"] < 1e-4
         assert line["trained_tokens"] == trained_tokens(tmp_path / "out", line["step"])
+    page = (tmp_path / "again" / "report.html").read_text()
+    assert f"<title>Reagent-U, {tmp_path}/again</title>" in page
 
 
 @pytest.mark.slow

@@ -222,6 +222,7 @@ def test_a_signal_saves_and_ends_the_run_with_0_and_it_goes_on_from_there(world,
     code, text = stopped_by(number, command, tmp_path / "run")
     saved = run.checkpoints(tmp_path / "run")
     assert code == 0 and check_newest(tmp_path / "run") == 1, text[-2000:]
+    assert (tmp_path / "run" / "report.html").is_file()
     assert goes_on_from(command) == int(saved[0].name[5:])
 
 

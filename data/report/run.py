@@ -1,12 +1,12 @@
-"""The page of what lies in a run's folder; data/page.py makes an index over many."""
+"""The page of a run or an evaluation, from what lies in its folder."""
 
 import json
 from collections import Counter
 from pathlib import Path
 
+from data.report.page import counted, write_report
+from data.report.plots import COLOURS, picture_svg, share_axes
 from reagent.rows import whole_rows
-from results import page
-from results.plots import COLOURS, picture_svg, share_axes
 
 MOST = 1_000  # episodes on a page: a run's newest, of an evaluation as many of each data set
 
@@ -23,7 +23,7 @@ def newest_episodes(run: Path, most: int = MOST) -> list[dict]:
         for row in whole_rows(path):
             siblings[row["id"]] += 1
             step = int(path.stem.rpartition("-")[2])
-            of_step.append(page.counted(row) | {"step": step, "sibling": siblings[row["id"]]})
+            of_step.append(counted(row) | {"step": step, "sibling": siblings[row["id"]]})
         episodes = of_step + episodes
         if len(episodes) >= most:
             break
@@ -85,7 +85,7 @@ def write_run_page(run: Path) -> None:
         data["tiles"] = [*set_tiles(summaries), ("episodes", f"{total:,}")]
     else:
         data |= {"episodes": newest_episodes(run), "which": "newest episodes"}
-    drawn = page.write_report(run / "report.html", title=title_of(run, script, config), **data)
+    drawn = write_report(run / "report.html", title=title_of(run, script, config), **data)
     if drawn := [panel for panel in drawn if panel.section == "Learning"][:6]:
         shares = [of for of in drawn if of.lines.keys() <= COLOURS.keys() and max(of.ys()) <= 1]
         if shares:
