@@ -111,6 +111,7 @@ class Config:
     check: bool = False  # stop after all checks, before anything heavy; writes nothing
 
 
+COLUMNS = ("advantage", "weight", "sampler_logps")
 VALID = 0.1  # what the worst valid judgment earns: a broken format earns 0
 
 SHOWN = ("loss", "reward", "valid", "grad_norm", "dlogp/mean")
@@ -198,7 +199,7 @@ def grpo_batch(chat: Chat, rows: list[dict], sample, step: int, cfg: Config):
     """G judgments of each row -> (sequences, 1, metrics); `sample(prompts, seeds, temperature)`.
 
     N rows that fit, groups of G: rewards and advantages (N, G). A judgment weighs 1 / (judgments in
-    groups with a gradient), spread evenly over its tokens."""
+    groups with a gradient), spread evenly over its tokens. Those of a row are one tree."""
     pairs = [(row, prompt) for row in rows if (prompt := judge_ids(chat, row, cfg))]
     line: dict = {"too_long": len(rows) - len(pairs)}
     if not pairs:
@@ -210,18 +211,22 @@ def grpo_batch(chat: Chat, rows: list[dict], sample, step: int, cfg: Config):
     rewards = [judgment_reward(j, row, cfg) for j, (row, _) in zip(judgments, judged)]
     advantages = normalised(torch.tensor(rewards).view(-1, cfg.group_size))  # (N, G)
     counted = int((advantages != 0).any(1).sum()) * cfg.group_size
-    sequences = []
-    for (_, prompt), each, advantage in zip(judged, samples, advantages.flatten().tolist()):
+    trees = []
+    for _, prompt in pairs:
+        trees.append(Sequence([*prompt], [0] * len(prompt), {name: [] for name in COLUMNS}))
+    for i, (each, advantage) in enumerate(zip(samples, advantages.flatten().tolist())):
         if advantage == 0.0:  # counted above, not computed
             continue
-        n = len(each.ids)
-        columns = {"advantage": [advantage] * n, "weight": [1 / (counted * n)] * n}
-        columns["sampler_logps"] = each.logps
-        sequences.append(Sequence(prompt + each.ids, [0] * len(prompt) + [1] * n, columns))
+        n, tree = len(each.ids), trees[i // cfg.group_size]
+        tree.forks.append(len(tree.ids))
+        tree.ids += each.ids
+        tree.mask += [1] * n
+        for name, column in zip(COLUMNS, ([advantage] * n, [1 / (counted * n)] * n, each.logps)):
+            tree.columns[name] += column
     line["reward"] = sum(rewards) / len(rewards)
     line["valid"] = sum(judgment is not None for judgment in judgments) / len(judgments)
     line["pools/dropped"] = 1 - counted / len(samples)
-    return sequences, 1.0, line
+    return [tree for tree in trees if tree.forks], 1.0, line
 
 
 def update(policy, optimizer, sequences: list, total_weight: float, cfg: Config, run: Run) -> dict:
@@ -232,7 +237,7 @@ def update(policy, optimizer, sequences: list, total_weight: float, cfg: Config,
     if not sequences:
         return {"loss": 0.0, "grad_norm": 0.0, "skipped": ""}
     grpo, loss_sum, gap, compared = cfg.stage == "grpo", 0.0, 0.0, 0
-    columns = ("advantage", "weight", "sampler_logps") if grpo else ("weight",)
+    columns = COLUMNS if grpo else ("weight",)
     mine = balance(sequences, run.world, cfg.policy.tokens_per_microbatch)[run.rank]
     for microbatch in each_microbatch(policy, mine):
         batch = collate(microbatch, columns, run.device)
@@ -273,10 +278,12 @@ def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- processes, policy, optimizer
     run, engine = Run(cfg, set()), None
     samples = cfg.stage == "grpo" or bool(eval_rows)
-    plan_memory(cfg, run, longest=cfg.max_context, engine=cfg.engine if samples else None)
+    group = cfg.group_size if cfg.stage == "grpo" else 1
+    longest = cfg.max_context + (group - 1) * cfg.max_judgment_tokens
+    engine_config = cfg.engine if samples else None
+    plan_memory(cfg, run, longest=longest, engine=engine_config, group=group)
     taken = (cfg.steps - run.saved) * cfg.judgments_per_step
-    taken *= cfg.group_size if cfg.stage == "grpo" else 1
-    if run.only_checks({"judgments": taken, "tokens at most": taken * cfg.max_context}):
+    if run.only_checks({"judgments": taken * group, "tokens at most": taken * longest}):
         return
     if samples:
         say(f"starting the engine: {cfg.engine.kind}")  # before the policy: it reseeds

@@ -11,6 +11,7 @@ integer and the kernel's name, so that no batch makes it compile again.
 import functools
 import math
 import time
+from collections.abc import Sequence
 from itertools import groupby, pairwise
 
 import torch
@@ -42,46 +43,59 @@ def varlen_attention(
     if not getattr(module, "is_causal", True):
         raise ValueError("its attention is not causal")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-    scale = scaling or q.shape[-1] ** -0.5
+    scale, read = scaling or q.shape[-1] ** -0.5, more.get("read")
+    if read is not None:  # (keys, heads, D): those of a prefix stand before each of its rows
+        k, v = k[read], v[read]
     if kernel == "cudnn" and not sliding_window:
         out = row_attention(q, k, v, more["host_ends"], scale)[0]
     elif q.device.type in DEVICES:
         longest, window = more["longest"], (sliding_window - 1 if sliding_window else -1, 0)
         options = dict(scale=scale, window_size=window, enable_gqa=True)
-        out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+        out = varlen_attn(q, k, v, ends, more.get("key_ends", ends), longest, longest, **options)
     else:
-        lengths = more["host_ends"].diff().tolist()
-        out = run_attention(query[0], key[0], value[0], lengths, sliding_window, scale)
+        both = (more["host_ends"], more.get("host_key_ends", more["host_ends"]))
+        lengths = list(zip(*(each.diff().tolist() for each in both)))
+        parts = [x.transpose(0, 1) for x in (q, k, v)]
+        out = run_attention(*parts, lengths, window=sliding_window, scale=scale)
     return out[None], None
 
 
 AttentionInterface.register("varlen", varlen_attention)
 
 
-def row_ends(lengths: list[int], device: torch.device) -> dict:
+def row_ends(lengths: list[int], device: torch.device, prefixes: Sequence[slice] = ()) -> dict:
     """What attention must know of a batch: where rows begin and end in T (rows + 1,), on the device
-    and on the CPU, and the tokens of the longest."""
+    and on the CPU, and the tokens of the longest. prefixes: what of T each row reads before its
+    own; then `read` holds the places in T of all rows' keys, which end at `key_ends`."""
     host_ends = torch.tensor([0, *lengths]).cumsum(0).int()
     ends = host_ends.to(device, non_blocking=True)
-    return dict(ends=ends, host_ends=host_ends, longest=max(lengths))
+    found = dict(ends=ends, host_ends=host_ends, longest=max(lengths))
+    if prefixes:
+        places = torch.arange(sum(lengths))
+        rows = [torch.cat((places[p], own)) for p, own in zip(prefixes, places.split(lengths))]
+        keys = row_ends(list(map(len, rows)), device)
+        found |= dict(read=torch.cat(rows).to(device, non_blocking=True), longest=keys["longest"])
+        found |= dict(key_ends=keys["ends"], host_key_ends=keys["host_ends"])
+    return found
 
 
-def run_attention(query, key, value, lengths: list[int], window: int | None, scale: float):
-    """query (heads, T, D) -> (T, heads, D); a dense block mask would cost T^2."""
-    runs = [(len(list(run)), length) for length, run in groupby(lengths)]
-    sizes = [count * length for count, length in runs]
+def run_attention(query, key, value, lengths: list[tuple], *, window: int | None, scale: float):
+    """query (heads, T, D) -> (T, heads, D), lengths: queries and keys of each row, causal from the
+    bottom right; a dense block mask would cost T^2."""
+    runs = [(len(list(run)), *row) for row, run in groupby(lengths)]
     # split, not slices: the backward of a slice fills a tensor of all T with zeros
-    parts = [x.split(sizes, dim=1) for x in (query, key, value)]
+    parts = [query.split([n * queries for n, queries, _ in runs], dim=1)]
+    parts += [x.split([n * keys for n, _, keys in runs], dim=1) for x in (key, value)]
     out = []
-    for run, *qkv in zip(runs, *parts):
-        # (heads, count * L, D) -> (count, heads, L, D)
-        q, k, v = (x.unflatten(1, run).transpose(0, 1) for x in qkv)
+    for (n, queries, keys), *qkv in zip(runs, *parts):
+        # (heads, n * L, D) -> (n, heads, L, D)
+        q, k, v = (x.unflatten(1, (n, -1)).transpose(0, 1) for x in qkv)
         mask = dict(is_causal=True)
-        if window and run[1] > window:
-            far = torch.ones(run[1], run[1], dtype=torch.bool).tril(-window)
-            mask = dict(attn_mask=far.logical_not().tril())
+        if keys > min(queries, window or keys):
+            near = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+            mask = dict(attn_mask=near.triu(keys - queries + 1 - (window or keys)))
         o = F.scaled_dot_product_attention(q, k, v, **mask, scale=scale, enable_gqa=True)
-        out.append(o.transpose(1, 2).flatten(0, 1))  # (count * L, heads, D)
+        out.append(o.transpose(1, 2).flatten(0, 1))  # (n * L, heads, D)
     return torch.cat(out)
 
 

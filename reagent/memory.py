@@ -48,12 +48,13 @@ def lora_size(config, rank: int) -> int:
 
 
 def step_parts(
-    config, *, ranks: int, tokens: int, checkpoint_activations: bool, width: int, lora_rank: int = 0
+    config, *, ranks: int, tokens: int, width: int, checkpoint_activations, lora_rank=0, group=1
 ) -> dict[str, float]:
     """Bytes that the forward and backward of a micro-batch add to what is resident, by part.
 
     tokens: all of them in the loss; width: bytes of a computed number (2: bf16 on a card, 4: fp32
     on a CPU). fp32 copies that norms make are counted where numbers are computed in bf16.
+    group: continuations of a tree, which all read the keys and values of its prefix, copied.
     """
     block, table, total = model_sizes(config)
     (hidden, inner, queries, keys), layers = widths(config), config.num_hidden_layers
@@ -61,7 +62,8 @@ def step_parts(
     # queries and keys before their norm (fp32), after it and after rotation; values; attention's
     # output; gate, its activation, up and their product
     saved = 4 * (2 * hidden + queries + keys) + width * (4 * hidden + 3 * (queries + keys))
-    saved += width * (4 * inner + 7 * lora_rank)
+    read = width * 2 * keys * (group if group > 1 else 0)
+    saved += width * (4 * inner + 7 * lora_rank) + read
     kept = layers * width * hidden + saved if checkpoint_activations else layers * saved
     # two blocks and the tables whole, a block's gradient in fp32; one CPU rank has them anyway
     trained = lora_size(config, lora_rank) or total
@@ -73,7 +75,7 @@ def step_parts(
     return {
         "gradients": 4 * trained / ranks,
         "gathered": 0 if ranks == 1 and width == 4 else gathered,
-        "activations": tokens * (kept + 4 * width * hidden),
+        "activations": tokens * (kept + 4 * width * hidden + read),
         "head": 4 * (chunks + softmax + (0 if lora_rank else table)),
     }
 
@@ -124,11 +126,11 @@ def told(parts: dict[str, float]) -> str:
     return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
 
 
-def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None) -> None:
+def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None, group: int = 1) -> None:
     """Prints the plan of a trainer's `cfg` and ends the program where it cannot fit.
 
     longest: tokens of a row that stands alone. engine, rrm: the EngineConfig and RewardModelConfig
-    of what runs beside the policy.
+    of what runs beside the policy. group: see step_parts.
     """
     config, cuda, own = load_config(cfg.model), torch.cuda.is_available(), cfg.policy
     if not is_dense(config):
@@ -145,7 +147,7 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None) -> None:
         options |= dict(rrm=rrm.memory_share * card, rrm_sleeps=rrm.sleep)
         free = card if rrm.sleep else free  # its servers may be awake
     options |= dict(ranks=ranks, checkpoint_activations=own.checkpoint_activations)
-    options |= dict(lora_rank=own.lora_rank, offload=own.cpu_offload)
+    options |= dict(lora_rank=own.lora_rank, offload=own.cpu_offload, group=group)
     plan = memory_plan(config, reference=bool(getattr(cfg, "kl_coef", 0)), **options)
     adapters = lora_size(config, own.lora_rank)
     here = 16 * adapters + 2 * total if adapters else 16 * total

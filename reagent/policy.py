@@ -3,7 +3,7 @@
 Letters in shapes: B rows, T tokens of a packed micro-batch, M tokens in the loss, H hidden size, V
 vocabulary. A packed row is one sequence (1, T) that holds several rows end to end; position ids
 restart at 0 at each of them, and attention never crosses a border. Only the M tokens whose mask is
-1 go through the head.
+1 go through the head. A row may be a tree: continuations of one prefix, which is computed once.
 """
 
 import copy
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import torch
@@ -78,11 +78,13 @@ def spread(pools: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Sequence:
-    """A token row. `mask` is 1 at trained tokens (not the first); `columns`: a number for each."""
+    """A token row. `mask` is 1 at trained tokens (not the first); `columns`: a number for each.
+    forks: where each continuation of the tokens before the first fork begins, if it is a tree."""
 
     ids: list[int]
     mask: list[int]
     columns: dict[str, list[float]] = field(default_factory=dict)
+    forks: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -91,7 +93,8 @@ class Batch:
 
     input_ids: torch.Tensor  # (1, T)
     position_ids: torch.Tensor  # (1, T)
-    lengths: list[int]  # tokens of each row, sum T
+    lengths: list[int]  # tokens of each row, sum T; of trees the first continuation has the prefix
+    prefixes: list[slice]  # of T, what each row reads before its own; [] without trees
     index: torch.Tensor  # (M,) position in T of the token BEFORE each trained token
     targets: torch.Tensor  # (M,) the trained tokens
     columns: dict[str, torch.Tensor]
@@ -129,12 +132,19 @@ def _first_fit(rows: list[Sequence], room: int) -> list[list[Sequence]]:
 
 def collate(rows: list[Sequence], columns: tuple[str, ...], device: torch.device) -> Batch:
     """Packs rows into a (1, T) sequence; without rows two tokens without loss, to keep step."""
-    ids, positions, index = [], [], []
+    ids, positions, index, targets, lengths, prefixes = [], [], [], [], [], []
     for row in rows or [Sequence([0, 0], [0, 0])]:
         fits = not row.mask[0] and len(row.ids) == len(row.mask)
         assert fits, "the first token of a row has nothing before it"
-        index += [len(ids) + t - 1 for t, trained in enumerate(row.mask) if trained]
-        positions += range(len(row.ids))
+        start, trained = len(ids), [t for t, mark in enumerate(row.mask) if mark]
+        before = {fork: row.forks[0] - 1 for fork in row.forks}  # all follow the same token
+        index += [start + before.get(t, t - 1) for t in trained]
+        targets += [row.ids[t] for t in trained]
+        for a, b in pairwise([0, *row.forks[1:], len(row.ids)]):
+            seen = row.forks[0] if a else 0
+            positions += range(seen, seen + b - a)
+            prefixes.append(slice(start, start + seen))
+            lengths.append(b - a)
         ids += row.ids
     values = {name: [x for row in rows for x in row.columns[name]] for name in columns}
     for name, column in values.items():
@@ -144,13 +154,11 @@ def collate(rows: list[Sequence], columns: tuple[str, ...], device: torch.device
     def tensor(data, dtype=torch.long):
         return torch.tensor(data, dtype=dtype).to(device, non_blocking=True)
 
-    where = torch.tensor(index, dtype=torch.long)
-    targets = torch.tensor(ids, dtype=torch.long)[where + 1]
     inputs = dict(input_ids=tensor(ids)[None], position_ids=tensor(positions)[None])
-    trained = dict(index=where.to(device), targets=targets.to(device))
+    trained = dict(index=tensor(index), targets=tensor(targets))
     moved = {name: tensor(column, torch.float32) for name, column in values.items()}
-    lengths = [len(row.ids) for row in rows] or [2]
-    return Batch(**inputs, **trained, lengths=lengths, columns=moved)
+    read = prefixes if any(prefix.stop > prefix.start for prefix in prefixes) else []
+    return Batch(**inputs, **trained, lengths=lengths, prefixes=read, columns=moved)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -264,8 +272,8 @@ class Policy(torch.nn.Module):
 
     def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """-> (logps (M,) with gradient, entropy (M,) without), both in nats at `temperature`."""
-        long = sum(batch.lengths) >= self.cudnn_from * len(batch.lengths)
-        rows = row_ends(batch.lengths, batch.input_ids.device)
+        long = sum(batch.lengths) >= self.cudnn_from * len(batch.lengths) and not batch.prefixes
+        rows = row_ends(batch.lengths, batch.input_ids.device, batch.prefixes)
         inputs = dict(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
         found = self.hf.model(**inputs, **rows, kernel="cudnn" if long else "torch")
         hidden = found.last_hidden_state[0]  # (T, H)

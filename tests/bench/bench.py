@@ -19,6 +19,7 @@ import contextvars
 import copy
 import gc
 import importlib.util
+import itertools
 import math
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ from reagent.policy import (
     load_tokenizer,
     shard,
 )
-from tests.helpers.tiny import Alone, toy
+from tests.helpers.tiny import Alone, apart, toy, tree_of
 from tools import Observation
 
 COLUMNS = ("advantage", "weight", "sampler_logps")
@@ -142,14 +143,15 @@ def matrix_weights(config) -> int:
     return config.num_hidden_layers * (2 * h * heads * d + 2 * h * kv * d + 3 * h * ff)
 
 
-def forward_flops(config, lengths: list[int], scored: int) -> float:
+def forward_flops(config, lengths: list[int], scored: int, before: Iterable[int] = ()) -> float:
     """FLOPs of a causal forward over rows of these lengths with `scored` tokens through the
-    head.
+    head. before: tokens of another row that each reads before its own.
     """
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    # scores and values: 2 products over n (n + 1) / 2 pairs, and n for each token before
     causal = sum(
-        n * (n + 1) for n in lengths
-    )  # scores and values: 2 products over n (n + 1) / 2 pairs
+        n * (n + 1 + 2 * m) for n, m in itertools.zip_longest(lengths, before, fillvalue=0)
+    )
     return (
         2.0 * matrix_weights(config) * sum(lengths)
         + attention * causal
@@ -307,11 +309,9 @@ class Trainer:
         assert not done["skipped"], done["skipped"]
 
     def line(self, what: str, seconds: list[float], peak=math.nan) -> Line:
-        lengths, scored = (
-            [len(row.ids) for row in self.rows],
-            sum(sum(row.mask) for row in self.rows),
-        )
-        flops = 3 * forward_flops(self.config, lengths, scored)
+        batch = collate(self.rows, (), CPU)
+        before = [prefix.stop - prefix.start for prefix in batch.prefixes]
+        flops = 3 * forward_flops(self.config, batch.lengths, len(batch.targets), before)
         return Line(
             what,
             seconds,
@@ -393,7 +393,7 @@ def trainer_peak(*made) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# chain rows: one row a chain, or one row an attempt
+# chain rows: one row a chain, or one row an attempt; trees: one prefix a group, or one a row
 
 
 def chain_episodes(count: int, vocab: int, seed=0) -> list[rollout.Episode]:
@@ -441,20 +441,26 @@ def bench_chain(cfg: Config) -> list[Line]:
         Path(cfg.out_dir), cfg.vocab, hidden=512, layers=2, ff=1024, heads=8
     )  # attention: 3 % of the FLOPs
     one, two = chain_layouts(cfg.rows, cfg.vocab)
-    same = compare(*(gradient(folder, rows, cfg.tokens_per_microbatch) for rows in (one, two)))
-    trainers = {"chain rows": Trainer(folder, one, cfg.tokens_per_microbatch)}
-    trainers["a row an attempt"] = Trainer(folder, two, cfg.tokens_per_microbatch)
+    lines = beside(cfg, folder, {"chain rows": one, "a row an attempt": two})
+    rng = random.Random(0)  # eight judgments of 48 tokens on the same 512
+    trees = [tree_of(512, [48] * 8, rng, cfg.vocab - 2) for _ in range(max(cfg.rows // 16, 1))]
+    rows = [row for tree in trees for row in apart(tree)]
+    return lines + beside(
+        cfg, folder, {"trees of eight judgments": trees, "a row a judgment": rows}
+    )
+
+
+def beside(cfg: Config, folder: str, layouts: dict[str, list[Sequence]]) -> list[Line]:
+    """Steps over the same work in two layouts, in turn; the first line says their ratio."""
+    same = compare(*(gradient(folder, r, cfg.tokens_per_microbatch) for r in layouts.values()))
+    trainers = {n: Trainer(folder, r, cfg.tokens_per_microbatch) for n, r in layouts.items()}
     seconds = alternate({name: t.step for name, t in trainers.items()}, cfg.repeats)
     lines = [t.line(name, seconds[name]) for name, t in trainers.items()]
-    ratio = statistics.median(
-        a / b for a, b in zip(seconds["chain rows"], seconds["a row an attempt"])
-    )
-    tokens = (
-        lines[0].tokens / lines[1].tokens
-    )  # (P + 2L + c) / (2P + 3L + c), summed over the batch
-    flops = lines[0].flops / lines[1].flops
+    ratio = statistics.median(a / b for a, b in zip(*seconds.values()))
+    # of chains (P + 2L + c) / (2P + 3L + c), summed over the batch
+    tokens, flops = (getattr(lines[0], x) / getattr(lines[1], x) for x in ("tokens", "flops"))
     share = f"{ratio:.3f} of the seconds at {tokens:.3f} of the tokens ({ratio / tokens - 1:+.1%})"
-    lines[0].note = f"{share}, {flops:.3f} of the FLOPs; {same}"
+    lines[0].note = f"{share}, {flops:.3f} of the FLOPs ({ratio / flops - 1:+.1%}); {same}"
     return lines
 
 

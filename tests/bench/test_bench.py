@@ -4,6 +4,7 @@ errors.
 
 import importlib.util
 import math
+import random
 import re
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from reagent import policy
 from tests.bench import bench, card
-from tests.helpers.tiny import ROOT
+from tests.helpers.tiny import ROOT, apart, tree_of
 
 VOCAB = 50
 
@@ -90,6 +91,20 @@ def test_the_token_ratio_of_the_layouts_is_the_arithmetic_one():
     assert (
         sum(len(row.ids) for row in two) == 2 * p + both + sum(first) + c
     )  # 2P + 3L + c where both attempts are as long
+
+
+def test_the_flops_of_a_tree_count_its_prefix_once(folder):
+    """The tokens of rows of their own less the prefixes, whose attention is left out too."""
+    trainers = [bench.Trainer(folder, rows, 300) for rows in tree_layouts()]
+    tree, rows = (trainer.line("", []).flops / 3 for trainer in trainers)
+    prefix = bench.forward_flops(trainers[0].config, [20], 0)
+    assert tree == pytest.approx(rows - 2 * prefix)
+    assert [t.tokens for t in trainers] == [33, 73]
+
+
+def tree_layouts():
+    tree = tree_of(20, [4, 1, 8], random.Random(0), VOCAB)
+    return [tree], apart(tree)
 
 
 def test_the_gradient_is_not_clipped_and_that_of_the_plain_loss(folder):

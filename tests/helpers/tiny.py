@@ -57,6 +57,33 @@ def random_rows(lengths, seed=0, vocab=250) -> list[Sequence]:
     return rows
 
 
+def tree_of(prefix: int, lengths: list[int], rng: random.Random, vocab=250) -> Sequence:
+    """A prefix of so many tokens and continuations of these lengths, all of them trained."""
+    tree = Sequence([rng.randrange(vocab) for _ in range(prefix)], [0] * prefix)
+    tree.columns = {name: [] for name in ("advantage", "weight", "sampler_logps")}
+    for n in lengths:
+        tree.forks.append(len(tree.ids))
+        tree.ids += [rng.randrange(vocab) for _ in range(n)]
+        tree.mask += [1] * n
+        for name in ("advantage", "sampler_logps"):
+            tree.columns[name] += [rng.uniform(-1, 1) for _ in range(n)]
+        tree.columns["weight"] += [1 / (20 * n)] * n
+    return tree
+
+
+def apart(tree: Sequence) -> list[Sequence]:
+    """A row for each continuation, with the prefix before it."""
+    if not tree.forks:
+        return [tree]
+    first, at, rows = tree.forks[0], 0, []
+    for a, b in zip(tree.forks, [*tree.forks[1:], len(tree.ids)]):
+        n = b - a
+        columns = {name: column[at : at + n] for name, column in tree.columns.items()}
+        at += n
+        rows.append(Sequence(tree.ids[:first] + tree.ids[a:b], [0] * first + [1] * n, columns))
+    return rows
+
+
 class Alone:
     """What an update needs of a run, in a job of one rank."""
 

@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 from reagent import attention, run
 from reagent.attention import choose_attention, distance, problem, trial
 from reagent.policy import collate, compile_blocks, load_policy, shard
-from tests.helpers.tiny import random_rows, tiny_model
+from tests.helpers.tiny import random_rows, tiny_model, tree_of
 from tests.loss.test_model import CPU
 
 HEADS = 4, 2, 16
@@ -249,6 +249,31 @@ def test_twenty_ragged_batches_do_not_compile_twenty_times(
     most = 3 if lora_rank else 2  # below the first block of a frozen base nothing has a gradient
     assert 1 <= dynamo["unique_graphs"] <= most, dict(dynamo)
     assert not counters["graph_break"], dict(counters["graph_break"])
+
+
+def test_trees_do_not_compile_again_and_leave_cudnn_to_plain_rows(
+    folder,
+    dynamo,
+    monkeypatch,
+):
+    """Keys beyond a row's queries are more than a call a row can take: torch's kernel does."""
+    rng, policy = random.Random(0), policy_of(folder)
+    monkeypatch.setattr(attention, "varlen_attn", with_integers)
+    monkeypatch.setattr(attention, "DEVICES", ("cpu",))
+    monkeypatch.setattr(attention, "row_attention", None)
+    policy.cudnn_from = 0
+    compile_blocks(policy, backend="eager")
+    for _ in range(20):
+        groups = [[rng.randint(1, 9) for _ in range(rng.randint(2, 8))] for _ in range(3)]
+        trees = [tree_of(rng.randint(1, 30), group, rng) for group in groups[: rng.randint(1, 3)]]
+        policy(collate(trees, (), CPU))[0].sum().backward()
+    assert 1 <= dynamo["unique_graphs"] <= 2, dict(dynamo)
+    assert not counters["graph_break"], dict(counters["graph_break"])
+
+
+def with_integers(q, k, v, ends, key_ends, longest, _, *more, **options):
+    """In place of torch's varlen kernel: what it is given is used, nothing is attention."""
+    return q + 0 * (k.sum() + v.sum() + key_ends.sum() + ends.sum() + longest)
 
 
 def test_compiled_blocks_have_the_gradient_of_plain_ones(folder, dynamo):

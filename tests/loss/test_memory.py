@@ -205,6 +205,9 @@ def planned(monkeypatch, script, argv, size, world):
     monkeypatch.setattr("reagent.memory.load_config", lambda folder: qwen3(size))
     longest = cfg.max_tokens_per_row if script == "sft.py" else cfg.max_context
     beside = dict(engine=getattr(cfg, "engine", None), rrm=getattr(cfg, "rrm", None))
+    if script == "train_rrm.py":  # a tree: a prompt and its judgments
+        beside["group"] = cfg.group_size
+        longest += (cfg.group_size - 1) * cfg.max_judgment_tokens
     plan_memory(cfg, Ranks(world), longest=longest, **beside)
 
 
@@ -252,6 +255,18 @@ def test_lora_leaves_gradients_and_moments_of_the_adapters_only():
     assert plan["gradients"] == 4 * adapters and plan["moments"] == 8 * adapters
     assert plan["shards"] == 2 * model_sizes(qwen3("4b"))[2] + 4 * adapters
     assert not plan["reference"]  # it is the base
+
+
+def test_the_copied_keys_of_a_tree_are_counted():
+    """Eight judgments on one prompt: keys and values of 1,024 numbers for each, in bf16, kept by
+    the blocks whose activations are, and their gradients once."""
+    shape = dict(ranks=1, tokens=10_000, width=2)
+    for again, blocks in ((True, 1), (False, 36)):
+        plans = [
+            memory_plan(qwen3("8b"), group=n, checkpoint_activations=again, **shape) for n in (1, 8)
+        ]
+        plain, tree = (plan["training"]["activations"] for plan in plans)
+        assert tree - plain == (blocks + 1) * 10_000 * 8 * 2 * 1024 * 2
 
 
 def test_a_reference_is_weights_in_bf16_shared_by_the_ranks():

@@ -18,7 +18,7 @@ from reagent.reward_model import Judgment, RewardModelConfig
 from results import judging
 from tests.helpers import templates
 from tests.helpers.judge_server import judge_server
-from tests.helpers.tiny import toy
+from tests.helpers.tiny import apart, toy
 
 ROW = {
     "question": "Who wrote it, Bob or somebody else?",
@@ -437,7 +437,7 @@ def grpo_batch(texts_by_row, cut=(), **changes):
     cfg = train_rrm.Config(**settings | changes)
     sequences, total, line = train_rrm.grpo_batch(CHAT, rows, sample, 3, cfg)
     assert total == 1.0 and line["too_long"] == 1
-    return sequences, line, asked
+    return [row for tree in sequences for row in apart(tree)], line, asked
 
 
 def judgment_of(score, words="You should open the page of Cleo."):

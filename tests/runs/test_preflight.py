@@ -68,7 +68,7 @@ def test_a_check_says_how_much_a_run_is_and_writes_nothing(
     told = capsys.readouterr().out
     sizes = {
         "sft": "64 rows, 2,097,152 tokens at most",
-        "train_rrm": "512 judgments, 16,777,216 tokens at most",
+        "train_rrm": "512 judgments, 2,724,352 tokens at most",
         "grpo_unified": "2,048 attempts, 2,048 judgments, 22,528,000 tokens at most, 26,624 turns",
     }
     assert f"2 steps: {sizes[name]}" in told and "memory of a rank" in told
