@@ -129,8 +129,7 @@ def check_config(cfg: Config) -> None:
         raise SystemExit(f"--dataset: one or more of {', '.join(DATASETS)}, or files of RL rows")
 
 
-# --------------------------------------------------------------------------------------------------
-# from a finished chain to a line of the journal
+# --------------------------------------------------- from a finished chain to a line of the journal
 
 
 def record_of(episode, task: Task, row: dict, n: int) -> dict:
@@ -156,8 +155,7 @@ def scored(spec: DataSet, row: dict, answer: str | None) -> dict:
     return result | {"rule_reward": float(result["correct"])}
 
 
-# --------------------------------------------------------------------------------------------------
-# the agent: an engine in this process or a server, its chat, its limits
+# --------------------------- the agent: an engine in this process or a server, its chat, its limits
 
 
 @dataclass
@@ -255,8 +253,7 @@ def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
     return boxes
 
 
-# --------------------------------------------------------------------------------------------------
-# running and judging
+# ---------------------------------------------------------------- running and judging
 
 
 def setup_of(cfg: Config, task: Task, agent: Agent, toolbox) -> rollout.Setup:

@@ -129,8 +129,7 @@ DUAL_CLIP = 3.0  # bound of r A where A < 0, in |A|
 LOG_RATIO_CAP = 20.0  # nats of log pi - log pi_old: beyond it exp overflows, its gradient with it
 IMPORTANCE_CAP = 2.0  # of pi_old / pi of the sampler, where old log-probs are recomputed
 
-# --------------------------------------------------------------------------------------------------
-# rewards
+# ---------------------------------------------------------------- rewards
 
 
 def set_rewards(episodes: list, rrm_weight: float, scored: bool) -> None:
@@ -156,16 +155,14 @@ def reward_tensor(episodes: list, group: int, read) -> torch.Tensor:
     return table
 
 
-# --------------------------------------------------------------------------------------------------
-# the 2G pool
+# ---------------------------------------------------------------- the 2G pool
 
 
 def pooled_advantages(rewards, eps: float = 1e-6, pool: str = "joint") -> torch.Tensor:
     """A = (R - mean(R_pool)) / (std(R_pool) + eps) (paper equation 8), as `normalised` has it.
 
     rewards (N, 2, G): question, stage, sibling; NaN where an attempt is missing. Returns (N, 2, G).
-    pool: "joint" over the 2G attempts of a question, "per_stage" over the G of each stage.
-    """
+    pool: "joint" over the 2G attempts of a question, "per_stage" over the G of each stage."""
     pools = rewards.flatten(1) if pool == "joint" else rewards.flatten(0, 1)
     return normalised(pools, eps).reshape(rewards.shape).to(rewards.dtype)
 
@@ -183,8 +180,7 @@ def kept_pools(rewards: torch.Tensor, rules: torch.Tensor, drop: str) -> torch.T
     return kept
 
 
-# --------------------------------------------------------------------------------------------------
-# the loss
+# ---------------------------------------------------------------- the loss
 
 
 def token_weight(length: int, attempts: int, tokens: int, loss_agg: str) -> float:
@@ -192,8 +188,7 @@ def token_weight(length: int, attempts: int, tokens: int, loss_agg: str) -> floa
     and nowhere else, by what the minibatch holds over all ranks.
 
     seq_mean: the mean over the `attempts` of each one's mean over its tokens (paper equation 9);
-    token_mean: the mean over all `tokens`.
-    """
+    token_mean: the mean over all `tokens`."""
     return 1 / (attempts * length) if loss_agg == "seq_mean" else 1 / tokens
 
 
@@ -203,8 +198,7 @@ def grpo_loss(logps, old_logps, advantages, weights, clip_low: float, clip_high:
 
     Where A < 0 that has no lower bound: one token far above the sampler would take the whole
     gradient. Dual clip (veRL's, and so the release's) stops it at DUAL_CLIP * A.
-    Returns (loss, number of clipped tokens, number of tokens that the dual clip bounds).
-    """
+    Returns (loss, number of clipped tokens, number of tokens that the dual clip bounds)."""
     ratio = (logps - old_logps).clamp(max=LOG_RATIO_CAP).exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     surrogate, floor = torch.minimum(plain, clipped), DUAL_CLIP * advantages
@@ -215,8 +209,7 @@ def grpo_loss(logps, old_logps, advantages, weights, clip_low: float, clip_high:
 
 def kl_loss(logps, reference_logps, weights) -> torch.Tensor:
     """sum_t w_t (log pi - log pi_ref)^2 / 2, the k2 estimator: on the policy's own samples its
-    gradient is that of KL(pi || pi_ref) (equation 9; k3 as a loss has another). All (M,).
-    """
+    gradient is that of KL(pi || pi_ref) (equation 9; k3 as a loss has another). All (M,)."""
     return (weights * (logps - reference_logps).square()).sum() / 2
 
 
@@ -225,8 +218,7 @@ def training_sequences(
 ) -> list[Sequence]:
     """The sequences of a minibatch: one a chain, both attempts in it with their own advantage.
 
-    advantages (N, 2, G). Attempts with advantage 0 are counted in the denominator, not computed.
-    """
+    advantages (N, 2, G). Attempts with advantage 0 are counted in the denominator, not computed."""
     spans = []  # of each episode: [(span, advantage, trained tokens)]
     for i, episode in enumerate(episodes):
         spans.append([])
@@ -254,8 +246,7 @@ def training_sequences(
     return sequences
 
 
-# --------------------------------------------------------------------------------------------------
-# the update
+# ---------------------------------------------------------------- the update
 
 
 def update(policy, optimizer, minibatches: list, cfg: Config, run: Run, reference=None) -> dict:
@@ -611,8 +602,7 @@ def whole_run(cfg: Config, steps: int, held_out: int) -> dict[str, int]:
 
 def check_failures(step: int, asked: float, failed: float, rrm, problems: list[str]) -> None:
     """Stops the run where too many judgments of a step failed: a thinned pool is a biased one.
-    `problems`: the first of each rank.
-    """
+    `problems`: the first of each rank."""
     if failed > rrm.max_failures * asked:
         what = f"step {step + 1}: {failed:.0f} of {asked:.0f} judgments failed, more than"
         why = f"is the reward model {rrm.source} up and sound? The first problem:"

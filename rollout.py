@@ -44,8 +44,7 @@ FINAL_PROMPT = "No further tool calls are possible. Give the final answer now, i
 LEFT_OUT = "[result left out: no room]"
 
 
-# --------------------------------------------------------------------------------------------------
-# records
+# ---------------------------------------------------------------- records
 
 
 @dataclass
@@ -113,8 +112,7 @@ class Limits:
     final_tokens: int = 512  # kept free for the call for a final answer and that answer
 
 
-# --------------------------------------------------------------------------------------------------
-# the agent loop
+# ---------------------------------------------------------------- the agent loop
 
 
 @dataclass
@@ -288,8 +286,7 @@ def append_sample(episode: Episode, chat, sample: Sample) -> tuple[str, bool]:
     opened, and whether it came to its end).
 
     A result that the model made up, from <tool_response> on, is cut off: nothing that was not
-    executed is graded.
-    """
+    executed is graded."""
     ids, whole = list(sample.ids), sample.finish_reason == "stop"
     closed = bool(ids) and ids[-1] == chat.closer_id
     text = chat.decode(ids[:-1] if whole else ids)
@@ -316,8 +313,7 @@ def append_fragment(episode: Episode, setup: Setup, messages: list[dict], room: 
     """Appends template text with mask 0, unless the ids would grow beyond `room`.
 
     The fragment begins with the closer of the turn before it; where the policy sampled one, that
-    one stands.
-    """
+    one stands."""
     fragment = setup.chat.fragment(messages)
     if episode.mask[-1] and episode.ids[-1] == setup.chat.closer_id:
         fragment = fragment[1:]
@@ -337,8 +333,7 @@ async def run_chains(jobs, setup: Setup, max_live: int = 0, on_done=None) -> lis
 
 def write_episodes(folder: Path, step: int, episodes: list) -> None:
     """step-N.jsonl: an episode's texts a line. step-N.npz: their token arrays end to end; the ids
-    of episode i are ids[starts[i] : starts[i + 1]], logps has a number for each 1 of the mask.
-    """
+    of episode i are ids[starts[i] : starts[i + 1]], logps has a number for each 1 of the mask."""
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:06d}"
     starts = np.cumsum([0, *(len(episode.ids) for episode in episodes)])

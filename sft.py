@@ -91,8 +91,7 @@ def render(chat: Chat, row: dict) -> Sequence:
 def update(policy, optimizer, rows: list[Sequence], cfg: Config, run: Run) -> dict:
     """One optimizer step on the rows of all ranks; returns loss, grad_norm and why it was skipped.
 
-    The loss is the mean over all trained tokens, whatever rank or micro-batch they are in.
-    """
+    The loss is the mean over all trained tokens, whatever rank or micro-batch they are in."""
     trained = sum(sum(row.mask) for row in rows)  # every rank sees the whole batch
     if not trained:
         return {"loss": 0.0, "grad_norm": 0.0, "skipped": ""}

@@ -28,8 +28,7 @@ def parse_config(cls, argv: list[str]):
 
     A field that is a dataclass takes `--rrm.seconds=60`, `--rrm=URL` (its first field) and, in a
     preset, `rrm = dict(...)`. An unknown key or a value of the wrong type ends the program with a
-    line that names the key and where it came from.
-    """
+    line that names the key and where it came from."""
     if {"-h", "--help"} & set(argv):
         show_help(inspect.getsourcefile(cls), cls.__name__)
     cfg = cls()
@@ -50,8 +49,7 @@ def parse_config(cls, argv: list[str]):
 
 def show_help(script: str, name: str = "Config") -> None:
     """Prints the docstring of a script and its commented dataclasses, and ends the program. From
-    the source alone, so that a script can ask for it before it imports torch.
-    """
+    the source alone, so that a script can ask for it before it imports torch."""
     about = ast.get_docstring(ast.parse(Path(script).read_text("utf-8"))) or ""
     sys.stdout.write("\n\n".join([about, *_sources(Path(script), name)]) + "\n")
     raise SystemExit(0)
@@ -145,8 +143,7 @@ MEANS = {"<=": "at most", "<": "below", ">": "above"}
 
 def check_values(cfg, rules: str) -> None:
     """Ends the program where a value breaks its rule, or a number (but a seed) is below 0 or not
-    finite: check_values(cfg, "variant=u|r lr>0 top_p<=1 engine.tensor_parallel>0").
-    """
+    finite: check_values(cfg, "variant=u|r lr>0 top_p<=1 engine.tensor_parallel>0")."""
     values = flat(dataclasses.asdict(cfg))
     for key, value in values.items():
         number = type(value) in (int, float) and key != "seed"

@@ -21,19 +21,7 @@ LEAST_ROOM = 64  # tokens: less holds no question with a trajectory
 CHECK_S = 2.0  # seconds that a server may be away when a run starts
 CUT = ("length", "content_filter", "abort")  # a reply that did not come to its end
 
-RRM_PROMPT = (
-    "You review the work of an agent that answers questions with tools. Judge how it worked: the "
-    "reasoning, the choice and the use of tools, and whether the answer follows from what the "
-    "tools returned. Never state the correct answer yourself.\n"
-    "Each turn stands under a line with its role, such as [tool]; a line of a turn's own that "
-    "looks like one has a backslash in front.\n"
-    "Reply with exactly three blocks:\n"
-    "<think>your analysis of the trajectory, step by step</think>\n"
-    "<critique>a short review that the agent will read: what was wrong or missing, what to do "
-    "better</critique>\n"
-    "<score>a number from 0 to 1 for the quality of the trajectory</score>"
-)
-
+RRM_PROMPT = Path(__file__).with_name("rrm_prompt.txt").read_text("utf-8").rstrip("\n")
 RRM_REQUEST = "Question:\n{question}\n\nTrajectory of the agent:\n{trajectory}"
 
 

@@ -44,10 +44,10 @@ from reagent.policy import Policy, check_model, full_weights
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # with LoRA the frozen base is not saved: what is asked for and missing fails while it is read
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+CARD = Path(__file__).with_name("model_card.md")
 MOST_SKIPS = 5  # steps in a row that bring no update, before a run stops
 
-# --------------------------------------------------------------------------------------------------
-# processes
+# ---------------------------------------------------------------- processes
 
 
 def local_device() -> torch.device:
@@ -75,8 +75,7 @@ def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
 def end_gloo() -> None:
     """At exit: gloo's threads end before Python does. torch's caches of DTensor specs keep meshes,
     which keep their groups after destroy_process_group; a thread that lets go of a tensor while
-    Python shuts down aborts the process ("terminate called without an active exception").
-    """
+    Python shuts down aborts the process ("terminate called without an active exception")."""
     if dist.is_initialized():
         dist.destroy_process_group()
     for mesh in [x for x in gc.get_objects() if type(x) is DeviceMesh]:
@@ -95,8 +94,7 @@ def meet(phase: str, group, timeout_s: float, error: BaseException | None = None
     named, by rank.
 
     A rank that failed passes its `error`: it prints where that happened, and all stop together with
-    its text instead of waiting for a dead peer.
-    """
+    its text instead of waiting for a dead peer."""
     if error is not None and not isinstance(error, SystemExit):
         traceback.print_exception(error)
     try:
@@ -140,8 +138,7 @@ def engine_group(tensor_parallel: int, timeout_s: float):
     return dist.new_subgroups(tensor_parallel, **options)[0] if tensor_parallel > 1 else None
 
 
-# --------------------------------------------------------------------------------------------------
-# checkpoints
+# ---------------------------------------------------------------- checkpoints
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -167,8 +164,7 @@ def save_checkpoint(
     instant leaves only whole ones.
 
     `facts` goes to trainer.json; `meet_all(phase, error)` stops all ranks together when one could
-    not write; dtype: of the Hugging Face folder, fp32 unless given.
-    """
+    not write; dtype: of the Hugging Face folder, fp32 unless given."""
     final, dtype = Path(folder) / f"step-{step:06d}", dtype or torch.float32
     part, state = final.with_suffix(".tmp"), state_of(final).with_suffix(".tmp")
     rank, hf = dist.get_rank(), policy.hf
@@ -211,25 +207,12 @@ def save_checkpoint(
 def model_card(step: int, facts: dict) -> str:
     """README.md of a Hugging Face folder: what it was made from, by what, and its last figures."""
     config, log = facts.get("config", {}), facts.get("log") or [{}]
-    script = Path(facts.get("command", ["?"])[0]).name
     last = {key: value for key, value in log[-1].items() if isinstance(value, (int, float))}
-    figures = "".join(f"| {key} | {value:.6g} |\n" for key, value in last.items())
-    return f"""---
-library_name: transformers
-tags: [reagent]
----
-# {config.get("out_dir")}, step {step}
-
-Trained by `{script}` of Reagent (commit {facts.get("git")}) from `{config.get("model")}` on
-`{config.get("data")}`. What the figures mean: docs/metrics.md there.
-
-| last step | |
-|---|---|
-{figures}
-```json
-{json.dumps(config, indent=1)}
-```
-"""
+    told = {key: config.get(key) for key in ("out_dir", "model", "data")}
+    told["script"] = Path(facts.get("command", ["?"])[0]).name
+    told["figures"] = "".join(f"| {key} | {value:.6g} |\n" for key, value in last.items())
+    told["settings"] = json.dumps(config, indent=1)
+    return CARD.read_text("utf-8").format(step=step, git=facts.get("git"), **told)
 
 
 def _flush(folder: Path) -> None:
@@ -241,8 +224,7 @@ def _flush(folder: Path) -> None:
 
 def load_checkpoint(folder: Path, policy: Policy, optimizer, meet_all) -> dict:
     """Restores sharded parameters and optimizer in place; returns trainer.json. All ranks stop
-    together where a file is damaged or not ours; no code of the checkpoint runs.
-    """
+    together where a file is damaged or not ours; no code of the checkpoint runs."""
     trainer = state_of(Path(folder))
     with together(f"reading {folder}", meet_all):
         check_digest(trainer / ".metadata")
@@ -260,8 +242,7 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, meet_all) -> dict:
 
 class PlainIndex(pickle.Unpickler):
     """torch keeps the index of a checkpoint as a pickle. Of all that a pickle can name, only the
-    records of such an index are taken: to call them makes a record, whatever it holds.
-    """
+    records of such an index are taken: to call them makes a record, whatever it holds."""
 
     TAKEN = {
         "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta "
@@ -326,8 +307,7 @@ def check_resume(saved: dict, config: dict, may_change: set[str], folder) -> Non
 
 def prune(folder, keep_last: int, best_step: int | None) -> None:
     """Deletes all but the newest `keep_last` checkpoints (0: keeps all) and the best, and what a
-    kill left.
-    """
+    kill left."""
     found = checkpoints(folder)
     kept = {path.name for path in found[-keep_last:]} | {f"step-{best_step or 0:06d}"}
     for path in found:
@@ -343,8 +323,7 @@ def asked_to_stop() -> list[bool]:
     is saved, and the run ends. A second Ctrl-C kills.
 
     torchrun passes both on to its ranks and kills those that are still there 30 s later, or after
-    its --shutdown-timeout.
-    """
+    its --shutdown-timeout."""
     asked: list[bool] = []
 
     def remember(*_):
@@ -356,8 +335,7 @@ def asked_to_stop() -> list[bool]:
     return asked
 
 
-# --------------------------------------------------------------------------------------------------
-# the bookkeeping of a trainer
+# ---------------------------------------------------------------- the bookkeeping of a trainer
 
 
 # keys that leave the math of a run alone
@@ -372,8 +350,7 @@ class Run:
     """What a trainer keeps beside its loop: ranks, folder, log, checkpoints, the wish to stop.
 
     The loop calls it; it never calls the loop. `cfg` is the trainer's config, `may_change` its keys
-    besides MAY_CHANGE that a resumed run may change; `steps` too where no schedule hangs on it.
-    """
+    besides MAY_CHANGE that a resumed run may change; `steps` too where no schedule hangs on it."""
 
     def __init__(self, cfg, may_change: set[str]):
         if cfg.wandb and not find_spec("wandb"):
@@ -417,8 +394,7 @@ class Run:
 
     def only_checks(self, counts: dict[str, int]) -> bool:
         """All is checked, nothing heavy loaded: says how much is left of the run, `counts` of what.
-        True with --check: that was all, and nothing was written.
-        """
+        True with --check: that was all, and nothing was written."""
         left = self.cfg.steps - self.saved
         say(f"{left:,} steps: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
         if self.cfg.check:
@@ -516,8 +492,7 @@ class Run:
 
     def gives_up(self, done: int, policy: Policy, optimizer, tokenizer) -> bool:
         """Between the phases of a step: whether a rank was asked to stop. The `done` steps before
-        it are saved then; the step itself is repeated when the run goes on.
-        """
+        it are saved then; the step itself is repeated when the run goes on."""
         stopping = self.stopping()
         if stopping and done > self.saved:
             self.save(done, policy, optimizer, tokenizer)

@@ -20,8 +20,7 @@ from reagent.engines import Sample
 from toolkit.http import Endpoint, Refused, Unavailable, choice_of, complete, insist, models_of
 from toolkit.text import spoken
 
-# --------------------------------------------------------------------------------------------------
-# what is served
+# ---------------------------------------------------------------- what is served
 
 
 def endpoint_of(url: str, key_name: str, most: int = 64) -> Endpoint:
@@ -82,8 +81,7 @@ async def look_up(endpoint: Endpoint, model: str, how: str, patience_s: float = 
     return Served(name, "ids" if ids else "text", **known)
 
 
-# --------------------------------------------------------------------------------------------------
-# the policy
+# ---------------------------------------------------------------- the policy
 
 
 # the server must add nothing of its own: no generation_config, no stop but ours (as VLLMEngine)

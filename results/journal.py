@@ -11,8 +11,7 @@ from pathlib import Path
 from reagent.folder import check_free, claim, read_json
 from reagent.rows import drop_cut_line
 
-# --------------------------------------------------------------------------------------------------
-# encrypted rows: their texts lie on no disk in the open
+# ------------------------------------------- encrypted rows: their texts lie on no disk in the open
 
 SEALED = ("question", "gold", "messages", "attempts")  # of a record of an encrypted row
 
@@ -42,8 +41,7 @@ def closed(line: dict, canary: str) -> dict:
     return kept | {"sealed": sealed(texts, canary), "canary": canary}
 
 
-# --------------------------------------------------------------------------------------------------
-# the journal: append-only, one writer, safe against kill -9
+# --------------------------------------- the journal: append-only, one writer, safe against kill -9
 
 
 @dataclass
@@ -157,8 +155,7 @@ def about(entry: Entry, attempt: int) -> str:
     return hashlib.sha256(whole.encode()).hexdigest()[:12]
 
 
-# --------------------------------------------------------------------------------------------------
-# files and tables
+# ---------------------------------------------------------------- files and tables
 
 
 def final_line(journal: Journal, key: tuple, row: dict, judge: str) -> dict | None:

@@ -13,8 +13,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCH
 def make_page(run: Path) -> None:
     """`python evaluate.py page RUN`. A run does not fail for its page: what went wrong is a line.
 
-    The process has no card and is no rank, and hears no Ctrl-C that is meant for the run.
-    """
+    The process has no card and is no rank, and hears no Ctrl-C that is meant for the run."""
     own = {key: value for key, value in os.environ.items() if not key.startswith(TORCHRUN)}
     given = dict(env=own | {"CUDA_VISIBLE_DEVICES": ""}, stdin=subprocess.DEVNULL, timeout=SECONDS)
     given |= dict(capture_output=True, text=True, errors="replace", start_new_session=True)

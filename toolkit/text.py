@@ -18,20 +18,12 @@ STACKED = f"(?<=[{COMBINING}]{{8}})[{COMBINING}]+"
 CONTROLS = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f"
 TERMINAL = r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b."
 UNSEEN = re.compile(f"{TERMINAL}|[{CONTROLS}]|{STACKED}")
-MARKED = re.compile(f"[{CONTROLS}\r\u200e\u200f\u2028\u2029\ufeff]|{STACKED}")
 
 
 def clean(text: str) -> str:
     """Text for terminals, pages and JSON: no control codes, no lone surrogates, \\n ends lines."""
     text = UNSEEN.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     return text.encode("utf-8", "replace").decode()
-
-
-def visible(text: str) -> str:
-    """Any text for somebody who must see what is there: what `clean` takes out is escaped."""
-    text = text.replace("\r\n", "\n").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    stacked = re.compile(f"[{COMBINING}]")
-    return MARKED.sub(lambda m: "" if stacked.match(m[0]) else ascii(m[0])[1:-1], text)
 
 
 def after_thoughts(text: str) -> str:

@@ -15,10 +15,10 @@ from itertools import accumulate
 from pathlib import Path
 
 from data.report.curves import numeric_series, panels
-from data.report.plots import CSS, Line, Panel, escape, panel_svg, thin
+from data.report.plots import CSS, Line, Panel, escape, panel_svg, thin, visible
 from reagent.config import flat
 from reagent.folder import write_whole
-from toolkit.text import capped, visible
+from toolkit.text import capped
 
 MESSAGE = 20_000  # characters of one text; longer ones are cut in the middle
 INLINE = 1_000_000  # characters of episodes in the page itself, and at most in a file beside it

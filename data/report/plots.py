@@ -2,11 +2,12 @@
 
 import html
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
-from toolkit.text import visible
+from toolkit.text import COMBINING, CONTROLS, STACKED
 
 WIDTH, HEIGHT = 300, 190  # of a panel, in pixels
 PICTURE = 800  # pixels: as wide as a README shows a picture, so that its type keeps its size
@@ -14,6 +15,7 @@ NOISY = 40  # lines of more points are drawn faintly, and their running mean in 
 FEW = 12  # lines of fewer points show each of them
 COLOURS = dict(first=0, refined=1, right=2, wrong=3)  # the same in every panel
 CSS = Path(__file__).with_name("plots.css")
+MARKED = re.compile(f"[{CONTROLS}\r\u200e\u200f\u2028\u2029\ufeff]|{STACKED}")
 
 
 @dataclass
@@ -97,6 +99,13 @@ class Scale:
     def __call__(self, value: float) -> float:
         low, high = min(self.marks), max(self.marks)
         return round(self.start + (value - low) / ((high - low) or 1) * (self.end - self.start), 1)
+
+
+def visible(text: str) -> str:
+    """Any text for somebody who must see what is there: what `clean` takes out is escaped."""
+    text = text.replace("\r\n", "\n").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    stacked = re.compile(f"[{COMBINING}]")
+    return MARKED.sub(lambda m: "" if stacked.match(m[0]) else ascii(m[0])[1:-1], text)
 
 
 def escape(text) -> str:

@@ -17,12 +17,11 @@ from data.page import write_folder_page
 from data.report.curves import numeric_series, panels
 from data.report.index import compared, grouped, read_run
 from data.report.page import INLINE, embed, heads, jsonable, outcomes, slim, write_report
-from data.report.plots import Line
+from data.report.plots import Line, visible
 from data.report.run import evaluated_episodes, newest_episodes, set_tiles
 from reagent.config import flat
 from results.page import make_page
 from tests.helpers.tiny import ROOT
-from toolkit.text import visible
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
