@@ -405,6 +405,70 @@ def test_figures_of_a_hand_worked_set(tmp_path):
     journal.close()
 
 
+def test_the_last_answers_of_refined_chains_vote():
+    def refined(first, last, right):
+        entry = Entry("", 0, "", "answered", [first, last], [False, right], [None] * 2, [], 0, 0)
+        return Chain(False, right, entry)
+
+    chains = [refined("b", "c", False), refined("x", "a", True), refined("y", "a", True)]
+    assert statistics.majority(chains, "hotpotqa") is True
+
+
+def attempts_of(*each):
+    """Attempts of (answer, right, F1, end, calls)."""
+    keys = ("answer", "correct", "f1", "termination", "calls")
+    return [dict(zip(keys, [*told, [{}] * calls])) for *told, calls in each]
+
+
+WORKED = {  # (question, rollout): attempts, tokens; () the prompt was too long; None: a fault
+    ("0", 0): (
+        attempts_of(("x", False, 0.5, "turn_limit", 2), ("a", True, 1.0, "answered", 1)),
+        10,
+    ),
+    ("0", 1): (
+        attempts_of(("a", True, 1.0, "answered", 0), ("x", False, 0.25, "token_limit", 0)),
+        20,
+    ),
+    ("1", 0): (
+        attempts_of(("x", False, 0.5, "answered", 0), ("a", True, 1.0, "context_limit", 0)),
+        33,
+    ),
+    ("1", 1): None,
+    ("2", 0): (attempts_of(("x", False, 0.4, "answered", 0)), 40),
+    ("2", 1): (attempts_of((None, False, None, "no_answer", 0)), 4),
+    ("3", 0): ([], 7),
+    ("4", 0): None,
+    ("4", 1): None,
+}
+
+
+def test_figures_of_a_hand_worked_set_with_refinement(tmp_path):
+    rows = [row_of(str(i), f"q{i}?", meta={"level": 1 + i % 2}) for i in range(5)]
+    task, journal = task_of(tmp_path, rows, rollouts=2), Journal(tmp_path / "out")
+    for key, row in task.keys():
+        name = dict(dataset="rows", id=key[1], rollout=key[2], row=row["digest"])
+        if key[1:] in WORKED and WORKED[key[1:]] is None:
+            journal.append(name | {"fault": "aborted"})
+        elif key[1:] in WORKED:
+            attempts, tokens = WORKED[key[1:]]
+            last = attempts[-1]["answer"] if attempts else ""
+            status = "no_answer" if last is None else "answered" if attempts else "prompt_too_long"
+            line = line_of(task, row, key[2], status=status, tokens=tokens, attempts=attempts)
+            journal.append(line | {"correct": bool(attempts and attempts[-1]["correct"])})
+    figures = statistics.summarise(task, journal, refine=True)
+    shares = {name: figures[name][0] for name in ("all", "scored", "f1", "majority")}
+    assert shares == pytest.approx(dict(all=0.2, scored=0.375, f1=0.265, majority=0.4), abs=1e-4)
+    assert {n: share[0] for n, share in figures["pass_at"].items()} == {1: 0.2, 2: 0.4}
+    counts = dict(rows=10, right=2, wrong=4, unscored=0, no_answer=1, limit=2, prompt_too_long=1)
+    assert figures["counts"] == counts | dict(fault=3, missing=1, calls=0.5, tokens=19)
+    refined = {k: v[0] if isinstance(v, list) else v for k, v in figures["refine"].items()}
+    wanted = dict(o1=0.1, o2=0.2, gain=0.1, fixed=2, broken=1, refined=3, not_refined=3)
+    assert refined == pytest.approx(wanted, abs=1e-4)
+    levels = {value: of["all"][0] for value, of in figures["by"]["level"].items()}
+    assert levels == pytest.approx({"1": 0.5 / 3, "2": 0.25}, abs=1e-4)
+    journal.close()
+
+
 @pytest.mark.parametrize("n", [1, 20, 500])
 def test_all_right_and_all_wrong_have_wilson_intervals(n):
     low = n / (n + 1.96**2)

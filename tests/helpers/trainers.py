@@ -29,8 +29,8 @@ def run_here(script, arguments: list[str]) -> list[dict]:
 
 class Seen:
     """What a run did, in order: ("step", lr, gradient norm, settings), ("sync",), ("ask", seed,
-    prompt, temperature, tokens at most), ("meet", phase) and ("save", step), and what a test notes
-    of its own.
+    prompt, temperature, tokens at most), ("meet", phase), ("save", step) and ("write", step,
+    quiet), and what a test notes of its own.
     """
 
     def __init__(self, patch):
@@ -40,6 +40,7 @@ class Seen:
         self.note(HFEngine, "generate", told_request)
         self.note(Run, "meet", lambda _, phase, error=None: ("meet", phase))
         self.note(Run, "save", lambda _, step, *more: ("save", step))
+        self.note(Run, "write", told_line)
 
     def note(self, owner, name: str, told, after: bool = False):
         """`told` sees the arguments of owner.name, or (result, *arguments) with `after`."""
@@ -57,6 +58,10 @@ class Seen:
 
     def of(self, kind: str) -> list[tuple]:
         return [event[1:] for event in self.events if event[0] == kind]
+
+
+def told_line(_, line, shown=(), quiet=False):
+    return "write", line["step"], quiet
 
 
 def told_request(_, ids, *, seed, temperature, max_new_tokens, **more):

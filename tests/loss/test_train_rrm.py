@@ -19,6 +19,7 @@ from results import judging
 from tests.helpers import templates
 from tests.helpers.judge_server import judge_server
 from tests.helpers.tiny import apart, toy
+from tests.loss.test_critiques import WORDS
 
 ROW = {
     "question": "Who wrote it, Bob or somebody else?",
@@ -28,6 +29,7 @@ ROW = {
     "critique": "The page of Cleo was never opened.",
     "answer": ["Ada Byron"],
 }
+ABOUT_OSLO = {"question": "How far is Oslo?", "critique": "Nothing on Oslo was found."}
 CFG = train_rrm.Config()
 THINK = "The agent did not open the page that its search had found."
 
@@ -52,6 +54,10 @@ def earned(found, **changes):
         (judgment(0.8, "Bob did not open the page of Cleo."), {}, (0.93 + 0.25 * 5 / 6) / 1.2),
         (judgment(0.8, "The page of Cleo names Ada  Byron."), {}, 0.5 * (0.93 + 0.25) / 1.2),
         (judgment(0.8, "It was somebody else: Cleo"), {"answer": "somebody else"}, 1.18 / 1.2),
+        # twice as long as a critique may be
+        (judgment(0.8, " ".join(["Cleo", *WORDS[:799]])), {}, (0.93 + 0.125) / 1.2),
+        # what only the question names
+        (judgment(0.8, "You should ask about Oslo."), ABOUT_OSLO, 1.18 / 1.2),
     ],
 )
 def test_reward_of_a_judgment(found, changes, value):

@@ -60,6 +60,15 @@ def test_a_first_attempt_is_held_against_the_wording_and_a_refined_one_against_i
     assert found == {"leak/first": 0.0, "leak/refined": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("result", "share"), [("It is deep.", 1.0), ("into account and solve", 0.0)]
+)
+def test_words_that_a_tool_of_the_attempt_brought_are_known_to_it(result, share):
+    own = episode("I take this into account and solve it.")
+    own.messages[3]["content"] = result
+    assert leak_shares([own], REQUEST) == {"leak/first": share}
+
+
 def metrics(episodes):
     rewards = grpo_unified.reward_tensor(episodes, 1, lambda attempt: attempt.reward)
     kept = grpo_unified.kept_pools(rewards, rewards, "equal")

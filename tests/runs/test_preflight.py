@@ -96,6 +96,39 @@ def test_what_a_run_asks_for_is_what_its_loop_does(steps, variant, stages, judge
     assert grpo_unified.whole_run(cfg, steps, 10) == counts
 
 
+@pytest.mark.parametrize(("stage", "each"), [("sft", 1), ("grpo", 3)])
+def test_a_resumed_reward_model_announces_the_steps_that_are_left(
+    stage, each, world, tmp_path, no_loading, monkeypatch, capsys
+):
+    class Resumed(run.Run):
+        """A run with a checkpoint of its third step."""
+
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.saved = 3
+
+    monkeypatch.setattr(train_rrm, "Run", Resumed)
+    sizes = ["--steps=10", "--judgments_per_step=5", "--group_size=3", "--max_context=100"]
+    checked("train_rrm", world, tmp_path / "out", f"--stage={stage}", *sizes)
+    count = 7 * 5 * each
+    assert f"7 steps: {count} judgments, {100 * count:,} tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_the_place_of_a_verdict_is_asked_for_where_it_is_weighted(
+    weight, world, tmp_path, no_loading
+):
+    rows = [json.loads(line) for line in open(world / "rrm.jsonl")]
+    rows = [{key: row[key] for key in row if key != "verdict_at"} for row in rows]
+    toy.write(tmp_path / "plain.jsonl", rows)
+    more = ["--stage=sft", f"--data={tmp_path}/plain.jsonl", f"--verdict_weight={weight}"]
+    if weight == 1.0:
+        checked("train_rrm", world, tmp_path / "out", *more)
+    else:
+        with pytest.raises(SystemExit, match="plain.jsonl:1: 'verdict_at' is None"):
+            checked("train_rrm", world, tmp_path / "out", *more)
+
+
 REFUSED = {
     "no weights": "no weights",
     "no key": "data.jsonl:1: an RL row needs 'answer'",

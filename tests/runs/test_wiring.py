@@ -42,6 +42,7 @@ RRM = (
     "--max_context=1024",
     "--eval_interval=2",
     "--keep_last=0",
+    "--log_interval=3",
     "--temperature=0.8",
 )
 U = (
@@ -162,6 +163,7 @@ def run_rrm(stage, world, out, *more):
 
 def run_sft(world, out, *more):
     own = ["--rows_per_step=4", "--warmup_steps=2", "--keep_last=0", "--beta2=0.95"]
+    own.append("--log_interval=2")
     own.append(f"--max_tokens_per_row={LONGEST}")
     own += [f"--model={world}/model", f"--data={world}/sft.jsonl", f"--out_dir={out}"]
     with pytest.MonkeyPatch.context() as patch:
@@ -232,6 +234,12 @@ def test_the_sampler_gets_the_weights_of_every_update_before_it_is_asked_again(u
         assert not after & {("step", "ask"), ("rest", "ask")} and "ask" in kinds
         assert ("ask", "step") not in after  # an engine that can sleep has given its memory back
         assert all(line.get("dlogp/mean", 0.0) < 1e-5 for line in run.log)
+
+
+def test_a_step_is_printed_at_its_interval_and_where_it_is_evaluated(cold, rrm, u):
+    assert [step for step, quiet in cold.seen.of("write") if not quiet] == [2]
+    assert [step for step, quiet in rrm.seen.of("write") if not quiet] == [2, 3]
+    assert [step for step, quiet in u.seen.of("write") if not quiet] == [1, 2, 3]
 
 
 def test_ranks_meet_after_the_sampling_of_judgments(rrm):
@@ -372,6 +380,7 @@ def test_the_reward_model_is_evaluated_on_the_held_out_rows_and_its_report_is_of
     assert [rows for _, rows, _ in reports] == [held, held]
     for line, (report, _, lengths) in zip(evaluated, reports):
         assert len(lengths) == 2 and line["eval/too_long"] == 0
+        assert all(0 < tokens <= 48 for tokens in lengths)  # of judgments: prompts have hundreds
         assert all(line[f"eval/{name}"] == value for name, value in report.items())
     final = reports[-1][0] | {"too_long": 0}
     assert (rrm.out / "report.md").read_text() == train_rrm.report_table(final)
