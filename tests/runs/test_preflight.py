@@ -109,9 +109,10 @@ def test_a_resumed_reward_model_announces_the_steps_that_are_left(
 
     monkeypatch.setattr(train_rrm, "Run", Resumed)
     sizes = ["--steps=10", "--judgments_per_step=5", "--group_size=3", "--max_context=100"]
-    checked("train_rrm", world, tmp_path / "out", f"--stage={stage}", *sizes)
-    count = 7 * 5 * each
-    assert f"7 steps: {count} judgments, {100 * count:,} tokens" in capsys.readouterr().out
+    sizes += [f"--stage={stage}", "--max_judgment_tokens=20"]
+    checked("train_rrm", world, tmp_path / "out", *sizes)
+    tokens = 7 * 5 * (100 + 20 * (each - 1))  # a prompt stands there once
+    assert f"7 steps: {7 * 5 * each} judgments, {tokens:,} tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("weight", [1.0, 2.0])
