@@ -47,7 +47,7 @@ from reagent.scorers import SCORER_OF_KIND, score
 from results.benchmarks import DATASETS, DataSet, Task, load_tasks
 from results.journal import Journal, about, check_served, closed, named, write_results
 from results.page import make_page
-from results.statistics import markdown, report_facts, summarise
+from results.statistics import summarise
 from results.verdicts import open_judge, open_verdicts
 from toolkit.http import Refused, Unavailable
 from tools import Toolbox
@@ -346,16 +346,13 @@ async def judge_answers(tasks: list[Task], journal: Journal, judge) -> int:
     return unscored
 
 
-def write_reports(cfg: Config, tasks, journal: Journal, judge: str, how: str, search="") -> str:
-    """results.jsonl, summary.json, report.md and report.html; returns report.md."""
+def write_reports(cfg: Config, tasks, journal: Journal, judge: str) -> None:
+    """results.jsonl, summary.json, report.md and report.html."""
     out = Path(cfg.out_dir)
     write_results(out, tasks, journal, judge)
     summaries = [summarise(task, journal, judge, cfg.refine) for task in tasks]
-    text = markdown(summaries, report_facts(cfg, tasks, judge, how, search))
-    (out / "report.md").write_text(text, encoding="utf-8")
-    (out / "summary.json").write_text(json.dumps(summaries, indent=1), encoding="utf-8")
+    write_whole(out / "summary.json", json.dumps(summaries, indent=1))
     make_page(out)
-    return text
 
 
 def preflight(cfg: Config, tasks, toolboxes, journal, runner, asks: bool) -> tuple:
@@ -402,6 +399,8 @@ def run_missing(cfg: Config, tasks, journal, runner, agent, rrm, setups, *, rank
     if rank == 0:
         facts = config.run_facts(cfg) | {"agent": agent.how, "served": agent.served}
         facts["subsets"] = {task.name: task.subset for task in tasks}
+        web = setups[0].toolbox.web.settings["search"] or "no provider"
+        facts["search"] = f"local pages {cfg.corpus}" if cfg.corpus else web
         write_whole(Path(cfg.out_dir) / "run.json", json.dumps(facts, indent=1))
     if rank % tp:  # a tensor-parallel rank that does not lead
         return agent.engine.follow()
@@ -479,9 +478,7 @@ def main(cfg: Config) -> None:
         judge = open_judge(cfg, runner) if asks else None
         if judge:
             runner.run(judge_answers(judged, journal, judge))
-        web = next(iter(toolboxes.values())).web.settings["search"] or "no provider"
-        search = f"local pages {cfg.corpus}" if cfg.corpus else web
-        print(write_reports(cfg, tasks, journal, judge.name if judge else "", agent.how, search))
+        write_reports(cfg, tasks, journal, judge.name if judge else "")
         if left := sum(not journal.done(key, row) for key, row in keys):
             what = f"{left} chains failed for want of infrastructure"
             print(f"{what}: run the same command again", file=sys.stderr)

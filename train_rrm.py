@@ -59,7 +59,7 @@ from reagent.policy import (
 )
 from reagent.rows import JsonlRows, batch_indices, seed_of
 from reagent.run import Run, say
-from results.judging import judgment_report, report_table
+from results.judging import judgment_report
 from results.page import make_page
 
 
@@ -370,11 +370,6 @@ def main(cfg: Config) -> None:
 
     # ---------------------------------------------------------------- report
     if run.rank == 0:
-        newest = (run.log or [{}])[-1]
-        final = {key[5:]: value for key, value in newest.items() if key.startswith("eval/")}
-        table = report_table(final) if final else ""
-        print(table)
-        (run.out / "report.md").write_text(table)
         make_page(run.out)
     run.end()
 

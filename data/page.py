@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from data.report.index import write_index
 from data.report.run import write_run_page
 
 
@@ -19,28 +20,26 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in files)
 
 
-def write_folder_page(folder: Path) -> Path:
-    """Writes the page of a run or an evaluation, or the index over those below; returns which."""
+def write_folder_page(folder: Path) -> str:
+    """Writes the page of a run or an evaluation, or the index over those below; returns its tables
+    and where it lies."""
     if is_run(folder):
-        write_run_page(folder)
-        return folder / "report.html"
+        return f"{write_run_page(folder)}wrote {folder / 'report.html'}"
     below = {of.parent for name in ("log.jsonl", "results.jsonl") for of in folder.rglob(name)}
     if not below:
         raise SystemExit(
             f"{folder}: no log.jsonl, results.jsonl or episodes/ there or below: "
             "give the folder of a run, or one that holds runs"
         )
-    from data.report.index import write_index  # with numpy: a run does not wait for it
-
     write_index(folder, sorted(below))
-    return folder / "index.html"
+    return f"wrote {folder / 'index.html'}"
 
 
 def main(argv: list[str]) -> None:
     if len(argv) != 1 or argv[0].startswith("-"):
         raise SystemExit(__doc__)
     try:
-        print(f"wrote {write_folder_page(Path(argv[0]))}")
+        print(write_folder_page(Path(argv[0])))
     except ValueError as error:  # names file and line
         raise SystemExit(str(error)) from error
 

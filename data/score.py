@@ -21,12 +21,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from data.report.markdown import percent, table
 from reagent.config import check_values, parse_config
 from reagent.rows import JsonlRows
 from reagent.scorers import SCORER_OF_KIND, score, unknown
 from results.benchmarks import DATASETS
 from results.journal import opened
-from results.statistics import mean_interval, pass_at_k, percent, table
+from results.statistics import mean_interval, pass_at_k
 from results.verdicts import open_judge
 from toolkit.text import last_boxed
 

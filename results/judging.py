@@ -6,7 +6,6 @@ import numpy as np
 
 from reagent.critiques import MOST_WORDS, leaks, name_agreement, named, names, prose
 from reagent.reward_model import annotation, golds_of, row_trajectory
-from results.statistics import table
 
 
 def rank_correlation(a, b) -> float:
@@ -89,11 +88,3 @@ def critique_report(pairs: list) -> dict:
 def _mean(values) -> float:
     values = list(values)
     return float(np.mean(values)) if values else math.nan
-
-
-def report_table(report: dict) -> str:
-    """A report as Markdown: its figures, then the calibration."""
-    figures = {key: value for key, value in report.items() if not key.startswith("calibration")}
-    tenths = [(key[12:] + "+", *report[key]) for key in report if key not in figures]
-    tenths = [dict(zip(("score", "share correct", "judgments"), each)) for each in tenths]
-    return "\n".join(table([figures]) + (table(tenths) if tenths else [])).strip()

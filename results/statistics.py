@@ -1,18 +1,15 @@
-"""Figures of an evaluation: pass@k, votes, intervals, comparisons, tables."""
+"""Figures of an evaluation: pass@k, votes, intervals, what refinement changed."""
 
-import time
 from collections import Counter
 from dataclasses import dataclass
 from math import comb
-from pathlib import Path
 
 import numpy as np
 
-from reagent.config import prompt_facts
-from reagent.folder import read_json
 from reagent.scorers import SCORER_OF_KIND, score
 from results.journal import Entry, Journal
 
+ROOM = ("max_tokens_per_attempt", "max_context", "max_turns")  # of the limits of a chain
 F1_SCORERS = ("hotpotqa", "2wiki", "musique", "bamboogle")
 
 
@@ -105,6 +102,10 @@ def summarise(task, journal: Journal, judge: str = "", refine: bool = False) -> 
         "questions": len(grid),
         "k": k,
         "scorer": scorer,
+        "revision": task.revision,
+        "tools": task.spec.tools,
+        "prompt_file": task.spec.prompt_file,
+        "limits": {name: getattr(task.limits, name, None) for name in ROOM},
         "judge": judges_of(task, journal, judge),
         "all": mean_interval(right / k for right in rights),
         "scored": mean_interval(sum(values) / len(values) for values in scored if values),
@@ -183,88 +184,3 @@ def refine_figures(grid: list[list[Chain]]) -> dict:
         "refined": answers[2],
         "not_refined": answers[0] + answers[1],
     }
-
-
-def percent(figure: list[float] | None) -> str:
-    """53.4 [48.1, 58.7], in percent."""
-    return "–" if figure is None else "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in figure))
-
-
-WORDS = ("data set", "subset", "judge", "kind", "value")  # columns of words; others hold figures
-
-
-def table(rows: list[dict]) -> list[str]:
-    """A pipe table of {column: value} rows with an empty line before it."""
-    rule = ["---" if name in WORDS else "--:" for name in rows[0]]
-    cells = [list(rows[0]), rule, *(row.values() for row in rows)]
-    return ["", *("| " + " | ".join(str(c).replace("|", "/") for c in row) + " |" for row in cells)]
-
-
-def report_facts(cfg, tasks: list, judge: str, how: str, search: str) -> list[str]:
-    """What the numbers depend on, a line each."""
-    commit = read_json(Path(cfg.out_dir) / "run.json", "git")["git"] or "unknown"
-    facts = [
-        f"model {cfg.model} ({how})",
-        f"{time.strftime('%Y-%m-%d', time.gmtime())}, commit {commit[:12]}",
-        f"temperature {cfg.temperature}, top_p {cfg.top_p}, seed {cfg.seed}",
-    ]
-    for task in tasks:
-        facts.append(f"{task.name}: rows of {task.revision}; tools {task.spec.tools}")
-        if task.spec.prompt_file and not cfg.prompt_file:
-            facts[-1] += f", prompt {task.spec.prompt_file}"
-        if limits := task.limits:
-            room = f"{limits.max_context} positions, {limits.max_turns} turns with calls"
-            facts[-1] += f", {limits.max_tokens_per_attempt} tokens an attempt, {room}"
-    prompts = prompt_facts(cfg).items()
-    facts += [f"{key} {told}" for key, told in prompts if cfg.refine or key == "prompt_file"]
-    if any("search" in task.spec.tools for task in tasks):
-        facts.append(f"search: {search}")
-    if any(task.spec.scorer == "judge" for task in tasks):
-        facts.append(f"judge of answers: {judge or 'none named, verdicts of earlier runs count'}")
-    if cfg.refine:
-        facts.append(f"refined after critiques of {cfg.rrm.source}: pass@1 is of refined answers")
-    return facts
-
-
-def markdown(summaries: list[dict], facts: list[str]) -> str:
-    """report.md: every number with its subset, its judge and k beside it."""
-    most = max(s["k"] for s in summaries)
-    text = ["# Evaluation", "", *(f"- {fact}" for fact in facts), ""]
-    note = "All rows: whatever failed or is unscored counts as wrong."
-    text.append(f"Percent, with 95 % intervals over questions. {note}")
-    text += table([name(s) | main_figures(s, most) for s in summaries])
-    between = sorted({n for s in summaries for n in s["pass_at"]} - {1, most})
-    shares = [{f"n = {n}": percent(s["pass_at"].get(n)) for n in between} for s in summaries]
-    sections = {"pass@n, unbiased, over all rows": zip(summaries, shares) if between else ()}
-    refined = "Reagent-C: first answer (o1) and answer after the critique (o2), over all rows"
-    sections[refined] = ((s, readable(s["refine"])) for s in summaries if "refine" in s)
-    sections["Rows"] = ((s, readable(s["counts"])) for s in summaries)
-    for s in summaries:
-        groups = [(kind, *each) for kind, of in s["by"].items() for each in of.items()]
-        rows = [(s, dict(kind=kind, value=value) | readable(of)) for kind, value, of in groups]
-        sections[f"{s['dataset']} by kind of question"] = rows
-    for title, rows in sections.items():
-        if rows := [name(s) | row for s, row in rows]:
-            text += ["", f"## {title}", *table(rows)]
-    return "\n".join(text) + "\n"
-
-
-def readable(figures: dict) -> dict:
-    """Figures under the names of their columns; those with an interval in percent."""
-    names = {"gain": "o2 - o1", "all": "pass@1, all rows"}
-    shown = {key: percent(v) if isinstance(v, list) else v for key, v in figures.items()}
-    return {names.get(key, key.replace("_", " ")): value for key, value in shown.items()}
-
-
-def name(s: dict) -> dict:
-    return {"data set": s["dataset"], "subset": s["subset"], "judge": s["judge"], "k": s["k"]}
-
-
-def main_figures(s: dict, most: int) -> dict:
-    figures = {"questions": s["questions"], "pass@1, all rows": percent(s["all"])}
-    figures |= {"scored rows": s["scored_rows"], "pass@1, scored rows": percent(s["scored"])}
-    figures |= {"F1": percent(s.get("f1"))}
-    own = s["k"] == most
-    many = {f"pass@{most}": percent(s["pass_at"][most] if own else None)}
-    many[f"majority@{most}"] = percent(s["majority"] if own else None)
-    return figures | (many if most > 1 else {})

@@ -4,8 +4,10 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from data.report.markdown import markdown, report_facts, report_table
 from data.report.page import counted, write_report
 from data.report.plots import COLOURS, picture_svg, share_axes
+from reagent.folder import write_whole
 from reagent.rows import whole_rows
 
 MOST = 1_000  # episodes on a page: a run's newest, of an evaluation as many of each data set
@@ -66,6 +68,21 @@ def facts_of(run: Path) -> tuple[str, dict]:
     return Path((facts.get("command") or [""])[0]).stem, facts.get("config", {})
 
 
+def write_tables(run: Path, log: list[dict], summaries: list[dict]) -> str:
+    """report.md: the tables of an evaluation, or of the last evaluation of a reward model; returns
+    what stands there, "" where it is a run of neither."""
+    facts, newest = json.loads(text_of(run / "run.json", "{}")), (log or [{}])[-1]
+    figures = {key[5:]: value for key, value in newest.items() if key.startswith("eval/")}
+    if summaries and "search" in facts:
+        text = markdown(summaries, report_facts(facts, summaries))
+    elif "valid" in figures:
+        text = report_table(figures)
+    else:
+        return text_of(run / "report.md")
+    write_whole(run / "report.md", text)
+    return text
+
+
 def title_of(run: Path, script: str, config: dict) -> str:
     kinds = {
         "grpo_unified": f"Reagent-{config.get('variant', '').upper()}, {run}",
@@ -75,12 +92,13 @@ def title_of(run: Path, script: str, config: dict) -> str:
     return kinds.get(script, f"{script.upper()} {run}".strip())
 
 
-def write_run_page(run: Path) -> None:
-    """report.html, and curve.svg where there are curves, from what lies in a run's folder."""
+def write_run_page(run: Path) -> str:
+    """report.md of figures, report.html, and curve.svg where there are curves, from what lies in a
+    run's folder; returns report.md."""
     (script, config), log = facts_of(run), list(whole_rows(run / "log.jsonl"))
-    data = {"markdown": text_of(run / "report.md"), "config": config, "log": log}
+    summaries = json.loads(text_of(run / "summary.json", "[]"))
+    data = {"markdown": write_tables(run, log, summaries), "config": config, "log": log}
     if (run / "results.jsonl").is_file():
-        summaries = json.loads(text_of(run / "summary.json", "[]"))
         data["episodes"], total = evaluated_episodes(run, len(summaries))
         data["tiles"] = [*set_tiles(summaries), ("episodes", f"{total:,}")]
     else:
@@ -91,3 +109,4 @@ def write_run_page(run: Path) -> None:
         if shares:
             share_axes(shares)
         (run / "curve.svg").write_text(picture_svg(drawn), encoding="utf-8")
+    return data["markdown"]

@@ -15,6 +15,7 @@ import pytest
 import evaluate
 import rollout
 from data import compare
+from data.report.markdown import markdown
 from evaluate import Config
 from reagent import served
 from reagent.calls import read_turn
@@ -589,7 +590,7 @@ def test_every_number_of_the_report_stands_beside_subset_judge_and_k(tmp_path):
     journal = Journal(tmp_path / "out")
     for key, row in task.keys():
         journal.append(line_of(task, row, key[2], ["x", "a"], [False, True]))
-    text = statistics.markdown([statistics.summarise(task, journal, refine=True)], ["model m"])
+    text = markdown([statistics.summarise(task, journal, refine=True)], ["model m"])
     lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
     tables = [line for line in lines if line.startswith("| data set ")]
     assert len(tables) == 5 and all(

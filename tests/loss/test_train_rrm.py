@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train_rrm
+from data.report.markdown import report_table
 from reagent import critiques, reward_model
 from reagent.chat import Chat
 from reagent.engines import EngineConfig, Sample
@@ -291,7 +292,7 @@ def test_the_report_says_what_no_row_can_tell():
     row = {"question": "q", "trajectory": "t", "correct": True}
     report = judging.judgment_report([judgment(0.9)], [row], [5])
     assert report["critique_leaks"] == report["mae"] == "unknown" and report["brier"] == 0.01
-    assert "unknown" in judging.report_table(report)
+    assert "unknown" in report_table(report)
     leaking = [row, row | {"answer": "Cleo"}]
     assert judging.judgment_report([judgment(0.9)] * 2, leaking, [5])["critique_leaks"] == 1.0
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import grpo_unified
 import sft
 import train_rrm
+from data.report.markdown import report_table
 from reagent.config import load_script
 from reagent.reward_model import Judgment, RewardModelConfig
 from reagent.run import Run, checkpoints
@@ -383,7 +384,7 @@ def test_the_reward_model_is_evaluated_on_the_held_out_rows_and_its_report_is_of
         assert all(0 < tokens <= 48 for tokens in lengths)  # of judgments: prompts have hundreds
         assert all(line[f"eval/{name}"] == value for name, value in report.items())
     final = reports[-1][0] | {"too_long": 0}
-    assert (rrm.out / "report.md").read_text() == train_rrm.report_table(final)
+    assert (rrm.out / "report.md").read_text() == report_table(final)
 
 
 def test_the_kl_term_measures_how_far_the_policy_has_moved(u):
