@@ -1,1 +1,1 @@
-"""What evaluate.py and the trainers leave behind: journal, figures, verdicts, the page of a run."""
+"""What evaluate.py and the trainers leave behind: journal, figures, verdicts."""
