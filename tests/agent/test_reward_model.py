@@ -3,11 +3,15 @@
 import asyncio
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from reagent import reward_model
+from reagent.chat import Chat
+from reagent.engines import EngineConfig, Sample
 from reagent.reward_model import (
     Judgment,
     RewardModelConfig,
@@ -15,8 +19,10 @@ from reagent.reward_model import (
     read_judgment,
     trajectory_text,
 )
+from reagent.rows import seed_of
 from tests.helpers.judge_server import hashed_judgment, judge_server
 from tests.helpers.search_server import answer, web_server
+from tests.helpers.tiny import toy
 from toolkit.http import Refused, Unavailable
 
 MESSAGES = [{"role": "assistant", "content": "\\boxed{1}"}]
@@ -474,3 +480,83 @@ def test_a_file_that_is_slow_costs_its_judgment_and_one_without_annotate_is_name
         scripted(tmp_path, "def judge(): pass")
     with pytest.raises(SystemExit, match="no file"):
         reward_model.open_rrm(RewardModelConfig("no/such.py"), None, engine=None)
+
+
+# --------------------------------------------------------------------------------------------------
+# a reward model in this process
+
+CHAT = Chat(toy.make_tokenizer([]))
+
+
+class Answering:
+    """An engine that answers with one text; what it was asked: (ids, seed, options)."""
+
+    def __init__(self, text, ended="stop"):
+        self.sample, self.asked = Sample([*CHAT.text(text), CHAT.closer_id], [], ended), []
+
+    async def generate(self, ids, *, seed, **options):
+        self.asked.append((ids, seed, options))
+        return self.sample
+
+
+IN_PROCESS = RewardModelConfig("a", max_context=1200, max_tokens=70, temperature=0.4)
+
+
+def test_an_engine_is_asked_as_the_config_says_at_a_seed_for_every_try():
+    engine = Answering(GOOD)
+    rrm = reward_model.engine_rrm(engine, CHAT, IN_PROCESS)
+    assert asks(rrm, 3) == [Judgment("a", "look again", 0.5)] * 3
+    options = dict(temperature=0.4, top_p=1.0, max_new_tokens=70)
+    transcript = trajectory_text(MESSAGES)
+    for i, asked in enumerate(engine.asked):
+        ids = reward_model.prompt_ids(CHAT, f"Question {i}?", transcript)
+        assert asked == (ids, seed_of(i, "judge", 0), options)
+
+
+@pytest.mark.parametrize("ended", ["stop", "length", "abort"])
+def test_an_engines_reply_that_is_cut_or_prose_is_asked_for_again_and_counted(ended):
+    engine = Answering("a fine attempt" if ended == "stop" else GOOD, ended)
+    rrm = reward_model.engine_rrm(engine, CHAT, IN_PROCESS)
+    assert asks(rrm, 2) == [None, None]
+    assert len({seed for _, seed, _ in engine.asked}) == len(engine.asked) == 6
+    assert (rrm.asked, rrm.failed, rrm.unread) == (2, 2, 6)
+
+
+@pytest.mark.parametrize("words", [1, 50])
+def test_question_prompt_trajectory_and_judgment_fit_the_context(words):
+    engine, question = Answering(GOOD), "why " * words
+    turns = [{"role": "tool", "content": "fact " * 2000}, *MESSAGES]
+    rrm = reward_model.engine_rrm(engine, CHAT, IN_PROCESS)
+    assert asyncio.run(rrm(question, turns, (0,)))
+    ((ids, *_),) = engine.asked
+    assert len(ids) <= 1200 - 70 and question.strip() in CHAT.decode(ids)
+    assert "boxed{1}" in CHAT.decode(ids) and len(ids) > 600  # no more is cut than has to be
+
+
+def test_all_tries_at_a_judgment_have_its_seconds(monkeypatch):
+    clock, given = SimpleNamespace(now=50.0), []
+
+    async def ask(question, trajectory, text, seed, seconds):
+        given.append(seconds)
+        clock.now += 4.0
+        return {"message": {"content": "prose"}}
+
+    monkeypatch.setattr(reward_model, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    rrm = reward_model.RewardModel(ask, seconds=10.0)
+    assert asks(rrm, 1) == [None] and given == [10.0, 6.0, 2.0]
+
+
+def test_a_second_engine_has_its_own_share_and_never_sleeps(tmp_path, monkeypatch):
+    made = []
+
+    def make_engine(config, source, stop_ids, **options):
+        made.append((config, source, options))
+        return Answering(GOOD)
+
+    monkeypatch.setattr(reward_model, "make_engine", make_engine)
+    monkeypatch.setattr("reagent.policy.load_chat", lambda source, tools: CHAT)
+    config = replace(IN_PROCESS, source=str(tmp_path), memory_share=0.2)
+    first = EngineConfig("hf", sleep=True, tensor_parallel=4, memory_share=0.6)
+    rrm = reward_model.open_rrm(config, None, engine=first)
+    alone = replace(first, sleep=False, tensor_parallel=1, memory_share=0.2)
+    assert made == [(alone, str(tmp_path), {"max_context": 1200})] and all(asks(rrm, 1))

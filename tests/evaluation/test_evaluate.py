@@ -3,6 +3,7 @@ hand-worked case or an oracle.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import json
@@ -608,6 +609,26 @@ def test_every_number_of_the_report_stands_beside_subset_judge_and_k(tmp_path):
     journal.close()
 
 
+def test_a_report_has_pass_at_n_under_its_n_and_what_the_numbers_depend_on(tmp_path):
+    task, journal = task_of(tmp_path, [row_of("1")], 4), Journal(tmp_path / "out")
+    for key, row in task.keys():
+        journal.append(line_of(task, row, key[2], ["ab"[key[2] > 0]], [key[2] == 0]))
+    (tmp_path / "out" / "run.json").write_text('{"git": "0123456789abcdef"}')
+    task.limits = rollout.Limits(max_turns=5, max_tokens_per_attempt=77, max_context=99)
+    cfg = config("--model=m", "--temperature=0.1", "--top_p=0.9", "--seed=5", "--refine")
+    cfg.out_dir, cfg.rrm = str(tmp_path / "out"), evaluate.RewardModelConfig("r")
+    facts = statistics.report_facts(cfg, [task], "", "how", "pages")
+    text = statistics.markdown([statistics.summarise(task, journal)], facts)
+    cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    shares = {head[-1].rstrip(" |"): row[-1] for head, row in zip(cells, cells[2:])}
+    assert shares["n = 2"].startswith("50.0 [") and shares["majority@4"].startswith("0.0 [")
+    told = ["model m (how)", "commit 0123456789ab", "temperature 0.1, top_p 0.9, seed 5"]
+    told += ["77 tokens an attempt, 99 positions, 5 turns with calls", "search: pages"]
+    told += ["after critiques of r", "prompt_file our own", "rrm.request_file our own"]
+    assert [each for each in told if each not in text] == []
+    journal.close()
+
+
 # --------------------------------------------------------------------------------------------------
 # judges
 
@@ -740,14 +761,14 @@ def test_the_mark_of_the_fence_depends_on_all_that_it_encloses():
     ) == verdicts.judge_request("q", ["g"], "a")
 
 
-def judged(tmp_path, reply, asks, model="judge", patience_s=1.0, cache="cache.sqlite"):
+def judged(tmp_path, reply, asks, *, model="judge", patience_s=1.0, cache="cache.sqlite", **more):
     """([verdict of each (question, golds, answer)], the judge, the requests)."""
     with chat_server(reply, model=model) as (url, seen), asyncio.Runner() as runner:
 
         async def all_of():
             endpoint = served.endpoint_of(url, "JUDGE_API_KEY")
             kept = str(tmp_path / cache) if cache else ""
-            judge = verdicts.AnswerJudge(endpoint, model, kept, patience_s=patience_s)
+            judge = verdicts.AnswerJudge(endpoint, model, kept, patience_s=patience_s, **more)
             return [await judge(*ask) for ask in asks], judge
 
         decided, judge = runner.run(all_of())
@@ -770,6 +791,9 @@ def test_the_cache_is_keyed_by_judge_question_reference_and_answer(tmp_path):
 
     assert judged(tmp_path, wrong, asks)[0] == [True] * 5  # all from the cache
     assert judged(tmp_path, wrong, asks, model="another")[0] == [False] * 5
+    # a name behind which another model was put, and a model that got another name
+    assert judged(tmp_path, wrong, [ASK], served="org/b")[0] == [False]
+    assert judged(tmp_path, right, [ASK], served="org/b", model="new")[0] == [False]
 
 
 @pytest.mark.parametrize(
@@ -790,6 +814,33 @@ def test_an_invalid_reply_is_asked_for_again_at_another_seed(tmp_path):
         and len({request["seed"] for request in seen}) == 3
         and seen[0]["temperature"] == 0
     )
+
+
+def test_the_first_reply_is_greedy_the_others_are_not_and_each_has_a_seed_of_its_own(tmp_path):
+    _, _, seen = judged(tmp_path, lambda text, request: "no", [ASK])
+    keys = ("temperature", "seed", "max_tokens", "model")
+    wanted = [(0.5 if n else 0.0, n, verdicts.REPLY_TOKENS, "judge") for n in range(4)]
+    assert [tuple(request[key] for key in keys) for request in seen] == wanted
+
+
+def test_what_a_judge_said_is_kept_unless_its_question_is_sealed(tmp_path):
+    said = "They agree on it.\nVERDICT: CORRECT"
+    asks = [ASK, ("Sealed?", ["x"], "x", True)]
+    assert judged(tmp_path, lambda text, request: said, asks)[0] == [True, True]
+    with contextlib.closing(verdicts.open_verdicts(str(tmp_path / "cache.sqlite"))) as cache:
+        assert sorted(row[0] for row in cache.execute("SELECT reply FROM verdicts")) == ["", said]
+    sealed = [("Sealed?", ["y"], "z", True)]
+    _, judge, _ = judged(tmp_path, lambda text, request: "I know that z is it", sealed)
+    assert "sealed" in judge.problem and "z is it" not in judge.problem
+
+
+def test_one_refused_request_costs_one_answer_and_no_other(tmp_path):
+    def reply(text, request):
+        return 400 if "Which town?" in text else "VERDICT: CORRECT"
+
+    asks = [("Which town?", ["Rome"], "Rome"), ASK]
+    decided, judge, _ = judged(tmp_path, reply, asks)
+    assert decided == [None, True] and "refused a request" in judge.problem
 
 
 def test_a_wrong_key_is_asked_with_once(tmp_path):

@@ -235,7 +235,11 @@ def test_a_row_says_its_answer_as_a_text_a_number_or_a_list():
 
 def test_a_judgment_in_one_text_has_score_and_critique():
     text = "<think>a</think><critique>c</critique><score>0.5</score>"
-    assert reward_model.annotation({"judgment": text}) == (0.5, "c")
+    own = {"score": 0.9, "critique": "of the row"}
+    assert reward_model.annotation({"judgment": text} | own) == (0.5, "c")
+    assert reward_model.target_text({"judgment": text} | own) == text
+    exact = reward_model.target_text({"think": "a", "critique": "c", "score": 0.26})
+    assert exact == text.replace("0.5", "0.26")
     assert reward_model.annotation({"score": 0.2}) == (0.2, None)
 
 
