@@ -302,7 +302,8 @@ class Toolbox:
         search only there; `files` = [path in files_dir]: read only those."""
         began = time.perf_counter()
         if name not in self.names:
-            text = f"There is no tool {str(name)[:100]!r}. The tools are {', '.join(self.names)}."
+            known = f"The tools are {', '.join(self.names)}." if self.names else "There are none."
+            text = f"There is no tool {str(name)[:100]!r}. {known}"
             return Observation(clean(text), "error", 0.0)
         shared = dict(corpus=self.corpus, sandbox=self.sandbox, web=self.web)
         shared |= dict(files_dir=self.cfg.files_dir, output_chars=self.cfg.output_chars)

@@ -349,6 +349,13 @@ def test_options_that_cannot_work_are_an_error_at_the_start(options, told):
         Toolbox(["fly"])
 
 
+@pytest.mark.parametrize("names, there", [([], "There are none."), (["search"], "are search.")])
+def test_a_tool_that_is_not_there_is_told_with_those_that_are(names, there):
+    seen = call(Toolbox(names), "fly", {})
+    assert seen.status == "error" and seen.text.startswith("There is no tool 'fly'. ")
+    assert seen.text.endswith(there)
+
+
 @pytest.mark.parametrize("length", [10, 100, 101, 5000])
 def test_082_a_long_text_says_how_much_was_cut(length):
     text = "".join(chr(0x1F600 + i % 50) for i in range(length))  # four bytes each
