@@ -16,11 +16,11 @@ import pytest
 import evaluate
 import rollout
 from data import compare
-from data.report.markdown import markdown
+from data.report.markdown import markdown, report_facts
 from evaluate import Config
 from reagent import served
 from reagent.calls import read_turn
-from reagent.config import parse_config
+from reagent.config import parse_config, run_facts
 from results import benchmarks, journal, statistics, verdicts
 from results.benchmarks import DataSet, Task
 from results.journal import Entry, Journal, about
@@ -613,12 +613,12 @@ def test_a_report_has_pass_at_n_under_its_n_and_what_the_numbers_depend_on(tmp_p
     task, journal = task_of(tmp_path, [row_of("1")], 4), Journal(tmp_path / "out")
     for key, row in task.keys():
         journal.append(line_of(task, row, key[2], ["ab"[key[2] > 0]], [key[2] == 0]))
-    (tmp_path / "out" / "run.json").write_text('{"git": "0123456789abcdef"}')
     task.limits = rollout.Limits(max_turns=5, max_tokens_per_attempt=77, max_context=99)
     cfg = config("--model=m", "--temperature=0.1", "--top_p=0.9", "--seed=5", "--refine")
-    cfg.out_dir, cfg.rrm = str(tmp_path / "out"), evaluate.RewardModelConfig("r")
-    facts = statistics.report_facts(cfg, [task], "", "how", "pages")
-    text = statistics.markdown([statistics.summarise(task, journal)], facts)
+    cfg.rrm = evaluate.RewardModelConfig("r")
+    run = run_facts(cfg) | dict(git="0123456789abcdef", agent="how", search="pages")
+    summaries = json.loads(json.dumps([statistics.summarise(task, journal)]))
+    text = markdown(summaries, report_facts(json.loads(json.dumps(run)), summaries))
     cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     shares = {head[-1].rstrip(" |"): row[-1] for head, row in zip(cells, cells[2:])}
     assert shares["n = 2"].startswith("50.0 [") and shares["majority@4"].startswith("0.0 [")
@@ -832,6 +832,22 @@ def test_what_a_judge_said_is_kept_unless_its_question_is_sealed(tmp_path):
     sealed = [("Sealed?", ["y"], "z", True)]
     _, judge, _ = judged(tmp_path, lambda text, request: "I know that z is it", sealed)
     assert "sealed" in judge.problem and "z is it" not in judge.problem
+
+
+@pytest.mark.parametrize("name, patience", [("", 77.0), ("m", 2.0)])
+def test_a_list_of_models_is_waited_for_where_it_must_name_the_judge(name, patience, monkeypatch):
+    waits = []
+
+    async def away(endpoint, model, key, *, patience_s):
+        waits.append((model, key, patience_s))
+        raise Unavailable("away")
+
+    monkeypatch.setattr(verdicts, "named_model", away)
+    cfg = config("--judge=http://a/v1", f"--judge_model={name}", "--patience_s=77")
+    cfg.judge_cache = ""
+    with asyncio.Runner() as runner:
+        judge = verdicts.open_judge(cfg, runner)
+    assert waits == [(name, "--judge_model", patience)] and (judge and judge.model or "") == name
 
 
 def test_one_refused_request_costs_one_answer_and_no_other(tmp_path):

@@ -615,6 +615,8 @@ def test_a_row_with_docs_is_searched_there_alone(tmp_path):
     assert call(toolbox, "search", {"queries": ["Peru", "rome"]}, docs=docs).text == (
         'No results for "Peru".\n\nResults for "rome":\n1. Ada (doc:Ada)\nlives in Rome.'
     )
+    none = call(toolbox, "search", {"queries": ["mountains"]}, docs=[])
+    assert none.text == 'No results for "mountains".'  # nor where it has none
     assert (
         call(toolbox, "browse", {"url": "doc:Ada"}, docs=docs).text
         == "Ada\n\nlives in Rome.\n\nBorn in Nice."
