@@ -106,6 +106,32 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_not_sampled():
         assert len(episode.attempts) == len(engine.seeds)
 
 
+def test_a_refinement_begins_where_an_answer_fits_behind_the_critique():
+    refined = dict(rrm=rrm_of(JUDGMENT, JUDGMENT), refine=True)
+    whole = episode_of("\\boxed{a}", "\\boxed{b}", **refined)
+    begin = whole.attempts[1].span[0]
+    for context, attempts in ((begin + 150, 1), (begin + 151, 2)):
+        refined = dict(rrm=rrm_of(JUDGMENT, JUDGMENT), refine=True, max_context=context)
+        episode = episode_of("\\boxed{a}", "\\boxed{b}", **refined)
+        assert len(episode.attempts) == attempts and episode.attempts[0].score == 0.5
+
+
+def test_no_chain_leaves_its_context_whatever_its_tools_return():
+    row = ROW | {"docs": [{"title": "Ada", "text": "is here . " * 60}]}
+    whole = episode_of(CALL, "\\boxed{here}", max_turns=1, row=row)
+    held, left_out = len(whole.ids), 0
+    for context in range(held - 250, held + 2, 9):
+        episode = episode_of(CALL, "\\boxed{here}", max_turns=1, row=row, max_context=context)
+        assert len(episode.ids) <= context
+        left_out += "left out: no room" in episode.messages[3]["content"]
+    assert 0 < left_out < 28
+
+
+def test_every_answer_of_a_row_is_gold():
+    for answer, gold in (("here", ["here"]), (["here", "there"], ["here", "there"])):
+        assert episode_of("\\boxed{here}", row=ROW | {"answer": answer}).gold == gold
+
+
 class Tools:
     """A toolbox that notes what it is given."""
 
