@@ -26,12 +26,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import rollout
 from data.at_work import Common, agent_at_work
+from data.growing import whole_rows
 from reagent import engines, reward_model
 from reagent.config import check_values, parse_config
 from reagent.critiques import leaks
 from reagent.folder import read_json, write_whole
 from reagent.reward_model import RewardModelConfig, check_judged_row, row_trajectory
-from reagent.rows import JsonlRows, check_rl_row, drop_cut_line, seed_of, sft_messages, whole_rows
+from reagent.rows import JsonlRows, check_rl_row, drop_cut_line, seed_of, sft_messages
 from reagent.scorers import rule_reward
 from reagent.served import TextChat
 from toolkit.http import Refused, Unavailable

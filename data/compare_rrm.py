@@ -18,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import rollout
 from data.at_work import Common, agent_at_work, refine_with
+from data.growing import whole_rows
 from data.report.markdown import report_table
 from reagent import engines, reward_model
 from reagent.config import parse_config
 from reagent.folder import claim, read_json
 from reagent.reward_model import RewardModelConfig, check_rrm_row
-from reagent.rows import JsonlRows, whole_rows
+from reagent.rows import JsonlRows
 from results.judging import auc, judgment_report
 
 

@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from data.growing import whole_rows
 from data.trajectories import Unread, Work, read_works
 from reagent.config import parse_config
 from reagent.engines import EngineConfig, run_together
 from reagent.reward_model import RewardModel, RewardModelConfig, open_rrm
-from reagent.rows import drop_cut_line, whole_rows
+from reagent.rows import drop_cut_line
 from reagent.served import TextChat
 from toolkit.http import Refused, Unavailable
 from toolkit.text import clean

@@ -21,10 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from data.official import rule_of, unknown
 from data.report.markdown import percent, table
 from reagent.config import check_values, parse_config
 from reagent.rows import JsonlRows
-from reagent.scorers import SCORER_OF_KIND, score, unknown
+from reagent.scorers import SCORER_OF_KIND, score
 from results.benchmarks import DATASETS
 from results.journal import opened
 from results.statistics import mean_interval, pass_at_k
@@ -120,7 +121,7 @@ def set_correct(answers: list[Answer], cfg: Config) -> str:
         rule = each.scorer != "judge" and not empty
         each.correct = False if empty else each.before
         if rule:
-            each.correct = score(each.scorer, each.pred, each.golds)["correct"]
+            each.correct = score(rule_of(each.scorer), each.pred, each.golds)["correct"]
     if not asked or not cfg.judge:
         return "verdicts of the rows" if asked else "rule"
     with asyncio.Runner() as runner:
@@ -198,7 +199,7 @@ def score_rows(path: str) -> None:
         return unknown(row["scorer"])
 
     for row in JsonlRows(path, check, "score takes rows with scorer, pred and gold, or results"):
-        print(json.dumps(score(row["scorer"], row["pred"], row["gold"])))
+        print(json.dumps(score(rule_of(row["scorer"]), row["pred"], row["gold"])))
 
 
 def main(argv: list[str]) -> None:

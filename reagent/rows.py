@@ -5,7 +5,7 @@ import json
 import random
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -70,19 +70,6 @@ class JsonlRows:
         with open(self.path, "rb") as file:
             file.seek(self.offsets[i])
             return json.loads(file.readline())
-
-
-def whole_rows(path: str | Path) -> Iterator[dict]:
-    """The rows of a file that may be growing, none without it; a line without its end is none."""
-    if not Path(path).is_file():
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                if line.endswith(b"\n"):
-                    yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not a JSON line ({error})") from error
 
 
 def drop_cut_line(path: Path) -> None:

@@ -64,39 +64,6 @@ def score_gaia(pred: str, gold: str) -> bool:
     return len(preds) == len(golds) and all(each)
 
 
-_FORMS = [("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac")]
-_FORMS += [(junk, "") for junk in ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")]
-
-
-def plain_latex(text: str) -> str:
-    """The normal form in which the MATH benchmark compares answers (Hendrycks et al. 2021)."""
-    for old, new in _FORMS:
-        text = text.replace(old, new)
-    if text.count("\\text{ ") == 1:  # a unit behind the number
-        text = text.partition("\\text{ ")[0]
-    text = text.replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
-    text = "0" + text if text.startswith(".") else text
-    head, sign, tail = text.partition("=")
-    if sign and "=" not in tail and len(head) <= 2:
-        text = tail
-    text = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", text).replace(" ", "")
-    text = re.sub(r"\\frac([^{\s])([^{\s])", r"\\frac{\1}{\2}", text)
-    text = re.sub(r"\\frac([^{\s])\{", r"\\frac{\1}{", text)
-    text = "\\frac{1}{2}" if text == "0.5" else text
-    return re.sub(r"^(0|-?[1-9]\d*)/(0|-?[1-9]\d*)$", r"\\frac{\1}{\2}", text)
-
-
-def score_hendrycks(pred: str, gold: str) -> bool:
-    """MATH's own rule: equal as strings in that normal form."""
-    return plain_latex(unwrapped(pred)) == plain_latex(unwrapped(gold))
-
-
-def score_gsm8k(pred: str, gold: str) -> bool:
-    """GSM8K's own rule: the first "#### number", thousands commas removed, compared as text."""
-    found = [re.search(r"#### (\-?[0-9\.\,]+)", unwrapped(text)) for text in (pred, gold)]
-    return all(found) and len({number[1].replace(",", "") for number in found}) == 1
-
-
 def score_math(pred: str, gold: str) -> bool:
     """Whether two solutions state (after ####, else in the last box, else in all) the same."""
     stated = []
@@ -149,22 +116,22 @@ def score_choice(pred: str, gold: str) -> bool:
 
 RULES = {  # name: prediction, gold answer -> is it right?
     "gaia": score_gaia,
-    "gsm8k_official": score_gsm8k,
-    "hendrycks_is_equiv": score_hendrycks,
     "choice": score_choice,
     "math": score_math,
 }
 SCORERS = (*RULES, "hotpotqa", "2wiki", "bamboogle", "musique")  # these by the words
 
 
-def score(scorer: str, pred: str | None, gold) -> dict:
-    """One prediction against a gold answer or a list of aliases; ValueError: no such scorer."""
-    if problem := unknown(scorer):
+def score(scorer, pred: str | None, gold) -> dict:
+    """One prediction against a gold answer or a list of aliases, by a scorer's name or by a rule
+    like those of RULES; ValueError: no such scorer."""
+    rule = RULES.get(scorer, scorer)
+    if not callable(rule) and (problem := unknown(scorer)):
         raise ValueError(problem)
     pred = "" if pred is None else str(pred)
     golds = list(map(str, gold if isinstance(gold, list) else [gold]))
-    if scorer in RULES:
-        result = {"correct": any(RULES[scorer](pred, gold) for gold in golds)}
+    if callable(rule):
+        result = {"correct": any(rule(pred, gold) for gold in golds)}
     else:  # the best over the aliases
         em = normalize(pred) in map(normalize, golds)
         f1 = max(token_f1(pred, gold, yes_no_exact=scorer != "musique") for gold in golds)

@@ -13,7 +13,6 @@ import shutil
 import time
 import wave
 from collections.abc import Iterator
-from functools import partial
 
 from toolkit.files import in_child, opened, read, running
 from toolkit.sandbox import ToolError, ToolFault
@@ -57,7 +56,7 @@ def describe_image(files_dir: str, path: str, question: str, *, seconds: float) 
 
 def transcribe_audio(files_dir: str, path: str, *, seconds: float) -> str:
     """The words of a wav, mp3, flac, ogg or m4a recording in `files_dir`, from the speech endpoint;
-    a long one is sent in pieces of up to ten minutes: wav by itself, the others through ffmpeg.
+    a long one is sent in pieces of up to ten minutes, which ffmpeg cuts.
     ToolError for a file that is no such recording, has more than 100 MB or two hours, or is not
     taken by the endpoint; ToolFault if that fails or is not set, or a needed ffmpeg is missing."""
     deadline = time.monotonic() + seconds
@@ -70,8 +69,6 @@ def transcribe_audio(files_dir: str, path: str, *, seconds: float) -> str:
             raise ToolError(f"It lasts {length:,.0f} s; up to {MOST_AUDIO_SECONDS:,} can be heard.")
         if len(body) <= PIECE_BYTES and length <= PIECE_SECONDS:
             pieces = iter([(kind, body)])
-        elif kind == "wav" and (sliced := _wav_pieces(body)):
-            pieces = sliced
         else:
             pieces = _ffmpeg_pieces(stream.fileno(), kind, deadline)
         texts = []
@@ -89,22 +86,10 @@ def _open(files_dir: str, path: str, most_bytes: int):
     return os.fdopen(opened(files_dir, path, most_bytes), "rb")
 
 
-def _wav_pieces(body: bytes) -> Iterator[tuple[str, bytes]] | None:
-    """Cuts plain PCM; None for what the wave module does not read."""
-    try:
-        whole = wave.open(io.BytesIO(body))
-        frame = whole.getnchannels() * whole.getsampwidth()
-        frames = min(PIECE_SECONDS * whole.getframerate(), PIECE_BYTES // frame)
-    except (wave.Error, EOFError, ZeroDivisionError):
-        return None
-    pieces = iter(partial(whole.readframes, frames), b"")
-    return (("wav", _as_wav(data, *whole.getparams()[:3])) for data in pieces)
-
-
-def _as_wav(data: bytes, channels: int, width: int, rate: int) -> bytes:
+def _as_wav(data: bytes) -> bytes:
     out = io.BytesIO()
     with wave.open(out, "wb") as piece:
-        piece.setparams((channels, width, rate, 0, "NONE", ""))
+        piece.setparams((1, 2, 16_000, 0, "NONE", ""))
         piece.writeframes(data)
     return out.getvalue()
 
@@ -121,5 +106,5 @@ def _ffmpeg_pieces(fd: int, kind: str, deadline: float) -> Iterator[tuple[str, b
         if not data:
             raise ToolError("The recording is damaged: ffmpeg finds no sound in it.")
         while data:
-            yield "wav", _as_wav(data, 1, 2, 16_000)
+            yield "wav", _as_wav(data)
             data = read(pipe, PIECE_SECONDS * 32_000, deadline)

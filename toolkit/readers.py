@@ -15,6 +15,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urldefrag, urljoin
 
 from toolkit.sandbox import ToolError
@@ -200,13 +201,8 @@ def decoded(body: bytes, whole: bool) -> str:
 
 # as browsers read them: a label's codec, or after "=" a wider one that is meant by it. All take
 # time in proportion to the text, which Python's punycode and others do not
-CHARSETS = """utf-8 utf-16 utf-16-le utf-16-be utf-32 utf-32-le utf-32-be iso8859-2 iso8859-3
-iso8859-4 iso8859-5 iso8859-6 iso8859-7 iso8859-8 iso8859-10 iso8859-13 iso8859-14 iso8859-15
-iso8859-16 koi8-r koi8-u mac-roman mac-cyrillic cp437 cp850 cp852 cp866 cp874 cp932 cp949 cp1250
-cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258 gb18030 hz big5hkscs euc_jp iso2022_jp johab
-ascii=cp1252 iso8859-1=cp1252 iso8859-9=cp1254 iso8859-11=cp874 tis-620=cp874 gb2312=gb18030
-gbk=gb18030 big5=big5hkscs shift_jis=cp932 euc_kr=cp949"""
-CHARSETS = {name: wider or name for name, _, wider in (s.partition("=") for s in CHARSETS.split())}
+CHARSETS = (Path(__file__).with_name("charsets.txt").read_text("utf-8")).split()
+CHARSETS = {name: wider or name for name, _, wider in (s.partition("=") for s in CHARSETS)}
 
 
 def charset(label: str) -> str | None:

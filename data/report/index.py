@@ -7,13 +7,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from urllib.parse import quote
 
+from data.growing import whole_rows
 from data.report.curves import mean_line, numeric_series, panels, place, section_of
 from data.report.markdown import percent
 from data.report.page import write_page
 from data.report.plots import Line, Panel, number, picture_svg, share_axes
 from data.report.run import facts_of, text_of
 from reagent.config import flat
-from reagent.rows import whole_rows
 
 PER_SEED = {"seed", "out_dir"}  # keys in which runs that differ by their seed differ
 

@@ -4,11 +4,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from data.growing import whole_rows
 from data.report.markdown import markdown, report_facts, report_table
 from data.report.page import counted, write_report
 from data.report.plots import COLOURS, picture_svg, share_axes
 from reagent.folder import write_whole
-from reagent.rows import whole_rows
 
 MOST = 1_000  # episodes on a page: a run's newest, of an evaluation as many of each data set
 

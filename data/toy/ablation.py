@@ -24,9 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+from data.growing import whole_rows
 from data.report.curves import mean_line, numeric_series
 from data.report.plots import Panel, picture_svg, share_axes
-from reagent.rows import whole_rows
 
 STEPS, QUESTIONS, GROUP = 24, 8, 8
 ARMS = {

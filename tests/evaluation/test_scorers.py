@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from data.official import rule_of
 from reagent import scorers
 from reagent.scorers import rule_reward, score
 from tests.evaluation import reformatted
@@ -27,7 +28,7 @@ def rows(path):
 
 def test_the_outputs_of_the_official_scorers():
     for row in rows(CASES / "official.jsonl"):
-        got = score(row["scorer"], row["pred"], row["gold"])
+        got = score(rule_of(row["scorer"]), row["pred"], row["gold"])
         if "expected" in row:
             assert got["correct"] == row["expected"], row
         else:
@@ -53,7 +54,7 @@ def test_the_gold_solutions_of_math500_are_right():
 def test_the_gold_solutions_of_gsm8k_are_right():
     for row in rows(SHARED / "gsm8k/test.jsonl"):
         assert score("math", row["answer"], row["answer"].rpartition("####")[2])["correct"]
-        assert score("gsm8k_official", row["answer"], row["answer"])["correct"]
+        assert score(rule_of("gsm8k_official"), row["answer"], row["answer"])["correct"]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,8 @@ def test_the_gold_solutions_of_gsm8k_are_right():
 )
 @pytest.mark.parametrize("pred", ["", "  ", None])
 def test_an_empty_prediction_is_never_right(scorer, pred):
-    assert not score(scorer, pred, "the")["correct"] and not score(scorer, pred, "")["correct"]
+    rule = rule_of(scorer)
+    assert not score(rule, pred, "the")["correct"] and not score(rule, pred, "")["correct"]
 
 
 @pytest.mark.parametrize(
@@ -361,7 +363,7 @@ so #### 42 == #### 42 | #### 1,234 == #### 1234 | #### -7 == #### -7 | #### 3. =
 def test_the_published_rules_of_math_and_gsm8k(scorer, text):
     for pair in itertools.chain(*lines(text)):
         pred, sign, gold = re.split(" ([=!]=) ", pair)
-        assert score(scorer, pred, gold)["correct"] is (sign == "=="), pair
+        assert score(rule_of(scorer), pred, gold)["correct"] is (sign == "=="), pair
 
 
 @pytest.mark.parametrize(

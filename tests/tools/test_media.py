@@ -227,6 +227,7 @@ def test_without_an_endpoint_the_fault_names_what_to_set(folder, monkeypatch):
 # recordings
 
 
+needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
 FRAME = b"\xff\xfb\x90\0" + bytes(413)  # of an mp3 with 128 kbit/s and 44.1 kHz: 26 ms
 
 
@@ -258,6 +259,7 @@ def test_a_recording_arrives_whole_with_its_type_and_a_neutral_name(folder, serv
     )
 
 
+@needs_ffmpeg
 def test_a_long_wav_is_sent_in_pieces_that_join_to_the_whole(folder, server):
     (folder / "a.wav").write_bytes(sound(1500))
     assert transcribe_audio(str(folder), "a.wav", seconds=20) == "words 0\nwords 1\nwords 2"
@@ -329,9 +331,6 @@ def test_a_long_recording_without_ffmpeg_says_what_is_missing(folder, server, mo
     monkeypatch.setenv("PATH", str(folder))
     with pytest.raises(ToolFault, match="apt-get install ffmpeg"):
         transcribe_audio(str(folder), "a.mp3", seconds=10)
-
-
-needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
 
 
 def encoded(path, seconds, *options) -> Path:
