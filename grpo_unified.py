@@ -409,7 +409,7 @@ def main(cfg: Config) -> None:
     run = Run(cfg, MAY_CHANGE)
     scored = cfg.variant != "rule"
     beside = cfg.rrm if scored else None
-    plan_memory(cfg, run, longest=cfg.max_context, engine=cfg.engine, rrm=beside)
+    keeps = plan_memory(cfg, run, longest=cfg.max_context, engine=cfg.engine, rrm=beside)
     tp = cfg.engine.tensor_parallel  # adjacent ranks that share an engine; the first leads
     tp_group, place, n_engines = engine_group(tp, cfg.timeout_s), run.rank // tp, run.world // tp
     runner, rrm = asyncio.Runner(), None
@@ -437,7 +437,7 @@ def main(cfg: Config) -> None:
         rrm = reward_model.open_rrm(cfg.rrm, chat, engine=cfg.engine)
     say(f"loading {cfg.model}")
     torch.manual_seed(cfg.seed)
-    policy = make_policy(cfg, run.device)
+    policy = make_policy(cfg, run.device, keeps)
     optimizer = make_optimizer(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
     # the policy at the start, for forwards only
     reference = make_reference(cfg, policy, run.device) if cfg.kl_coef else None

@@ -123,13 +123,13 @@ def main(cfg: Config) -> None:
 
     # ---------------------------------------------------------------- processes, policy, optimizer
     run = Run(cfg, MAY_CHANGE)
-    plan_memory(cfg, run, longest=cfg.max_tokens_per_row)
+    keeps = plan_memory(cfg, run, longest=cfg.max_tokens_per_row)
     taken = (cfg.steps - run.saved) * cfg.rows_per_step
     if run.only_checks({"rows": taken, "tokens at most": taken * cfg.max_tokens_per_row}):
         return
     say(f"loading {cfg.model}")
     torch.manual_seed(cfg.seed)
-    policy = make_policy(cfg, run.device)
+    policy = make_policy(cfg, run.device, keeps)
     betas = (cfg.beta1, cfg.beta2)
     optimizer = make_optimizer(policy, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=betas)
 

@@ -281,7 +281,7 @@ def main(cfg: Config) -> None:
     group = cfg.group_size if cfg.stage == "grpo" else 1
     longest = cfg.max_context + (group - 1) * cfg.max_judgment_tokens
     engine_config = cfg.engine if samples else None
-    plan_memory(cfg, run, longest=longest, engine=engine_config, group=group)
+    keeps = plan_memory(cfg, run, longest=longest, engine=engine_config, group=group)
     taken = (cfg.steps - run.saved) * cfg.judgments_per_step
     if run.only_checks({"judgments": taken * group, "tokens at most": taken * longest}):
         return
@@ -291,7 +291,7 @@ def main(cfg: Config) -> None:
     rest(engine)  # until the first sync: the policy is loaded meanwhile
     say(f"loading {cfg.model}")
     torch.manual_seed(cfg.seed)
-    policy = make_policy(cfg, run.device)
+    policy = make_policy(cfg, run.device, keeps)
     optimizer = make_optimizer(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
     runner = asyncio.Runner()
 

@@ -1,6 +1,6 @@
 # Reagent-U on HotpotQA's own paragraphs (data/hotpotqa/prepare.py; no search key):
 # Qwen3-0.6B, all weights, on one GPU of 24 GB. Untried.
-# Memory by plan: rollout 22.3 GB, training 16.4 GB.
+# Memory by plan: rollout 22.3 GB, training 17.6 GB.
 # The reward model is served elsewhere; --variant=rule needs none.
 model = "Qwen/Qwen3-0.6B"
 data = "data/hotpotqa/train.jsonl"

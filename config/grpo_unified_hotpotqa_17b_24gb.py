@@ -1,6 +1,6 @@
 # Reagent-U on HotpotQA's own paragraphs (data/hotpotqa/prepare.py; no search key):
 # Qwen3-1.7B by LoRA on one GPU of 24 GB. Untried.
-# Memory by plan: rollout 21.5 GB, training 11.7 GB.
+# Memory by plan: rollout 21.5 GB, training 12.9 GB.
 # The reward model is served elsewhere; --variant=rule needs none.
 model = "Qwen/Qwen3-1.7B"
 data = "data/hotpotqa/train.jsonl"

@@ -1,6 +1,6 @@
 # Reagent-U on HotpotQA's own paragraphs (data/hotpotqa/prepare.py; no search key):
 # Qwen3-4B by LoRA on one GPU of 80 GB. Untried.
-# Memory by plan: rollout 62.4 GB, training 22.3 GB.
+# Memory by plan: rollout 62.4 GB, training 28.5 GB.
 # The reward model is served elsewhere; --variant=rule needs none.
 model = "Qwen/Qwen3-4B"
 data = "data/hotpotqa/train.jsonl"

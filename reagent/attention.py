@@ -172,6 +172,9 @@ row_attention_backward.register_fake(
 row_attention.register_autograd(_gradients, setup_context=_keep)
 
 
+# what a GPU's attention calls: their outputs can be kept where the rest is computed again
+KEPT = [torch.ops.reagent.row_attention.default, torch.ops.torch_attn._varlen_attn.default]
+
 # --------------------------------------------------------------------------------------------------
 # which kernel
 

@@ -11,6 +11,7 @@ from reagent.policy import HEAD_CHUNK, keeps_softmax, load_config
 # of a card: CUDA's context, its libraries, and what an engine keeps asleep (graphs, buffers);
 # measured on one H200 with vLLM 0.25, without the buffers of NCCL
 CONTEXT = 2.5e9
+ROOM = 0.9  # of the card, up to which what only saves time may be kept
 DENSE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 CURES = {
     "rollout": "lower engine.memory_share or rrm.memory_share, or serve the reward model elsewhere",
@@ -126,8 +127,9 @@ def told(parts: dict[str, float]) -> str:
     return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
 
 
-def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None, group: int = 1) -> None:
-    """Prints the plan of a trainer's `cfg` and ends the program where it cannot fit.
+def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None, group: int = 1) -> bool:
+    """Prints the plan of a trainer's `cfg` and ends the program where it cannot fit. -> whether
+    there is room for attention's outputs where other activations are computed again.
 
     longest: tokens of a row that stands alone. engine, rrm: the EngineConfig and RewardModelConfig
     of what runs beside the policy. group: see step_parts.
@@ -135,7 +137,7 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None, group: int = 1
     config, cuda, own = load_config(cfg.model), torch.cuda.is_available(), cfg.policy
     if not is_dense(config):
         print(f"no memory plan for a model of the kind {config.model_type}", flush=True)
-        return
+        return False
     free, card = torch.cuda.mem_get_info() if cuda else (0, 0)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     ranks, total = own.shard_ranks or run.world, model_sizes(config)[2]
@@ -149,6 +151,11 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None, group: int = 1
     options |= dict(ranks=ranks, checkpoint_activations=own.checkpoint_activations)
     options |= dict(lora_rank=own.lora_rank, offload=own.cpu_offload, group=group)
     plan = memory_plan(config, reference=bool(getattr(cfg, "kl_coef", 0)), **options)
+    # of all blocks, in bf16, with the logs of the softmax's sums in fp32
+    kept = config.num_hidden_layers * (2 * widths(config)[2] + 4 * config.num_attention_heads)
+    training = plan["training"] | {"attention's outputs": options["tokens"] * kept}
+    keeps = cuda and own.checkpoint_activations and sum(training.values()) < ROOM * free
+    plan["training"] = training if keeps else plan["training"]
     adapters = lora_size(config, own.lora_rank)
     here = 16 * adapters + 2 * total if adapters else 16 * total
     here *= local / ranks if own.cpu_offload else 0
@@ -161,6 +168,7 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None, group: int = 1
         print("memory of a rank, GB: " + "; ".join(lines), flush=True)
     if why := too_large(plan, {"card": free, "host": host_memory()}):
         raise SystemExit(f"it cannot fit: {why}")
+    return keeps
 
 
 def host_memory() -> int:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
@@ -20,9 +20,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from reagent.attention import choose_attention, row_ends
+from reagent.attention import KEPT, choose_attention, row_ends
 from reagent.chat import Chat
 from reagent.folder import check_digest, hub_answers, refuse_code
 from reagent.lora import ADAPTERS, add_lora, base_of, merged
@@ -322,9 +323,11 @@ def load_chat(folder: str, chat_template: str = "", tools: bool = True) -> Chat:
         raise SystemExit(str(error)) from error
 
 
-def make_policy(cfg, device: torch.device) -> Policy:
-    """The policy that a trainer's `cfg` describes, sharded, on `device`; compiled on a GPU."""
-    policy = load_policy(cfg.model, cfg.policy.checkpoint_activations, cfg.policy.lora_rank)
+def make_policy(cfg, device: torch.device, keep_attention: bool = False) -> Policy:
+    """The policy that a trainer's `cfg` describes, sharded, on `device`; compiled on a GPU.
+    keep_attention: as plan_memory says."""
+    options = dict(lora_rank=cfg.policy.lora_rank, keep_attention=keep_attention)
+    policy = load_policy(cfg.model, cfg.policy.checkpoint_activations, **options)
     config = policy.hf.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = config.num_attention_heads, config.num_key_value_heads, head
@@ -371,12 +374,13 @@ def check_model(folder: str):
 
 
 def load_policy(
-    folder: str, checkpoint_activations: bool, lora_rank: int = 0, frozen: bool = False
+    folder: str, checkpoint_activations: bool, lora_rank=0, frozen=False, keep_attention=False
 ) -> Policy:
     """A Hugging Face folder in fp32: rank 0 reads it on its CPU, the other ranks know its shapes;
     `shard` gives each its part.
 
     What is `frozen`, as all but the adapters is with LoRA, is in bf16 where there is a GPU.
+    keep_attention: of what is computed again in backward, its outputs are not.
     """
     config = check_model(folder)
     frozen = frozen or lora_rank > 0
@@ -393,7 +397,10 @@ def load_policy(
     if lora_rank:
         add_lora(hf, lora_rank)
     if checkpoint_activations:
-        hf.gradient_checkpointing_enable(dict(use_reentrant=False))
+        again = dict(use_reentrant=False)
+        if keep_attention:
+            again["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
+        hf.gradient_checkpointing_enable(again)
     return Policy(hf).train()
 
 

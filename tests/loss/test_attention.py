@@ -292,3 +292,28 @@ def test_compiled_blocks_have_the_gradient_of_plain_ones(folder, dynamo):
     (a, grads_a), (b, grads_b) = found
     assert dynamo["unique_graphs"] >= 1 and torch.allclose(a, b, atol=1e-5)
     assert all(torch.allclose(grads_a[name], grads_b[name], atol=1e-4) for name in grads_a)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_kept_outputs_of_attention_are_not_computed_again(folder, dynamo, backend, monkeypatch):
+    """Of two blocks: two forwards in place of four, and the same gradient to the bit."""
+    found, outputs, calls = [], attention._outputs, []
+    monkeypatch.setattr(attention, "_outputs", lambda *args: calls.append(1) or outputs(*args))
+    for keeps in (False, True):
+        policy = policy_of(folder, checkpoint_activations=True, keep_attention=keeps)
+        policy.cudnn_from = 0
+        if backend:
+            compile_blocks(policy, backend)
+        policy = shard(policy, CPU)
+        for batch in batches(3):
+            calls.clear()
+            policy(batch)[0].sum().backward()
+            assert len(calls) == (2 if keeps else 4)
+        found.append([p.grad.full_tensor() for p in policy.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    assert bool(backend) == bool(dynamo["unique_graphs"]) and dynamo["unique_graphs"] <= 4
+
+
+def test_what_is_kept_is_what_a_gpu_calls():
+    names = ["reagent.row_attention.default", "torch_attn._varlen_attn.default"]
+    assert list(map(str, attention.KEPT)) == names

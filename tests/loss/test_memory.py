@@ -208,7 +208,7 @@ def planned(monkeypatch, script, argv, size, world):
     if script == "train_rrm.py":  # a tree: a prompt and its judgments
         beside["group"] = cfg.group_size
         longest += (cfg.group_size - 1) * cfg.max_judgment_tokens
-    plan_memory(cfg, Ranks(world), longest=longest, **beside)
+    return plan_memory(cfg, Ranks(world), longest=longest, **beside)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +297,19 @@ def test_the_defaults_fit_eight_cards_and_a_longer_microbatch_does_not(
     assert "rank 0 reads the model 32.8" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="it cannot fit: .* needs .* GB free: "):
         planned(monkeypatch, script, ["--policy.tokens_per_microbatch=400000"], "8b", 8)
+
+
+def test_outputs_of_attention_are_kept_where_there_is_room(card, monkeypatch, capsys):
+    """8B, 32,768 tokens, 36 blocks of 4,096 numbers in bf16 and 32 in fp32: 9.8 GB; what is not
+    computed again is kept anyway, and on a CPU nothing is."""
+    assert planned(monkeypatch, "grpo_unified.py", [], "8b", 8)
+    assert "attention's outputs 9.8" in capsys.readouterr().out
+    assert planned(monkeypatch, "sft.py", ["--policy.tokens_per_microbatch=40000"], "8b", 8)
+    assert not planned(monkeypatch, "sft.py", ["--policy.tokens_per_microbatch=60000"], "8b", 8)
+    assert not planned(monkeypatch, "sft.py", ["--policy.checkpoint_activations=false"], "06b", 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not planned(monkeypatch, "sft.py", [], "06b", 1)
+    assert capsys.readouterr().out.count("attention's outputs") == 1
 
 
 def test_a_reward_model_in_the_process_has_a_share_of_its_own(card, monkeypatch, tmp_path):
