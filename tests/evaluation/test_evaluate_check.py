@@ -98,6 +98,16 @@ def test_what_an_evaluation_lacks_is_told_before_anything_heavy_loads(
         run(folder, tmp_path / "o", *[m.format(folder=folder) for m in more], check=check)
 
 
+def test_no_judge_is_asked_where_none_is_wanted(folder, tmp_path, capsys):
+    (folder / "hle.jsonl").write_bytes((folder / "cities.jsonl").read_bytes())
+    named = ["--dataset=hle", f"--data_dir={folder}", "--judge=http://127.0.0.1:9/v1"]
+    run(folder, tmp_path / "out", *named, "--judged=none")
+    told = capsys.readouterr()
+    assert "the answers of hle stay unscored" in told.err and " 0 verdicts" in told.out
+    with pytest.raises(SystemExit, match="no verdict of http"):
+        run(folder, tmp_path / "out", *named)
+
+
 @pytest.mark.parametrize("reply", ["Fine.", 500])
 def test_a_judge_whose_verdict_cannot_be_read_is_told(reply, folder, tmp_path):
     with judge_server(lambda text: reply) as (url, _):

@@ -161,3 +161,30 @@ def test_limits_are_those_that_were_asked_for_where_they_fit(task):
     assert limits("--max_context=9000").max_context == 4096
     room = limits()
     assert room.max_new_tokens_per_turn == room.max_tokens_per_attempt
+
+
+@pytest.mark.parametrize("given, held", [(0, 4096), (2000, 2000), (9000, 4096)])
+def test_an_engine_holds_the_positions_that_a_chain_may_have(given, held, monkeypatch):
+    made = []
+    monkeypatch.setattr(evaluate.engines, "make_engine", lambda *a, **more: made.append((a, more)))
+    cfg = parse_config(evaluate.Config, ["--model=m", f"--max_context={given}"])
+    evaluate.start_engine(cfg, evaluate.Agent(None, CHAT, 4096, "", {}), "group")
+    assert made == [((cfg.engine, "m", CHAT.stop_ids), dict(max_context=held, tp_group="group"))]
+
+
+@pytest.mark.parametrize(
+    "answer, right, status",
+    [("a b", True, "answered"), ("a c", False, "answered"), (None, False, "no_answer")],
+)
+def test_a_record_says_how_a_chain_ended_and_pays_only_what_is_right(
+    answer, right, status, tmp_path
+):
+    task = task_of(tmp_path, [row_of("1", answer="a b")])
+    ((_, row),) = task.keys()
+    attempt = rollout.Attempt((1, 2), (0, 1), answer, "answered", 0)
+    episode = rollout.Episode("1", "q?", ["a b"], [5, 6], [0, 1], [-0.5], [], 0, [attempt])
+    record = evaluate.record_of(episode, task, row, 3)
+    told = record["attempts"][0]
+    assert (record["status"], record["correct"], record["rollout"]) == (status, right, 3)
+    assert (told["rule_reward"], told["correct"]) == (float(right), right)
+    assert (record["tokens"], record["sampled"]) == (2, 1)
