@@ -210,11 +210,9 @@ def leave_flash() -> None:
 def choose_attention(asked: str, heads: tuple[int, int, int], device: torch.device) -> float:
     """Tokens a row, on average, from which cuDNN computes (inf: never); FlashAttention-4 is
     activated where it is taken. heads: of queries, of keys, and their width.
-
     asked: torch | flash | cudnn | auto, which takes what is faster on this card when it starts. A
     kernel that fails here or differs from dense fp32 is dropped, with a sentence. All ranks take
-    the same: what fails on one is dropped by all, and the slowest one's seconds count.
-    """
+    the same: what fails on one is dropped by all, and the slowest one's seconds count."""
     timed = asked == "auto"
     if asked == "torch" or (timed and device.type == "cpu"):
         return math.inf

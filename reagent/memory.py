@@ -55,8 +55,7 @@ def step_parts(
 
     tokens: all of them in the loss; width: bytes of a computed number (2: bf16 on a card, 4: fp32
     on a CPU). fp32 copies that norms make are counted where numbers are computed in bf16.
-    group: continuations of a tree, which all read the keys and values of its prefix, copied.
-    """
+    group: continuations of a tree, which all read the keys and values of its prefix, copied."""
     block, table, total = model_sizes(config)
     (hidden, inner, queries, keys), layers = widths(config), config.num_hidden_layers
     # of a token in a block, what backward reads: of both norms input (fp32), normed and scaled; of
@@ -97,8 +96,7 @@ def memory_plan(
     engine, rrm: bytes that the policy's engine has in a rollout and with `sleep` only there, and
     that a reward model in this process has always, or its server on the card in a rollout alone
     with `rrm_sleeps`. reference: a second policy, for forwards only.
-    offload: parameters, gradients and moments stay on the host. shape: what step_parts takes.
-    """
+    offload: parameters, gradients and moments stay on the host. shape: what step_parts takes."""
     parts, width, ranks = step_parts(config, **shape), shape["width"], shape["ranks"]
     total, adapters = model_sizes(config)[2], lora_size(config, shape.get("lora_rank", 0))
     weights = width * total + 4 * adapters if adapters else 4 * total
@@ -132,8 +130,7 @@ def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None, group: int = 1
     there is room for attention's outputs where other activations are computed again.
 
     longest: tokens of a row that stands alone. engine, rrm: the EngineConfig and RewardModelConfig
-    of what runs beside the policy. group: see step_parts.
-    """
+    of what runs beside the policy. group: see step_parts."""
     config, cuda, own = load_config(cfg.model), torch.cuda.is_available(), cfg.policy
     if not is_dense(config):
         print(f"no memory plan for a model of the kind {config.model_type}", flush=True)

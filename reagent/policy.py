@@ -56,8 +56,7 @@ policy.save_dtype=auto|bf16|fp32"""
 def normalised(pools: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """Rewards (N, K) -> (R - mean) / (std + eps) of their own pool, in fp64: the std is unbiased,
     over those that are there. 0 where a reward is missing (NaN), in pools with one or none, and in
-    pools whose max - min is under 1e-6: the std of equal fp32 numbers is not 0.
-    """
+    pools whose max - min is under 1e-6: the std of equal fp32 numbers is not 0."""
     flat, there = pools.double().nan_to_num(0.0), ~pools.isnan()
     count = there.sum(1, keepdim=True)
     mean = flat.sum(1, keepdim=True) / count.clamp(min=1)
@@ -103,11 +102,9 @@ class Batch:
 
 def balance(rows: list[Sequence], ranks: int, tokens_per_microbatch: int) -> list[list[list]]:
     """Deals rows to ranks for equal work, then into micro-batches: result[rank][microbatch][row].
-
     Longest first to the rank with the fewest tokens; then first fit. Every rank gets the same
     number of micro-batches (FSDP would hang otherwise), so some may be empty. Deterministic: the
-    same rows give the same deal.
-    """
+    same rows give the same deal."""
     dealt: list[list[Sequence]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
     for row in sorted(rows, key=lambda row: -len(row.ids)):
@@ -361,8 +358,7 @@ def compile_blocks(policy: Policy, backend: str = "inductor") -> None:
 @cache
 def check_model(folder: str):
     """The config of a model that can be trained here; SystemExit for another, or without weights:
-    one whose function would be another here is refused.
-    """
+    one whose function would be another here is refused."""
     config, path = _read(AutoConfig, folder, "model"), Path(folder)
     try:
         check_forward(config)
@@ -378,10 +374,8 @@ def load_policy(
 ) -> Policy:
     """A Hugging Face folder in fp32: rank 0 reads it on its CPU, the other ranks know its shapes;
     `shard` gives each its part.
-
     What is `frozen`, as all but the adapters is with LoRA, is in bf16 where there is a GPU.
-    keep_attention: of what is computed again in backward, its outputs are not.
-    """
+    keep_attention: of what is computed again in backward, its outputs are not."""
     config = check_model(folder)
     frozen = frozen or lora_rank > 0
     dtype = torch.bfloat16 if frozen and torch.cuda.is_available() else torch.float32
@@ -560,9 +554,7 @@ def take_step(policy: Policy, optimizer, loss: float, *, max_norm, dlogp=0.0, ma
 def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, whole tensor) of the model's state dict, a tied lm_head included, adapters merged into
     their weights; all ranks walk it together.
-
-    Each in memory of its own: vLLM keeps references until a fused weight is whole.
-    """
+    Each in memory of its own: vLLM keeps references until a fused weight is whole."""
     state = policy.hf.state_dict()
     for name, value in state.items():
         layer, _, kind = name.rpartition(".")
