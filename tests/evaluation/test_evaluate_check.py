@@ -67,6 +67,17 @@ def test_a_check_counts_what_is_left_and_changes_no_byte(folder, tmp_path, capsy
     assert held == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+def test_a_finished_run_asks_its_reward_model_for_nothing(folder, tmp_path):
+    tokenizer = load_tokenizer(f"{folder}/model")
+    with chat_server(knows, tokenizer) as (url, _), judge_server() as (rrm, critiques):
+        more = [f"--model={url}", f"--tokenizer={folder}/model", "--limit=1"]
+        more += ["--refine", f"--rrm={rrm}", "--rrm.seconds=20"]
+        run(folder, tmp_path, *more, check="--check=false")
+        asked = len(critiques)
+        run(folder, tmp_path, *more)
+    assert len(critiques) == asked > 2
+
+
 LACKS = {
     "no rows": (["--dataset=nowhere.jsonl"], "nowhere.jsonl"),
     "no docs": (["--dataset={folder}/none.jsonl"], "nothing to search"),

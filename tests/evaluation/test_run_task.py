@@ -174,12 +174,12 @@ def test_an_engine_holds_the_positions_that_a_chain_may_have(given, held, monkey
 
 @pytest.mark.parametrize(
     "answer, right, status",
-    [("a b", True, "answered"), ("a c", False, "answered"), (None, False, "no_answer")],
+    [("x y", True, "answered"), ("x z", False, "answered"), (None, False, "no_answer")],
 )
 def test_a_record_says_how_a_chain_ended_and_pays_only_what_is_right(
     answer, right, status, tmp_path
 ):
-    task = task_of(tmp_path, [row_of("1", answer="a b")])
+    task = task_of(tmp_path, [row_of("1", answer="x y")])
     ((_, row),) = task.keys()
     attempt = rollout.Attempt((1, 2), (0, 1), answer, "answered", 0)
     episode = rollout.Episode("1", "q?", ["a b"], [5, 6], [0, 1], [-0.5], [], 0, [attempt])

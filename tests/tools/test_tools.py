@@ -159,6 +159,8 @@ GIVEN = {"words": ["a"], "text": "b"}
         ({"x": 2}, {"x": 2.0}),
         ({"x": "0.25"}, {"x": 0.25}),
         ({"flag": "True"}, {"flag": True}),
+        ({"flag": "false"}, {"flag": False}),
+        ({"flag": False}, {"flag": False}),
     ],
 )
 def test_083_harmless_slips_in_arguments_are_mended(arguments, meant):
@@ -322,6 +324,18 @@ def test_calls_in_flight_are_bounded_for_each_tool_and_threads_are_used_again(ad
 
     assert [seen.text for seen in asyncio.run(run())] == ["one", "two"] * 20
     assert most == {"one": 3, "two": 3} and len(threads) <= 8
+
+
+@pytest.mark.parametrize("cores, most", [(1, 2), (3, 3), (64, 16)])
+def test_no_more_calls_of_python_wait_than_have_a_core(cores, most, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(tools, "Sandbox", lambda **_: None)
+    toolbox = Toolbox(["python", "search"])
+
+    async def rooms():
+        return [toolbox._gate(name)._value for name in ("python", "search")]
+
+    assert asyncio.run(rooms()) == [most, 16]
 
 
 def test_a_toolbox_serves_one_event_loop_after_another(added):
@@ -736,6 +750,16 @@ def test_a_long_page_shows_its_start_or_the_passages_that_match():
         "Ports\n[the passages"
     )
     assert none == start and max(len(start), len(match)) <= 4000
+
+
+def test_the_passages_of_a_query_are_shorter_than_the_page_that_may_be_shown():
+    with web_server({"/": "<article>" + "<p>The tide is high here.</p>" * 4000}) as server:
+        toolbox = Toolbox(["browse"], allow=server.host)
+        lengths = [
+            len(call(toolbox, "browse", {"url": server.url, "query": query}).text)
+            for query in ("tide", "zebra")
+        ]
+    assert 3000 < lengths[0] <= tools.PASSAGE_CHARS + 200 and 9000 < lengths[1] <= 10_000
 
 
 def test_passages_keep_the_order_of_the_text_and_their_bound():
