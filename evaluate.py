@@ -33,6 +33,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -282,6 +283,7 @@ async def run_task(cfg: Config, task: Task, setup, journal: Journal, rank=0, wor
     done = [journal.entries[key] for key, _ in mine if key not in waiting]
     tally = Counter((entry.correct or [False])[-1] for entry in done)
     faults: dict[tuple, str] = {}
+    began, before = time.monotonic(), len(journal.entries)
 
     def on_done(episode):
         key = (task.name, episode.id, episode.meta["rollout"])
@@ -291,7 +293,8 @@ async def run_task(cfg: Config, task: Task, setup, journal: Journal, rank=0, wor
             faults[key] = [*names, episode.dropped][0]
         else:
             line = record_of(episode, task, waiting[key], key[2])
-            journal.append(line)
+            finished = world * (len(journal.entries) - before + 1)  # the other ranks alike
+            journal.append(line | {"pace": (time.monotonic() - began) / finished})
             bar.update()
             tally[line["correct"]] += 1
             share = f"{tally[True] / max(tally[True] + tally[False], 1):.3f}"
@@ -363,7 +366,8 @@ def preflight(cfg: Config, tasks, toolboxes, journal, runner, asks: bool) -> tup
     boxes = [toolboxes[task.spec.tools, task.spec.seconds_per_call] for task in tasks]
     setups = [setup_of(cfg, task, agent, box) for task, box in zip(tasks, boxes)]
     for task in tasks:
-        attempts = sum(not journal.done(*each) for each in task.keys()) * (1 + cfg.refine)
+        left["chains"] += (chains := sum(not journal.done(*each) for each in task.keys()))
+        attempts = chains * (1 + cfg.refine)
         left["attempts"] += attempts
         left["judgments"] += attempts * cfg.refine
         left["verdicts"] += attempts * (asks and task.spec.scorer == "judge")
@@ -385,7 +389,8 @@ def preflight(cfg: Config, tasks, toolboxes, journal, runner, asks: bool) -> tup
         if judge is None or runner.run(judge("What is 1 + 1?", ["2"], "2")) is None:
             raise SystemExit(f"no verdict of {cfg.judge}: {judge and judge.problem}")
     if first:
-        print("left of the run: " + ", ".join(f"{n:,} {what}" for what, n in left.items()))
+        paces = [entry.pace for entry in journal.entries.values() if entry.pace]
+        print(config.left_of_run(left, paces[-1:]))
     return agent, rrm, setups
 
 

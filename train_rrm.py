@@ -30,7 +30,6 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
 
 import asyncio
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 
@@ -212,7 +211,7 @@ def grpo_batch(chat: Chat, rows: list[dict], sample, step: int, cfg: Config):
     rewards = [judgment_reward(j, row, cfg) for j, (row, _) in zip(judgments, judged)]
     advantages = normalised(torch.tensor(rewards).view(-1, cfg.group_size))  # (N, G)
     counted = int((advantages != 0).any(1).sum()) * cfg.group_size
-    trees = [Sequence([*ids], [0] * len(ids), defaultdict(list)) for _, ids in pairs]
+    trees = [Sequence([*ids], [0] * len(ids), {c: [] for c in COLUMNS}) for _, ids in pairs]
     for i, (each, advantage) in enumerate(zip(samples, advantages.flatten().tolist())):
         if advantage == 0.0:  # counted above, not computed
             continue

@@ -167,6 +167,14 @@ def flat(config: dict, prefix: str = "") -> dict:
     return found
 
 
+def left_of_run(counts: dict[str, int], seconds: list[float]) -> str:
+    """What is left of a run: `counts`, its units first, and the hours by `seconds` of units."""
+    mean, left = sum(seconds) / max(len(seconds), 1), next(iter(counts.values()))
+    hours = f"{left * mean / 3600:.1f} hours at {mean:.1f} s each" if seconds else "hours: unknown"
+    told = [*(f"{n:,} {what}" for what, n in counts.items()), hours]
+    return "left of the run: " + ", ".join(told)
+
+
 def run_facts(cfg) -> dict:
     """What a repeat needs: config, commit, versions, hardware. Call it once the GPU is chosen."""
     import torch

@@ -52,7 +52,6 @@ def step_parts(
     config, *, ranks: int, tokens: int, width: int, checkpoint_activations, lora_rank=0, group=1
 ) -> dict[str, float]:
     """Bytes that the forward and backward of a micro-batch add to what is resident, by part.
-
     tokens: all of them in the loss; width: bytes of a computed number (2: bf16 on a card, 4: fp32
     on a CPU). fp32 copies that norms make are counted where numbers are computed in bf16.
     group: continuations of a tree, which all read the keys and values of its prefix, copied."""
@@ -92,7 +91,6 @@ def memory_plan(
     **shape,
 ) -> dict[str, dict[str, float]]:
     """phase of a step -> part -> bytes on the card of one of the ranks that share parameters.
-
     engine, rrm: bytes that the policy's engine has in a rollout and with `sleep` only there, and
     that a reward model in this process has always, or its server on the card in a rollout alone
     with `rrm_sleeps`. reference: a second policy, for forwards only.
@@ -128,7 +126,6 @@ def told(parts: dict[str, float]) -> str:
 def plan_memory(cfg, run, *, longest: int, engine=None, rrm=None, group: int = 1) -> bool:
     """Prints the plan of a trainer's `cfg` and ends the program where it cannot fit. -> whether
     there is room for attention's outputs where other activations are computed again.
-
     longest: tokens of a row that stands alone. engine, rrm: the EngineConfig and RewardModelConfig
     of what runs beside the policy. group: see step_parts."""
     config, cuda, own = load_config(cfg.model), torch.cuda.is_available(), cfg.policy
@@ -189,9 +186,8 @@ def plan_engines(engine, folder: str, rrm) -> None:
     beside = replace(engine, memory_share=rrm.memory_share, tensor_parallel=1)
     parts = {"context": CONTEXT if card else 0}
     for name, source, one in (("engine", folder, engine), ("rrm", rrm.source, beside)):
-        if not source or source.startswith("http") or source.endswith(".py"):
-            continue
-        if is_dense(config := load_config(source)):
+        local = source and not source.startswith("http") and not source.endswith(".py")
+        if local and is_dense(config := load_config(source)):
             parts[name] = engine_size(one, config, card, name)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"memory of a rank, GB: {told(parts)}", flush=True)

@@ -308,16 +308,13 @@ def load_tokenizer(folder: str):
 def load_chat(folder: str, chat_template: str = "", tools: bool = True) -> Chat:
     """The renderer of a model, tried before work starts. chat_template: a file in place of the
     model's own; without `tools` (a reward model) calls need no known format."""
-    tokenizer = load_tokenizer(folder)
-    if chat_template:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text("utf-8")
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"chat_template = {chat_template}: {error}") from error
+    tokenizer, own = load_tokenizer(folder), f"chat_template = {chat_template}: "
     try:
+        if chat_template:
+            tokenizer.chat_template = Path(chat_template).read_text("utf-8")
         return Chat(tokenizer, tools)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{own if chat_template else ''}{error}") from error
 
 
 def make_policy(cfg, device: torch.device, keep_attention: bool = False) -> Policy:
@@ -357,8 +354,7 @@ def compile_blocks(policy: Policy, backend: str = "inductor") -> None:
 
 @cache
 def check_model(folder: str):
-    """The config of a model that can be trained here; SystemExit for another, or without weights:
-    one whose function would be another here is refused."""
+    """The config of a model that can be trained here; SystemExit for another or without weights."""
     config, path = _read(AutoConfig, folder, "model"), Path(folder)
     try:
         check_forward(config)
@@ -449,9 +445,7 @@ def _small(config):
 
 def shard(policy: Policy, device: torch.device, shard_ranks: int = 0, cpu_offload=False) -> Policy:
     """FSDP2: fp32 shards and reduction, bf16 compute on a GPU; a unit each block, then the root.
-
-    `shard_ranks` > 0: HSDP, parameters sharded over so many adjacent ranks, replicated over others.
-    """
+    `shard_ranks` > 0: HSDP, sharded over so many adjacent ranks, replicated over others."""
     world = dist.get_world_size()
     inner = shard_ranks or world
     if world % inner:

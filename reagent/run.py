@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from reagent.config import flat, run_facts
+from reagent.config import flat, left_of_run, run_facts
 from reagent.folder import check_digest, check_free, claim, read_json, write_digest, write_whole
 from reagent.policy import Policy, check_model, full_weights
 
@@ -393,16 +393,12 @@ class Run:
         return found[-1]
 
     def only_checks(self, counts: dict[str, int]) -> bool:
-        """All is checked, nothing heavy loaded: says how much is left of the run, `counts` of what.
-        True with --check: that was all, and nothing was written."""
-        left = self.cfg.steps - self.saved
-        say(f"{left:,} steps: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
+        """All is checked, nothing heavy loaded: says what is left of the run. True with --check:
+        that was all, and nothing was written."""
+        times = [line["seconds/step"] for line in self.log if "seconds/step" in line]
+        say(left_of_run({"steps": self.cfg.steps - self.saved} | counts, times))
         if self.cfg.check:
-            times = [line["seconds/step"] for line in self.log if "seconds/step" in line]
-            mean = sum(times) / max(len(times), 1)
-            rate = f"{left * mean / 3600:.1f} hours at {mean:.1f} s a step, as {len(times)} took"
-            rate = rate if times else "hours: unknown before a checkpoint has measured a step"
-            say(f"{rate}\nchecked: it can start")
+            say("checked: it can start")
             self.end()
         return self.cfg.check
 

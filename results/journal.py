@@ -58,6 +58,7 @@ class Entry:
     ended: list[str]
     calls: int
     tokens: int
+    pace: float | None = None  # seconds a chain of the run so far, all ranks together
 
 
 def entry_of(line: dict, path: str, offset: int) -> Entry:
@@ -65,8 +66,9 @@ def entry_of(line: dict, path: str, offset: int) -> Entry:
     names = dict(answers="answer", correct="correct", ended="termination")
     lists = {name: [attempt[key] for attempt in attempts] for name, key in names.items()}
     lists["f1"] = [attempt.get("f1") for attempt in attempts]
-    counts = dict(calls=sum(len(a["calls"]) for a in attempts), tokens=line["tokens"])
-    return Entry(path, offset, line["row"], line["status"], **lists, **counts)
+    calls = sum(len(a["calls"]) for a in attempts)
+    same = dict(status=line["status"], tokens=line["tokens"], pace=line.get("pace"), calls=calls)
+    return Entry(path, offset, line["row"], **lists, **same)
 
 
 class Journal:
@@ -164,6 +166,7 @@ def final_line(journal: Journal, key: tuple, row: dict, judge: str) -> dict | No
         name = named(key) | {"row": row["digest"], "status": "fault", "correct": None}
         return name | {"fault": journal.faults[key]} if key in journal.faults else None
     entry, line = journal.entries[key], opened(journal.record(key))
+    line.pop("pace", None)
     for i, attempt in enumerate(line["attempts"]):
         if entry.correct[i] is None:
             line["judge"], attempt["correct"] = journal.said(key, i, judge)

@@ -1,5 +1,7 @@
 """evaluate.py --check: everything is looked at, nothing heavy loads, nothing is written."""
 
+import types
+
 import pytest
 
 import evaluate
@@ -46,8 +48,9 @@ def test_a_check_says_what_a_run_asks_for_and_writes_nothing(folder, tmp_path, c
         run(folder, tmp_path / "out", *more)
         told = capsys.readouterr().out
         assert len(critiques) == len(judge[1]) == 1 and "boxed{unknown}" in critiques[0]
-    left = "12 attempts, 12 judgments, 12 verdicts, 20,004 tokens at most, 360 turns that search"
-    assert f"left of the run: {left}" in told and "2 attempt(s) of 1667 tokens" in told
+    left = "6 chains, 12 attempts, 12 judgments, 12 verdicts, 20,004 tokens at most, 360 turns"
+    assert f"left of the run: {left}" in told and ", hours: unknown\n" in told
+    assert "2 attempt(s) of 1667 tokens" in told
     assert "memory of a rank, GB: engine 0.0" in told and told.endswith("checked: it can start\n")
     assert not list(tmp_path.iterdir())
 
@@ -58,10 +61,9 @@ def test_a_check_counts_what_is_left_and_changes_no_byte(folder, tmp_path, capsy
         run(folder, tmp_path, *more, "--limit=1", check="--check=false")
         held = {path: path.read_bytes() for path in tmp_path.iterdir()}
         run(folder, tmp_path, *more)
-        assert (
-            "left of the run: 4 attempts, 0 judgments, 0 verdicts, 15,384 to"
-            in capsys.readouterr().out
-        )
+        left = "left of the run: 4 chains, 4 attempts, 0 judgments, 0 verdicts, 15,384 tokens"
+        told = capsys.readouterr().out.rpartition("left of")
+        assert left in "".join(told) and " hours at " in told[2]
         with pytest.raises(SystemExit, match="top_p: 0.95 -> 0.5"):
             run(folder, tmp_path, *more, "--top_p=0.5")
     assert held == {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -124,3 +126,17 @@ def test_a_judge_whose_verdict_cannot_be_read_is_told(reply, folder, tmp_path):
     with judge_server(lambda text: reply) as (url, _):
         with pytest.raises(SystemExit, match=f"no verdict of {url}: "):
             run(folder, tmp_path / "out", "--judged=all", f"--judge={url}")
+
+
+def test_hours_are_of_the_chains_that_are_left_at_the_pace_of_those_that_are_done(
+    folder, tmp_path, monkeypatch, capsys
+):
+    """One question of three, twice: the second chain ends 7,200 s after the start: an hour each."""
+    clock = iter([0.0, 3600.0, 7200.0])
+    monkeypatch.setattr(evaluate, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    with chat_server(knows, load_tokenizer(f"{folder}/model")) as (url, _):
+        more = [f"--model={url}", f"--tokenizer={folder}/model"]
+        run(folder, tmp_path, *more, "--limit=1", check="--check=false")
+        run(folder, tmp_path, *more)
+    assert "4.0 hours at 3600.0 s each\n" in capsys.readouterr().out
+    assert "pace" not in (tmp_path / "results.jsonl").read_text()

@@ -1,5 +1,6 @@
 """The reward model behind real vLLM servers on loopback: two of them, one killed in mid-run."""
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import urllib.request
 
 import pytest
 
+from reagent.reward_model import RewardModelConfig, served_rrm
 from tests.helpers.tiny import ROOT, tiny_model, toy
 from tests.loss.test_model import torchrun
 from tests.runs.test_jobs import GRPO
@@ -44,7 +46,7 @@ def world(tmp_path_factory):
     return folder
 
 
-def serve(folder):
+def serve(folder, **more):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -66,7 +68,7 @@ def serve(folder):
         "--override-generation-config",
         '{"max_new_tokens": 64}',
     ]  # a judgment that does not end costs minutes
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", **more}
     quiet = subprocess.DEVNULL
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=quiet, stderr=quiet, start_new_session=True
@@ -144,3 +146,36 @@ def test_one_of_two_servers_killed_in_mid_run_loses_no_judgment(world, tmp_path)
         "no answer from" not in text
     )  # no judgment waited in vain; those that failed were written badly
     assert sum(line["attempts"] for line in log[3:]) > 0
+
+
+def test_a_real_server_sleeps_and_wakes_in_the_trainers_order_and_answers_again(tmp_path):
+    """Three rounds of what a step does: asleep while the policy trains, awake in the rollout. What
+    a judgment says is the same before and after. Only a card can show that memory goes back."""
+    tiny_model(tmp_path / "rrm", hidden=128)  # vLLM's CPU attention wants heads of 32
+    process, port = serve(tmp_path / "rrm", VLLM_SERVER_DEV_MODE="1")
+    base = f"http://127.0.0.1:{port}"
+
+    def asleep() -> bool:
+        with urllib.request.urlopen(f"{base}/is_sleeping", timeout=30) as reply:
+            return json.load(reply)["is_sleeping"]
+
+    async def rounds(rrm) -> list:
+        said = []
+        await rrm.tell_servers("wake_up")  # as at the start: it never slept
+        for _ in range(3):
+            said.append(await rrm.ask("Who?", [], "nobody", 7, 60.0))
+            assert not asleep()
+            await rrm.tell_servers("sleep?level=1")
+            assert asleep()
+            await rrm.tell_servers("sleep?level=1")  # twice: the start of a run, then its end
+            await rrm.tell_servers("wake_up")
+        return said
+
+    try:
+        wait_until_healthy(process, port)
+        rrm = served_rrm(RewardModelConfig(f"{base}/v1", max_context=3000, max_tokens=16))
+        said = [choice["message"]["content"] for choice in asyncio.run(rounds(rrm))]
+        assert said[0] and said == [said[0]] * 3
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)

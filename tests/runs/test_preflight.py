@@ -71,7 +71,7 @@ def test_a_check_says_how_much_a_run_is_and_writes_nothing(
         "train_rrm": "512 judgments, 2,724,352 tokens at most",
         "grpo_unified": "2,048 attempts, 2,048 judgments, 22,528,000 tokens at most, 26,624 turns",
     }
-    assert f"2 steps: {sizes[name]}" in told and "memory of a rank" in told
+    assert f"left of the run: 2 steps, {sizes[name]}" in told and "memory of a rank" in told
     assert "hours: unknown" in told and told.endswith("it can start\n")
     assert not list(tmp_path.iterdir())
 
@@ -112,7 +112,7 @@ def test_a_resumed_reward_model_announces_the_steps_that_are_left(
     sizes += [f"--stage={stage}", "--max_judgment_tokens=20"]
     checked("train_rrm", world, tmp_path / "out", *sizes)
     tokens = 7 * 5 * (100 + 20 * (each - 1))  # a prompt stands there once
-    assert f"7 steps: {7 * 5 * each} judgments, {tokens:,} tokens" in capsys.readouterr().out
+    assert f"7 steps, {7 * 5 * each} judgments, {tokens:,} tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("weight", [1.0, 2.0])
@@ -228,8 +228,8 @@ def test_hours_come_from_the_steps_that_the_run_has_measured(world, tmp_path, ca
     again = ("--steps=7202", "--lr_end=1", "--rows_per_step=2")
     checked("sft", world, tmp_path / "out", *again)
     told = capsys.readouterr().out
-    assert "7,200 steps: 14,400 rows" in told
-    assert f"{2 * mean:.1f} hours at {mean:.1f} s a step, as 2 took" in told
+    assert "7,200 steps, 14,400 rows" in told
+    assert f"{2 * mean:.1f} hours at {mean:.1f} s each" in told
     assert held == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit, match="seed: 0 -> 1"):
         checked("sft", world, tmp_path / "out", *again, "--seed=1")
