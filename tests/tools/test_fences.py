@@ -343,6 +343,18 @@ def test_a_lock_is_made_believe_so_that_what_locks_its_own_files_works(box):
     assert box.run(code).text == "[(7,)]\n"
 
 
+def test_a_call_is_one_process_where_no_namespace_ends_its_others(box):
+    code = CALLS + (
+        "attempt('fork', lambda: os.fork() or os._exit(0))\n"
+        "attempt('spawn', os.posix_spawn, '/bin/true', ['true'], {})\n"
+        "attempt('raw', lambda: libc.syscall(57) or os._exit(0))\n"
+        "import threading; thread = threading.Thread(target=print, args=['DID', 'thread'])\n"
+        "thread.start(); thread.join()"
+    )
+    made = {f"DID {name}" for name in ("fork", "spawn", "raw") if box.rung == "bubblewrap"}
+    assert set(box.run(code).text.splitlines()) == made | {"DID thread"}
+
+
 def test_only_sockets_with_a_path_and_in_one_process_not_even_these(box):
     code = CALLS + (
         "for family in range(46):\n for kind in range(1, 11):\n"
