@@ -76,9 +76,13 @@ MAY_CHANGE = {"show"}
 
 
 def check_row(row: dict, chat: Chat | None = None) -> str | None:
+    """What is wrong with a row, or None; with a `chat` also whether it renders turns so ordered."""
     try:
         messages, tools = sft_messages(row), sft_tools(row)
-        return chat.check(messages, tools) if chat else check_messages(messages)
+        problem = check_messages(messages)
+        if chat and not problem:
+            chat.row([dict(role=message["role"], content="") for message in messages], tools)
+        return problem
     except (AttributeError, RecursionError, TypeError, ValueError) as error:
         return str(error)
 

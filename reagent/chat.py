@@ -251,15 +251,6 @@ class Chat:
         pieces = self._frame(("user", "assistant", *roles), "[]", True)[2:]
         return self._joined(pieces, [self.outside(message["content"]) for message in messages])
 
-    def check(self, messages: list[dict], tools: list[dict] | None = None) -> str | None:
-        """check_messages, and whether the template renders turns in this order."""
-        if problem := check_messages(messages):
-            return problem
-        try:
-            self.row([dict(role=message["role"], content="") for message in messages], tools)
-        except ValueError as error:
-            return str(error)
-
     def row(self, messages: list[dict], tools: list[dict] | None = None) -> tuple[list, list]:
         """An SFT row -> (ids, mask), as if the policy had sampled the assistant turns and closers.
         Turns after the last assistant turn are left out: nothing in them is trained."""

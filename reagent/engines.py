@@ -68,13 +68,13 @@ class Request:
 
 class Rounds:
     """The chains of an event loop; its HFEngines compute when all of them wait for one.
-    The engine made first goes first, the agent's: judgments then come in few large batches."""
+    The agent's, which is asked first, goes first: judgments then come in few large batches."""
 
     _of_loop: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
     def __init__(self):
         self.live = 0  # chains
-        self.engines: weakref.WeakSet[HFEngine] = weakref.WeakSet()
+        self.engines: dict[HFEngine, None] = {}  # in the order of their first request
 
     @classmethod
     def here(cls) -> "Rounds":
@@ -86,8 +86,7 @@ class Rounds:
 
     def check(self):
         if self.ready():
-            asked = (engine for engine in self.engines if engine.queue)
-            first = min(asked, key=lambda engine: engine.number)
+            first = next(engine for engine in self.engines if engine.queue)
             asyncio.get_running_loop().call_soon(first.run_round)
 
 
@@ -95,7 +94,6 @@ class HFEngine:
     """transformers as the sampler, without vLLM: in rounds, so a run can be repeated to the bit."""
 
     max_batch = 64
-    made = 0
 
     def __init__(self, folder: str, stop_ids: Iterable[int], **_):
         import torch
@@ -107,15 +105,13 @@ class HFEngine:
         self.model = model.to(self.device).eval()
         self.stop_ids = set(stop_ids)
         self.queue: list[tuple[Request, asyncio.Future]] = []
-        HFEngine.made += 1
-        self.number = HFEngine.made
 
     async def generate(self, ids, *, max_new_tokens, temperature, seed, top_p=1.0) -> Sample:
         done, rounds = asyncio.get_running_loop().create_future(), Rounds.here()
         options = dict(max_tokens=max_new_tokens, temperature=temperature, seed=seed, top_p=top_p)
         waits = Request(ids, **options), done
         self.queue.append(waits)
-        rounds.engines.add(self)
+        rounds.engines.setdefault(self)
         rounds.check()
         try:
             return await done

@@ -7,6 +7,7 @@ import re
 import pytest
 from tokenizers import normalizers
 
+import sft
 from reagent.calls import FORMATS, HERMES
 from reagent.chat import Chat, assistant_text, check_messages
 from reagent.engines import Sample
@@ -376,9 +377,10 @@ def test_a_turn_that_is_marked_is_not_trained(chat):
 def test_turns_in_an_order_that_the_template_refuses_are_told_before_they_are_drawn():
     once = "{% if messages[1] and messages[0].role == messages[1].role %}"
     chat = Chat(make_tokenizer(once + "{{ raise_exception('twice') }}{% endif %}" + THINKING))
-    assert chat.check([*START, THINKS, RESULTS[0], ANSWERS], TOOLS) is None
-    assert "twice" in chat.check([QUESTION, QUESTION, ANSWERS], TOOLS)
-    assert "no assistant" in chat.check(START)
+    turns = {"good": [*START, THINKS, RESULTS[0], ANSWERS], "twice": [QUESTION, QUESTION, ANSWERS]}
+    told = {name: sft.check_row(dict(messages=m, tools=TOOLS), chat) for name, m in turns.items()}
+    assert told["good"] is None and "twice" in told["twice"]
+    assert "no assistant" in sft.check_row(dict(messages=START), chat)
 
 
 # ---------------------------------------------------------------- tokenizers
