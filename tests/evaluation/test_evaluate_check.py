@@ -80,6 +80,21 @@ def test_a_finished_run_asks_its_reward_model_for_nothing(folder, tmp_path):
     assert len(critiques) == asked > 2
 
 
+def test_what_other_ranks_have_run_is_in_the_results(folder, tmp_path, monkeypatch):
+    one, two = tmp_path / "one", tmp_path / "two"
+
+    def other_rank(*_, **__):  # it has had all questions
+        (two / "journal-1.jsonl").write_bytes((one / "journal-0.jsonl").read_bytes())
+        (two / "run.json").write_bytes((one / "run.json").read_bytes())
+
+    with chat_server(knows, load_tokenizer(f"{folder}/model")) as (url, _):
+        more = [f"--model={url}", f"--tokenizer={folder}/model"]
+        run(folder, one, *more, check="--check=false")
+        monkeypatch.setattr(evaluate, "run_missing", other_rank)
+        run(folder, two, *more, check="--check=false")
+    assert (one / "results.jsonl").read_bytes() == (two / "results.jsonl").read_bytes() != b""
+
+
 LACKS = {
     "no rows": (["--dataset=nowhere.jsonl"], "nowhere.jsonl"),
     "no docs": (["--dataset={folder}/none.jsonl"], "nothing to search"),
