@@ -26,7 +26,7 @@ def judged(task, journal, judge):
     return asyncio.run(evaluate.judge_answers([task], journal, judge))
 
 
-def test_every_attempt_is_judged_by_its_own_answer_once(tmp_path):
+def test_every_attempt_is_judged_by_its_own_answer_once(tmp_path, capsys):
     task = task_of(tmp_path, [row_of("0", "q?", ["a", "b"]), row_of("1", "r?")], scorer="judge")
     journal, judge = Journal(tmp_path / "out"), Judge()
     answers = {"0": ["bad", "good"], "1": ["good", "odd"]}
@@ -34,6 +34,7 @@ def test_every_attempt_is_judged_by_its_own_answer_once(tmp_path):
     for key, row in keys.items():
         journal.append(line_of(task, row, 0, answers[key[1]], [None, None]))
     assert judged(task, journal, judge) == 1
+    assert "1 of 4 answers stay unscored (no verdict): run" in capsys.readouterr().err
     assert sorted(judge.asked) == [
         ("q?", ["a", "b"], "bad", False),
         ("q?", ["a", "b"], "good", False),
