@@ -23,6 +23,7 @@ import os
 import platform
 import resource
 import select
+import selectors
 import signal
 import socket
 import struct
@@ -39,10 +40,10 @@ LIBC.clone.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_
 ARM = platform.machine() == "aarch64"
 MOST_FILES = 5000  # in a scratch: empty ones take no quota, but the kernel's memory, and our time
 MOST_THREADS, MOST_STARTED = 256, 4096  # of a call: at a time for a user but root, in all
-CLONE_VM, CLONE_THREAD, NEW_MOUNTS, NEW_IPC = 0x100, 0x10000, 0x20000, 0x08000000
+CLONE_VM, CLONE_FILES, CLONE_THREAD, NEW_MOUNTS, NEW_IPC = 0x100, 0x400, 0x10000, 0x20000, 1 << 27
 NEW_USER, NEW_PID, NEW_NET = 0x10000000, 0x20000000, 0x40000000
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
-MS_BIND, MS_PRIVATE_BELOW, MS_NOSUID_NODEV, MNT_DETACH = 0x1000, 0x44000, 6, 2
+MS_BIND, MS_READ_ONLY, MS_PRIVATE, MS_NOSUID_NODEV, MNT_DETACH = 0x1000, 0x1021, 0x44000, 6, 2
 
 
 def checked(result: int, what: str) -> int:
@@ -114,6 +115,7 @@ def common_rules() -> list[bytes]:
         rule("clone3", ENOSYS),  # glibc then uses clone, whose flags can be read
         rule("openat2", ENOSYS),
         rule("prlimit64", EPERM, 0, but=[0]),
+        rule("prlimit64", EPERM, 1, among=[resource.RLIMIT_CORE]),
         rule("fcntl", DONE, 1, among=LOCKS),
         rule("fcntl", EPERM, 1, but=FCNTL),
         rule("ioctl", ENOTTY, 1, but=IOCTL),
@@ -131,14 +133,15 @@ def common_rules() -> list[bytes]:
 
 
 def lone_rules() -> list[bytes]:
-    """For a call beside the host's processes and under its file system: one process, no sockets but
-    a connected pair, no change of metadata. Landlock does not know about owners, modes and times,
-    nor (when it was new) about signals and truncation, nor about sockets that have a path. Changes
-    of mode and time are made believe, so that shutil.copy works; the others are refused."""
-    refused = "fork vfork setsid setpgid socket connect bind sendmsg sendmmsg truncate"
+    """For a call beside the host's processes and under its file system: what Landlock does not know
+    (owners, modes, times, sockets with a path; when new, signals and truncation). Changes of mode
+    and time are made believe, so that shutil.copy works; the others are refused."""
     return [
-        *(rule(name) for name in refused.split()),
-        rule("clone", EPERM, 0, among=[0], mask=CLONE_THREAD),
+        *map(rule, "fork vfork setsid setpgid socket connect bind truncate".split()),
+        # all descriptors and folders are for its watcher to see
+        rule("clone", EPERM, 0, but=[CLONE_THREAD | CLONE_FILES], mask=CLONE_THREAD | CLONE_FILES),
+        rule("mkdir", EPERM, 1, but=[0o700], mask=0o700),
+        rule("mkdirat", EPERM, 2, but=[0o700], mask=0o700),
         rule("socketpair", EPERM, 1, but=[SOCK_STREAM], mask=0xF),
         rule("fallocate", EOPNOTSUPP),  # it can pass the limit of a file's size
         rule("open", EPERM, 1, among=[0o1000], mask=O_TRUNC_ONLY),
@@ -230,7 +233,7 @@ def own_namespaces() -> None:
     for name, text in ids.items():
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
-    checked(LIBC.mount(b"none", b"/", None, MS_PRIVATE_BELOW, None), "mount")
+    checked(LIBC.mount(b"none", b"/", None, MS_PRIVATE, None), "mount")
 
 
 def first_process(stack: ctypes.Array) -> int:
@@ -394,10 +397,9 @@ def await_end(channel: socket.socket, pid: int, listener: int = -1) -> None:
 
 
 def answer(given: dict, channel, filters: tuple, stack, myself: int, removers: list) -> bool:
-    """One call; False when the caller is gone. Sends b"ready" with the ends of the pipes for the
-    code and of the output; receives a secret when the caller sends the code; sends {"secret",
-    "exit"} when all of the call is gone. Anything else ends the call. The process that the code
-    runs in, forked before, never held the secret. RuntimeError if it could not be confined."""
+    """One call; False: the caller is gone; RuntimeError: it could not be confined. Sends b"ready"
+    with the ends of the pipes for code and output; receives a secret (which the process that runs
+    code, forked before, never holds); sends {"secret", "exit"} when all of the call is gone."""
     fresh_scratch(given)
     # process 1 before the pipes are made: it would hold their ends
     init = first_process(stack) if given["rung"] == "bubblewrap" else 0
@@ -439,12 +441,17 @@ def serve(given: dict) -> None:
     given["mounts"] = given["rung"] in ("bubblewrap", "landlock+namespaces")
     if given["rung"] != "bubblewrap":
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    else:  # devices of the host, which are written to: but their times and modes stay
+        for path in (b"/dev/null", b"/dev/random", b"/dev/urandom"):
+            flags = os.statvfs(path).f_flag & 0xF | MS_READ_ONLY
+            checked(LIBC.mount(b"none", path, None, flags, None), "mount of devices")
     # its memory is closed to others of its user, and there is no core
     LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     with contextlib.suppress(ImportError):
         __import__("numpy")
         __import__("sympy")
     limit(given)
+    selectors.DefaultSelector = selectors.PollSelector  # for asyncio: epoll is refused
     sys.path.insert(0, given["scratch"])
     # what was printed before a timeout is told, and in its order
     sys.stdout.reconfigure(line_buffering=True)

@@ -38,9 +38,8 @@ def image_size(body: bytes) -> tuple[str, int, int]:
 
 
 def describe_image(files_dir: str, path: str, question: str, *, seconds: float) -> str:
-    """The vision endpoint's answer to `question` about a png, jpeg, gif or webp in `files_dir`,
-    sent as it is. ToolError for a file that is no such image, has more than 20 MB or 50 million
-    pixels, or is not taken by the endpoint; ToolFault if that fails or is not set."""
+    """The vision endpoint's answer about a png, jpeg, gif or webp of up to 20 MB and 50 million
+    pixels, sent as it is; ToolError for any other file, ToolFault if the endpoint fails."""
     with _open(files_dir, path, MOST_IMAGE_BYTES) as stream:
         body = stream.read(MOST_IMAGE_BYTES)
     kind, width, height = image_size(body)
@@ -56,9 +55,8 @@ def describe_image(files_dir: str, path: str, question: str, *, seconds: float) 
 
 def transcribe_audio(files_dir: str, path: str, *, seconds: float) -> str:
     """The words of a wav, mp3, flac, ogg or m4a recording in `files_dir`, from the speech endpoint;
-    a long one is sent in pieces of up to ten minutes, which ffmpeg cuts.
-    ToolError for a file that is no such recording, has more than 100 MB or two hours, or is not
-    taken by the endpoint; ToolFault if that fails or is not set, or a needed ffmpeg is missing."""
+    a long one goes in pieces of up to ten minutes, which ffmpeg cuts. Up to 100 MB and two hours,
+    else ToolError; ToolFault if the endpoint fails or ffmpeg is missing."""
     deadline = time.monotonic() + seconds
     with _open(files_dir, path, MOST_AUDIO_BYTES) as stream:
         found = in_child(stream.fileno(), {"do": "audio"}, seconds)

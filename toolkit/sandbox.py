@@ -38,7 +38,7 @@ from pathlib import Path
 
 RUNGS = ("bubblewrap", "landlock+namespaces", "landlock")
 MOST_PROCESSES, MOST_THREADS = 64, 256  # of one call
-MOST_SOCKETS = 256  # of one call: what waits in them is nobody's memory
+MOST_SOCKETS, MOST_MAPPINGS = 256, 65_530  # of one call: what the kernel keeps for them
 MOST_FILES, DEEPEST = 2000, 50  # in a scratch without a file system of its own
 OWN = "RssAnon:|VmSwap:|VmPTE:"  # memory of a process: what forks share counts in each
 JAIL, CALLS = (Path(__file__).with_name(x).read_text() for x in ("jail.py", "system_calls.txt"))
@@ -127,23 +127,24 @@ def bubblewrap(paths: list[str], below: dict[str, str]) -> list[str]:
 
 
 def family(pid: int) -> list[int]:
-    """A process and its descendants, one more than a call may have at most: bombs leave no time."""
+    """The newest thread (one that has ended tells nothing) of a process and of each descendant, of
+    one more than a call may have at most: bombs leave no time."""
     found, left = [], [pid]
     while left and len(found) <= MOST_PROCESSES:
-        found.append(here := left.pop())
         with contextlib.suppress(OSError):  # it has just ended
-            for task in os.listdir(f"/proc/{here}/task")[:MOST_THREADS]:
+            threads = os.listdir(f"/proc/{(here := left.pop())}/task")
+            found.append(int(threads[-1]))
+            for task in threads[:MOST_THREADS]:
                 left += map(int, Path(f"/proc/{here}/task/{task}/children").read_text().split())
     return found
 
 
 def figure(pid: int, file: str, names: str) -> int:
     """The sum of what a file in /proc has by these names; 0 where the process has just ended."""
-    try:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         text = Path(f"/proc/{pid}/{file}").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return sum(map(int, re.findall(rf"^(?:{names})\s+(\d+)", text, re.M)))
+        return sum(map(int, re.findall(rf"^(?:{names})\s+(\d+)", text, re.M)))
+    return 0
 
 
 def divided(pids: list[int], seconds: float) -> float:
@@ -156,6 +157,15 @@ def divided(pids: list[int], seconds: float) -> float:
                 return math.inf
         return total
     return math.inf
+
+
+def mapped_more(pids: list[int], most: int) -> bool:
+    """Whether processes have more mappings than `most`, in the kernel's memory and in no figure."""
+    for pid in pids:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb", 0) as file:
+            while most >= 0 and (block := file.read(1 << 16)):
+                most -= block.count(b"\n")
+    return most < 0
 
 
 def overfull(folder: str, most_bytes: int) -> bool:
@@ -299,8 +309,15 @@ class _Server:
             return "too many threads"
         sizes = [figure(pid, "status", OWN) << 10 for pid in pids]
         grown = sum(max(0, size - self.idle_bytes) for size in sizes)
-        if grown > self.memory or sum(sizes) > self.memory and self._is_large(pids):
+        used, settled, self.seen = 0.0, len(pids) <= self.seen, len(pids)
+        # takes long, in a fork bomb too long: done when their number does not grow, and may fail
+        if settled and sum(sizes) > self.memory:
+            used = divided(pids, 0.25) - self.idle_divided
+            self.unread = self.unread + 1 if used == math.inf else 0
+        if grown > self.memory or self.memory < used < math.inf or self.unread > 3:
             return f"its processes use more than {self.memory >> 20} MB of memory"
+        if settled and len(pids) > 4 and mapped_more(pids, MOST_MAPPINGS):
+            return "too many mappings of memory"
         if self.rung == "bubblewrap" and len(pids) > 1:  # the first is bwrap, outside
             if figure(pids[1], "net/sockstat", "sockets: used") > MOST_SOCKETS:
                 return "too many sockets"
@@ -309,14 +326,6 @@ class _Server:
             if hidden > self.disk or overfull(self.scratch, self.disk - hidden):
                 return "too many or too large files"
         return ""
-
-    def _is_large(self, pids: list[int]) -> bool:
-        """Whether processes have too much memory, what they share counted once. To find out takes
-        long, in a fork bomb too long: it is done when their number does not grow, and may fail."""
-        settled, self.seen = len(pids) <= self.seen, len(pids)
-        used = divided(pids, 0.25) - self.idle_divided if settled else 0.0
-        self.unread = self.unread + 1 if used == math.inf else 0
-        return self.unread > 3 or self.memory < used < math.inf
 
     def last_words(self) -> str:
         self.kill()

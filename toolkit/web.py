@@ -175,10 +175,9 @@ OURS = re.compile(r"credit|quota|token|api.?key|unauthori|subscription|plan|bill
 
 
 def api(method, url: str, *, headers: dict, body=None, seconds: float, what: str, share=0.5):
-    """The JSON that a configured endpoint answers; no redirect is followed. A body goes as JSON, or
-    as it is with a Content-Type in `headers`. One try takes up to `share` of the time that is left.
-    What may pass (429, 5xx, no JSON, no connection) is tried again within `seconds`, then a
-    ToolFault; so are wrong keys and used-up quotas. A request that is not taken is a ToolError."""
+    """The JSON that a configured endpoint answers, without redirects. A body goes as JSON, or as it
+    is with a Content-Type. What may pass is tried again within `seconds`, up to `share` of what is
+    left a try; then, and for keys and quotas, ToolFault; ToolError for a request not taken."""
     deadline, url = time.monotonic() + seconds, urllib.parse.quote(url, safe=IN_ADDRESSES)
     for attempt in range(TRIES):
         left = deadline - time.monotonic()

@@ -43,6 +43,12 @@ def box(request):
         ("x =", "error", "SyntaxError"),
         ("import math; math.factorial(5)", "ok", "120"),
         ("import sys; sys.exit(3)", "error", ""),
+        (
+            "import asyncio\nasync def f():\n await asyncio.sleep(0.01)\n return 6 * 7\n"
+            "asyncio.run(f())",
+            "ok",
+            "42",
+        ),
     ],
 )
 def test_code_and_its_observation(box, code, status, told):

@@ -53,6 +53,26 @@ LIMITS = {
     "room taken ahead": KEEP + "import ctypes\nlibc = ctypes.CDLL(None)\n"
     "f, size = open('x', O_RDWR | O_CREAT), ctypes.c_long(200 << 20)\n"
     "print('DID' * (libc.fallocate(f, 1, ctypes.c_long(0), size) == 0))",
+    "deleted and open, the first thread gone": KEEP + "import ctypes, threading\ndef work():\n"
+    " try:\n  for _ in range(50):\n   f = open('.', O_RDWR | O_TMPFILE); write(f, bytes(4 << 20))\n"
+    "  time.sleep(9)\n finally: _exit(1)\n"
+    "threading.Thread(target=work).start()\nctypes.CDLL(None).syscall(60, 0)",
+    "in a folder that none may list": KEEP
+    + "umask(0o477)\nmkdir('a')\numask(0)\nmkdir('b', 0o300)\n"
+    "for name in 'ab':\n for i in range(40):\n  f = open(f'{name}/{i}', O_RDWR | O_CREAT)\n"
+    "  write(f, bytes(1 << 20)); close(f)\ntime.sleep(9)\nprint('DID')",
+    "watches of descriptors": KEEP + "import select\nselect.epoll()\nprint('DID')",
+    "descriptors on their way": KEEP + "import socket\na, b = socket.socketpair()\n"
+    "socket.send_fds(a, [b'x'], [0] * 250)\nprint('DID')",
+    "mappings without number": MMAP
+    + "import os, time\nlibc.mprotect.argtypes = [ctypes.c_long] * 3\n"
+    "start = libc.mmap(None, 240 << 20, 1, 0x4022, -1, 0)\n"
+    "for at in range(0, 60_000, 2): libc.mprotect(start + at * 4096, 4096, 3)\n"
+    "for _ in range(30):\n if not os.fork(): time.sleep(30)\ntime.sleep(30)\nprint('DID')",
+    "memory, the first threads gone": KEEP + "import ctypes, threading\ndef work():\n"
+    " time.sleep(0.3)\n x = bytearray(b'1') * (100 << 20)\n time.sleep(30)\n"
+    "for _ in range(20):\n if not fork(): break\n"
+    "threading.Thread(target=work).start()\nctypes.CDLL(None).syscall(60, 0)",
     "below long paths": KEEP + "while True:\n mkdir('d' * 200); chdir('d' * 200)\n"
     " f = open('f', O_RDWR | O_CREAT); write(f, bytes(1 << 16)); close(f)",
     "folders without number": KEEP + "i = 0\nwhile True:\n mkdir(f'{i}'); i += 1",
@@ -100,6 +120,8 @@ def test_code_runs_as_long_as_it_may_and_not_longer():
     [
         ("sockets that hold data", "too many sockets"),
         ("memory that forks write to", "more than 400 MB"),
+        ("memory, the first threads gone", "more than 400 MB"),
+        ("mappings without number", "too many mappings"),
         ("a fork bomb", "too many processes"),
     ],
 )
@@ -120,7 +142,8 @@ def test_memory_that_forks_inherit_and_write_to_counts():
     box.close()
 
 
-STOPPED = ("deleted and open", "deleted and mapped", "below long paths", "folders without number")
+STOPPED = ("deleted and open", "deleted and mapped", "deleted and open, the first thread gone")
+STOPPED += ("below long paths", "folders without number", "in a folder that none may list")
 
 
 def test_a_folder_is_measured_without_its_names():
