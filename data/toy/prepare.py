@@ -33,18 +33,13 @@ TOLLS = ["5", "6", "7", "9", "11", "13", "15", "18"]
 TOTALS = sorted({str(int(toll) + int(code)) for toll in TOLLS for code in CODES})
 DOCS = 10  # documents a question has: its trail, and another trail that leads elsewhere
 HOPS = (1, 1, 2, 3, 4)  # drawn for demonstrations; RL and the test set have --hops
-FOLLOWS = {
-    1: 0.9,
-    2: 0.3,
-    3: 0.02,
-    4: 0.0,
-}  # share of demonstrations that follow the whole trail, by its length
+# share of demonstrations that follow the whole trail, by its length
+FOLLOWS = {1: 0.9, 2: 0.3, 3: 0.02, 4: 0.0}
 REFINED = 0.65  # share of demonstrations that go on with a refined attempt
 # share of critiques that name the right place; the others are obeyed too, so critiques must be read
 OBEYS = 0.7
-TOOLS = [
-    {"type": "function", "function": {"name": "search"}}
-]  # the toy's template shows the name only
+# the toy's template shows the name only
+TOOLS = [{"type": "function", "function": {"name": "search"}}]
 HARD_TOOLS = [*TOOLS, {"type": "function", "function": {"name": "python"}}]
 QUESTION = "Follow the trail of {hops} from {start}. Which code is at its end?"
 HARD_QUESTION = (
@@ -402,101 +397,63 @@ def unseen_rows(make, rng: random.Random, count: int, seen: set[str]) -> list[di
 
 def hard_phrases() -> list[str]:
     """What --hard says besides."""
-    before, after = (
-        HARD_CALL.removeprefix("<tool_call>")
-        .removesuffix("</tool_call>")
-        .format(code="|")
-        .split("|")
-    )
+    call = HARD_CALL.removeprefix("<tool_call>").removesuffix("</tool_call>")
+    before, after = call.format(code="|").split("|")
     facts = [")\nhas toll ", "leads to ", "has code "]
-    return [
-        before,
-        " + ",
-        after,
-        HARD_QUESTION.partition("{start}")[2],
-        NOT_ADDED,
-        " python",
-        *facts,
-        *TOLLS,
-        *TOTALS,
-    ]
+    question = HARD_QUESTION.partition("{start}")[2]
+    return [before, " + ", after, question, NOT_ADDED, " python", *facts, *TOLLS, *TOTALS]
 
 
 def toy_phrases() -> list[str]:
-    """Every fixed phrase of the toy; each becomes one token. Control strings inside judged text are
-    broken by U+200B.
-    """
-    p, r = rollout, reward_model
-    before, _, after = CALL.replace("{{", "{").replace("}}", "}").partition("{name}")
-    refine = p.REFINE_PROMPT.partition("{critique}")
-    request = re.split(r"\{question\}|\{trajectory\}", r.RRM_REQUEST)
-    open_tag, close_tag = "<tool_call>", "</tool_call>"
-    question = re.split(r"\{hops\}|\{start\}", QUESTION)
-    phrases = [
-        p.SYSTEM_PROMPT,
-        *re.split("</?think>", r.RRM_PROMPT),
-        p.FINAL_PROMPT,
-        refine[0],
-        refine[2],
-        *request,
-        *question,
-    ]
-    phrases += [before.removeprefix(open_tag), after.removesuffix(close_tag)]
-    phrases += [
-        "The tool call has no closing ",
-        "The tool call is not valid JSON: ",
-        rollout.LEFT_OUT,
-    ]
-    phrases += [tag.replace("<", "<\u200b") for tag in (open_tag, close_tag)]
-    phrases += [
-        "Expecting value",
-        "Expecting ',' delimiter",
-        "Extra data",
-        ": line ",
-        " column ",
-        " (char ",
-    ]
-    phrases += [before.replace("<", "<\u200b"), after.replace("<", "<\u200b")]
-    phrases += [
-        'Results for "',
-        '":\n1. ',
-        " (doc:",
-        ")\nleads to ",
-        ")\nhas code ",
-        'No results for "',
-        '".',
-        ".",
-    ]
-    phrases += ["\\boxed{", "}", "system\n", "user\n", "assistant\n", "\n", "\ntools:", " search"]
-    phrases += [
-        "[assistant]\n",
-        "\n[assistant]\n",
-        "\n[tool]\n",
-        STOPPED,
-        WRONG,
-        DONE,
-        *NAMES,
-        *CODES,
-        *"01234",
-    ]
-    phrases += [
-        "Answer ",
-        ". ",
-        ": yes.",
-        ": no.",
-        " Found ",
-        " Verdict ",
-        "right",
-        "wrong",
-        "missing",
-        "none",
-        " ",
-    ]
-    phrases += ["<critique>", "</critique>", "<score>", "</score>"]
-    phrases += sorted(
-        {f"{score_of(a, hops, g):.2f}" for hops in HOPS for a in range(hops + 1) for g in (0, 1)}
-    )
+    """Every fixed phrase of the toy; each becomes one token, numbered in this order."""
+    phrases = [*prompt_phrases(), *call_phrases(), *result_phrases()]
+    phrases += [*turn_phrases(), *judgment_phrases()]
     return list(dict.fromkeys(filter(None, phrases)))
+
+
+def prompt_phrases() -> list[str]:
+    """Prompts, cut where something is put into them."""
+    before, _, after = rollout.REFINE_PROMPT.partition("{critique}")
+    judge = re.split("</?think>", reward_model.RRM_PROMPT)
+    request = re.split(r"\{question\}|\{trajectory\}", reward_model.RRM_REQUEST)
+    question = re.split(r"\{hops\}|\{start\}", QUESTION)
+    ours = [rollout.SYSTEM_PROMPT, *judge, rollout.FINAL_PROMPT]
+    return [*ours, before, after, *request, *question]
+
+
+def call_phrases() -> list[str]:
+    """Calls, what is told of broken ones, and calls that a judge reads: the control strings inside
+    judged text are broken by U+200B."""
+    before, _, after = CALL.replace("{{", "{").replace("}}", "}").partition("{name}")
+    tags = ["<tool_call>", "</tool_call>"]
+    unclosed, invalid = "The tool call has no closing ", "The tool call is not valid JSON: "
+    slips = "Expecting value|Expecting ',' delimiter|Extra data|: line | column | (char ".split("|")
+    phrases = [before.removeprefix(tags[0]), after.removesuffix(tags[1])]
+    phrases += [unclosed, invalid, rollout.LEFT_OUT, *(quoted(tag) for tag in tags)]
+    return [*phrases, *slips, quoted(before), quoted(after)]
+
+
+def quoted(text: str) -> str:
+    return text.replace("<", "<\u200b")
+
+
+def result_phrases() -> list[str]:
+    hit = ['Results for "', '":\n1. ', " (doc:", ")\nleads to ", ")\nhas code "]
+    return [*hit, 'No results for "', '".', "."]
+
+
+def turn_phrases() -> list[str]:
+    """Turns, their heads in a transcript, and what an agent of the toy can say in them."""
+    turns = ["\\boxed{", "}", "system\n", "user\n", "assistant\n", "\n", "\ntools:", " search"]
+    heads = ["[assistant]\n", "\n[assistant]\n", "\n[tool]\n"]
+    return [*turns, *heads, STOPPED, WRONG, DONE, *NAMES, *CODES, *"01234"]
+
+
+def judgment_phrases() -> list[str]:
+    words = "Answer |. |: yes.|: no.| Found | Verdict |right|wrong|missing|none| ".split("|")
+    told = ((a, hops, g) for hops in HOPS for a in range(hops + 1) for g in (0, 1))
+    scores = sorted({f"{score_of(*each):.2f}" for each in told})
+    return [*words, "<critique>", "</critique>", "<score>", "</score>", *scores]
 
 
 def make_tokenizer(phrases: list[str], template: str = TEMPLATE):
