@@ -6,7 +6,6 @@ W + 2 B A under the base's own names (policy.full_weights).
 """
 
 import math
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -53,21 +52,16 @@ def merged(weight, lora_a, lora_b) -> torch.Tensor:
 def base_of(policy):
     """What calls the policy without its adapters, without gradient: the KL term's reference."""
 
+    layers = [module for module in policy.modules() if isinstance(module, LoraLinear)]
+
     @torch.no_grad()
     def reference(*args):
-        with _base(policy):
+        for layer in layers:
+            layer.adapts = False
+        try:
             return policy(*args)
+        finally:
+            for layer in layers:
+                layer.adapts = True
 
     return reference
-
-
-@contextmanager
-def _base(policy):
-    layers = [module for module in policy.modules() if isinstance(module, LoraLinear)]
-    for layer in layers:
-        layer.adapts = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.adapts = True

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from reagent.attention import KEPT, choose_attention, row_ends
+from reagent.attention import KEPT, choose_attention, row_attention_backward, row_ends
 from reagent.chat import Chat
 from reagent.folder import check_digest, hub_answers, refuse_code
 from reagent.lora import ADAPTERS, add_lora, base_of, merged
@@ -348,6 +348,8 @@ def compile_blocks(policy: Policy, backend: str = "inductor") -> None:
     """Compiles each block's forward, without the hooks of FSDP and of recomputation around it."""
     # with and without gradient, with either kernel, without adapters: one graph each
     torch._dynamo.config.recompile_limit = 32
+    # compiled code is kept between runs, and calls our operation as it was declared then
+    torch.compiler.config.cache_key_tag = str(row_attention_backward._opoverload._schema)
     for block in policy.hf.model.layers:
         block.forward = torch.compile(block.forward, backend=backend)
 

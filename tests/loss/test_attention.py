@@ -16,10 +16,11 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import library
 from torch._dynamo.utils import counters
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from reagent import attention, run
 from reagent.attention import choose_attention, distance, problem, trial
-from reagent.policy import collate, compile_blocks, load_policy, shard
+from reagent.policy import Policy, collate, compile_blocks, load_policy, shard
 from tests.helpers.tiny import random_rows, tiny_model, tree_of
 from tests.loss.test_model import CPU
 
@@ -317,3 +318,74 @@ def test_kept_outputs_of_attention_are_not_computed_again(folder, dynamo, backen
 def test_what_is_kept_is_what_a_gpu_calls():
     names = ["reagent.row_attention.default", "torch_attn._varlen_attn.default"]
     assert list(map(str, attention.KEPT)) == names
+
+
+def test_code_that_is_kept_between_runs_knows_how_our_operation_is_declared(folder, monkeypatch):
+    """The cache of inductor goes by the graph: it would call what another version declared."""
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    compile_blocks(policy_of(folder), backend="eager")
+    assert "row_attention_backward(Tensor grad" in torch.compiler.config.cache_key_tag
+
+
+@pytest.mark.slow
+def test_inductor_calls_the_operation_of_a_call_a_row(folder, dynamo, monkeypatch, tmp_path):
+    """As on a GPU, with the cache of nobody: gradients of plain and of compiled blocks, and where
+    attention's outputs are kept."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = []
+    for backend, keeps in ((None, False), ("inductor", False), ("inductor", True)):
+        policy = policy_of(folder, checkpoint_activations=True, keep_attention=keeps)
+        policy.cudnn_from = 0
+        if backend:
+            compile_blocks(policy, backend)
+        policy = shard(policy, CPU)
+        for batch in batches(3):
+            policy(batch)[0].sum().backward()
+        found.append([p.grad.full_tensor() for p in policy.parameters()])
+    assert dynamo["unique_graphs"] >= 1
+    for other in found[1:]:
+        assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(found[0], other))
+
+
+# --------------------------------------------------------------------------------------------------
+# what only a GPU calls, on the meta device
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The meta device takes the branches of a GPU: arguments, shapes and types are checked as the
+    installed torch declares them, and nothing is computed."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.is_meta), raising=False)
+    monkeypatch.setattr(attention, "DEVICES", ("meta",))
+    monkeypatch.setattr("reagent.policy._compiled", lambda function: function)
+    monkeypatch.setattr("reagent.policy.HEAD_CHUNK", {"meta": 7})
+
+
+@pytest.mark.parametrize("kernel", ["torch", "cudnn"])
+@pytest.mark.parametrize("kind", ["rows", "trees"])
+def test_what_a_gpu_calls_is_what_the_installed_torch_has(folder, kernel, kind, as_on_a_gpu):
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        options = dict(attn_implementation="varlen", dtype=torch.bfloat16)
+        hf = AutoModelForCausalLM.from_config(config, **options)
+    policy, rng = Policy(hf).train(), random.Random(0)
+    policy.cudnn_from = 0 if kernel == "cudnn" else math.inf
+    trees = [tree_of(5, [3, 2], rng), tree_of(7, [1, 2], rng)]
+    rows = trees if kind == "trees" else random_rows([9, 14])
+    logps, entropy = policy(collate(rows, (), torch.device("meta")))
+    trained = sum(sum(row.mask) for row in rows)
+    assert logps.shape == entropy.shape == (trained,) and logps.dtype == torch.float32
+    logps.sum().backward()
+    for parameter in policy.parameters():
+        assert parameter.grad.shape == parameter.shape and parameter.grad.dtype == torch.bfloat16
+
+
+def test_a_row_of_cudnn_has_the_shapes_that_its_fake_promises(as_on_a_gpu):
+    options = dict(device="meta", dtype=torch.bfloat16)
+    q, k = torch.empty(12, 4, 64, **options), torch.empty(12, 2, 64, **options)
+    ends = torch.tensor([0, 5, 12])
+    work, back = attention.row_attention._init_fn, attention.row_attention_backward._init_fn
+    out, lse = work(q, k, k, ends, 0.25)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype) and lse.shape == (4, 12)
+    grads = back(out, [q, k, k, ends, out, lse], 0.25)
+    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in (q, k, k)]
