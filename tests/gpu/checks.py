@@ -167,6 +167,11 @@ def kernels(small: bool) -> tuple[dict, list[str]]:
             for rows in (attention.SHORT_ROWS, attention.LONG_ROW) if cuda else ():
                 spent = attention.seconds(kernel, rows, heads, run.device)
                 found[f"{name}_{len(rows)}_rows_ms"] = round(1e3 * spent, 2)
+            if name != "cudnn":  # which leaves trees to the others
+                gap, cosine = tree_gap(run, small)
+                found |= {f"{name}_tree_dlogp": gap, f"{name}_tree_cosine": cosine}
+                if gap > 0.02 or cosine < 0.995:
+                    faults.append(f"{name}: a tree is not its rows")
         attention.leave_flash()
     config = shape_of(small, num_hidden_layers=2, vocab_size=20_000 if cuda else 512)
     lengths = [[300, 12, 150], [700], [64] * 5, [333, 500, 9]]
@@ -201,6 +206,32 @@ def kernels(small: bool) -> tuple[dict, list[str]]:
     if not grads or not all("lora_" in name for name in grads):
         faults.append("LoRA: gradients elsewhere than in the adapters, or none")
     return found, faults
+
+
+def tree_gap(run, small: bool) -> tuple[float, float]:
+    """Of eight continuations of one prefix, as a tree and in rows of their own: mean difference of
+    log-probs, smallest cosine of a gradient."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from reagent.policy import Policy, backward, collate, shard
+    from tests.helpers.tiny import apart, tree_of
+
+    config = shape_of(small, num_hidden_layers=2, vocab_size=512 if small else 20_000)
+    tree, found = tree_of(900, [70, 1, 300, 64, 64, 128, 33, 5], random.Random(0)), []
+    for rows in ([tree], apart(tree)):
+        torch.manual_seed(0)
+        with torch.device(run.device):
+            options = dict(attn_implementation="varlen", dtype=torch.float32)
+            hf = AutoModelForCausalLM.from_config(config, **options)
+        policy = shard(Policy(hf).train(), run.device)
+        logps = policy(collate(rows, (), run.device))[0]
+        backward(logps.mean())
+        grads = [p.grad.full_tensor().flatten() for p in policy.parameters()]
+        found.append((logps.detach(), grads))
+    (a, grads_a), (b, grads_b) = found
+    cosines = (torch.cosine_similarity(x, y, dim=0).item() for x, y in zip(grads_a, grads_b))
+    return (a - b).abs().mean().item(), min(cosines)
 
 
 def speed(small: bool) -> tuple[dict, list[str]]:
