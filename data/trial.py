@@ -4,6 +4,7 @@ critique is worth.
     python data/trial.py config/trial_toy.py --agents=out/toy/sft/step-000250,out/toy/u/step-000040
     python data/trial.py config/trial_atlas_135m.py --agents=FOLDER --closed_book
 
+A question whose chain ended by a fault (a tool's machine, a prompt that is too long) is left out.
 `grounded`: right, and the answer stood in a tool result before it was given; `shuffled`: refined
 after the critique of another question; `limit`: first attempts that ended at a limit; `closed`:
 without tools. Each with its 95 % interval; the first column also by hops, where rows say how many.
@@ -47,6 +48,14 @@ def grounded(episode) -> bool:
     return any(answer.search(message["content"]) for message in results)
 
 
+def sound(others: list, chains: list) -> tuple[list, list]:
+    """Both without those whose chain ended by a fault of ours, which says nothing of the agent."""
+    whole = [(other, chain) for other, chain in zip(others, chains) if not chain.dropped]
+    if not whole:
+        raise SystemExit(f"all {len(chains)} chains ended by faults, such as {chains[0].dropped}")
+    return tuple(map(list, zip(*whole)))
+
+
 def trial(folder: str, cfg: Config) -> tuple[dict, list]:
     """-> ({column: [mean, low, high]}, episodes with the reward model's own critiques)."""
     from reagent.memory import plan_engines  # torch
@@ -57,16 +66,20 @@ def trial(folder: str, cfg: Config) -> tuple[dict, list]:
         rrm = open_rrm(cfg.rrm, setup.chat, engine=cfg.engine)
         setup = replace(setup, system_prompt=prompt, rrm=rrm, refine=True)
         jobs = [(row, (cfg.seed, "trial", 0)) for row in rows]
-        episodes = run(rollout.run_chains(jobs, setup))
-        own = [episode.attempts[0].critique or "" for episode in episodes]
-        setup = replace(setup, rrm=None)
-        moved = refine_with(episodes, rows, own[1:] + own[:1], setup, (cfg.seed, "shuffled"))
-        shuffled = run(moved)
+        chains = run(rollout.run_chains(jobs, setup))
         engines.close(rrm.engine)
+        jobs, episodes = sound(jobs, chains)
+        own = [episode.attempts[0].critique or "" for episode in episodes]
+        setup, rows = replace(setup, rrm=None), [row for row, _ in jobs]
+        moved = refine_with(episodes, rows, own[1:] + own[:1], setup, (cfg.seed, "shuffled"))
+        episodes, shuffled = sound(episodes, run(moved))
         closed = []
         if cfg.closed_book:
             alone = replace(setup, toolbox=Toolbox([]), refine=False)
-            closed = run(rollout.run_chains(jobs, alone))
+            closed = [c for c in run(rollout.run_chains(jobs, alone)) if not c.dropped]
+    left_out = len(chains) - min(map(len, filter(None, (episodes, closed))))
+    if left_out:
+        print(f"{folder}: {left_out} of {len(chains)} questions left out, ended by faults of ours")
     firsts = [episode.attempts[0] for episode in episodes]
     columns = {
         "first": [attempt.correct for attempt in firsts],

@@ -1,8 +1,12 @@
 """What a trial prints at its end."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 
 from data import trial
+from reagent import memory
 from rollout import Attempt, Episode
 
 
@@ -43,3 +47,43 @@ def test_where_nothing_was_fixed_it_says_so(capsys):
     trial.show_chains([chain("ok", True, True)], "out/a", 3)
     told = capsys.readouterr().out
     assert "left right by refinement" in told and "fixed 0 of 0 wrong answers" in told
+
+
+def tried(monkeypatch, chains: list[list[Episode]]):
+    """A trial whose chains ended like these: attempts with critiques, shuffled, closed book."""
+    ends, setup = iter(chains), trial.rollout.Setup(None, None, None, None, None)
+
+    @contextlib.contextmanager
+    def at_work(*_):
+        yield setup, [{"id": chain.id} for chain in chains[0]], lambda _: next(ends)
+
+    monkeypatch.setattr(memory, "plan_engines", lambda *_: None)
+    monkeypatch.setattr(trial, "agent_at_work", at_work)
+    monkeypatch.setattr(trial, "open_rrm", lambda *_, **__: SimpleNamespace(engine=None))
+    for name in ("run_chains", "refine_with"):
+        place = trial if name == "refine_with" else trial.rollout
+        monkeypatch.setattr(place, name, lambda *_: None)
+    return trial.trial("agent", trial.Config(closed_book=len(chains) > 2))
+
+
+def fault(name: str) -> Episode:
+    broken = chain(name, True)
+    broken.dropped, broken.attempts[0].correct = "fault", None
+    return broken
+
+
+def test_a_question_whose_chain_ended_by_a_fault_counts_nowhere_and_is_told(monkeypatch, capsys):
+    first = [chain("a", True, True), fault("b"), chain("c", False, True), chain("d", False, False)]
+    shuffled = [chain("a", True, True), chain("c", False, True), fault("d")]
+    closed = [chain("a", False), fault("c"), chain("d", False)]
+    figures, episodes = tried(monkeypatch, [first, shuffled, closed])
+    assert [episode.id for episode in episodes] == ["a", "c"]
+    means = {name: figure[0] for name, figure in figures.items()}
+    assert (means["first"], means["refined"], means["shuffled"]) == (0.5, 1.0, 1.0)
+    assert means["closed"] == 0.0
+    assert "agent: 2 of 4 questions left out, ended by faults" in capsys.readouterr().out
+
+
+def test_a_trial_of_faults_alone_says_so(monkeypatch):
+    with pytest.raises(SystemExit, match="all 1 chains ended by faults, such as fault"):
+        tried(monkeypatch, [[fault("a")]])
