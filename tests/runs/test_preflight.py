@@ -96,23 +96,33 @@ def test_what_a_run_asks_for_is_what_its_loop_does(steps, variant, stages, judge
     assert grpo_unified.whole_run(cfg, steps, 10) == counts
 
 
+class Resumed(run.Run):
+    """A run with a checkpoint of its third step."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.saved = 3
+
+
 @pytest.mark.parametrize(("stage", "each"), [("sft", 1), ("grpo", 3)])
 def test_a_resumed_reward_model_announces_the_steps_that_are_left(
     stage, each, world, tmp_path, no_loading, monkeypatch, capsys
 ):
-    class Resumed(run.Run):
-        """A run with a checkpoint of its third step."""
-
-        def __init__(self, *given):
-            super().__init__(*given)
-            self.saved = 3
-
     monkeypatch.setattr(train_rrm, "Run", Resumed)
     sizes = ["--steps=10", "--judgments_per_step=5", "--group_size=3", "--max_context=100"]
     sizes += [f"--stage={stage}", "--max_judgment_tokens=20"]
     checked("train_rrm", world, tmp_path / "out", *sizes)
     tokens = 7 * 5 * (100 + 20 * (each - 1))  # a prompt stands there once
     assert f"7 steps, {7 * 5 * each} judgments, {tokens:,} tokens" in capsys.readouterr().out
+
+
+def test_a_resumed_agent_announces_the_steps_that_are_left(
+    world, tmp_path, no_loading, monkeypatch, capsys
+):
+    monkeypatch.setattr(grpo_unified, "Run", Resumed)
+    sizes = ["--steps=10", "--prompts_per_step=4", "--prompts_per_minibatch=2", "--group_size=3"]
+    checked("grpo_unified", world, tmp_path / "out", *sizes, "--variant=r")
+    assert f"7 steps, {7 * 4 * 3} attempts, {7 * 4 * 3} judgments" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("weight", [1.0, 2.0])

@@ -23,6 +23,7 @@ from reagent.run import Run, checkpoints
 from tests.helpers.tiny import toy, toy_world
 from tests.helpers.trainers import Seen, run_here, trained_tokens
 from tests.runs.test_jobs import final_state
+from tools import Toolbox
 
 COMMON = (
     "--steps=3",
@@ -393,15 +394,22 @@ def test_the_kl_term_measures_how_far_the_policy_has_moved(u):
 
 @pytest.mark.parametrize("variant", ["r", "rule"])
 def test_what_a_run_is_told_reaches_its_chains_its_pools_and_its_loss(
-    variant, world, tmp_path, monkeypatch
+    variant, world, tmp_path, monkeypatch, capsys
 ):
+    closed, clock = [], (2.0**n for n in range(99))
+    monkeypatch.setattr(Toolbox, "close", lambda toolbox: closed.append(toolbox))
+    monkeypatch.setattr(grpo_unified, "time", SimpleNamespace(perf_counter=partial(next, clock)))
     gather = Run.gather  # as if there were a second rank, whose sampler is further off
     monkeypatch.setattr(Run, "gather", lambda run, own: further(gather(run, own)))
     (tmp_path / "prompt.txt").write_text("Look at it .")
     told = ["--steps=1", f"--variant={variant}", "--pool=per_stage", "--drop=release"]
     told += ["--loss_agg=token_mean", "--max_seconds_per_chain=0", "--clip_low=0.1"]
-    told += [f"--prompt_file={tmp_path}/prompt.txt", "--eval_data=", "--group_size=4"]
+    told += [f"--prompt_file={tmp_path}/prompt.txt", "--group_size=4"]
+    told.append(f"--eval_data={one_right_and_one_too_long(world, tmp_path)}")
     run = run_u(world, tmp_path / "out", *told)
+    assert run.log[0] == {"step": 0, "eval/first": 0.5}  # of all questions
+    check_told(run, capsys.readouterr().out)
+    assert len(closed) == 1 and (run.out / "report.html").is_file()
     (((rewards, rules, drop), _),) = run.seen.of("kept_pools")
     assert drop == "release" and not rules[:, 1].isfinite().any()
     assert {tuple(options.items()) for _, options in run.seen.of("pooled_advantages")} == {
@@ -422,6 +430,32 @@ def test_what_a_run_is_told_reaches_its_chains_its_pools_and_its_loss(
     for sequences, *_ in run.seen.of("minibatch"):
         weights = {w for sequence in sequences for w in sequence.columns["weight"]}
         assert len(weights) <= 1  # a mean over tokens
+
+
+def one_right_and_one_too_long(world, folder):
+    """Two questions: the agent is right at the first by `Rules`, the other leaves it no room."""
+    row = json.loads((world / "eval.jsonl").read_text().splitlines()[0])
+    right = -sum(map(ord, row["question"])) % 3
+    long = row | {"id": "long-9", "question": "Where is Rome ? " * 300}
+    toy.write(folder / "eval.jsonl", [row | {"id": f"right-{right}"}, long])
+    return folder / "eval.jsonl"
+
+
+def check_told(run, printed: str) -> None:
+    """What a run of one step prints and times, by a clock that doubles at every look."""
+    line, written = run.log[-1], lines_of(run.out)
+    began, rollout, train, sync, ended, end = (2.0**n for n in range(6))
+    seconds = {"rollout": train - rollout, "train": sync - train, "sync": ended - sync}
+    assert seconds | {"step": end - began} == {
+        name.partition("/")[2]: line[name] for name in line if name.startswith("seconds/")
+    }
+    assert line["tokens_per_second"] == round(line["tokens"] / (ended - rollout))
+    assert "4 questions x 4 attempts a step" in printed
+    for episode in (written[0], written[-1]):
+        (a,) = episode["attempts"]
+        earned = f"answer {a['answer']}, reward {a['reward']}, score {a['score']}"
+        assert f"--- {episode['id']}\n" in printed and f"[{a['termination']}, {earned}]" in printed
+    assert written[0]["id"] != written[-1]["id"]
 
 
 def further(told: list) -> list:
