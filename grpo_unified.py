@@ -321,7 +321,7 @@ def update_metrics(done: dict, worst: float) -> dict:
 
 
 def step_metrics(episodes: list, rewards, rules, advantages, kept) -> dict:
-    """The numbers of a step's episodes; the README explains each."""
+    """The numbers of a step's episodes; docs/metrics.md explains each."""
     line: dict = {}
     for stage, name in enumerate(("first", "refined")):
         whole = [e for e in episodes if len(e.attempts) > stage and not e.dropped]

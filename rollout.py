@@ -134,7 +134,7 @@ class Setup:
 
 
 async def run_chain(row: dict, setup: Setup, key: tuple) -> Episode:
-    """One chain: o1 ~ pi(.|q), (c, s1), o2 ~ pi(.|q, o1, c), s2; `key`: run seed, step, sibling."""
+    """One chain: o1 ~ pi(.|q), (c, s1), o2 ~ pi(.|q, o1, c), s2; `key`: seed, step, place, g."""
     gold = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
     question = shown_question(row)
     messages, ids = opening(setup.chat, setup.system_prompt, question, setup.toolbox.schemas)

@@ -182,6 +182,9 @@ def schema_of(tool) -> dict:
     names = {str: "string", int: "integer", float: "number", bool: "boolean"}
     kinds = {kind: {"type": name} for kind, name in names.items()}
     kinds[list[str]] = {"type": "array", "items": kinds[str]}
+    first = next(iter(inspect.signature(tool).parameters.values()), None)
+    if not first or first.annotation in kinds:
+        raise SystemExit(f"the tool {tool.__name__}: its first parameter is the Context")
     text = inspect.getdoc(tool) or ""
     about = dict(re.findall(r"^(\w+): (.+)$", text, re.M))
     properties, required = {}, []
@@ -216,8 +219,7 @@ def repaired(tool, arguments) -> dict:
         names = f"{', '.join(unknown[:5])}; it takes {', '.join(known)}"
         raise ToolError(f"{tool.__name__} does not take {names}.")
     given = {name: value for name, value in arguments.items() if value is not None}
-    needed = [name for name, parameter in known.items() if parameter.default is parameter.empty]
-    if missing := [name for name in needed if name not in given]:
+    if missing := [p.name for p in known.values() if p.default is p.empty and p.name not in given]:
         raise ToolError(f"{tool.__name__} needs {', '.join(missing)}.")
     kinds = {name: known[name].annotation for name in given}
     return {name: _typed(tool.__name__, name, given[name], kind) for name, kind in kinds.items()}
@@ -307,10 +309,9 @@ class Toolbox:
             return Observation(clean(text), "error", 0.0)
         shared = dict(corpus=self.corpus, sandbox=self.sandbox, web=self.web)
         shared |= dict(files_dir=self.cfg.files_dir, output_chars=self.cfg.output_chars)
-        context = Context(**shared)
+        context = Context(**shared, files=None if files is None else tuple(files))
         if docs is not None:
             context.docs = tuple((d["title"], d["text"]) for d in docs)
-        context.files = None if files is None else tuple(files)
         try:
             if name in ("search", "browse") and docs is not None:  # too quick for a thread
                 text = self._run(name, arguments, context)
@@ -329,7 +330,7 @@ class Toolbox:
         return Observation(clean(capped(text, self.cfg.output_chars)), status, seconds)
 
     def _run(self, name, arguments, context) -> str:
-        return TOOLS[name](context, **repaired(TOOLS[name], arguments))
+        return str(TOOLS[name](context, **repaired(TOOLS[name], arguments)))
 
     async def _in_thread(self, name, arguments, context) -> str:
         """Runs the call in a spare thread; one that hangs is written off, and no exit waits."""
@@ -357,8 +358,7 @@ class Toolbox:
             threading.Thread(target=self._work, args=(jobs,), daemon=True).start()
         jobs.put(job)
         # tools keep their deadlines; a cold sandbox's time is not the code's
-        grace = 60.0 if name == "python" else 0.5
-        seconds = self.cfg.seconds_per_call + grace
+        seconds = self.cfg.seconds_per_call + (60.0 if name == "python" else 0.5)
         text, error = await asyncio.wait_for(asyncio.wrap_future(outcome), seconds)
         if error is not None:
             raise error

@@ -498,8 +498,8 @@ def learning_rate(step: int, cfg) -> float:
 
 def make_optimizer(policy: Policy, *, lr: float, weight_decay: float, betas=(0.9, 0.999)):
     """AdamW whose moments exist from the start: their memory is taken before the first rollout. On
-    a GPU it is fused: no copy of the parameters is made in a step. Another optimizer takes the same
-    `weights`: with LoRA a frozen one has no place in its state."""
+    a GPU it is fused: no copy of the parameters is made in a step. Another takes these
+    `weights`, DTensors without the frozen ones of LoRA: SGD can, torch's Adafactor cannot."""
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
     fused = weights[0].is_cuda
     options = dict(lr=lr, betas=betas, weight_decay=weight_decay, fused=fused or None)

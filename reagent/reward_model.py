@@ -416,8 +416,7 @@ def scripted_rrm(path: str, seconds: float) -> RewardModel:
 
 def engine_rrm(engine, chat, config: RewardModelConfig, prompt: RRMPrompt = OURS) -> RewardModel:
     """The client of a reward model behind an engine."""
-    options = dict(temperature=config.temperature, top_p=1.0)
-    options["max_new_tokens"] = config.max_tokens
+    options = dict(temperature=config.temperature, top_p=1.0, max_new_tokens=config.max_tokens)
 
     async def ask(question, trajectory, text, seed, seconds):
         ids = prompt_ids(chat, question, text, prompt)
@@ -454,8 +453,7 @@ def served_rrm(
     async def ask(question, trajectory, text, seed, seconds):
         messages = prompt.messages(question, text)
         messages[-1]["content"] = without_control(broken(messages[-1]["content"]))
-        body = dict(messages=messages, temperature=config.temperature, top_p=1.0)
-        body["seed"] = seed % 2**31
+        body = dict(messages=messages, temperature=config.temperature, top_p=1.0, seed=seed % 2**31)
 
         async def once(endpoint, seconds):
             named = body | {"model": cards[endpoint]["id"]}
@@ -483,6 +481,8 @@ def open_rrm(config: RewardModelConfig, chat, *, engine: EngineConfig) -> Reward
     if config.served:
         return served_rrm(config, prompt, chat.broken)
     if not config.in_process:
+        if config.prompt_file or config.request_file:
+            print(f"rrm.prompt_file, rrm.request_file: {config.source} reads no prompt", flush=True)
         return scripted_rrm(config.source, config.seconds)
     config.check_folder()
     from reagent.policy import load_chat

@@ -98,7 +98,7 @@ def _permutation(n: int, seed: int, epoch: int) -> array:
 
 
 def check_rl_row(row: dict) -> str | None:
-    """RL row: {"id", "question", "answer", "kind", "docs"?, "files"?, "meta"?} (README, records).
+    """RL row: {"id", "question", "answer", "kind", "docs"?, "files"?, "meta"?} (docs/records.md).
     Null docs or files are absent."""
     for key in ("id", "question", "answer"):
         if row.get(key) in (None, "", []):

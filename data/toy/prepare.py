@@ -176,6 +176,8 @@ def read_attempt(question: str, messages: list[dict]) -> dict:
     looked up, codes seen.
     """
     match = re.search(r"trail of (\d+) from (\w+)", question)
+    if match is None:
+        raise SystemExit(f"data/toy/prepare.py judges the toy's own questions only: {question!r}")
     hops, place = int(match[1]), match[2]
     results, printed = {}, set()
     for message in messages:

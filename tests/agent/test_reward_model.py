@@ -470,6 +470,13 @@ def test_a_file_is_a_reward_model_plain_or_async(tmp_path):
         assert asks(rrm, 2) == [Judgment("assistant", f"Question {i}?", 1.0) for i in range(2)]
 
 
+def test_a_file_is_said_to_read_no_prompt(tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("Be strict.")
+    for given in ({}, dict(prompt_file=f"{tmp_path}/p.txt")):
+        scripted(tmp_path, "def annotate(question, messages):\n    return ''\n", **given)
+        assert ("mine.py reads no prompt" in capsys.readouterr().out) == bool(given)
+
+
 def test_a_file_that_is_slow_costs_its_judgment_and_one_without_annotate_is_named(tmp_path):
     slow = "import asyncio\nasync def annotate(q, m):\n    await asyncio.sleep(5)"
     rrm = scripted(tmp_path, slow, seconds=0.2)

@@ -106,6 +106,32 @@ def test_a_tool_without_a_hint_or_a_meaning_is_named():
         schema_of(word_count)
 
 
+def test_a_tool_that_takes_no_context_is_named():
+    def word_count(text: str) -> str:
+        """Counts.
+
+        text: the text"""
+
+    def clock() -> str:
+        """Tells the time."""
+
+    for tool in (word_count, clock):
+        with pytest.raises(SystemExit, match=f"the tool {tool.__name__}: its first parameter"):
+            schema_of(tool)
+
+
+def test_a_number_that_a_tool_returns_is_an_observation(added):
+    def word_count(context, text: str) -> int:
+        """Counts.
+
+        text: the text"""
+        return len(text.split())
+
+    added(word_count)
+    seen = call(Toolbox(["word_count"]), "word_count", {"text": "a b c"})
+    assert (seen.status, seen.text) == ("ok", "3")
+
+
 def test_the_schema_of_a_tool_comes_from_its_hints_and_docstring():
     function = schema_of(sample)["function"]
     assert (function["name"], function["description"]) == ("sample", "Says what it was given.")
