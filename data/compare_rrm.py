@@ -168,6 +168,8 @@ def main(cfg: Config) -> None:
 
     if not cfg.rrm.source:
         raise SystemExit("compare_rrm needs --rrm")
+    if cfg.agent and not Path(cfg.agent).is_dir():
+        raise SystemExit(f"--agent: no folder {cfg.agent}")
     for source in filter(None, (cfg.rrm.source, cfg.against)):
         if not any(name and Path(name).is_dir() for name in (cfg.agent, source)):
             raise SystemExit(
