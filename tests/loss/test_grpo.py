@@ -18,6 +18,7 @@ from grpo_unified import (
     set_rewards,
     training_sequences,
 )
+from reagent.policy import normalised, take_step
 from reagent.reward_model import RewardModelConfig
 from rollout import Attempt, Episode, write_episodes
 
@@ -53,6 +54,23 @@ def test_per_stage_normalises_each_stage_alone():
     a = pooled_advantages(pool([0.0, 1.0], [5.0, 7.0]), eps=0.0, pool="per_stage")
     half = 1 / math.sqrt(2)
     assert torch.allclose(a, pool([-half, half], [-half, half]))
+
+
+def test_a_small_spread_is_damped_by_eps_and_a_large_one_is_not():
+    for spread, eps, size in ((2e-6, 1e-6, 0.414214), (2e-6, 0.0, 0.707107), (1.0, 1e-6, 0.707106)):
+        found = normalised(torch.tensor([[0.0, spread]], dtype=torch.float64), eps)
+        assert found[0].tolist() == pytest.approx([-size, size], abs=1e-6)
+
+
+@pytest.mark.parametrize("loss, gradient", [(math.inf, 1.0), (NAN, 1.0), (1.0, math.inf)])
+def test_neither_a_loss_nor_a_gradient_that_is_not_finite_is_stepped_on(loss, gradient):
+    policy = torch.nn.Linear(1, 1)
+    before = policy.weight.item()
+    for weight in policy.parameters():
+        weight.grad = torch.full_like(weight, gradient)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    assert "loss" in take_step(policy, optimizer, loss, max_norm=1.0)[1]
+    assert policy.weight.item() == before and policy.weight.grad is None
 
 
 def test_unequal_pools_do_not_mix():
