@@ -57,10 +57,9 @@ def opened(files_dir: str, path: str, most_bytes: int) -> int:
 
 
 def file_to_text(files_dir: str, path: str, *, seconds: float = 30.0, chars: int = 200_000) -> str:
-    """The text of a file in `files_dir`, up to `chars` characters and with a note if there is more:
-    by what it is, not by its name; a member of an archive is "a.zip::b.csv", an archive alone lists
-    its members. XML is shown as written, no entity expanded; a formula where no value is stored.
-    ToolError for what cannot be read within about `seconds`; ToolFault if no reader starts."""
+    """The text of a file in `files_dir`, by what it is, up to `chars` characters and a note that
+    there is more; "a.zip::b.csv" is a member of an archive, whose own text lists them. ToolError
+    for what cannot be read within about `seconds`; ToolFault if no reader starts."""
     outer, *members = path.split("::")
     given = {"do": "file", "name": outer, "members": members, "chars": chars}
     with os.fdopen(opened(files_dir, outer, MOST_BYTES), "rb") as file:

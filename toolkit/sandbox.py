@@ -213,13 +213,13 @@ class _Server:
         given |= dict(below=below, calls=CALLS, read=[*paths, "/dev/random", "/dev/urandom"])
         command = bubblewrap(paths, below) if rung == "bubblewrap" else []
         command += [sys.executable, "-I", "-B", "-c", JAIL, json.dumps(given)]
-        streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        environment = {"OMP_NUM_THREADS": "1"}
-        environment |= dict.fromkeys(("TMPDIR", "HOME"), self.scratch) if self.folder else {}
+        streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        environment = {"OMP_NUM_THREADS": "1", "TMPDIR": self.scratch, "HOME": self.scratch}
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        streams |= dict(stdin=theirs, cwd="/", env=environment, start_new_session=True)
         with theirs:
-            self.process = subprocess.Popen(command, **streams)
+            self.process = subprocess.Popen(
+                command, stdin=theirs, cwd="/", env=environment, **streams
+            )
 
     def measure(self) -> None:
         """Notes the memory that it has when it is idle, which is nobody's call."""

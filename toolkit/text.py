@@ -27,9 +27,8 @@ def clean(text: str) -> str:
 
 
 def after_thoughts(text: str) -> str:
-    """What a turn says last outside of its thoughts: those between <think> and </think>, those that
-    are never closed, and those before a first </think>, since a template or a server may have
-    opened them. A closer with nothing behind it is a stray one."""
+    """What a turn says last outside of its thoughts: in <think>…</think>, never closed, or before a
+    first </think>, since a template may have opened them. One with nothing behind it is stray."""
     outside = re.sub(r"<think>.*?(?:</think>|\Z)", "</think>", text, flags=re.S)
     return next((said for said in reversed(outside.split("</think>")) if said.strip()), "")
 
