@@ -133,7 +133,7 @@ def family(pid: int) -> list[int]:
     while left and len(found) <= MOST_PROCESSES:
         with contextlib.suppress(OSError):  # it has just ended
             threads = os.listdir(f"/proc/{(here := left.pop())}/task")
-            found.append(int(threads[-1]))
+            found += map(int, threads[-1:])
             for task in threads[:MOST_THREADS]:
                 left += map(int, Path(f"/proc/{here}/task/{task}/children").read_text().split())
     return found

@@ -146,6 +146,13 @@ STOPPED = ("deleted and open", "deleted and mapped", "deleted and open, the firs
 STOPPED += ("below long paths", "folders without number", "in a folder that none may list")
 
 
+def test_a_process_that_ends_while_it_is_looked_at_is_none(monkeypatch):
+    listed = {"/proc/7/task": [], "/proc/1/task": ["1", "3"]}
+    monkeypatch.setattr(sandbox.os, "listdir", listed.__getitem__)
+    monkeypatch.setattr(sandbox.Path, "read_text", lambda path: "7" if "/3/" in str(path) else "")
+    assert sandbox.family(1) == [3]
+
+
 def test_a_folder_is_measured_without_its_names():
     with tempfile.TemporaryDirectory() as folder:
         here = os.open(folder, os.O_RDONLY)

@@ -68,7 +68,9 @@ def test_an_hour_of_harmless_code_among_all_attacks(rung, monkeypatch, tmp_path)
             which = n % len(HARMLESS)
             result = box.run(HARMLESS[which].format(n=n), 60.0)
             counts["harmless"] += 1
-            if (result.status, result.text) != ("ok", answers(n, which)):
+            if result.status == "timeout":  # after 60 s: the machine is busy with other things
+                counts["late"] += 1
+            elif (result.status, result.text) != ("ok", answers(n, which)):
                 wrong.append((HARMLESS[which], result))
 
     workers = [threading.Thread(target=work, args=[seed]) for seed in range(IN_FLIGHT)]
@@ -82,5 +84,6 @@ def test_an_hour_of_harmless_code_among_all_attacks(rung, monkeypatch, tmp_path)
     rate = (counts["attacks"] + counts["harmless"]) / spent
     print(f"\n{rung}: {rate:.1f} calls a second over {spent:.0f} s at {IN_FLIGHT} in flight:")
     print(f"{dict(counts)}, {len(wrong)} wrong")
-    assert not wrong, wrong[:3]
+    assert not wrong, "\n".join(map(str, wrong[:3]))
+    assert counts["late"] <= counts["harmless"] / 100
     assert left_over() == before
