@@ -25,7 +25,7 @@ if __name__ == "__main__" and len(sys.argv) > 1:  # before torch is imported
     script = Path(__file__).parent / "data" / f"{sys.argv[1]}.py"
     if {"-h", "--help"} & set(sys.argv):
         show_help(script if script.is_file() else __file__)
-    if sys.argv[1] in ("critique", "page"):  # they need next to nothing
+    if sys.argv[1] in ("ask", "compare", "critique", "page", "score"):
         sys.exit(import_module(f"data.{sys.argv[1]}").main(sys.argv[2:]))
 
 import asyncio
@@ -489,17 +489,9 @@ def main(cfg: Config) -> None:
             print(f"{what}: run the same command again", file=sys.stderr)
 
 
-def command(argv: list[str]) -> None:
-    """ask … | compare A B | critique … | page FOLDER | score … | the keys of a run."""
-    if argv and argv[0] in ("ask", "compare", "critique", "page", "score"):
-        import_module(f"data.{argv[0]}").main(argv[1:])
-    else:
-        main(config.parse_config(Config, argv))
-
-
 if __name__ == "__main__":
     try:
-        command(sys.argv[1:])
+        main(config.parse_config(Config, sys.argv[1:]))
     except KeyboardInterrupt:
         print("stopped: the same command goes on with what is missing", file=sys.stderr)
         sys.exit(130)

@@ -294,11 +294,6 @@ class Toolbox:
         self.running, self.closed = Counter(), False  # calls by tool
         self.spare: list[queue.SimpleQueue] = []  # of threads without a job
 
-    @property
-    def blocked(self) -> int:
-        """Results and pages that the block list has hidden so far."""
-        return self.web.blocklist.count
-
     async def call(self, name: str, arguments, docs=None, files=None) -> Observation:
         """Runs one call; never raises for what the model wrote. `docs` = [{"title", "text"}]:
         search only there; `files` = [path in files_dir]: read only those."""
@@ -407,7 +402,8 @@ def main(argv: list[str]) -> int:
     seen = asyncio.run(toolbox.call(plain[0], plain[1]))
     toolbox.close()
     print(seen.text)
-    print(f"[{seen.status}, {seen.seconds:.3f} s, {toolbox.blocked} blocked]", file=sys.stderr)
+    blocked = toolbox.web.blocklist.count  # results and pages that the block list has hidden
+    print(f"[{seen.status}, {seen.seconds:.3f} s, {blocked} blocked]", file=sys.stderr)
     return seen.status != "ok"
 
 

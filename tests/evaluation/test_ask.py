@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-import evaluate
+import data.ask
 from tests.helpers.chat_server import chat_server
 from tests.helpers.judge_server import judge_server
 
@@ -28,7 +28,7 @@ def corpus(tmp_path):
 
 def ask(*args) -> tuple[int, None]:
     with pytest.raises(SystemExit) as end:
-        evaluate.command(["ask", *map(str, args)])
+        data.ask.main([*map(str, args)])
     return end.value.code
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-import evaluate
 from data import critique
 from data.trajectories import Unread, Work, read_works, works_of
 from tests.helpers.judge_server import hashed_judgment, judge_server
@@ -167,7 +166,7 @@ def test_rows_are_judged_and_what_is_not_is_named_and_counted(tmp_path, capsys):
         return "prose" if text.endswith("\n1") else hashed_judgment(text)
 
     with judge_server(reply) as (url, _), pytest.raises(SystemExit) as end:
-        evaluate.command(["critique", f"--rrm={url}", str(path)])
+        critique.main([f"--rrm={url}", str(path)])
     told = capsys.readouterr()
     out = [json.loads(line) for line in told.out.splitlines()]
     assert end.value.code == 1 and {line["id"] for line in out} == {"t0", "t2"}

@@ -7,6 +7,7 @@ import re
 import pytest
 
 import evaluate
+from data import score
 from reagent.config import parse_config
 from results import benchmarks
 from tests.helpers.chat_server import chat_server
@@ -29,7 +30,7 @@ def test_a_folder_has_pass_at_1_of_each_file_and_pass_at_k_over_them(tmp_path, c
     for n, answer in enumerate(COMMITS):
         write(tmp_path / f"{n}/results.jsonl", [row(0, "66.0", True), row(1, answer, True)])
         write(tmp_path / f"{n}/journal-0.jsonl", [{"anything": 1}])
-    evaluate.command(["score", str(tmp_path)])
+    score.main([str(tmp_path)])
     first, _, total = capsys.readouterr().out.partition("Pass@k")
     cells = [line.split(" | ") for line in first.splitlines() if "results.jsonl" in line]
     assert [cell[5].split()[0] for cell in cells] == ["100.0", "50.0", "50.0"]
@@ -46,8 +47,8 @@ def test_rows_of_other_tools_are_scored_by_the_rule_that_is_named(tmp_path, caps
     ]
     write(tmp_path / "theirs.jsonl", rows)
     with pytest.raises(SystemExit, match="theirs.jsonl:1: data set .*--scorer=NAME"):
-        evaluate.command(["score", str(tmp_path / "theirs.jsonl")])
-    evaluate.command(["score", str(tmp_path / "theirs.jsonl"), "--scorer=hotpotqa"])
+        score.main([str(tmp_path / "theirs.jsonl")])
+    score.main([str(tmp_path / "theirs.jsonl"), "--scorer=hotpotqa"])
     assert "| 3 | 3 | 33.3 [" in capsys.readouterr().out
 
 
@@ -59,7 +60,7 @@ def test_files_of_the_release_keep_their_judges_score(tmp_path, capsys):
             for i, s in enumerate(scores)
         ]
         write(tmp_path / f"iter{n}.jsonl", rows)
-    evaluate.command(["score", str(tmp_path)])
+    score.main([str(tmp_path)])
     told = capsys.readouterr().out
     assert "| 2 | 2 | 50.0 [" in told and "| 2 | 2 | 100.0 [" in told
     assert "| 2 | 2 | 75.0 [" in told and told.splitlines()[-1].count("100.0 [") == 1  # pass@2
@@ -72,7 +73,7 @@ def test_a_chain_of_the_release_that_failed_is_wrong_and_counted_once_when_tried
     judged = {"question": "Q0", "answer": "a", "prediction": "b", "auto_judge": {"score": 1}}
     rows = [failed | {"question": "Q0"}, judged, failed | {"question": "Q1"}]
     write(tmp_path / "iter1.jsonl", rows)
-    evaluate.command(["score", str(tmp_path)])
+    score.main([str(tmp_path)])
     assert "| 2 | 2 | 50.0 [" in capsys.readouterr().out
 
 
@@ -82,13 +83,13 @@ def test_a_chain_of_the_release_that_failed_is_wrong_and_counted_once_when_tried
 def test_a_row_without_answer_or_reference_is_named(tmp_path, line, problem):
     write(tmp_path / "rows.jsonl", [row(0, "66"), line])
     with pytest.raises(SystemExit, match=f"rows.jsonl:2: {problem}"):
-        evaluate.command(["score", str(tmp_path / "rows.jsonl")])
+        score.main([str(tmp_path / "rows.jsonl")])
 
 
 def test_plain_rows_give_a_line_each(tmp_path, capsys):
     rows = [{"scorer": "math", "pred": p, "gold": "1/2"} for p in ("0.5", "2")]
     write(tmp_path / "rows.jsonl", rows)
-    evaluate.command(["score", str(tmp_path / "rows.jsonl")])
+    score.main([str(tmp_path / "rows.jsonl")])
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["correct"] for line in lines] == [True, False]
 
@@ -97,13 +98,13 @@ def test_a_judge_is_asked_where_one_is_named_and_else_verdicts_stay(tmp_path, ca
     rows = [row(0, "sixty-six", True), row(1, "nothing", False)]
     rows = [r | {"dataset": "webwalker", "gold": "66"} for r in rows]
     write(tmp_path / "results.jsonl", rows)
-    evaluate.command(["score", str(tmp_path)])
+    score.main([str(tmp_path)])
     told = capsys.readouterr().out
     assert "| verdicts of the rows | 2 | 2 | 50.0 [" in told and "| 0 | 0 |" in told
     with chat_server(lambda *_: "VERDICT: CORRECT", model="big") as (url, seen):
         keys = [f"--judge={url}", f"--judge_cache={tmp_path}/cache.sqlite"]
-        evaluate.command(["score", str(tmp_path), *keys])
-        evaluate.command(["score", str(tmp_path), *keys])
+        score.main([str(tmp_path), *keys])
+        score.main([str(tmp_path), *keys])
     assert len(seen) == 2  # the second time the cache answers
     assert re.search(r"big/[0-9a-f]{8} \| 2 \| 2 \| 100.0 .* \| 0 \| 1 \|", capsys.readouterr().out)
 

@@ -663,7 +663,7 @@ def test_a_row_with_docs_is_searched_there_alone(tmp_path):
     )
     assert (
         call(toolbox, "browse", {"url": "https://a.org/lima"}, docs=docs).status == "error"
-        and toolbox.blocked == 0
+        and toolbox.web.blocklist.count == 0
     )
 
 
@@ -689,7 +689,7 @@ def test_074_blocked_addresses_of_a_corpus_are_hidden_and_counted(tmp_path):
     assert "1. Cusco" in call(toolbox, "search", {"queries": "peru"}).text
     assert (
         call(toolbox, "browse", {"url": "https://a.org/lima"}).status == "error"
-        and toolbox.blocked == 2
+        and toolbox.web.blocklist.count == 2
     )
 
 
