@@ -15,6 +15,7 @@ OUT/results.jsonl holds the rows in the order of the data, without timings, and 
 report.html and summary.json the numbers. `-h` prints all keys.
 """
 
+import contextlib
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -26,10 +27,11 @@ if __name__ == "__main__" and len(sys.argv) > 1:  # before torch is imported
     if {"-h", "--help"} & set(sys.argv):
         show_help(script if script.is_file() else __file__)
     if sys.argv[1] in ("ask", "compare", "critique", "page", "score"):
-        sys.exit(import_module(f"data.{sys.argv[1]}").main(sys.argv[2:]))
+        with contextlib.suppress(KeyboardInterrupt):
+            sys.exit(import_module(f"data.{sys.argv[1]}").main(sys.argv[2:]))
+        sys.exit(130)
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import os

@@ -3,12 +3,17 @@ in which order, and what is refused before anything starts.
 """
 
 import json
+import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 
 import data.ask
 from tests.helpers.chat_server import chat_server
 from tests.helpers.judge_server import judge_server
+from tests.helpers.tiny import ROOT
 
 CALL = '<tool_call>\n{"name": "search", "arguments": {"queries": ["Kiel"]}}\n</tool_call>'
 REPLIES = [
@@ -111,3 +116,20 @@ def test_a_tokenizer_that_cannot_be_had_does_not_stop_the_question(tmp_path, cap
 )
 def test_what_is_missing_is_told_in_one_line(args, problem):
     assert problem in str(ask(*args))
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"--model=http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        command = [sys.executable, "evaluate.py", "ask", "Who?", url]
+        restored = "import signal, sys, os; signal.signal(2, signal.default_int_handler); "
+        child = subprocess.Popen(
+            [sys.executable, "-c", restored + "os.execv(sys.argv[1], sys.argv[1:])", *command],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        silent.settimeout(60)
+        silent.accept()[0].recv(1)  # it asks, and would wait
+        child.send_signal(signal.SIGINT)
+        assert "Traceback" not in child.communicate(timeout=60)[1] and child.returncode == 130
