@@ -1,4 +1,4 @@
-# A reward model of the agent's size on 8,000 judgments of the atlas's annotator, by SFT. Untried.
+# A reward model of the agent's size on 8,000 judgments of the atlas's annotator, by SFT. At this size untried.
 stage = "sft"
 model = "data/atlas/model"
 data = "data/atlas/rrm_sft.jsonl"
