@@ -1,4 +1,4 @@
-# The atlas's reward model, second half: a short GRPO on its own judgments. At this size untried.
+# The atlas's reward model, second half: a short GRPO on its own judgments. Untried at this size.
 model = "out/atlas/rrm_sft/step-000250"
 data = "data/atlas/rrm_rl.jsonl"
 eval_data = "data/atlas/rrm_test.jsonl"

@@ -1,4 +1,5 @@
-# A reward model of the agent's size on 8,000 judgments of the atlas's annotator, by SFT. At this size untried.
+# A reward model of the agent's size on 8,000 judgments of the atlas's annotator, by SFT. Untried at
+# this size: 160 of them on a CPU, docs/measured.md.
 stage = "sft"
 model = "data/atlas/model"
 data = "data/atlas/rrm_sft.jsonl"
