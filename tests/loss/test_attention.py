@@ -38,6 +38,15 @@ def policy_of(folder, **options):
     return load_policy(folder, **dict(checkpoint_activations=False) | options)
 
 
+def calls_a_row(folder, backend: str | None, **options):
+    """A sharded policy whose rows each have an attention call, its blocks compiled by `backend`."""
+    policy = policy_of(folder, **options)
+    policy.cudnn_from = 0
+    if backend:
+        compile_blocks(policy, backend)
+    return shard(policy, CPU)
+
+
 def by_hand(q, k, v, lengths):
     """Softmax over the tokens of the same row up to its own, one row and one head at a time."""
     group, out, start = q.shape[1] // k.shape[1], torch.zeros_like(q), 0
@@ -280,11 +289,7 @@ def with_integers(q, k, v, ends, key_ends, longest, _, *more, **options):
 def test_compiled_blocks_have_the_gradient_of_plain_ones(folder, dynamo):
     found = []
     for backend in (None, "aot_eager"):
-        policy = policy_of(folder)
-        policy.cudnn_from = 0
-        if backend:
-            compile_blocks(policy, backend)
-        policy, logps = shard(policy, CPU), []
+        policy, logps = calls_a_row(folder, backend), []
         for batch in batches(4):
             logps.append(policy(batch)[0])
             (logps[-1] * torch.linspace(-1, 1, len(logps[-1]))).sum().backward()
@@ -301,11 +306,7 @@ def test_kept_outputs_of_attention_are_not_computed_again(folder, dynamo, backen
     found, outputs, calls = [], attention._outputs, []
     monkeypatch.setattr(attention, "_outputs", lambda *args: calls.append(1) or outputs(*args))
     for keeps in (False, True):
-        policy = policy_of(folder, checkpoint_activations=True, keep_attention=keeps)
-        policy.cudnn_from = 0
-        if backend:
-            compile_blocks(policy, backend)
-        policy = shard(policy, CPU)
+        policy = calls_a_row(folder, backend, checkpoint_activations=True, keep_attention=keeps)
         for batch in batches(3):
             calls.clear()
             policy(batch)[0].sum().backward()
@@ -334,11 +335,7 @@ def test_inductor_calls_the_operation_of_a_call_a_row(folder, dynamo, monkeypatc
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     found = []
     for backend, keeps in ((None, False), ("inductor", False), ("inductor", True)):
-        policy = policy_of(folder, checkpoint_activations=True, keep_attention=keeps)
-        policy.cudnn_from = 0
-        if backend:
-            compile_blocks(policy, backend)
-        policy = shard(policy, CPU)
+        policy = calls_a_row(folder, backend, checkpoint_activations=True, keep_attention=keeps)
         for batch in batches(3):
             policy(batch)[0].sum().backward()
         found.append([p.grad.full_tensor() for p in policy.parameters()])
