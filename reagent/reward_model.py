@@ -256,17 +256,21 @@ class RewardModel:
 
     async def tell_servers(self, what: str) -> None:
         """what: "wake_up" | "sleep?level=1", which keeps the weights in the host's memory. All
-        servers at once; SystemExit where one cannot."""
-
-        async def tell(server):
-            url = f"{server.url.removesuffix('/v1')}/{what}"
-            try:
-                await request("POST", url, headers=server.headers, body={}, seconds=300.0)
-            except (Refused, Unavailable) as problem:
+        servers at once; SystemExit where one cannot, or where none is there any more."""
+        urls = [f"{server.url.removesuffix('/v1')}/{what}" for server in self.servers]
+        calls = [
+            request("POST", url, headers=server.headers, body={}, seconds=300.0)
+            for url, server in zip(urls, self.servers)
+        ]
+        replies, gone = await asyncio.gather(*calls, return_exceptions=True), 0
+        for url, reply in zip(urls, replies):
+            if isinstance(reply, Unavailable) and not reply.status and not reply.late:
+                gone += 1  # and with it what it held of the card
+            elif isinstance(reply, Exception):
                 need = "VLLM_SERVER_DEV_MODE=1 vllm serve … --enable-sleep-mode"
-                raise SystemExit(f"{url}: {problem}; rrm.sleep needs {need}") from problem
-
-        await asyncio.gather(*map(tell, self.servers))
+                raise SystemExit(f"{url}: {reply}; rrm.sleep needs {need}") from reply
+        if gone == len(urls):
+            raise SystemExit(f"{what}: no server of the reward model is there: {self.name}")
 
     async def try_out(self, question: str) -> None:
         """SystemExit where no judgment of a short attempt at the question can be read."""

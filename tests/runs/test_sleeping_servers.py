@@ -1,5 +1,6 @@
 """The reward model's servers on the trainer's cards: asleep while it trains, awake in a rollout."""
 
+import asyncio
 import json
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
@@ -8,6 +9,7 @@ import pytest
 
 import grpo_unified
 from reagent.memory import memory_plan, too_large
+from reagent.reward_model import RewardModelConfig, served_rrm
 from tests.helpers.judge_server import hashed_judgment, serving
 from tests.helpers.tiny import toy_world
 from tests.helpers.trainers import Seen, run_here
@@ -17,7 +19,7 @@ from tests.runs.test_wiring import COMMON, U
 
 
 @contextmanager
-def sleepy_server(events, name, can_sleep=True):
+def sleepy_server(events, name, can_sleep=True, status=404):
     """As vLLM's server in development mode: POST /sleep?level=1 and /wake_up beside /v1."""
     asleep = []
 
@@ -33,7 +35,7 @@ def sleepy_server(events, name, can_sleep=True):
                 asleep[:] = [True] if "sleep" in path else []
                 return self.send({"status": path})
             if path != "v1/chat/completions" or asleep:
-                return self.send({"error": "not now"}, 404)
+                return self.send({"error": "not now"}, status)
             message = {"content": hashed_judgment(said["messages"][-1]["content"])}
             self.send({"choices": [{"finish_reason": "stop", "message": message}]})
 
@@ -84,6 +86,33 @@ def test_a_reward_model_that_cannot_sleep_is_told_before_work(source, world, tmp
         told = "VLLM_SERVER_DEV_MODE=1" if source == "server" else "rrm.sleep is for servers"
         with pytest.raises(SystemExit, match=told):
             checked("grpo_unified", world, tmp_path / "out", f"--rrm={rrm}", "--rrm.sleep")
+
+
+def test_a_server_that_died_holds_no_memory_and_the_others_sleep_and_wake():
+    """As in a rollout: one server that is killed costs neither a judgment nor the run."""
+
+    def tell(what):
+        return asyncio.run(rrm.tell_servers(what))
+
+    events = []
+    with sleepy_server(events, "b") as b:
+        with sleepy_server(events, "a") as a:
+            rrm = served_rrm(RewardModelConfig(f"{a},{b}", model="rrm"))
+            tell("sleep?level=1")
+        tell("wake_up")
+        assert sorted(events[:2]) == [("a", "sleep?level=1"), ("b", "sleep?level=1")]
+        assert events[2:] == [("b", "wake_up")]
+    with pytest.raises(SystemExit, match=r"wake_up: no server .* is there"):
+        tell("wake_up")
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_a_server_that_is_there_and_does_not_sleep_stops_the_run(status):
+    """It would hold the memory that the policy trains in, whatever the other server does."""
+    with sleepy_server([], "a") as a, sleepy_server([], "b", can_sleep=False, status=status) as b:
+        rrm = served_rrm(RewardModelConfig(f"{a},{b}", model="rrm"))
+        with pytest.raises(SystemExit, match="VLLM_SERVER_DEV_MODE=1"):
+            asyncio.run(rrm.tell_servers("sleep?level=1"))
 
 
 def test_two_8b_models_share_eight_cards_where_one_sleeps():
