@@ -26,6 +26,7 @@ from transformers import AttentionInterface
 LONG = 8192  # tokens a row, on average, from which auto takes cuDNN: its calls are one a row
 LIMIT = 0.02  # relative distance from dense fp32 that bf16 may have
 RAGGED, SHORT_ROWS, LONG_ROW = [70, 2, 300, 47, 300], [512] * 32, [16_384]
+BEFORE = [slice(0), slice(70), slice(40), slice(0), slice(40)]  # what RAGGED reads as a tree
 DEVICES = ("cuda",)  # that torch's varlen kernel is built for
 LACKING = {"softcap": "a softcap", "s_aux": "sinks"}
 aten = torch.ops.aten
@@ -256,7 +257,7 @@ def _slower(own: list[float], other: list[float]) -> str:
 
 
 def problem(name: str, heads: tuple[int, int, int], device: torch.device) -> str:
-    """Why a kernel cannot be taken, or "": it is tried on a small ragged batch."""
+    """Why a kernel cannot be taken, or "": it is tried on a small ragged batch with trees."""
     try:
         if name == "flash":
             use_flash()
@@ -269,9 +270,12 @@ def problem(name: str, heads: tuple[int, int, int], device: torch.device) -> str
 
 def distance(kernel: str, heads: tuple[int, int, int], device: torch.device) -> float:
     """The largest relative distance of outputs and gradients from dense attention in fp32."""
-    sides, attend = trial(kernel, RAGGED, heads, device)
+    prefixes = [] if kernel == "cudnn" else BEFORE  # it is asked for no trees
+    sides, attend = trial(kernel, RAGGED, heads, device, prefixes)
     row = torch.repeat_interleave(torch.arange(len(RAGGED)), torch.tensor(RAGGED)).to(device)
     mask = (row[:, None] == row[None]).tril()
+    for i, prefix in enumerate(prefixes):
+        mask[row == i, prefix] = True
     dense = [side.detach().float().requires_grad_() for side in sides]
     expected = F.scaled_dot_product_attention(*dense, attn_mask=mask, enable_gqa=True)
     expected, got = expected.transpose(1, 2), attend()
@@ -294,11 +298,11 @@ def seconds(kernel: str, lengths: list[int], heads, device: torch.device) -> flo
     return min(found[1:])
 
 
-def trial(kernel: str, lengths: list[int], heads: tuple[int, int, int], device: torch.device):
+def trial(kernel: str, lengths: list[int], heads, device: torch.device, prefixes=()):
     """Random queries, keys and values (1, heads, T, D) of rows, and what attends to them."""
     (queries, keys, width), total = heads, sum(lengths)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     options = dict(device=device, dtype=dtype, requires_grad=True)
     sides = [torch.randn(1, n, total, width, **options) for n in (queries, keys, keys)]
-    more = dict(kernel=kernel, **row_ends(lengths, device))
+    more = dict(kernel=kernel, **row_ends(lengths, device, prefixes))
     return sides, lambda: varlen_attention(torch.nn.Module(), *sides, None, **more)[0]

@@ -88,6 +88,20 @@ def test_the_check_at_start_knows_attention_from_what_is_none():
         assert distance(kernel, HEADS, CPU) < 1e-5 and not problem(kernel, HEADS, CPU)
 
 
+def test_the_check_at_start_knows_a_kernel_that_is_causal_from_the_top_left(monkeypatch):
+    """Where a row of a tree has more keys than queries: they would not see what is before them."""
+
+    def top_left(query, key, value, lengths, *, window, scale):
+        parts = [query.split([n for n, _ in lengths], 1)]
+        parts += [x.split([n for _, n in lengths], 1) for x in (key, value)]
+        options = dict(is_causal=True, enable_gqa=True)
+        rows = [F.scaled_dot_product_attention(*row, **options) for row in zip(*parts)]
+        return torch.cat(rows, 1).transpose(0, 1)
+
+    monkeypatch.setattr(attention, "run_attention", top_left)
+    assert "from dense fp32" in problem("torch", HEADS, CPU)
+
+
 def no_mask(q, k, v, host_ends, scale):
     out = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), enable_gqa=True)
     return (out.transpose(0, 1),)
