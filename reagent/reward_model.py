@@ -258,10 +258,8 @@ class RewardModel:
         """what: "wake_up" | "sleep?level=1", which keeps the weights in the host's memory. All
         servers at once; SystemExit where one cannot, or where none is there any more."""
         urls = [f"{server.url.removesuffix('/v1')}/{what}" for server in self.servers]
-        calls = [
-            request("POST", url, headers=server.headers, body={}, seconds=300.0)
-            for url, server in zip(urls, self.servers)
-        ]
+        more, keys = dict(body={}, seconds=300.0), [server.headers for server in self.servers]
+        calls = [request("POST", url, headers=key, **more) for url, key in zip(urls, keys)]
         replies, gone = await asyncio.gather(*calls, return_exceptions=True), 0
         for url, reply in zip(urls, replies):
             if isinstance(reply, Unavailable) and not reply.status and not reply.late:
