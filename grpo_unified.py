@@ -310,14 +310,18 @@ def recomputed_logps(policy, minibatches: list, cfg: Config, device) -> dict:
 
 
 def update_metrics(done: dict, worst: float) -> dict:
-    """The log's names for what `update` returns; `worst` is over all ranks."""
-    updates, tokens = max(len(done["norms"]), 1), max(done["tokens"], 1)
-    line = {"loss": done["loss"] / updates, "grad_norm": sum(done["norms"]) / updates}
-    line |= {"updates": len(done["norms"]), "skipped": done["skipped"]}
-    line |= {"dlogp/mean": done["gap"] / max(done["compared"], 1), "dlogp/max": worst}
-    line |= {"clip_share": done["clipped"] / tokens, "bounded_share": done["bounded"] / tokens}
-    line |= {"kl": done["kl"] / tokens, "entropy": done["entropy"] / tokens}
-    return line | {"trained_tokens": done["tokens"]}
+    """The log's names for what `update` returns; `worst` is over all ranks. A mean over nothing,
+    where all pools were dropped, is None."""
+
+    def mean(name: str, number: int) -> float | None:
+        return done[name] / number if number else None
+
+    updates, tokens, compared = len(done["norms"]), done["tokens"], done["compared"]
+    line = {"updates": updates, "skipped": done["skipped"], "trained_tokens": tokens}
+    line |= {"loss": mean("loss", updates), "grad_norm": _mean(done["norms"])}
+    line |= {"dlogp/mean": mean("gap", compared), "dlogp/max": worst if compared else None}
+    shares = dict(clip_share="clipped", bounded_share="bounded", kl="kl", entropy="entropy")
+    return line | {name: mean(sums, tokens) for name, sums in shares.items()}
 
 
 def step_metrics(episodes: list, rewards, rules, advantages, kept) -> dict:

@@ -233,7 +233,7 @@ def update(policy, optimizer, sequences: list, total_weight: float, cfg: Config,
     sft: the weighted mean of -log p over the tokens; grpo: the clipped surrogate of `clipped_loss`.
     """
     if not sequences:
-        return {"loss": 0.0, "grad_norm": 0.0, "skipped": ""}
+        return {"loss": None, "grad_norm": None, "skipped": ""}
     grpo, loss_sum, gap, compared = cfg.stage == "grpo", 0.0, 0.0, 0
     columns = COLUMNS if grpo else ("weight",)
     mine = balance(sequences, run.world, cfg.policy.tokens_per_microbatch)[run.rank]
