@@ -256,8 +256,8 @@ async def insist(endpoints: list[Endpoint], once, *, seconds=None, request_s=180
                     endpoint.failed(error)
                 finally:
                     endpoint.asking -= 1
-                clock = time.monotonic()
-                failing_since = min(failing_since, clock)
+                failing_since = min(failing_since, clock := time.monotonic())
+                endpoints = [x for x in endpoints if x is not endpoint] + [endpoint]
                 if all(each is endpoint or each.rests_until > clock for each in endpoints):
                     left = min(failing_since + patience_s - clock, (end - clock) / 2)
                     wait = min(max(pause, problem.wait_s), MOST_PAUSE_S, max(0.05, left))

@@ -386,6 +386,14 @@ def test_another_server_is_asked_without_a_pause_and_the_one_that_failed_after_i
     assert [url for url, *_ in tries[:2]] == ["http://a", "http://b"] and clock.pauses[0] == 0.25
 
 
+@pytest.mark.parametrize("urls", [["http://a"], ["http://a", "http://b"], ["http://a"] * 3])
+def test_a_request_that_was_too_slow_goes_to_another_at_once_or_back_after_a_pause(clock, urls):
+    fails = [Unavailable("", late=True)] * len(urls) + ["yes"]
+    tries, reply = tried(clock, urls, lambda tries: fails[len(tries) - 1])
+    assert reply == "yes" and [url for url, *_ in tries] == [*urls, urls[0]]
+    assert clock.pauses == [0.25] * (len(urls) == 1)
+
+
 def test_one_that_is_slow_is_not_left_alone():
     with web_server({"*": SLOW["silent"]}) as slow:
         answers, (endpoint,) = insist([slow], seconds=0.5)
