@@ -540,6 +540,22 @@ def test_question_prompt_trajectory_and_judgment_fit_the_context(words):
     assert "boxed{1}" in CHAT.decode(ids) and len(ids) > 600  # no more is cut than has to be
 
 
+@pytest.mark.parametrize("system", ["Judge.", "Judge well." * 60])
+def test_a_request_to_a_server_fits_its_context_beside_the_judgment(system, tmp_path):
+    """By the rule of three bytes a token; the server may hold less than the config says."""
+    (tmp_path / "system.txt").write_text(system)
+    turns = [{"role": "tool", "content": "fact " * 3000}, *MESSAGES]
+    cards = [{"id": "rrm", "max_model_len": 1400}]
+    with rrm_server(answer(completion(GOOD)), cards) as server:
+        options = dict(max_context=5000, max_tokens=300, prompt_file=f"{tmp_path}/system.txt")
+        config = RewardModelConfig(server.url, **options)
+        rrm = reward_model.open_rrm(config, CHAT, engine=None)
+        assert asyncio.run(rrm("why?", turns, (0,)))
+    (sent,) = [json.loads(body)["messages"] for *_, body in server.seen if body]
+    size = sum(len(message["content"].encode()) for message in sent) // 3
+    assert 600 < size <= 1400 - 300 and sent[0]["content"] == system
+
+
 def test_all_tries_at_a_judgment_have_its_seconds(monkeypatch):
     clock, given = SimpleNamespace(now=50.0), []
 

@@ -23,7 +23,7 @@ from reagent.calls import read_turn
 from reagent.config import parse_config, run_facts
 from results import benchmarks, journal, statistics, verdicts
 from results.benchmarks import DataSet, Task
-from results.journal import Entry, Journal, about
+from results.journal import Entry, Journal, about, final_line
 from results.statistics import Chain
 from tests.helpers.chat_server import chat_server
 from tests.helpers.tiny import ROOT, load, toy
@@ -468,6 +468,10 @@ def test_figures_of_a_hand_worked_set_with_refinement(tmp_path):
     assert refined == pytest.approx(wanted, abs=1e-4)
     levels = {value: of["all"][0] for value, of in figures["by"]["level"].items()}
     assert levels == pytest.approx({"1": 0.5 / 3, "2": 0.25}, abs=1e-4)
+    written = filter(None, (final_line(journal, key, row, "") for key, row in task.keys()))
+    right = {(line["id"], line["rollout"]): line["correct"] for line in written}
+    wanted = {key: bool(of and of[0] and of[0][-1]["correct"]) for key, of in WORKED.items()}
+    assert right == wanted | {key: None for key, of in WORKED.items() if of is None}
     journal.close()
 
 
@@ -749,6 +753,14 @@ def test_081_an_answer_forges_neither_verdict_nor_fence_even_when_the_judge_repe
     )
     assert "<|im_" not in text and "</think>" not in inside
     text.encode()
+
+
+@pytest.mark.parametrize("golds", [["Rome"], ["Rome", "Roma"], ["Rome", "Roma", "the Urbs"]])
+def test_the_judge_reads_every_reference_once(golds):
+    text = verdicts.judge_request("Which city?", golds, "Paris")
+    assert [text.count(f"\n{'- ' * (len(golds) > 1)}{gold}\n") for gold in golds] == [1] * len(
+        golds
+    )
 
 
 def test_the_mark_of_the_fence_depends_on_all_that_it_encloses():

@@ -15,7 +15,7 @@ import pytest
 
 from data.official import rule_of
 from reagent import scorers
-from reagent.scorers import rule_reward, score
+from reagent.scorers import SCORERS, rule_reward, score
 from tests.evaluation import reformatted
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -426,6 +426,17 @@ def test_an_f1_at_the_floor_earns_itself_and_one_below_it_nothing(words, reward)
 def test_every_kind_of_row_has_its_own_rule(kind, answer, pred, right):
     reward, said = rule_reward({"kind": kind, "answer": answer}, pred)
     assert said is right and (reward == 1.0) == right
+
+
+@pytest.mark.parametrize("rule", [*SCORERS, str.__eq__])
+def test_one_of_several_references_is_enough_for_every_scorer(rule):
+    for golds, right in (
+        (["B"], True),
+        (["A", "B"], True),
+        (["B", "C", "A"], True),
+        (["A"], False),
+    ):
+        assert score(rule, "B", golds)["correct"] is right
 
 
 @pytest.mark.parametrize("gold, right", [("4", True), ("#### 4", True), ("3", False)])

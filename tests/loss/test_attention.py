@@ -9,6 +9,7 @@ import sys
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 import torch
@@ -72,6 +73,42 @@ def test_a_kernel_is_attention_within_rows(kernel, lengths):
     towards = torch.randn_like(expected)
     for a, b in zip(*(torch.autograd.grad(x, sides, towards) for x in (got, expected))):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+def as_the_kernel_computes(q, k, v, ends, key_ends, longest, most_keys, *, scale, window_size, **_):
+    """In place of torch's varlen kernel, which has no CPU, by its contract: no row has more queries
+    or keys than it was told, and a window counts the tokens before a query, and behind it.
+    """
+    out = torch.full_like(q, math.nan)
+    rows = zip(*(pairwise(each.tolist()) for each in (ends, key_ends)))
+    for (a, b), (c, d) in rows:
+        n, m = min(b - a, longest), min(d - c, most_keys)
+        places = torch.arange(m) - (torch.arange(n)[:, None] + m - n)  # from each query's own
+        near = (places >= -window_size[0]) if window_size[0] >= 0 else places <= 0
+        mask = near & (places <= window_size[1])
+        parts = [x.transpose(0, 1) for x in (q[a : a + n], k[c : c + m], v[c : c + m])]
+        o = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale, enable_gqa=True)
+        out[a : a + n] = o.transpose(0, 1)
+    return out
+
+
+TREE = [3, 9, 2, 4], [slice(0, 0), slice(0, 0), slice(3, 9), slice(15, 15)]
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 30])
+@pytest.mark.parametrize("lengths, prefixes", [([3, 9, 1, 4], ()), TREE], ids=["rows", "tree"])
+def test_a_gpu_is_told_rows_prefixes_and_windows_as_a_cpu_computes_them(
+    lengths, prefixes, window, monkeypatch
+):
+    monkeypatch.setattr(attention, "varlen_attn", as_the_kernel_computes)
+    torch.manual_seed(0)
+    sides, told = trial("torch", lengths, HEADS, CPU)[0], attention.row_ends(lengths, CPU, prefixes)
+    found = []
+    for devices in (("cuda",), ("cpu",)):
+        monkeypatch.setattr(attention, "DEVICES", devices)
+        options = dict(kernel="torch", sliding_window=window, scaling=0.3)
+        found.append(attention.varlen_attention(torch.nn.Module(), *sides, None, **options, **told))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-6)
 
 
 def test_the_operation_of_a_call_a_row_is_what_it_says_it_is():

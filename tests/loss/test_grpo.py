@@ -35,10 +35,16 @@ def test_joint_pool_is_the_z_score_over_both_stages():
     assert torch.allclose(a, pool([-1 / std, 0.0], [0.0, 1 / std]))
 
 
-def test_equal_rewards_in_fp32_carry_no_gradient():
-    rewards = torch.full((1, 2, 8), 1.01, dtype=torch.float32)
-    rewards[0, 1, 5:] = NAN
-    assert pooled_advantages(rewards).abs().max() == 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("apart", [0.0, 1e-7])
+def test_rewards_that_differ_by_a_rounding_error_have_the_advantage_0_exactly(apart, dtype):
+    """One that is only nearly 0 would count its pool as one with a gradient."""
+    torch.manual_seed(0)
+    for size in (2, 3, 6, 7, 16):
+        pools = (1 + torch.rand(50, 1, dtype=dtype)).repeat(1, size)
+        pools[:, 0] += apart
+        pools[:25, 1] = NAN
+        assert not normalised(pools).any() and not pooled_advantages(pools[:, None]).any()
 
 
 def test_a_missing_second_stage_is_left_out_and_zero():

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,6 +281,23 @@ def test_replicas_add_their_gradients_once_a_step(folder, tmp_path):
         assert torch.allclose(got[name], p.grad.full_tensor(), atol=1e-5), name
 
 
+@pytest.mark.parametrize(
+    "world, asked, mesh", [(8, 2, [4, 2]), (8, 4, [2, 4]), (6, 3, [2, 3]), (8, 8, [8]), (8, 0, [8])]
+)
+def test_so_many_adjacent_ranks_share_one_copy(folder, world, asked, mesh, monkeypatch):
+    """The last dimension of a mesh runs over adjacent ranks."""
+    meshes, units = [], []
+    monkeypatch.setattr(policy.dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(policy, "init_device_mesh", lambda _, *told, **names: (*told, names))
+    monkeypatch.setattr(policy, "_receive", lambda unit, _: units.append(unit))
+    monkeypatch.setattr(policy, "fully_shard", lambda _, mesh: meshes.append(mesh))
+    whole = load_policy(folder, False)
+    shard(whole, CPU, asked)
+    names = ("replicate", "shard")[-len(mesh) :]
+    assert meshes == [(tuple(mesh), {"mesh_dim_names": names})] * len(units)
+    assert units == [*whole.hf.model.layers, whole]
+
+
 def test_only_the_last_microbatch_adds_up_replicas():
     class Recorder:
         def set_requires_all_reduce(self, value):
@@ -399,6 +417,26 @@ def test_a_checkpoint_restores_parameters_optimizer_and_facts_to_the_bit(folder,
     assert {value.dtype for value in stored.values()} == {dtype}
     assert not [path for path in saved.rglob("*") if "distcp" in path.name or path.is_dir()]
     assert "| loss | 2.5 |" in (saved / "README.md").read_text()
+
+
+def test_a_checkpoint_takes_its_name_when_all_of_it_is_on_the_disk(folder, tmp_path, monkeypatch):
+    policy, flushed, named, rename = policy_of(folder), set(), [], Path.rename
+    optimizer = torch.optim.AdamW(policy.parameters())
+
+    def told(handle):
+        flushed.add(Path(os.readlink(f"/proc/self/fd/{handle}")))
+
+    def renamed(path, name):
+        if path.is_dir():  # torch renames files inside
+            assert flushed >= {path, *path.rglob("*")}, f"{path} is named {name}"
+            named.append(Path(name))
+        return rename(path, name)
+
+    monkeypatch.setattr(run.os, "fsync", told)
+    monkeypatch.setattr(Path, "rename", renamed)
+    parts = policy, optimizer, load_tokenizer(folder), {}, lambda *_: None
+    saved = run.save_checkpoint(tmp_path, 1, *parts)
+    assert named == [run.state_of(saved), saved]  # a folder without its state is no checkpoint
 
 
 def made(folder, *steps):

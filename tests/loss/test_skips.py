@@ -109,6 +109,18 @@ def test_no_figure_depends_on_the_split_into_microbatches(folder, trainer):
             assert [small[name], middle[name]] == pytest.approx([value] * 2, rel=1e-4), name
 
 
+def test_minibatches_without_rows_change_no_figure_and_no_step(folder):
+    rows, told, weights = random_rows([9, 12]), [], []
+    for minibatches in ([[rows]], [[], [rows]], [[], [rows], []]):
+        policy = policy_of(folder)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+        cfg = grpo_unified.Config(temperature=1.0, max_dlogp=1e9)
+        told.append(grpo_unified.update(policy, optimizer, minibatches, cfg, RANKS[0]))
+        weights.append(policy.hf.model.embed_tokens.weight.full_tensor().detach())
+    assert told[0] == told[1] == told[2] and told[0]["compared"] > 0 and told[0]["worst"] > 0
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+
+
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_figures_are_those_of_all_ranks(folder, trainer):
     rows = random_rows([9, 12])

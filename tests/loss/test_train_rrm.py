@@ -342,10 +342,11 @@ def test_a_row_that_is_too_long_is_left_out_and_long_tool_results_are_shortened_
     assert len(fitted.ids) <= 3000 and "the answer" in CHAT.decode(fitted.ids)
 
 
-def test_a_prompt_leaves_room_for_the_longest_judgment():
+@pytest.mark.parametrize("word", ["fact ", "事实"])  # of five tokens and of six
+def test_a_prompt_leaves_room_for_the_longest_judgment(word):
     cfg = train_rrm.Config(max_context=4000, max_judgment_tokens=1500)
     for words in range(100, 2000, 190):
-        seen = {"role": "tool", "content": "fact " * words}
+        seen = {"role": "tool", "content": word * words}
         ids = train_rrm.judge_ids(CHAT, {"question": "q", "trajectory": [seen]}, cfg)
         assert 1000 < len(ids) <= 2500
 

@@ -88,6 +88,9 @@ def test_an_alarm_comes_when_ten_values_are_clearly_below_the_best_ten():
     assert has_fallen([0.9] * 10 + [0.5] * 3)  # .78
     assert not has_fallen([0.9] * 10 + [0.5] * 3 + [1.0] * 10)  # it came back
     assert not has_fallen([0.5, 0.9] * 20)
+    for first in (0.2, 0.5, 0.9):  # the best ten may stand anywhere
+        rise = [first] * 10 + [0.9] * 10
+        assert has_fallen(rise + [0.7] * 10) and not has_fallen(rise + [0.81] * 10)
 
 
 def test_the_alarm_is_in_the_log_line(capsys, tmp_path):

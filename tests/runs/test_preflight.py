@@ -17,6 +17,7 @@ import train_rrm
 from reagent import run
 from reagent.config import parse_config
 from reagent.folder import claim
+from reagent.policy import load_tokenizer
 from tests.helpers.judge_server import judge_server
 from tests.helpers.tiny import ROOT, toy, toy_world
 from tests.helpers.trainers import run_here
@@ -123,6 +124,15 @@ def test_a_resumed_agent_announces_the_steps_that_are_left(
     sizes = ["--steps=10", "--prompts_per_step=4", "--prompts_per_minibatch=2", "--group_size=3"]
     checked("grpo_unified", world, tmp_path / "out", *sizes, "--variant=r")
     assert f"7 steps, {7 * 4 * 3} attempts, {7 * 4 * 3} judgments" in capsys.readouterr().out
+
+
+def test_rows_are_shown_by_the_template_of_a_file(world, tmp_path, no_loading, capsys):
+    own = load_tokenizer(f"{world}/model").chat_template
+    (tmp_path / "own.jinja").write_text("Once upon a time:" + own)
+    for more, times in (([], 0), ([f"--chat_template={tmp_path}/own.jinja"], 2)):
+        checked("sft", world, tmp_path / "out", "--show=2", *more)
+        told = capsys.readouterr().out
+        assert told.count("Once upon a time:") == times and told.count("--- ") == 2
 
 
 @pytest.mark.parametrize("weight", [1.0, 2.0])

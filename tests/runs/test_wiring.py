@@ -7,6 +7,8 @@ import random
 import shutil
 import statistics
 from functools import partial
+from inspect import getclosurevars
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,9 @@ import grpo_unified
 import sft
 import train_rrm
 from data.report.markdown import report_table
+from grpo_unified import kept_pools
 from reagent.config import load_script
+from reagent.engines import HFEngine, Sample
 from reagent.reward_model import Judgment, RewardModelConfig
 from reagent.run import Run, checkpoints
 from tests.helpers.tiny import toy, toy_world
@@ -73,9 +77,13 @@ def world(tmp_path_factory):
     toy.write(folder / "rrm.jsonl", (toy.rrm_row(rng, i) for i in range(32)))
     toy.write(folder / "held.jsonl", (toy.rrm_test_row(rng, i) for i in range(2)))
     (folder / "rrm.py").write_text(ANNOTATE)
-    toy.write(folder / "eval.jsonl", (toy.rl_row(rng, i, "test") for i in range(2)))
+    held = [toy.rl_row(rng, i, "test") for i in range(2)]
+    toy.write(folder / "eval.jsonl", [*held, TOO_LONG | {"docs": held[0]["docs"]}])
     return folder
 
+
+# a question that leaves its chain no room
+TOO_LONG = {"id": "long-9", "question": "Where is Rome ? " * 300, "answer": "x", "kind": "qa"}
 
 # the reward model of these runs: at some questions every attempt has the same score
 ANNOTATE = """
@@ -113,13 +121,14 @@ class Rules:
 def run_u(world, out, *more):
     with pytest.MonkeyPatch.context() as patch:
         seen, rules = Seen(patch), Rules()
-        for name in ("kept_pools", "pooled_advantages", "grpo_loss"):
+        for name in ("kept_pools", "pooled_advantages", "grpo_loss", "step_metrics"):
             seen.note(grpo_unified, name, told_as(name))
         patch.setattr(grpo_unified, "rule_reward", rules)
         seen.note(grpo_unified.rollout, "run_chains", told_keys)
         seen.note(grpo_unified, "training_sequences", told_minibatch, after=True)
         seen.note(grpo_unified, "has_fallen", lambda aucs: ("aucs", list(aucs)))
         seen.note(grpo_unified.engines, "rest", lambda engine: ("rest",))
+        seen.note(grpo_unified, "make_policy", told_seed)
         files = [f"--model={world}/model", f"--data={world}/rl.jsonl", f"--rrm={world}/rrm.py"]
         files.append("--rrm.seconds=50")
         files += [f"--eval_data={world}/eval.jsonl", f"--out_dir={out}"]
@@ -136,6 +145,10 @@ def told_rows(policy, optimizer, rows, *_):
 
 def told_as(name):
     return lambda *args, **options: (name, args, options)
+
+
+def told_seed(*_):
+    return "seed", torch.initial_seed()
 
 
 def told_keys(jobs, *_):
@@ -158,6 +171,7 @@ def run_rrm(stage, world, out, *more):
         patch.setattr(train_rrm, "read_judgment", any_judgment)
         seen = Seen(patch)
         seen.note(train_rrm, "rest", lambda engine: ("rest",))
+        seen.note(train_rrm, "make_policy", told_seed)
         seen.note(train_rrm, "judgment_report", told_report, after=True)
         log = run_here(train_rrm, [*COMMON, *RRM, *own, f"--eval_data={world}/held.jsonl", *more])
     return SimpleNamespace(seen=seen, log=log, out=out, stage=stage)
@@ -171,6 +185,7 @@ def run_sft(world, out, *more):
     with pytest.MonkeyPatch.context() as patch:
         seen = Seen(patch)
         seen.note(sft, "update", told_rows)
+        seen.note(sft, "make_policy", told_seed)
         log = run_here(sft, [*COMMON, *own, *more])
     return SimpleNamespace(seen=seen, log=log, out=out)
 
@@ -238,6 +253,15 @@ def test_the_sampler_gets_the_weights_of_every_update_before_it_is_asked_again(u
         assert all(line.get("dlogp/mean", 0.0) < 1e-5 for line in run.log)
 
 
+def test_what_is_random_in_a_policys_start_hangs_on_the_seed_of_the_run(cold, rrm, u):
+    """Adapters: an engine that was made before has left torch's generator anywhere."""
+    assert [run.seen.of("seed") for run in (cold, rrm, u)] == [[(7,)]] * 3
+
+
+def test_no_turn_is_asked_for_more_tokens_than_a_turn_may_have(u):
+    assert {most for *_, most in u.seen.of("ask")} == {12}
+
+
 def test_a_step_is_printed_at_its_interval_and_where_it_is_evaluated(cold, rrm, u):
     assert [step for step, quiet in cold.seen.of("write") if not quiet] == [2]
     assert [step for step, quiet in rrm.seen.of("write") if not quiet] == [2, 3]
@@ -248,6 +272,60 @@ def test_ranks_meet_after_the_sampling_of_judgments(rrm):
     kinds = [event[0] if event[0] == "ask" else event[-1] for event in rrm.seen.events]
     last = len(kinds) - 1 - kinds[::-1].index("ask")
     assert kinds[last + 1] == "the sampling of judgments"
+
+
+class Left(Exception):
+    """Leaves a main() at the seam where a test has seen enough."""
+
+
+async def what_was_asked(_, ids, *, seed, temperature, max_new_tokens) -> Sample:
+    """In place of an engine's `generate`: its text is the request."""
+    return Sample([*ids, seed, round(10 * temperature), max_new_tokens], [], "stop")
+
+
+def sampled_by(ranks: int, sample, prompts, seeds) -> tuple[list, list]:
+    """(what each rank samples, what each gets), one rank after another; what the others bring to
+    their meeting is known in the second round.
+    """
+    run, shares, gather = getclosurevars(sample).nonlocals["run"], [], Run.gather
+    own = run.rank, run.world
+
+    def bring(mine):
+        shares.append(mine)
+        raise Left
+
+    run.world, run.gather = ranks, bring
+    for run.rank in range(ranks):
+        with pytest.raises(Left):
+            sample(prompts, seeds, 0.5)
+    run.gather, got = lambda _: shares, []
+    for run.rank in range(ranks):
+        got.append(sample(prompts, seeds, 0.5))
+    (run.rank, run.world), run.gather = own, partial(gather, run)
+    return shares, got
+
+
+def test_ranks_share_the_sampling_of_judgments_and_all_get_all_in_the_order_of_rows(
+    world, tmp_path, monkeypatch
+):
+    seen = []
+
+    def see(chat, rows, sample, *_):
+        for ranks, rows in product((1, 2, 3), (1, 6, 7)):
+            prompts, seeds = [[i] for i in range(rows)], [900 - i for i in range(rows)]
+            seen.append((ranks, rows, *sampled_by(ranks, sample, prompts, seeds)))
+        raise Left
+
+    monkeypatch.setattr(train_rrm, "grpo_batch", see)
+    monkeypatch.setattr(HFEngine, "generate", what_was_asked)
+    with pytest.raises(Left):
+        run_rrm("grpo", world, tmp_path)
+    for ranks, rows, shares, got in seen:
+        wanted = [[i, 900 - i, 5, 16] for i in range(rows)]
+        once = sorted(sample.ids for share in shares for sample in share)
+        assert once == wanted and len(seen) == 9
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert [[sample.ids for sample in of] for of in got] == [wanted] * ranks
 
 
 def test_no_two_judgments_of_a_run_are_asked_for_with_one_seed(rrm):
@@ -325,10 +403,10 @@ def test_refinement_reads_the_fixed_critique(u):
 
 
 def test_evaluations_are_of_first_and_refined_answers_and_the_first_of_the_best_is_kept(u, world):
-    rows = [json.loads(line) for line in open(world / "eval.jsonl")]
+    *rows, _ = [json.loads(line) for line in open(world / "eval.jsonl")]  # one is too long
     said = [u.rules.of[row["id"]] for row in rows]  # an evaluation: first, refined
     for name, stage in (("eval/first", 0), ("eval/refined", 1)):
-        shares = [statistics.mean(of[2 * i + stage] for of in said) for i in range(4)]
+        shares = [sum(of[2 * i + stage] for of in said) / 3 for i in range(4)]
         assert [line[name] for line in u.log] == shares
     first = [line["eval/first"] for line in u.log[1:]]
     best = {"step": 1 + first.index(max(first)), "accuracy": max(first)}
@@ -401,6 +479,7 @@ def test_what_a_run_is_told_reaches_its_chains_its_pools_and_its_loss(
     monkeypatch.setattr(grpo_unified, "time", SimpleNamespace(perf_counter=partial(next, clock)))
     gather = Run.gather  # as if there were a second rank, whose sampler is further off
     monkeypatch.setattr(Run, "gather", lambda run, own: further(gather(run, own)))
+    monkeypatch.setattr(grpo_unified, "kept_pools", without_the_first)
     (tmp_path / "prompt.txt").write_text("Look at it .")
     told = ["--steps=1", f"--variant={variant}", "--pool=per_stage", "--drop=release"]
     told += ["--loss_agg=token_mean", "--max_seconds_per_chain=0", "--clip_low=0.1"]
@@ -416,6 +495,8 @@ def test_what_a_run_is_told_reaches_its_chains_its_pools_and_its_loss(
         (("pool", "per_stage"),),
         (),
     }
+    ((_, _, _, advantages, kept),) = [args for args, _ in run.seen.of("step_metrics")]
+    assert not kept.all() and not advantages[~kept].any() and advantages[kept].any()
     assert run.log[-1]["dlogp/max"] > 1 > run.log[-1]["dlogp/mean"]
     kinds = {(options["clip_low"], options["clip_high"]) for _, options in run.seen.of("grpo_loss")}
     assert kinds == {(0.1, 0.34)}
@@ -432,12 +513,18 @@ def test_what_a_run_is_told_reaches_its_chains_its_pools_and_its_loss(
         assert len(weights) <= 1  # a mean over tokens
 
 
+def without_the_first(rewards, rules, drop):
+    """As if a rule dropped the first pool that has a gradient."""
+    kept = kept_pools(rewards, rules, drop)
+    kept[kept.nonzero()[0]] = False
+    return kept
+
+
 def one_right_and_one_too_long(world, folder):
     """Two questions: the agent is right at the first by `Rules`, the other leaves it no room."""
     row = json.loads((world / "eval.jsonl").read_text().splitlines()[0])
     right = -sum(map(ord, row["question"])) % 3
-    long = row | {"id": "long-9", "question": "Where is Rome ? " * 300}
-    toy.write(folder / "eval.jsonl", [row | {"id": f"right-{right}"}, long])
+    toy.write(folder / "eval.jsonl", [row | {"id": f"right-{right}"}, row | TOO_LONG])
     return folder / "eval.jsonl"
 
 

@@ -537,6 +537,10 @@ def test_the_index_is_kept_and_built_again_when_the_corpus_changes(tmp_path, mon
     time.sleep(0.01)
     corpus_file(tmp_path, [{"id": "1", "title": "Oslo", "text": "Fjords and mountains."}])
     assert [hit[0] for hit in Corpus(path).search("mountains", 5)] == ["Oslo"]
+    time.sleep(0.01)
+    Path(path).write_text(Path(path).read_text().replace("mountains", "fountains"))  # of one size
+    hits = [Corpus(path).search(word, 5) for word in ("mountains", "fountains")]
+    assert [[hit[0] for hit in each] for each in hits] == [[], ["Oslo"]]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl", "corpus.jsonl.bm25.npz"]
 
 
