@@ -25,6 +25,7 @@ import resource
 import select
 import selectors
 import signal
+import site
 import socket
 import struct
 import subprocess
@@ -259,9 +260,8 @@ def limit(given: dict) -> None:
         limits |= {"FSIZE": given["scratch_mb"] << 20, "NOFILE": 256, "NPROC": MOST_THREADS}
     for name, value in limits.items():
         number = getattr(resource, f"RLIMIT_{name}")
-        hard = resource.getrlimit(number)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(number, (value, value))
+        hard = resource.getrlimit(number)[1] % (1 << 64)  # -1: there is none
+        resource.setrlimit(number, (min(value, hard),) * 2)
 
 
 # -------------------------------------------------------------------- a scratch, a call, the server
@@ -449,6 +449,10 @@ def serve(given: dict) -> None:
             checked(LIBC.mount(b"none", path, None, flags, None), "mount of devices")
     # its memory is closed to others of its user, and there is no core
     LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    # what site.py does but .pth files and sitecustomize, which may read what no call may
+    sys.path += given["packages"]
+    site.setquit()
+    site.sethelper()
     with contextlib.suppress(ImportError):
         __import__("numpy")
         __import__("sympy")
