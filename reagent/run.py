@@ -34,7 +34,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from reagent.config import flat, left_of_run, run_facts
-from reagent.folder import check_digest, check_free, claim, read_json, write_digest, write_whole
+from reagent.folder import check_digest, claim, read_json, write_digest, write_whole, writing
 from reagent.policy import Policy, check_model, full_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -359,8 +359,7 @@ class Run:
         self.gloo = dist.new_group(backend="gloo")
         self.sampler_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.out, self.saved = Path(cfg.out_dir), 0
-        own = check_free if cfg.check else claim
-        self.lock = self.on_first_rank("opening out_dir", own, self.out)
+        self.lock = self.on_first_rank("opening out_dir", claim, self.out, 0, cfg.check)
         self.facts, self.log, self.skips = run_facts(cfg), [], 0
         self.facts["wandb"] = secrets.token_hex(4) if cfg.wandb else None  # id of the run there
         self.best: dict = {"step": None, "accuracy": -1.0}
@@ -459,7 +458,7 @@ class Run:
         self.log.append(line)
         if self.rank:
             return
-        with open(self.out / "log.jsonl", "a") as file:
+        with writing(path := self.out / "log.jsonl"), open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
         if self.tracker:
             self.tracker.log(line)
