@@ -28,8 +28,7 @@ def writing(what: str | Path):
 
 def claim(folder: str | Path, rank: int = 0, reads: bool = False):
     """Makes the folder of a run and locks it for this process: keep what is returned until its end.
-    `rank`: each writes files of its own. Who holds the lock is written inside. `reads`: SystemExit
-    where it could not be locked, as far as that is known without writing."""
+    Each `rank` has a lock, which says who holds it; `reads` only tells what claim would refuse."""
     path = Path(folder) / f"lock-{rank}"
     there = next(parent for parent in path.parents if parent.exists())
     with writing(f"out_dir {folder}"):

@@ -194,7 +194,10 @@ def save_checkpoint(
     with together(f"renaming {part}", meet_all):
         # the state first: a Hugging Face folder without one is no checkpoint
         for path, name in ((state, state_of(final)), (part, final)) if rank == 0 else ():
-            _flush(path)
+            for written in [*path.rglob("*"), path]:
+                handle = os.open(written, os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
             shutil.rmtree(name, ignore_errors=True)
             path.rename(name)
     return final
@@ -211,13 +214,6 @@ def model_card(step: int, facts: dict) -> str:
     return CARD.read_text("utf-8").format(step=step, git=facts.get("git"), **told)
 
 
-def _flush(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
 def load_checkpoint(folder: Path, policy: Policy, optimizer, meet_all) -> dict:
     """Restores sharded parameters and optimizer in place; returns trainer.json. All ranks stop
     together where a file is damaged or not ours; no code of the checkpoint runs."""
@@ -230,8 +226,7 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, meet_all) -> dict:
     states = trained_state(policy, optimizer)
     with together(f"loading {folder}", meet_all):
         dcp.load(states, storage_reader=reader, planner=PlainPlanner())
-    model, moments = states["model"], states["optimizer"]
-    found = dict(model_state_dict=model, optim_state_dict=moments)
+    found = dict(model_state_dict=states["model"], optim_state_dict=states["optimizer"])
     set_state_dict(policy, optimizer, **found, options=TRAINED)
     return read_json(Path(folder) / "trainer.json", "step")
 

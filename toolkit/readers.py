@@ -383,7 +383,7 @@ def _xlsx(stream, chars: int) -> Iterator[str]:
             more = f"\t[{width - 500} more columns]" if width > 500 else ""
             if line := line.rstrip("\t") + more:
                 gap = f"[{number - last - 1} empty rows]" if number > last else f"[row {number}]"
-                yield f"{gap}\n" * (number != last + 1) + line + "\n"
+                yield (f"{gap}\n" if number != last + 1 else "") + line + "\n"
                 last = number
         if colours:
             more = f", {len(colours) - 2000:,} more" if len(colours) > 2000 else ""
@@ -391,8 +391,7 @@ def _xlsx(stream, chars: int) -> Iterator[str]:
 
 
 def _rows(sheet) -> Iterator[tuple[int, list]]:
-    """(number, cells) of each row as the file has them: openpyxl's own iterator leaves out a row or
-    cell whose number does not rise."""
+    """(number, cells) of each row of a file: openpyxl's own iterator drops what does not rise."""
     from openpyxl.cell.read_only import ReadOnlyCell
     from openpyxl.worksheet._reader import WorkSheetParser
 
