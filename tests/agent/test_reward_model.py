@@ -427,6 +427,15 @@ def test_the_model_is_the_only_one_or_named():
     assert json.loads(server.seen[-1][3])["model"] == "b"
 
 
+def test_every_server_is_asked_for_the_model_that_it_lists():
+    page = answer(completion(GOOD))
+    with rrm_server(page, [{"id": "one"}]) as a, rrm_server(page, [{"id": "two"}]) as b:
+        assert all(asks(client(a.url, b.url)))
+    for server, name in ((a, "one"), (b, "two")):
+        asked = [json.loads(body)["model"] for *_, body in server.seen if body]
+        assert len(asked) == 4 and set(asked) == {name}
+
+
 def test_a_server_without_a_list_is_taken_at_its_users_word():
     with web_server({"/chat/completions": answer(completion(GOOD))}) as server:
         with pytest.raises(SystemExit, match="404"):
@@ -544,16 +553,16 @@ def test_question_prompt_trajectory_and_judgment_fit_the_context(words):
 def test_a_request_to_a_server_fits_its_context_beside_the_judgment(system, tmp_path):
     """By the rule of three bytes a token; the server may hold less than the config says."""
     (tmp_path / "system.txt").write_text(system)
-    turns = [{"role": "tool", "content": "fact " * 3000}, *MESSAGES]
+    long = [[{"role": "tool", "content": "fact " * n}, *MESSAGES] for n in range(200, 1400, 60)]
     cards = [{"id": "rrm", "max_model_len": 1400}]
     with rrm_server(answer(completion(GOOD)), cards) as server:
         options = dict(max_context=5000, max_tokens=300, prompt_file=f"{tmp_path}/system.txt")
-        config = RewardModelConfig(server.url, **options)
-        rrm = reward_model.open_rrm(config, CHAT, engine=None)
-        assert asyncio.run(rrm("why?", turns, (0,)))
-    (sent,) = [json.loads(body)["messages"] for *_, body in server.seen if body]
-    size = sum(len(message["content"].encode()) for message in sent) // 3
-    assert 600 < size <= 1400 - 300 and sent[0]["content"] == system
+        rrm = reward_model.open_rrm(RewardModelConfig(server.url, **options), CHAT, engine=None)
+        assert all(asyncio.run(rrm("why?", turns, (0,))) for turns in long)
+    asked = [json.loads(body)["messages"] for *_, body in server.seen if body]
+    assert len(asked) == 20 and {messages[0]["content"] for messages in asked} == {system}
+    sizes = [sum(len(turn["content"].encode()) for turn in turns) // 3 for turns in asked]
+    assert 1000 < max(sizes) <= 1400 - 300
 
 
 def test_all_tries_at_a_judgment_have_its_seconds(monkeypatch):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import grpo_unified
 from reagent import run
@@ -65,6 +65,21 @@ def logps(policy, seed=1):
 
 def test_it_starts_as_its_base(folder):
     assert torch.equal(logps(lora_of(folder)), logps(policy_of(folder)))
+
+
+def test_layers_with_a_bias_keep_it(tmp_path):
+    shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, vocab_size=256)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    torch.manual_seed(0)
+    hf = AutoModelForCausalLM.from_config(Qwen2Config(**shape, **heads))
+    for name, weight in hf.named_parameters():
+        if name.endswith("bias"):
+            weight.data.normal_()
+    hf.save_pretrained(tmp_path)
+    policy = lora_of(tmp_path)
+    assert torch.equal(logps(policy), logps(policy_of(tmp_path)))
+    kept = dict(full_weights(policy, torch.float32))
+    assert all(torch.equal(kept[name], value) for name, value in hf.state_dict().items())
 
 
 def test_only_adapters_have_gradients_and_moments(folder):
