@@ -25,6 +25,7 @@ from data.growing import whole_rows
 from data.trajectories import Unread, Work, read_works
 from reagent.config import parse_config
 from reagent.engines import EngineConfig, run_together
+from reagent.folder import write_whole
 from reagent.reward_model import RewardModel, RewardModelConfig, open_rrm
 from reagent.rows import drop_cut_line
 from reagent.served import TextChat
@@ -169,9 +170,8 @@ def judge_rows(rrm, named: dict, missing: dict, judged: dict, cfg: Config, live:
     if file:
         file.close()
         ordered = [judged.pop(d) for d in named if d in judged]
-        part = Path(cfg.out + ".part")
-        part.write_text("".join(json.dumps(li) + "\n" for li in [*ordered, *judged.values()]))
-        part.replace(cfg.out)
+        lines = (json.dumps(line) + "\n" for line in [*ordered, *judged.values()])
+        write_whole(Path(cfg.out), "".join(lines))
         judged |= {line["work"]: line for line in ordered}
     return failed
 

@@ -23,6 +23,7 @@ import rollout
 from data.at_work import Common, agent_at_work, refine_with
 from reagent import engines
 from reagent.config import parse_config, read_prompt
+from reagent.folder import write_whole
 from reagent.reward_model import RewardModelConfig, open_rrm
 from results.statistics import mean_interval
 from tools import Toolbox
@@ -150,7 +151,7 @@ def main(cfg: Config) -> None:
         print(f"{folder:32}" + "".join(f"{cell:>14}" for cell in cells))
     out = Path(cfg.out or Path(folders[-1]).parent)
     kept = {folder: of for folder, (of, _) in table.items()}
-    (out / "trial.json").write_text(json.dumps(kept, indent=1))
+    write_whole(out / "trial.json", json.dumps(kept, indent=1))
     show_chains(episodes, folders[-1], cfg.transcripts)
 
 

@@ -122,6 +122,8 @@ class Chat:
         ((closer,),) = closers
         if closer not in self.tokenizer.added_tokens_decoder:
             self._refuse(f"ends an assistant turn with {shown}, not a control token")
+        if closer in self.text(self.decode([closer])):
+            raise ValueError(f"{self.name}: its tokenizer makes a text a control token: {shown}")
         asked = self._frame(("user",), "[]", True)[-1]
         kept = self._frame(("user", "assistant"), "[]", False)[1]
         if len({re.sub(r"</?think>|\s", "", text) for text in (asked, kept)}) > 1:

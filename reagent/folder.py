@@ -12,57 +12,60 @@ import socket
 import sys
 import time
 import urllib.request
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 
-def claim(folder: str | Path, rank: int = 0):
-    """Makes the folder of a run and locks it for this process: keep what is returned until its end.
-    `rank`: each writes files of its own. Who holds the lock is written inside."""
-    folder = Path(folder)
+@contextlib.contextmanager
+def writing(what: str | Path):
+    """SystemExit where what is done here fails: a full disk, one that is read-only or damaged."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / f"lock-{rank}", "a+")
+        yield
     except OSError as error:
-        raise SystemExit(f"out_dir {folder} cannot be written: {error.strerror}") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read().strip() or "another run"
-        told = f"{folder} is being written by {holder}: give another --out_dir"
-        raise SystemExit(told) from error
-    except OSError as error:  # some network file systems
-        print(f"{folder} cannot be locked ({error.strerror}): start one run in it", file=sys.stderr)
-    file.truncate(0)
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    print(f"process {os.getpid()} on {socket.gethostname()}, since {since}", file=file, flush=True)
-    return file
+        raise SystemExit(f"{what} cannot be written: {error.strerror or error}") from error
 
 
-def check_free(folder: Path) -> None:
-    """SystemExit where `claim` would end, as far as that is known without writing."""
-    lock, there = folder / "lock-0", folder
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise SystemExit(f"out_dir {folder} cannot be written: {there} is no folder of yours")
-    if lock.exists():
-        with open(lock) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise SystemExit(f"{folder} is being written by {file.read().strip()}") from error
+def claim(folder: str | Path, rank: int = 0, reads: bool = False):
+    """Makes the folder of a run and locks it for this process: keep what is returned until its end.
+    Each `rank` has a lock, which says who holds it; `reads` only tells what claim would refuse."""
+    path = Path(folder) / f"lock-{rank}"
+    there = next(parent for parent in path.parents if parent.exists())
+    with writing(f"out_dir {folder}"):
+        if not os.access(there, os.W_OK) or not there.is_dir():
+            raise OSError(f"{there} is no folder of yours")
+        if reads and not path.exists():
+            return None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "r" if reads else "a+")
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if reads else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another run"
+            told = f"{folder} is being written by {holder}: give another --out_dir"
+            raise SystemExit(told) from error
+        except OSError as error:  # some network file systems
+            print(
+                f"{folder} cannot be locked ({error.strerror}): one run at a time", file=sys.stderr
+            )
+        if reads:
+            return file.close()
+        file.truncate(0)
+        told = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}"
+        print(told, file=file, flush=True)
+        return file
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str | Iterable[str]) -> None:
     """Writes a file beside its name and renames it: a kill or a full disk leaves the old one."""
     part = path.with_name(f"{path.name}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with writing(path):
+        with open(part, "w", encoding="utf-8") as file:
+            file.writelines([text] if isinstance(text, str) else text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
 
 
 def read_json(path: Path, *keys: str) -> dict:
@@ -82,9 +85,8 @@ def read_json(path: Path, *keys: str) -> dict:
 
 def refuse_code(folder: str | Path) -> None:
     """SystemExit for a model folder that brings Python of its own: it is never run."""
-    for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
-        path = Path(folder) / name
-        if path.is_file() and "auto_map" in read_json(path):
+    for path in sorted(Path(folder).glob("*config.json")):
+        if "auto_map" in read_json(path):
             cure = "take a model that transformers knows, or remove that key if it does"
             told = f"{path} names code of its own (auto_map), which is never run"
             raise SystemExit(f"{told}: {cure}")

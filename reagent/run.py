@@ -34,7 +34,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from reagent.config import flat, left_of_run, run_facts
-from reagent.folder import check_digest, check_free, claim, read_json, write_digest, write_whole
+from reagent.folder import check_digest, claim, read_json, write_digest, write_whole, writing
 from reagent.policy import Policy, check_model, full_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -194,7 +194,10 @@ def save_checkpoint(
     with together(f"renaming {part}", meet_all):
         # the state first: a Hugging Face folder without one is no checkpoint
         for path, name in ((state, state_of(final)), (part, final)) if rank == 0 else ():
-            _flush(path)
+            for written in [*path.rglob("*"), path]:
+                handle = os.open(written, os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
             shutil.rmtree(name, ignore_errors=True)
             path.rename(name)
     return final
@@ -211,13 +214,6 @@ def model_card(step: int, facts: dict) -> str:
     return CARD.read_text("utf-8").format(step=step, git=facts.get("git"), **told)
 
 
-def _flush(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
 def load_checkpoint(folder: Path, policy: Policy, optimizer, meet_all) -> dict:
     """Restores sharded parameters and optimizer in place; returns trainer.json. All ranks stop
     together where a file is damaged or not ours; no code of the checkpoint runs."""
@@ -230,8 +226,7 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, meet_all) -> dict:
     states = trained_state(policy, optimizer)
     with together(f"loading {folder}", meet_all):
         dcp.load(states, storage_reader=reader, planner=PlainPlanner())
-    model, moments = states["model"], states["optimizer"]
-    found = dict(model_state_dict=model, optim_state_dict=moments)
+    found = dict(model_state_dict=states["model"], optim_state_dict=states["optimizer"])
     set_state_dict(policy, optimizer, **found, options=TRAINED)
     return read_json(Path(folder) / "trainer.json", "step")
 
@@ -359,8 +354,7 @@ class Run:
         self.gloo = dist.new_group(backend="gloo")
         self.sampler_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.out, self.saved = Path(cfg.out_dir), 0
-        own = check_free if cfg.check else claim
-        self.lock = self.on_first_rank("opening out_dir", own, self.out)
+        self.lock = self.on_first_rank("opening out_dir", claim, self.out, 0, cfg.check)
         self.facts, self.log, self.skips = run_facts(cfg), [], 0
         self.facts["wandb"] = secrets.token_hex(4) if cfg.wandb else None  # id of the run there
         self.best: dict = {"step": None, "accuracy": -1.0}
@@ -459,7 +453,7 @@ class Run:
         self.log.append(line)
         if self.rank:
             return
-        with open(self.out / "log.jsonl", "a") as file:
+        with writing(path := self.out / "log.jsonl"), open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
         if self.tracker:
             self.tracker.log(line)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-from reagent.folder import check_free, claim, read_json
+from reagent.folder import claim, read_json, write_whole, writing
 from reagent.rows import drop_cut_line
 
 # ------------------------------------------- encrypted rows: their texts lie on no disk in the open
@@ -78,7 +78,7 @@ class Journal:
 
     def __init__(self, folder: str, rank: int = 0, reads: bool = False):
         self.folder, self.path = Path(folder), Path(folder) / f"journal-{rank}.jsonl"
-        self.lock = check_free(self.folder) if reads else claim(folder, rank)
+        self.lock = claim(folder, rank, reads)
         self.entries: dict[tuple, Entry] = {}
         self.faults: dict[tuple, str] = {}
         self.verdicts: dict[tuple, list] = {}  # (*key, attempt, about(...)) -> [(judge, correct)]
@@ -119,11 +119,12 @@ class Journal:
             self.faults.pop(key, None)
 
     def append(self, line: dict) -> None:
-        """One write per line; a torn one has no end and is dropped at the next start."""
+        """One write a line; after a torn one, dropped at the next start, none comes: SystemExit."""
         data = json.dumps(line).encode() + b"\n"
         offset = self.file.seek(0, os.SEEK_END)
-        while data:
-            data = data[self.file.write(data) :]
+        with writing(self.path):
+            while data:
+                data = data[self.file.write(data) :]
         self._take(line, str(self.path), offset)
 
     def record(self, key: tuple) -> dict:
@@ -189,10 +190,5 @@ def check_served(path: Path, served: dict[str, str]) -> None:
 
 def write_results(out: Path, tasks: list, journal: Journal, judge: str) -> None:
     """results.jsonl in the order of the data: the same bytes however often the run was killed."""
-    part = out / "results.jsonl.part"
-    with open(part, "w", encoding="utf-8") as file:
-        for task in tasks:
-            for key, row in task.keys():
-                if line := final_line(journal, key, row, judge):
-                    file.write(json.dumps(line) + "\n")
-    part.replace(out / "results.jsonl")
+    lines = (final_line(journal, key, row, judge) for task in tasks for key, row in task.keys())
+    write_whole(out / "results.jsonl", (json.dumps(line) + "\n" for line in lines if line))

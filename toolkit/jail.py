@@ -25,6 +25,7 @@ import resource
 import select
 import selectors
 import signal
+import site
 import socket
 import struct
 import subprocess
@@ -225,17 +226,6 @@ def landlock(rights: dict[str, int]) -> None:
     os.close(ruleset)
 
 
-def own_namespaces() -> None:
-    """A user, mount, network and IPC namespace; OSError if refused."""
-    uid, gid = os.getuid(), os.getgid()
-    ids = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
-    checked(LIBC.unshare(NEW_USER | NEW_MOUNTS | NEW_NET | NEW_IPC), "unshare")
-    for name, text in ids.items():
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(text)
-    checked(LIBC.mount(b"none", b"/", None, MS_PRIVATE, None), "mount")
-
-
 def first_process(stack: ctypes.Array) -> int:
     """Process 1 of a new pid namespace, in which our next child will be; with it they all end. It
     only waits, in our own memory; orphans the kernel reaps, since it ignores SIGCHLD."""
@@ -259,9 +249,8 @@ def limit(given: dict) -> None:
         limits |= {"FSIZE": given["scratch_mb"] << 20, "NOFILE": 256, "NPROC": MOST_THREADS}
     for name, value in limits.items():
         number = getattr(resource, f"RLIMIT_{name}")
-        hard = resource.getrlimit(number)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(number, (value, value))
+        hard = resource.getrlimit(number)[1] % (1 << 64)  # -1: there is none
+        resource.setrlimit(number, (min(value, hard),) * 2)
 
 
 # -------------------------------------------------------------------- a scratch, a call, the server
@@ -437,8 +426,14 @@ def answer(given: dict, channel, filters: tuple, stack, myself: int, removers: l
 def serve(given: dict) -> None:
     """Answers calls until the caller is gone."""
     checked(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    if given["rung"] == "landlock+namespaces":
-        own_namespaces()
+    if given["rung"] == "landlock+namespaces":  # of users, mounts, network and IPC
+        uid, gid = os.getuid(), os.getgid()
+        ids = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
+        checked(LIBC.unshare(NEW_USER | NEW_MOUNTS | NEW_NET | NEW_IPC), "unshare")
+        for name, text in ids.items():
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+        checked(LIBC.mount(b"none", b"/", None, MS_PRIVATE, None), "mount")
         os.mkdir(given["scratch"])
     given["mounts"] = given["rung"] in ("bubblewrap", "landlock+namespaces")
     if given["rung"] != "bubblewrap":
@@ -449,6 +444,9 @@ def serve(given: dict) -> None:
             checked(LIBC.mount(b"none", path, None, flags, None), "mount of devices")
     # its memory is closed to others of its user, and there is no core
     LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    sys.path += given["packages"]  # no .pth lines, no sitecustomize: they run outside all fences
+    site.setquit()
+    site.sethelper()
     with contextlib.suppress(ImportError):
         __import__("numpy")
         __import__("sympy")

@@ -231,10 +231,9 @@ def html_text(text: str, url: str, chars: int) -> tuple[str, str]:
     tree, note = _tree(text)
     title = " ".join((tree.findtext(".//title") or "").split())[:500]
     links = _links(tree, url) if url else ""
-    where, main = dict(url=url or None, include_comments=not url), None
+    where, main = dict(url=url or None, include_comments=not url), ""
     with contextlib.suppress(RecursionError):  # lists in lists: then all words count
-        main = trafilatura.extract(_tree(text)[0], favor_recall=True, **where)
-    main = main or ""
+        main = trafilatura.extract(_tree(text)[0], favor_recall=True, **where) or ""
     if not url or len(main) < 400:
         words = _words(tree)
         main = words if len(main) < (1.0 if url else 0.8) * len(words) else main
@@ -366,26 +365,42 @@ def _xlsx(stream, chars: int) -> Iterator[str]:
 
     body, how = _office(stream).read(), dict(read_only=True, keep_links=False)
     books = [openpyxl.load_workbook(io.BytesIO(body), data_only=of, **how) for of in (True, False)]
+    if not books[0].sheetnames:
+        raise ToolError("The workbook has no sheet, or is in the strict form of Open XML.")
     for values, formulas in zip(*(book.worksheets for book in books), strict=True):
         yield f"\n[sheet {values.title!r}]\n"
-        for sheet in (values, formulas):
-            sheet.reset_dimensions()  # what the file claims may be the whole grid
-        colours, empty = [], 0
-        rows = zip(values.iter_rows(max_row=MOST_ROWS + 1), formulas.iter_rows(), strict=False)
-        for number, (row, other) in enumerate(rows):
-            if number == MOST_ROWS:
+        colours, last = [], 0
+        for (number, row), (_, other) in zip(_rows(values), _rows(formulas), strict=True):
+            if number > MOST_ROWS:
                 yield f"[Cut here, after row {MOST_ROWS:,}: the sheet has more rows.]\n"
                 break
-            cells = [_cell(a, b) for a, b in zip(row[:500], other[:500], strict=False)]
-            found = ((cell, _colour(cell)) for cell in row[:500])
-            colours += [f"{cell.coordinate} {colour}" for cell, colour in found if colour]
-            more = f"\t[{len(row) - 500} more columns]" if len(row) > 500 else ""
-            if line := "\t".join(cells).rstrip("\t") + more:
-                yield (f"[{empty} empty rows]\n" if empty else "") + line + "\n"
-            empty = 0 if line else empty + 1
+            colours += [f"{cell.coordinate} {colour}" for cell in row if (colour := _colour(cell))]
+            cells: dict[int, list[str]] = {}
+            for stored, written in zip(row, other, strict=True):
+                cells.setdefault(stored.column, []).append(_cell(stored, written))
+            width = max(cells, default=0)
+            line = "\t".join(" ".join(cells.get(at, "")) for at in range(1, min(width, 500) + 1))
+            more = f"\t[{width - 500} more columns]" if width > 500 else ""
+            if line := line.rstrip("\t") + more:
+                gap = f"[{number - last - 1} empty rows]" if number > last else f"[row {number}]"
+                yield (f"{gap}\n" if number != last + 1 else "") + line + "\n"
+                last = number
         if colours:
             more = f", {len(colours) - 2000:,} more" if len(colours) > 2000 else ""
             yield f"[colours: {', '.join(colours[:2000])}{more}]\n"
+
+
+def _rows(sheet) -> Iterator[tuple[int, list]]:
+    """(number, cells) of each row of a file: openpyxl's own iterator drops what does not rise."""
+    from openpyxl.cell.read_only import ReadOnlyCell
+    from openpyxl.worksheet._reader import WorkSheetParser
+
+    book = sheet.parent
+    how = dict(data_only=book.data_only, epoch=book.epoch, date_formats=book._date_formats)
+    how["timedelta_formats"] = book._timedelta_formats
+    with sheet._get_source() as source:
+        for number, cells in WorkSheetParser(source, sheet._shared_strings, **how).parse():
+            yield number, [ReadOnlyCell(sheet, **cell) for cell in cells]
 
 
 def _cell(stored, written) -> str:
@@ -396,10 +411,9 @@ def _cell(stored, written) -> str:
 
 
 def _colour(cell) -> str:
-    fill = getattr(cell, "fill", None)
-    if fill is None or fill.fill_type != "solid":
+    colour = cell.fill.fgColor if cell.fill.fill_type == "solid" else None
+    if colour is None:
         return ""
-    colour = fill.fgColor
     return str(colour.rgb)[-6:] if colour.type == "rgb" else f"{colour.type} {colour.value}"
 
 

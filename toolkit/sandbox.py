@@ -210,16 +210,15 @@ class _Server:
         hidden = [path for path in paths if rung == "bubblewrap" and _below(path, self.scratch)]
         below = {f"/.below/{number}": path for number, path in enumerate(hidden)}
         given = dict(rung=rung, memory_mb=memory_mb, scratch_mb=scratch_mb, scratch=self.scratch)
-        given |= dict(below=below, calls=CALLS, read=[*paths, "/dev/random", "/dev/urandom"])
+        given |= dict(below=below, calls=CALLS, packages=site.getsitepackages())
+        given["read"] = [*paths, "/dev/random", "/dev/urandom"]
         command = bubblewrap(paths, below) if rung == "bubblewrap" else []
-        command += [sys.executable, "-I", "-B", "-c", JAIL, json.dumps(given)]
+        command += [sys.executable, "-I", "-S", "-B", "-c", JAIL, json.dumps(given)]
         streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-        environment = {"OMP_NUM_THREADS": "1", "TMPDIR": self.scratch, "HOME": self.scratch}
+        streams["env"] = {"OMP_NUM_THREADS": "1", "TMPDIR": self.scratch, "HOME": self.scratch}
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self.process = subprocess.Popen(
-                command, stdin=theirs, cwd="/", env=environment, **streams
-            )
+            self.process = subprocess.Popen(command, stdin=theirs, cwd="/", **streams)
 
     def measure(self) -> None:
         """Notes the memory that it has when it is idle, which is nobody's call."""
@@ -518,9 +517,9 @@ if all(refused(open, path, mode) for path in %r for mode in ("r", "r+")):
 """
 
 
-# what may forbid user namespaces, and does where it is 0, or 1 where it should be 0
-SWITCHES = "kernel.unprivileged_userns_clone=1 kernel.apparmor_restrict_unprivileged_userns=0"
-SWITCHES = f"{SWITCHES} user.max_user_namespaces=15000".split()
+# what may forbid user namespaces: the value at which it does not
+SWITCHES = "kernel.unprivileged_userns_clone=1 kernel.apparmor_restrict_unprivileged_userns=0 "
+SWITCHES = (SWITCHES + "user.max_user_namespaces=15000").split()
 
 
 def remedy(reasons: list[str]) -> str:
@@ -532,7 +531,6 @@ def remedy(reasons: list[str]) -> str:
             value = Path("/proc/sys", name.replace(".", "/")).read_text().strip()
             wrong += [f"sysctl -w {setting}"] if value == str(int(opened == "0")) else []
     allow = " and ".join(wrong) or f"sysctl -w {SWITCHES[-1]}, in a container its profile"
-    return (
-        f"no sandbox for the python tool works here ({'; '.join(reasons)}): apt-get install "
-        f"bubblewrap and allow user namespaces ({allow}), or set unsafe_python to do without"
-    )
+    told = f"no sandbox for the python tool works here ({'; '.join(reasons)}): apt-get install"
+    told += f" bubblewrap and allow user namespaces ({allow})"
+    return f"{told}, or set unsafe_python to do without"

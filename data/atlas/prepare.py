@@ -334,16 +334,17 @@ def make_model(source: str, out: Path) -> None:
     """Weights of SmolLM2-135M-Instruct with the atlas's chat template -> out/model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder, options = (WEIGHTS[0] if source == "hub" else source), {}
+    folder = WEIGHTS[0] if source == "hub" else source
+    options, own = {}, dict(trust_remote_code=False)  # no code of a folder is run
     if source == "package":
         folder, options["gguf_file"] = _gguf()
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **options)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **own, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **own, **options)
     if "gguf_file" in options:  # it says that it is quantised, which it no longer is
         config = model.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype, **own)
         plain.load_state_dict(model.state_dict())
         model = plain
     tokenizer.chat_template = (HERE / "chat_template.jinja").read_text()

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from data.growing import whole_rows
 from data.report.curves import mean_line, numeric_series
 from data.report.plots import Panel, picture_svg, share_axes
+from reagent.folder import write_whole
 
 STEPS, QUESTIONS, GROUP = 24, 8, 8
 ARMS = {
@@ -188,7 +189,7 @@ def run(world: World, arm: str, seed: int, out: Path) -> None:
         "cpu_seconds": None if resumed else seconds,
         "trials": try_out(world, ends, out),
     }
-    (out / "result.json").write_text(json.dumps(result))
+    write_whole(out / "result.json", json.dumps(result))
 
 
 def steps_to(log: list[dict], level: float = 0.9) -> int | None:

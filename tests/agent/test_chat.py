@@ -438,6 +438,13 @@ def test_a_tokenizer_that_folds_whatever_breaks_a_control_string_is_refused():
         Chat(make_tokenizer(THINKING, normalizer=normalizers.Sequence(worst)))
 
 
+def test_a_tokenizer_that_makes_the_end_of_a_turn_of_a_text_is_refused():
+    """Its vocabulary holds the control string: the agent's own words would end its turn."""
+    assert Chat(templates.make_unigram(THINKING, ())).closer_id
+    with pytest.raises(ValueError, match="makes a text a control token"):
+        Chat(templates.make_unigram(THINKING, CONTROL))
+
+
 # ---------------------------------------------------------------- errors
 
 

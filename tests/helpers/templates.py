@@ -182,6 +182,17 @@ def make_sentencepiece(template: str, scheme: str = "always"):
     return _with_controls(tokenizer, template, "<|im_end|>", False)
 
 
+def make_unigram(template: str, controls: tuple[str, ...]):
+    """As XGLM's: the likeliest pieces of a vocabulary that may hold control strings."""
+    from tokenizers import Tokenizer, decoders, models
+
+    pieces = [("<unk>", -20.0), *((char, -10.0) for char in map(chr, range(32, 127)))]
+    pieces += [("\n", -10.0), *((text, 0.0) for text in controls)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.decoder = decoders.Fuse()
+    return _with_controls(tokenizer, template, "<|im_end|>", False)
+
+
 def _with_controls(tokenizer, template: str | None, eos: str, normalized: bool):
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast

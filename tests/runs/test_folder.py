@@ -2,10 +2,13 @@
 damage.
 """
 
+import contextlib
+import errno
 import json
 import os
 import pickle
 import re
+import resource
 import subprocess
 import sys
 
@@ -18,6 +21,7 @@ from reagent import run
 from reagent.engines import EngineConfig, make_engine
 from reagent.folder import claim, read_json, write_whole
 from reagent.policy import load_policy, load_tokenizer, shard
+from results.journal import Journal
 from tests.helpers.tiny import ROOT, tiny_model
 
 
@@ -50,9 +54,57 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SystemExit, match="run.json cannot be written: No space left"):
         write_whole(path, "new")
     assert path.read_text() == "old"
+
+
+@contextlib.contextmanager
+def disk_of(bytes_left: int):
+    """Files of this process grow to this size and no further, as on a disk that fills up."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_the_run_goes_on_from_what_was_whole(tmp_path):
+    with disk_of(4), pytest.raises(SystemExit, match="out_dir .* cannot be written"):
+        claim(tmp_path)
+    named = dict(dataset="d", rollout=0, row="0", fault="x")
+    journal = Journal(tmp_path)
+    journal.append(named | {"id": "first"})
+    whole = journal.path.read_bytes()
+    with disk_of(len(whole) + 100), pytest.raises(SystemExit, match="journal-0.jsonl cannot be"):
+        journal.append(named | {"id": "x" * 1000})
+    assert journal.path.stat().st_size == len(whole) + 100  # torn
+    journal.close()
+    again = Journal(tmp_path)
+    again.append(named | {"id": "second"})
+    assert [key[1] for key in again.faults] == ["first", "second"]
+    again.close()
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EXDEV, errno.EDQUOT])
+def test_a_file_that_cannot_be_flushed_or_renamed_leaves_the_old_one(
+    tmp_path, monkeypatch, call, number
+):
+    path = tmp_path / "run.json"
+    write_whole(path, "old")
+
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fails)
+        with pytest.raises(SystemExit, match=f"run.json cannot be written: {os.strerror(number)}"):
+            write_whole(path, "new")
+    assert path.read_text() == "old"
+    write_whole(path, ("ne", "w"))
+    assert path.read_text() == "new"
 
 
 @pytest.mark.parametrize(
@@ -102,6 +154,19 @@ def test_a_model_that_brings_code_is_refused_and_nobody_is_asked(
     with pytest.raises(SystemExit, match="names code of its own"):
         LOADERS[loader](folder)
     assert not asked and not (tmp_path / "ran").exists()
+
+
+PARTS = "processor_config preprocessor_config video_preprocessor_config generation_config"
+
+
+@pytest.mark.parametrize("part", PARTS.split())
+def test_code_that_any_part_of_a_model_folder_names_is_refused(tmp_path, part):
+    folder = tiny_model(tmp_path / "model")
+    names = {"AutoProcessor": "own.Own", "AutoImageProcessor": "own.Own"}
+    (tmp_path / "model" / f"{part}.json").write_text(json.dumps({"auto_map": names}))
+    for loader in (load_tokenizer, LOADERS["vllm"]):
+        with pytest.raises(SystemExit, match=f"{part}.json names code of its own"):
+            loader(folder)
 
 
 class Evil:

@@ -623,6 +623,32 @@ def test_an_environment_in_the_root_of_a_checkout_opens_nothing_of_it(rung, tmp_
 
 
 @pytest.mark.parametrize("rung", RUNGS)
+def test_what_an_environment_brings_in_at_its_start_is_in_no_call(rung, tmp_path):
+    """A line of a .pth file, as an editable install has, and sitecustomize run before any fence."""
+    make_box(rung, "this user").close()  # or skip
+    environment, checkout = tmp_path / "environment", tmp_path / "checkout"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    (checkout / "toolkit").mkdir(parents=True)
+    for name in ("sandbox.py", "jail.py", "system_calls.txt"):
+        (checkout / "toolkit" / name).write_text((ROOT / "toolkit" / name).read_text())
+    (checkout / "gold.py").write_text("answer = 'GOLD'")
+    (packages,) = environment.glob("lib/python3*/site-packages")
+    (packages / "editable.pth").write_text(f"{checkout}\nimport gold\n")
+    (packages / "sitecustomize.py").write_text(f"import sys; sys.kept = open({__file__!r}).read()")
+    (packages / "harmless.py").write_text("answer = 'there'")
+    code = (
+        "import sys, harmless\nprint('gold' in sys.modules, hasattr(sys, 'kept'), harmless.answer)"
+    )
+    done = subprocess.run(
+        [environment / "bin/python", "-B", "-c", ROOTED, f"{code}\nexit()", rung],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "False False there", done
+
+
+@pytest.mark.parametrize("rung", RUNGS)
 def test_the_canary_finds_the_projects_files_and_a_secret_beside_them(rung, monkeypatch):
     make_box(rung, "this user").close()  # or skip
     found = sandbox.libraries()

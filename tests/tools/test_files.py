@@ -86,6 +86,53 @@ def test_a_sheet_is_cut_after_its_last_row_that_is_read_and_says_so(folder, monk
     assert "beyond" not in cut and "[Cut here, after row 100,000: the sheet has more rows.]" in cut
 
 
+def sheet_of(folder, rows: str) -> str:
+    """The text of a workbook whose first sheet has these rows."""
+    workbook(folder / "a.xlsx")
+    remade(
+        folder / "a.xlsx",
+        folder / "b.xlsx",
+        "xl/worksheets/sheet1.xml",
+        lambda body: re.sub(rb"(?s)(?<=<sheetData>).*(?=</sheetData>)", rows.encode(), body),
+    )
+    text = file_to_text(str(folder), "b.xlsx")
+    return text.partition("[sheet 'Prices']\n")[2].partition("\n[sheet")[0]
+
+
+def cell(place: str, value: int) -> str:
+    return f'<c r="{place}"><v>{value}</v></c>'
+
+
+def test_rows_and_cells_whose_numbers_do_not_rise_are_all_kept(folder):
+    rows = [("5", "A5", 50), ("2", "A2", 21), ("2", "A2", 22), ("3", "A3", 30), ("9", "A9", 90)]
+    text = sheet_of(folder, "".join(f'<row r="{n}">{cell(at, v)}</row>' for n, at, v in rows))
+    assert text == "[4 empty rows]\n50\n[row 2]\n21\n[row 2]\n22\n30\n[5 empty rows]\n90\n"
+    cells = cell("C1", 3) + cell("A1", 1) + cell("B1", 2) + cell("A1", 4)
+    assert sheet_of(folder, f'<row r="1">{cells}</row>') == "1 4\t2\t3\n"
+    assert sheet_of(folder, "<row><c><v>1</v></c><c><v>2</v></c></row><row/>") == "1\t2\n"
+    far = f'<row r="2000000">{cell("A1", 5)}</row><row r="1">{cell("A1", 6)}</row>'
+    assert sheet_of(folder, far) == "[Cut here, after row 100,000: the sheet has more rows.]\n"
+
+
+def test_a_workbook_in_the_strict_form_is_refused_and_not_empty(folder):
+    workbook(folder / "a.xlsx")
+    forms = {b"http://schemas.openxmlformats.org/spreadsheetml/2006/main": b"spreadsheetml/main"}
+    office = b"officeDocument/relationships"
+    forms[b"http://schemas.openxmlformats.org/officeDocument/2006/relationships"] = office
+
+    def strict(body):
+        for usual, name in forms.items():
+            body = body.replace(usual, b"http://purl.oclc.org/ooxml/" + name)
+        return body
+
+    with zipfile.ZipFile(folder / "a.xlsx") as archive:
+        members = archive.namelist()
+    for member in members:
+        remade(folder / "a.xlsx", folder / "b.xlsx", member, strict)
+        (folder / "b.xlsx").replace(folder / "a.xlsx")
+    refused(folder, "a.xlsx", "strict form")
+
+
 @pytest.mark.parametrize("tag", ["div", "b", "ul><li"])
 def test_html_nested_too_deep_is_cut_with_a_note(folder, tag):
     for depth in (300, 100_000):
