@@ -16,6 +16,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,8 +52,7 @@ class Context:
 # ---------------------------------------------------------------------------------------- the tools
 
 MOST_QUERIES = 10
-# characters of a longer page that are shown for a query, or go to the summariser
-PASSAGE_CHARS, SUMMARY_CHARS = 5000, 60_000
+PASSAGE_CHARS, SUMMARY_CHARS = 5000, 60_000  # of a longer page: shown for a query, summarised
 
 
 def search(context: Context, queries: list[str], top_k: int = 5) -> str:
@@ -115,10 +115,9 @@ def python(context: Context, code: str) -> str:
 
     code: the code to run"""
     result = context.sandbox.run(code)
-    if result.status == "fault":
-        raise ToolFault(result.text)
-    if result.status != "ok":
-        raise (TimeoutError if result.status == "timeout" else ToolError)(result.text)
+    raised = {"fault": ToolFault, "timeout": TimeoutError, "error": ToolError}.get(result.status)
+    if raised:
+        raise raised(result.text)
     return result.text
 
 
@@ -320,7 +319,8 @@ class Toolbox:
             given_up = f"{name} took longer than {self.cfg.seconds_per_call:g} s and was given up."
             text, status = str(error) or given_up, "timeout"
         except (Exception, SystemExit) as error:  # a tool that raises is an observation
-            text, status = f"{name} failed: {type(error).__name__}: {str(error)[:500]}", "error"
+            told = traceback.format_exception_only(error)[-1].strip()  # also where str() fails
+            text, status = f"{name} failed: {told[:500]}", "error"
         seconds = time.perf_counter() - began
         return Observation(clean(capped(text, self.cfg.output_chars)), status, seconds)
 
@@ -339,8 +339,9 @@ class Toolbox:
         def job():
             try:
                 found = self._run(name, arguments, context), None
-            except BaseException as error:  # it is raised again in the caller
-                found = None, error
+            except BaseException as error:  # raised in the caller: what would end it as another
+                mild = isinstance(error, Exception | SystemExit)
+                found = None, error if mild else RuntimeError(type(error).__name__)
             with self.lock:
                 self.running[name] -= 1
             outcome.set_result(found)
@@ -402,8 +403,8 @@ def main(argv: list[str]) -> int:
     seen = asyncio.run(toolbox.call(plain[0], plain[1]))
     toolbox.close()
     print(seen.text)
-    blocked = toolbox.web.blocklist.count  # results and pages that the block list has hidden
-    print(f"[{seen.status}, {seen.seconds:.3f} s, {blocked} blocked]", file=sys.stderr)
+    hidden = f"{toolbox.web.blocklist.count} blocked"  # results and pages
+    print(f"[{seen.status}, {seen.seconds:.3f} s, {hidden}]", file=sys.stderr)
     return seen.status != "ok"
 
 

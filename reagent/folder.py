@@ -37,14 +37,13 @@ def claim(folder: str | Path, rank: int = 0, reads: bool = False):
         if reads and not path.exists():
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "r" if reads else "a+")
+        file = open(path, "r" if reads else "a+", errors="replace")
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if reads else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            holder = file.read().strip() or "another run"
-            told = f"{folder} is being written by {holder}: give another --out_dir"
-            raise SystemExit(told) from error
+            told = f"{folder} is being written by {file.read().strip() or 'another run'}"
+            raise SystemExit(f"{told}: give another --out_dir") from error
         except OSError as error:  # some network file systems
             print(
                 f"{folder} cannot be locked ({error.strerror}): one run at a time", file=sys.stderr

@@ -36,6 +36,16 @@ def test_a_second_process_is_refused_by_name_until_the_first_ends(tmp_path):
     assert subprocess.run(second, cwd=ROOT).returncode == 0
 
 
+def test_a_lock_that_is_no_text_or_another_hosts_is_one_all_the_same(tmp_path):
+    (tmp_path / "lock-0").write_bytes(b"\xff\xfeprocess 1 on another host")
+    first = claim(tmp_path)  # its holder is gone: nobody has it locked
+    (tmp_path / "lock-0").write_bytes(b"\xff\xfe")
+    for reads in (False, True):
+        with pytest.raises(SystemExit, match="is being written by"):
+            claim(tmp_path, 0, reads)
+    first.close()
+
+
 def test_a_folder_that_cannot_be_one_is_told_in_a_sentence(tmp_path):
     (tmp_path / "out").write_text("a file")
     for folder in (tmp_path / "out", tmp_path / "out" / "inside"):

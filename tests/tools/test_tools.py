@@ -252,6 +252,11 @@ def test_083_whatever_the_arguments_are_a_call_gives_an_observation():
 # the toolbox
 
 
+class Wordless(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
 @pytest.mark.parametrize(
     "raised, status, told",
     [
@@ -262,6 +267,10 @@ def test_083_whatever_the_arguments_are_a_call_gives_an_observation():
         (SystemExit(3), "error", "breaks failed: SystemExit"),
         (TimeoutError("too slow"), "timeout", "too slow"),
         (ValueError("x" * 10**6), "error", "xxx"),
+        (asyncio.CancelledError(), "error", "breaks failed: RuntimeError: CancelledError"),
+        (GeneratorExit(), "error", "GeneratorExit"),
+        (BaseExceptionGroup("several", [SystemExit(1)]), "error", "BaseExceptionGroup"),
+        (Wordless(), "error", "Wordless"),
     ],
 )
 def test_084_a_tool_that_raises_is_an_observation(added, raised, status, told):
