@@ -5,9 +5,10 @@ critique is worth.
     python data/trial.py config/trial_atlas_135m.py --agents=FOLDER --closed_book
 
 A question whose chain ended by a fault (a tool's machine, a prompt that is too long) is left out.
-`grounded`: right, and the answer stood in a tool result before it was given; `shuffled`: refined
-after the critique of another question; `limit`: first attempts that ended at a limit; `closed`:
-without tools. Each with its 95 % interval; the first column also by hops, where rows say how many.
+`grounded`: right, and the answer stood in a tool result before it was given; `called`: first
+attempts with a call; `shuffled`: refined after the critique of another question; `limit`: first
+attempts that ended at a limit; `closed`: without tools. Each with its 95 % interval; the first
+column also by hops, where rows say how many.
 """
 
 import json
@@ -85,6 +86,7 @@ def trial(folder: str, cfg: Config) -> tuple[dict, list]:
     columns = {
         "first": [attempt.correct for attempt in firsts],
         "grounded": [grounded(episode) for episode in episodes],
+        "called": [bool(attempt.calls) for attempt in firsts],
         "calls": [len(attempt.calls) for attempt in firsts],
         "refined": [episode.attempts[-1].correct for episode in episodes],
         "shuffled": [episode.attempts[-1].correct for episode in shuffled],

@@ -84,6 +84,15 @@ def test_a_question_whose_chain_ended_by_a_fault_counts_nowhere_and_is_told(monk
     assert "agent: 2 of 4 questions left out, ended by faults" in capsys.readouterr().out
 
 
+def test_it_tells_how_many_first_attempts_call_and_how_often(monkeypatch):
+    first = [chain(name, True, True) for name in "abcd"]
+    for episode, (before, after) in zip(first, [(0, 2), (3, 0), (1, 0), (0, 0)]):
+        for attempt, count in zip(episode.attempts, (before, after)):
+            attempt.calls = [{"name": "search"}] * count
+    figures, _ = tried(monkeypatch, [first, first])
+    assert (figures["called"][0], figures["calls"][0]) == (0.5, 1.0)
+
+
 def test_a_trial_of_faults_alone_says_so(monkeypatch):
     with pytest.raises(SystemExit, match="all 1 chains ended by faults, such as fault"):
         tried(monkeypatch, [[fault("a")]])
