@@ -427,6 +427,16 @@ def test_the_model_is_the_only_one_or_named():
     assert json.loads(server.seen[-1][3])["model"] == "b"
 
 
+def test_what_a_server_reads_was_broken_by_the_agents_own_chat():
+    """Its tokenizer may know control strings that no common format has."""
+    chat = SimpleNamespace(broken=str.swapcase)
+    with rrm_server(answer(completion(GOOD))) as server:
+        rrm = reward_model.open_rrm(RewardModelConfig(server.url), chat, engine=None)
+        assert all(asks(rrm, 1))
+    (sent,) = [json.loads(body)["messages"][-1] for *_, body in server.seen if body]
+    assert "qUESTION 0?" in sent["content"] and "Question 0?" not in sent["content"]
+
+
 def test_every_server_is_asked_for_the_model_that_it_lists():
     page = answer(completion(GOOD))
     with rrm_server(page, [{"id": "one"}]) as a, rrm_server(page, [{"id": "two"}]) as b:
@@ -587,8 +597,11 @@ def test_a_second_engine_has_its_own_share_and_never_sleeps(tmp_path, monkeypatc
 
     monkeypatch.setattr(reward_model, "make_engine", make_engine)
     monkeypatch.setattr("reagent.policy.load_chat", lambda source, tools: CHAT)
-    config = replace(IN_PROCESS, source=str(tmp_path), memory_share=0.2)
+    (tmp_path / "system.txt").write_text("Judge in verse.")
+    config = replace(IN_PROCESS, source=str(tmp_path), prompt_file=f"{tmp_path}/system.txt")
+    config = replace(config, memory_share=0.2)
     first = EngineConfig("hf", sleep=True, tensor_parallel=4, memory_share=0.6)
     rrm = reward_model.open_rrm(config, None, engine=first)
     alone = replace(first, sleep=False, tensor_parallel=1, memory_share=0.2)
     assert made == [(alone, str(tmp_path), {"max_context": 1200})] and all(asks(rrm, 1))
+    assert "Judge in verse." in CHAT.decode(rrm.engine.asked[0][0])

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import sys
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,31 @@ from reagent.engines import HFEngine
 from reagent.run import Run
 
 
-def run_here(script, arguments: list[str]) -> list[dict]:
-    """script.main of one rank; returns its log."""
+def note_reads(cfg, reads: set[str], prefix: str = "") -> None:
+    """From here on `reads` gets the name of each key that is read, by other code than that which
+    reads all keys: checks, and what a run keeps of its settings.
+    """
+    plain, names = type(cfg), {field.name for field in fields(cfg)}
+    for name in names:
+        if is_dataclass(part := getattr(cfg, name)):
+            object.__setattr__(cfg, name, replace(part))  # a default is shared by all runs
+            note_reads(getattr(cfg, name), reads, f"{prefix}{name}.")
+
+    def look(self, key):
+        reader = sys._getframe(1).f_code.co_filename
+        if key in names and not reader.endswith(("/dataclasses.py", "/reagent/config.py")):
+            reads.add(prefix + key)
+        return object.__getattribute__(self, key)
+
+    noting = type(plain.__name__, (plain,), {"__getattribute__": look})
+    object.__setattr__(cfg, "__class__", noting)
+
+
+def run_here(script, arguments: list[str], reads: set[str] | None = None) -> list[dict]:
+    """script.main of one rank; returns its log. reads: see note_reads."""
     cfg = parse_config(script.Config, arguments)
+    if reads is not None:
+        note_reads(cfg, reads)
     try:
         script.main(cfg)
     finally:
@@ -35,6 +59,7 @@ class Seen:
 
     def __init__(self, patch):
         self.events, self.patch = [], patch
+        self.reads: set[str] = set()  # the keys of its config that it has read
         self.note(torch.optim.AdamW, "step", lambda optimizer: ("step", *step_facts(optimizer)))
         self.note(HFEngine, "load_weights", lambda *_: ("sync",))
         self.note(HFEngine, "generate", told_request)

@@ -38,6 +38,22 @@ def test_a_sum_is_that_of_all_ranks(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "asked, sampler, saved",
+    [("auto", "bf16", "bf16"), ("auto", "fp32", "fp32"), ("bf16", "fp32", "bf16")]
+    + [("fp32", "bf16", "fp32")],
+)
+def test_a_checkpoint_has_the_type_of_the_sampler_or_that_which_is_asked_for(
+    asked, sampler, saved, tmp_path, monkeypatch
+):
+    types = []
+    monkeypatch.setattr(run, "save_checkpoint", lambda *_, dtype, **__: types.append(dtype))
+    made = bare(tmp_path, facts={}, log=[], best={}, rank=1, sampler_dtype=run.DTYPES[sampler])
+    made.cfg = SimpleNamespace(policy=SimpleNamespace(save_dtype=asked))
+    made.save(3, None, None, None)
+    assert types == [run.DTYPES[saved]] and made.saved == 3
+
+
+@pytest.mark.parametrize(
     "before, now, moved",
     [
         ("http://a/v1", "https://b/v1", True),

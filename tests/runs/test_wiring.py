@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import statistics
+from dataclasses import asdict
 from functools import partial
 from inspect import getclosurevars
 from itertools import product
@@ -20,7 +21,7 @@ import sft
 import train_rrm
 from data.report.markdown import report_table
 from grpo_unified import kept_pools
-from reagent.config import load_script
+from reagent.config import flat, load_script
 from reagent.engines import HFEngine, Sample
 from reagent.reward_model import Judgment, RewardModelConfig
 from reagent.run import Run, checkpoints
@@ -132,7 +133,7 @@ def run_u(world, out, *more):
         files = [f"--model={world}/model", f"--data={world}/rl.jsonl", f"--rrm={world}/rrm.py"]
         files.append("--rrm.seconds=50")
         files += [f"--eval_data={world}/eval.jsonl", f"--out_dir={out}"]
-        log = run_here(grpo_unified, [*COMMON, *U, *files, *more])
+        log = run_here(grpo_unified, [*COMMON, *U, *files, *more], seen.reads)
     return SimpleNamespace(seen=seen, log=log, out=out, rules=rules)
 
 
@@ -173,7 +174,8 @@ def run_rrm(stage, world, out, *more):
         seen.note(train_rrm, "rest", lambda engine: ("rest",))
         seen.note(train_rrm, "make_policy", told_seed)
         seen.note(train_rrm, "judgment_report", told_report, after=True)
-        log = run_here(train_rrm, [*COMMON, *RRM, *own, f"--eval_data={world}/held.jsonl", *more])
+        own.append(f"--eval_data={world}/held.jsonl")
+        log = run_here(train_rrm, [*COMMON, *RRM, *own, *more], seen.reads)
     return SimpleNamespace(seen=seen, log=log, out=out, stage=stage)
 
 
@@ -186,7 +188,7 @@ def run_sft(world, out, *more):
         seen = Seen(patch)
         seen.note(sft, "update", told_rows)
         seen.note(sft, "make_policy", told_seed)
-        log = run_here(sft, [*COMMON, *own, *more])
+        log = run_here(sft, [*COMMON, *own, *more], seen.reads)
     return SimpleNamespace(seen=seen, log=log, out=out)
 
 
@@ -251,6 +253,30 @@ def test_the_sampler_gets_the_weights_of_every_update_before_it_is_asked_again(u
         assert not after & {("step", "ask"), ("rest", "ask")} and "ask" in kinds
         assert ("ask", "step") not in after  # an engine that can sleep has given its memory back
         assert all(line.get("dlogp/mean", 0.0) < 1e-5 for line in run.log)
+
+
+UNREAD = {  # on a CPU, by transformers, with a reward model of a file
+    "cold": set(),
+    "sft": set(
+        "engine.max_live_chains engine.memory_share engine.sleep engine.tensor_parallel "
+        "temperature group_size clip_low clip_high "
+        "agreement_weight closeness_weight critique_weight leak_penalty".split()
+    ),
+    "grpo": set(
+        "engine.max_live_chains engine.memory_share engine.sleep engine.tensor_parallel "
+        "max_tokens_per_row verdict_weight leak_penalty".split()  # nothing leaks here
+    ),
+    "u": set(
+        "engine.memory_share engine.sleep rrm.memory_share rrm.model rrm.in_flight "
+        "rrm.max_context rrm.max_tokens rrm.temperature".split()
+    ),
+}
+
+
+def test_every_key_of_a_config_is_read_where_its_run_has_a_use_for_it(cold, rrm, u):
+    runs = [("cold", cold, sft), (rrm.stage, rrm, train_rrm), ("u", u, grpo_unified)]
+    for name, run, script in runs:
+        assert set(flat(asdict(script.Config()))) - run.seen.reads == UNREAD[name]
 
 
 def test_what_is_random_in_a_policys_start_hangs_on_the_seed_of_the_run(cold, rrm, u):
@@ -326,6 +352,49 @@ def test_ranks_share_the_sampling_of_judgments_and_all_get_all_in_the_order_of_r
         assert once == wanted and len(seen) == 9
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
         assert [[sample.ids for sample in of] for of in got] == [wanted] * ranks
+
+
+async def keys_of_chains(jobs, *_):
+    """In place of `run_chains`: each episode is the key of its chain."""
+    return [SimpleNamespace(packed=partial(str, key)) for _, key in jobs]
+
+
+def test_engines_of_two_ranks_share_the_questions_and_all_get_all_in_order(
+    world, tmp_path, monkeypatch
+):
+    """Four ranks in this process, one after another, then one of them again with the shares of all;
+    the second and the fourth follow the others.
+    """
+    shares, followed, got = [], [], []
+
+    class OneOfFour(Run):
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.rank, self.world = rank, 4
+
+        def gather(self, mine):
+            if mine == "":  # what the reward model had to say
+                return [""] * 4
+            if rank == len(shares):
+                shares.append(mine)
+                raise Left
+            return shares
+
+    def leave(episodes, *_):
+        got.extend(episodes)
+        raise Left
+
+    monkeypatch.setattr(grpo_unified, "Run", OneOfFour)
+    monkeypatch.setattr(grpo_unified, "engine_group", lambda *_: None)
+    monkeypatch.setattr(HFEngine, "follow", lambda _: followed.append(rank), raising=False)
+    monkeypatch.setattr(grpo_unified.rollout, "run_chains", keys_of_chains)
+    monkeypatch.setattr(grpo_unified, "set_rewards", leave)
+    for rank in (0, 1, 2, 3, 2):
+        with pytest.raises(Left):
+            run_u(world, tmp_path / f"{len(shares)}", "--engine.tensor_parallel=2", "--eval_data=")
+    chains = [[str((7, 0, question, g)) for g in range(2)] for question in range(4)]
+    assert shares == [[*chains[0], *chains[2]], [], [*chains[1], *chains[3]], []]
+    assert followed == [1, 3] and got == sum(chains, [])
 
 
 def test_no_two_judgments_of_a_run_are_asked_for_with_one_seed(rrm):
