@@ -310,8 +310,7 @@ def recomputed_logps(policy, minibatches: list, cfg: Config, device) -> dict:
 
 
 def update_metrics(done: dict, worst: float) -> dict:
-    """The log's names for what `update` returns; `worst` is over all ranks. A mean over nothing,
-    where all pools were dropped, is None."""
+    """The log's names for what `update` returns; worst: of all ranks. Means over nothing: None."""
 
     def mean(name: str, number: int) -> float | None:
         return done[name] / number if number else None

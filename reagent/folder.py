@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import socket
+import sqlite3
 import sys
 import time
 import urllib.request
@@ -22,8 +23,9 @@ def writing(what: str | Path):
     """SystemExit where what is done here fails: a full disk, one that is read-only or damaged."""
     try:
         yield
-    except OSError as error:
-        raise SystemExit(f"{what} cannot be written: {error.strerror or error}") from error
+    except (OSError, sqlite3.Error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise SystemExit(f"{what} cannot be written: {why}") from error
 
 
 def claim(folder: str | Path, rank: int = 0, reads: bool = False):

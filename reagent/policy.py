@@ -318,8 +318,7 @@ def load_chat(folder: str, chat_template: str = "", tools: bool = True) -> Chat:
 
 
 def make_policy(cfg, device: torch.device, keep_attention: bool = False) -> Policy:
-    """The policy that a trainer's `cfg` describes, sharded, on `device`; compiled on a GPU.
-    keep_attention: as plan_memory says."""
+    """The policy of a run's `cfg`, sharded, on a GPU compiled; keep_attention: plan_memory's."""
     options = dict(lora_rank=cfg.policy.lora_rank, keep_attention=keep_attention)
     policy = load_policy(cfg.model, cfg.policy.checkpoint_activations, **options)
     config = policy.hf.config.get_text_config()

@@ -297,8 +297,7 @@ def check_resume(saved: dict, config: dict, may_change: set[str], folder) -> Non
 
 
 def prune(folder, keep_last: int, best_step: int | None) -> None:
-    """Deletes all but the newest `keep_last` checkpoints (0: keeps all) and the best, and what a
-    kill left."""
+    """Deletes what a kill left, and all steps but the newest `keep_last` (0: all) and the best."""
     found = checkpoints(folder)
     kept = {path.name for path in found[-keep_last:]} | {f"step-{best_step or 0:06d}"}
     for path in found:

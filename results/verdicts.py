@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from reagent.folder import writing
 from reagent.served import endpoint_of, named_model, served_name, without_control
 from toolkit.http import Endpoint, Refused, Unavailable, complete, insist
 from toolkit.text import after_thoughts, capped, clean, spoken
@@ -84,9 +85,8 @@ class AnswerJudge:
         self.endpoint, self.model, self.patience_s = endpoint, model, patience_s
         self.served = served or model  # what stands behind that name
         self.name = f"{self.served}/{PROMPT_VERSION}"  # what stands beside every number
-        self.down = False
-        self.problem = ""  # why the last unscored answer is unscored
-        self.db = open_verdicts(cache)
+        self.down, self.problem = False, ""  # why the last unscored answer is unscored
+        self.cache, self.db = cache, open_verdicts(cache)
 
     async def __call__(self, question: str, golds: list[str], answer: str, secret=False):
         """`secret`: the reply may quote what must not lie on a disk, and is not kept there."""
@@ -104,7 +104,8 @@ class AnswerJudge:
                 self.problem = f"no verdict in the judge's reply, {shown}"
             if correct is not None:
                 row = (key, int(correct), self.served, "" if secret else reply)
-                self.db.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", row)
+                with writing(f"the cache {self.cache}"):
+                    self.db.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", row)
                 return correct
         return None
 

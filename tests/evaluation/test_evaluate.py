@@ -790,6 +790,27 @@ def judged(tmp_path, reply, asks, *, model="judge", patience_s=1.0, cache="cache
 ASK = ("Which city?", ["Rome"], "Rome")
 
 
+def test_a_disk_that_is_full_where_a_verdict_is_kept_is_told_in_a_sentence(tmp_path, monkeypatch):
+    """sqlite's own word for it; what was kept before is asked for no second time."""
+
+    def right(text, request):
+        return "x" * 100_000 * ("fills" in text) + " VERDICT: CORRECT"
+
+    def small(cache):
+        db = opened(cache)
+        db.execute("PRAGMA max_page_count=8")
+        return db
+
+    opened = verdicts.open_verdicts
+    monkeypatch.setattr(verdicts, "open_verdicts", small)
+    with pytest.raises(
+        SystemExit, match="cache .*sqlite cannot be written: database or disk is full"
+    ):
+        judged(tmp_path, right, [ASK, ("fills", *ASK[1:])])
+    decided, _, seen = judged(tmp_path, right, [ASK])
+    assert decided == [True] and not seen
+
+
 def test_the_cache_is_keyed_by_judge_question_reference_and_answer(tmp_path):
     def right(text, request):
         return "VERDICT: CORRECT"
