@@ -304,8 +304,7 @@ def recomputed_logps(policy, minibatches: list, cfg: Config, device) -> dict:
     with torch.no_grad():
         for i, microbatches in enumerate(minibatches):
             for k, microbatch in enumerate(microbatches):
-                batch = collate(microbatch, COLUMNS, device)
-                found[i, k] = policy(batch, cfg.temperature)[0]
+                found[i, k] = policy(collate(microbatch, COLUMNS, device), cfg.temperature)[0]
     return found
 
 
@@ -514,8 +513,7 @@ def main(cfg: Config) -> None:
         picked = batch_indices(step, cfg.prompts_per_step, len(rows), cfg.seed)
         jobs = []
         for place_in_step, i in enumerate(picked):
-            row = rows[i]
-            jobs += [(row, (cfg.seed, step, place_in_step, g)) for g in range(cfg.group_size)]
+            jobs += [(rows[i], (cfg.seed, step, place_in_step, g)) for g in range(cfg.group_size)]
         asked, failed = (rrm.asked, rrm.failed) if rrm else (0, 0)
         began_rollout = time.perf_counter()
         episodes = sample(jobs, step, f"step {step + 1}")
@@ -589,6 +587,8 @@ def main(cfg: Config) -> None:
     if run.rank == 0:
         make_page(run.out)
     toolbox.close()
+    for each in (engine, rrm and rrm.engine):
+        engines.close(each)
     run.end()
 
 

@@ -39,7 +39,7 @@ from reagent import reward_model
 from reagent.chat import Chat
 from reagent.config import check_values, parse_config
 from reagent.critiques import MOST_WORDS, leaks, name_agreement, names, prose
-from reagent.engines import EngineConfig, make_engine, rest, run_together
+from reagent.engines import EngineConfig, close, make_engine, rest, run_together
 from reagent.memory import plan_memory
 from reagent.policy import (
     POLICY_RULES,
@@ -369,6 +369,7 @@ def main(cfg: Config) -> None:
     # ---------------------------------------------------------------- report
     if run.rank == 0:
         make_page(run.out)
+    close(engine)
     run.end()
 
 

@@ -543,7 +543,7 @@ def rest(engine: Engine | None) -> None:
         engine.sleep()
 
 
-def close(engine: Engine) -> None:
-    """Frees an engine whose class can: another may have its memory."""
+def close(engine: Engine | None) -> None:
+    """Frees an engine whose class can, before torch.distributed ends, which vLLM's would end."""
     if hasattr(engine, "close"):
         engine.close()

@@ -428,8 +428,7 @@ class Run:
         if self.rank:
             return
         write_whole(self.out / "run.json", json.dumps(self.facts, indent=1))
-        lines = "".join(json.dumps(line) + "\n" for line in self.log)
-        write_whole(self.out / "log.jsonl", lines)
+        write_whole(self.out / "log.jsonl", (json.dumps(line) + "\n" for line in self.log))
         print(f"{what} -> {self.out}", flush=True)
         if self.cfg.wandb:
             import wandb

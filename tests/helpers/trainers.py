@@ -53,8 +53,8 @@ def run_here(script, arguments: list[str], reads: set[str] | None = None) -> lis
 
 class Seen:
     """What a run did, in order: ("step", lr, gradient norm, settings), ("sync",), ("ask", seed,
-    prompt, temperature, tokens at most), ("meet", phase), ("save", step) and ("write", step,
-    quiet), and what a test notes of its own.
+    prompt, temperature, tokens at most), ("close",), ("meet", phase), ("save", step) and ("write",
+    step, quiet), and what a test notes of its own.
     """
 
     def __init__(self, patch):
@@ -63,6 +63,7 @@ class Seen:
         self.note(torch.optim.AdamW, "step", lambda optimizer: ("step", *step_facts(optimizer)))
         self.note(HFEngine, "load_weights", lambda *_: ("sync",))
         self.note(HFEngine, "generate", told_request)
+        self.note(HFEngine, "close", lambda _: ("close",))
         self.note(Run, "meet", lambda _, phase, error=None: ("meet", phase))
         self.note(Run, "save", lambda _, step, *more: ("save", step))
         self.note(Run, "write", told_line)

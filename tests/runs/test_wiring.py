@@ -210,6 +210,22 @@ def cold(world, tmp_path_factory):
     return run_sft(world, tmp_path_factory.mktemp("cold"))
 
 
+def check_closed(run):
+    """vLLM's engine would end torch.distributed too, at exit, and fail: a traceback below a run
+    that went well.
+    """
+    last = [event for event in run.seen.events if event in (("close",), ("meet", "the end"))]
+    assert last == [("close",), ("meet", "the end")]
+
+
+def test_reagent_u_closes_its_engine_before_torch_distributed_ends(u):
+    check_closed(u)
+
+
+def test_the_reward_models_training_closes_its_engine_before_torch_distributed_ends(rrm):
+    check_closed(rrm)
+
+
 WARM = [5e-4, 1e-3, 1e-3]  # two steps of warm-up, then the top of the cosine
 
 
