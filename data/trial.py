@@ -24,7 +24,7 @@ import rollout
 from data.at_work import Common, agent_at_work, refine_with
 from reagent import engines
 from reagent.config import parse_config, read_prompt
-from reagent.folder import write_whole
+from reagent.folder import write_whole, writing
 from reagent.reward_model import RewardModelConfig, open_rrm
 from results.statistics import mean_interval
 from tools import Toolbox
@@ -144,6 +144,9 @@ def main(cfg: Config) -> None:
     folders = [folder for folder in cfg.agents.split(",") if folder]
     if not folders or not cfg.rrm.source:
         raise SystemExit("trial needs --agents=FOLDER[,FOLDER] and --rrm")
+    out = Path(cfg.out or Path(folders[-1]).parent)
+    with writing(out):  # before any work
+        out.mkdir(parents=True, exist_ok=True)
     table = {folder: trial(folder, cfg) for folder in folders}
     figures, episodes = table[folders[-1]]
     print(f"\n{len(episodes)} held-out questions; ± half of the 95 % interval")
@@ -151,7 +154,6 @@ def main(cfg: Config) -> None:
     for folder, (of, _) in table.items():
         cells = [f"{mean:.3f} ±{(high - low) / 2:.3f}" for mean, low, high in of.values()]
         print(f"{folder:32}" + "".join(f"{cell:>14}" for cell in cells))
-    out = Path(cfg.out or Path(folders[-1]).parent)
     kept = {folder: of for folder, (of, _) in table.items()}
     write_whole(out / "trial.json", json.dumps(kept, indent=1))
     show_chains(episodes, folders[-1], cfg.transcripts)

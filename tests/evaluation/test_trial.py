@@ -96,3 +96,17 @@ def test_it_tells_how_many_first_attempts_call_and_how_often(monkeypatch):
 def test_a_trial_of_faults_alone_says_so(monkeypatch):
     with pytest.raises(SystemExit, match="all 1 chains ended by faults, such as fault"):
         tried(monkeypatch, [[fault("a")]])
+
+
+def test_where_its_figures_cannot_be_written_is_told_before_the_agents_are_tried(
+    tmp_path, monkeypatch
+):
+    tries = []
+    monkeypatch.setattr(trial, "trial", lambda folder, _: tries.append(folder) or ({}, CHAINS))
+    (tmp_path / "file").touch()
+    cfg = trial.Config(agents="a", rrm=trial.RewardModelConfig("r.py"))
+    with pytest.raises(SystemExit, match=r"file/out cannot be written"):
+        trial.main(trial.replace(cfg, out=f"{tmp_path}/file/out"))
+    assert not tries
+    trial.main(trial.replace(cfg, out=f"{tmp_path}/new/out"))
+    assert tries == ["a"] and (tmp_path / "new" / "out" / "trial.json").is_file()
