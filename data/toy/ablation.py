@@ -266,16 +266,19 @@ def finished(out: Path, name: str, arm: str, seeds: int) -> list[Path]:
 
 
 def honesty_panel(out: Path, seeds: int) -> Panel | None:
-    """First attempts after STEPS steps on the hard world by p: mean, worst to best seed."""
-    lines = {}
-    for arm in NOISY_ARMS:
-        runs: list[list[tuple[float, float]]] = [[] for _ in range(seeds)]
-        for p, name in sorted([(1.0, "hard")] + [(p, f"hard p {p}") for p in HONESTY]):
+    """First attempts on the hard world by p, at equal steps and at equal attempts: mean, worst to
+    best seed, of the seeds with the most values of p.
+    """
+    lines, blocks = {}, [(1.0, "hard"), *((p, f"hard p {p}") for p in HONESTY)]
+    for arm, twice in (("R", False), ("R", True), ("U", False)):
+        runs: dict[str, list[tuple[float, float]]] = {}
+        for p, name in sorted(blocks):
             for folder in finished(out, name, arm, seeds):
-                trial = json.loads((folder / "result.json").read_text())["trials"][0]
-                runs[int(folder.name)].append((p, trial["first"]))
-        if all(runs):
-            lines[arm] = mean_line(runs)
+                trial = json.loads((folder / "result.json").read_text())["trials"][twice]
+                runs.setdefault(folder.name, []).append((p, trial["first"]))
+        whole = [run for run in runs.values() if len(run) == max(map(len, runs.values()))]
+        if whole:
+            lines[arm + ", 2x steps" * twice] = mean_line(whole)
     title = "held-out first attempts by honesty p"
     return Panel(title, lines, x_label="p", y_range=(0, 1)) if lines else None
 

@@ -78,7 +78,11 @@ def test_honesty_is_drawn_by_p_for_r_and_u(tmp_path):
     for p, name in ((1.0, "hard"), (0.75, "hard p 0.75")):
         for arm in ("R", "U"):
             finished(tmp_path / name / arm / "0", p * 0.8, ablation.STEPS)
-    lines = ablation.honesty_panel(tmp_path, seeds=1).lines
+    finished(tmp_path / "hard" / "R" / "1", 0.1, ablation.STEPS)  # a seed with fewer p is left out
+    lines = ablation.honesty_panel(tmp_path, seeds=2).lines
+    drawn = [(0.75, pytest.approx(0.6)), (1.0, 0.8)]
     assert {arm: line.points for arm, line in lines.items()} == {
-        arm: [(0.75, pytest.approx(0.6)), (1.0, 0.8)] for arm in ("R", "U")
+        "R": drawn,
+        "R, 2x steps": [(0.75, 1.0), (1.0, 1.0)],
+        "U": drawn,
     }
