@@ -86,8 +86,10 @@ def wait_until_healthy(process, port):
     pytest.fail("the vLLM server did not start")
 
 
-def test_one_of_two_servers_killed_in_mid_run_loses_no_judgment(world, tmp_path):
-    servers = [serve(world / "rrm" / "step-000150") for _ in range(2)]
+@pytest.mark.parametrize("sleep", [(), ("--rrm.sleep",)], ids=["awake", "sleep"])
+def test_one_of_two_servers_killed_in_mid_run_loses_no_judgment(world, tmp_path, sleep):
+    rrm = world / "rrm" / "step-000150"
+    servers = [serve(rrm, VLLM_SERVER_DEV_MODE="1") for _ in range(2)]
     run = None
     try:
         for server in servers:
@@ -109,6 +111,7 @@ def test_one_of_two_servers_killed_in_mid_run_loses_no_judgment(world, tmp_path)
                 "--rrm.max_context=4000",
                 "--rrm.max_tokens=400",
                 "--rrm.max_failures=1.0",
+                *sleep,
                 "--steps=6",
                 "--save_interval=100",
                 f"--out_dir={tmp_path}/run",
