@@ -315,7 +315,7 @@ def annotate(cfg: AnnotateConfig) -> None:
             kept = rl_rows(cfg, sampled, first, why)
     except (Unavailable, Refused) as down:
         raise SystemExit(f"{down}: the same command goes on") from None
-    write_whole(out, "".join(json.dumps(row) + "\n" for row in kept))
+    write_whole(out, (json.dumps(row) + "\n" for row in kept))
     print_table(cfg, sampled, kept, why, out)
 
 

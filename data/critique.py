@@ -171,7 +171,7 @@ def judge_rows(rrm, named: dict, missing: dict, judged: dict, cfg: Config, live:
         file.close()
         ordered = [judged.pop(d) for d in named if d in judged]
         lines = (json.dumps(line) + "\n" for line in [*ordered, *judged.values()])
-        write_whole(Path(cfg.out), "".join(lines))
+        write_whole(Path(cfg.out), lines)
         judged |= {line["work"]: line for line in ordered}
     return failed
 

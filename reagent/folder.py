@@ -47,9 +47,8 @@ def claim(folder: str | Path, rank: int = 0, reads: bool = False):
             told = f"{folder} is being written by {file.read().strip() or 'another run'}"
             raise SystemExit(f"{told}: give another --out_dir") from error
         except OSError as error:  # some network file systems
-            print(
-                f"{folder} cannot be locked ({error.strerror}): one run at a time", file=sys.stderr
-            )
+            told = f"{folder} cannot be locked ({error.strerror}): one run at a time"
+            print(told, file=sys.stderr)
         if reads:
             return file.close()
         file.truncate(0)

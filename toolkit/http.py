@@ -257,6 +257,7 @@ async def insist(endpoints: list[Endpoint], once, *, seconds=None, request_s=180
                 finally:
                     endpoint.asking -= 1
                 failing_since = min(failing_since, clock := time.monotonic())
+                # of equals the one that failed comes last
                 endpoints = [x for x in endpoints if x is not endpoint] + [endpoint]
                 if all(each is endpoint or each.rests_until > clock for each in endpoints):
                     left = min(failing_since + patience_s - clock, (end - clock) / 2)

@@ -214,11 +214,11 @@ class _Server:
         given["read"] = [*paths, "/dev/random", "/dev/urandom"]
         command = bubblewrap(paths, below) if rung == "bubblewrap" else []
         command += [sys.executable, "-I", "-S", "-B", "-c", JAIL, json.dumps(given)]
-        streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-        streams["env"] = {"OMP_NUM_THREADS": "1", "TMPDIR": self.scratch, "HOME": self.scratch}
+        options = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        options["env"] = {"OMP_NUM_THREADS": "1", "TMPDIR": self.scratch, "HOME": self.scratch}
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self.process = subprocess.Popen(command, stdin=theirs, cwd="/", **streams)
+            self.process = subprocess.Popen(command, stdin=theirs, cwd="/", **options)
 
     def measure(self) -> None:
         """Notes the memory that it has when it is idle, which is nobody's call."""

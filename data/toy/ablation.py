@@ -58,6 +58,11 @@ def folder_name(arm: str) -> str:
     return arm.replace(", ", "_").replace(" ", "_")
 
 
+def rows_of(arm: str) -> list[tuple[bool, str]]:
+    """(after 2 * STEPS?, its name) of each row that the runs of an arm give."""
+    return [(False, arm)] + [(True, f"{arm}, 2x steps")] * (arm in TWICE)
+
+
 def per_step(arm: str) -> int:
     """Attempts that one step of an arm samples."""
     return QUESTIONS * GROUP * (2 if arm.startswith("U") else 1)
@@ -265,20 +270,22 @@ def finished(out: Path, name: str, arm: str, seeds: int) -> list[Path]:
     return [path for path in runs if (path / "result.json").is_file()]
 
 
+def runs_by_p(out: Path, arm: str, twice: bool, seeds: int) -> list[list[tuple[float, float]]]:
+    """(p, first attempts) on the hard world, of each of the seeds with the most values of p."""
+    runs: dict[str, list[tuple[float, float]]] = {}
+    for p, name in sorted([(1.0, "hard"), *((p, f"hard p {p}") for p in HONESTY)]):
+        for folder in finished(out, name, arm, seeds):
+            trial = json.loads((folder / "result.json").read_text())["trials"][twice]
+            runs.setdefault(folder.name, []).append((p, trial["first"]))
+    most = max(map(len, runs.values()), default=0)
+    return [run for run in runs.values() if len(run) == most]
+
+
 def honesty_panel(out: Path, seeds: int) -> Panel | None:
-    """First attempts on the hard world by p, at equal steps and at equal attempts: mean, worst to
-    best seed, of the seeds with the most values of p.
-    """
-    lines, blocks = {}, [(1.0, "hard"), *((p, f"hard p {p}") for p in HONESTY)]
-    for arm, twice in (("R", False), ("R", True), ("U", False)):
-        runs: dict[str, list[tuple[float, float]]] = {}
-        for p, name in sorted(blocks):
-            for folder in finished(out, name, arm, seeds):
-                trial = json.loads((folder / "result.json").read_text())["trials"][twice]
-                runs.setdefault(folder.name, []).append((p, trial["first"]))
-        whole = [run for run in runs.values() if len(run) == max(map(len, runs.values()))]
-        if whole:
-            lines[arm + ", 2x steps" * twice] = mean_line(whole)
+    """First attempts by p, at equal steps and at equal attempts: mean, worst to best seed."""
+    rows = [(arm, *row) for arm in NOISY_ARMS for row in rows_of(arm)]
+    found = {label: runs_by_p(out, arm, twice, seeds) for arm, twice, label in rows}
+    lines = {label: mean_line(runs) for label, runs in found.items() if runs}
     title = "held-out first attempts by honesty p"
     return Panel(title, lines, x_label="p", y_range=(0, 1)) if lines else None
 
@@ -305,9 +312,8 @@ def write_results(out: Path, before: dict[str, dict], seeds: int) -> str:
             folders = finished(out, name, arm, seeds)
             if not folders:
                 continue
-            for twice in (False, True)[: 1 + (arm in TWICE)]:
+            for twice, label in rows_of(arm):
                 values = figures_of(folders, arm, twice)
-                label = arm + ", 2x steps" * twice
                 first[label] = values["first"]
                 text.append(
                     f"| {label} | " + " | ".join(cell(values[column]) for column in COLUMNS) + " |"
