@@ -3,6 +3,7 @@ critique is worth.
 
     python data/trial.py config/trial_toy.py --agents=out/toy/sft/step-000250,out/toy/u/step-000040
     python data/trial.py config/trial_atlas_135m.py --agents=FOLDER --closed_book
+    python data/trial.py config/trial_toy.py --agents=FOLDER --rrm=     (first attempts alone)
 
 A question whose chain ended by a fault (a tool's machine, a prompt that is too long) is left out.
 `grounded`: right, and the answer stood in a tool result before it was given; `called`: first
@@ -58,6 +59,22 @@ def sound(others: list, chains: list) -> tuple[list, list]:
     return tuple(map(list, zip(*whole)))
 
 
+def attempts(cfg: Config, jobs: list, setup, run) -> tuple[list, list, list, list]:
+    """-> (all chains, then the jobs, episodes and chains with another question's critique of those
+    that no fault ended); without a reward model no attempt is refined."""
+    if not cfg.rrm.source:
+        chains = run(rollout.run_chains(jobs, setup))
+        return chains, *sound(jobs, chains), []
+    rrm = open_rrm(cfg.rrm, setup.chat, engine=cfg.engine)
+    chains = run(rollout.run_chains(jobs, replace(setup, rrm=rrm, refine=True)))
+    engines.close(rrm.engine)
+    jobs, episodes = sound(jobs, chains)
+    own = [episode.attempts[0].critique or "" for episode in episodes]
+    rows = [row for row, _ in jobs]
+    moved = refine_with(episodes, rows, own[1:] + own[:1], setup, (cfg.seed, "shuffled"))
+    return chains, jobs, *sound(episodes, run(moved))
+
+
 def trial(folder: str, cfg: Config) -> tuple[dict, list]:
     """-> ({column: [mean, low, high]}, episodes with the reward model's own critiques)."""
     from reagent.memory import plan_engines  # torch
@@ -65,16 +82,9 @@ def trial(folder: str, cfg: Config) -> tuple[dict, list]:
     plan_engines(cfg.engine, folder, cfg.rrm)
     with agent_at_work(cfg, folder) as (setup, rows, run):
         prompt = read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)
-        rrm = open_rrm(cfg.rrm, setup.chat, engine=cfg.engine)
-        setup = replace(setup, system_prompt=prompt, rrm=rrm, refine=True)
+        setup = replace(setup, system_prompt=prompt)
         jobs = [(row, (cfg.seed, "trial", 0)) for row in rows]
-        chains = run(rollout.run_chains(jobs, setup))
-        engines.close(rrm.engine)
-        jobs, episodes = sound(jobs, chains)
-        own = [episode.attempts[0].critique or "" for episode in episodes]
-        setup, rows = replace(setup, rrm=None), [row for row, _ in jobs]
-        moved = refine_with(episodes, rows, own[1:] + own[:1], setup, (cfg.seed, "shuffled"))
-        episodes, shuffled = sound(episodes, run(moved))
+        chains, jobs, episodes, shuffled = attempts(cfg, jobs, setup, run)
         closed = []
         if cfg.closed_book:
             alone = replace(setup, toolbox=Toolbox([]), refine=False)
@@ -88,7 +98,7 @@ def trial(folder: str, cfg: Config) -> tuple[dict, list]:
         "grounded": [grounded(episode) for episode in episodes],
         "called": [bool(attempt.calls) for attempt in firsts],
         "calls": [len(attempt.calls) for attempt in firsts],
-        "refined": [episode.attempts[-1].correct for episode in episodes],
+        "refined": [e.attempts[-1].correct for e in episodes if cfg.rrm.source],
         "shuffled": [episode.attempts[-1].correct for episode in shuffled],
         "limit": [attempt.termination.endswith("_limit") for attempt in firsts],
         "closed": [episode.attempts[0].correct for episode in closed],
@@ -114,14 +124,14 @@ def transcript(episode) -> str:
 
 
 def change(episode) -> str:
-    """What refinement did to a chain of two attempts."""
-    first, last = (bool(attempt.correct) for attempt in episode.attempts)
+    """What refinement did to a chain."""
+    first, last = (bool(episode.attempts[i].correct) for i in (0, -1))
     return ("left wrong", "fixed", "broken", "left right")[2 * first + last]
 
 
 def fixed_last(episodes: list, count: int) -> list:
-    """`count` chains with a refined attempt, drawn; those that refinement fixed come last."""
-    whole = [episode for episode in episodes if len(episode.attempts) > 1]
+    """`count` chains, drawn, with a refined attempt if any has one; the fixed ones come last."""
+    whole = [episode for episode in episodes if len(episode.attempts) > 1] or list(episodes)
     random.Random(0).shuffle(whole)
     return sorted(whole, key=lambda episode: change(episode) == "fixed")[
         max(len(whole) - count, 0) :
@@ -131,10 +141,12 @@ def fixed_last(episodes: list, count: int) -> list:
 def show_chains(episodes: list, folder: str, count: int) -> None:
     """Some chains of an agent, at the end one that refinement fixed; where the page is."""
     for episode in fixed_last(episodes, count):
-        print(f"\n--- {folder}, {change(episode)} by refinement\n{transcript(episode)}")
+        what = f", {change(episode)} by refinement" if len(episode.attempts) > 1 else ""
+        print(f"\n--- {folder}{what}\n{transcript(episode)}")
     changes = [change(episode) for episode in episodes if len(episode.attempts) > 1]
     wrong = changes.count("fixed") + changes.count("left wrong")
-    print(f"\nrefinement fixed {changes.count('fixed')} of {wrong} wrong answers of {folder}")
+    if changes:
+        print(f"\nrefinement fixed {changes.count('fixed')} of {wrong} wrong answers of {folder}")
     page = Path(folder).parent / "report.html"
     if page.is_file():
         print(f"its curves and episodes: {page}")
@@ -142,8 +154,8 @@ def show_chains(episodes: list, folder: str, count: int) -> None:
 
 def main(cfg: Config) -> None:
     folders = [folder for folder in cfg.agents.split(",") if folder]
-    if not folders or not cfg.rrm.source:
-        raise SystemExit("trial needs --agents=FOLDER[,FOLDER] and --rrm")
+    if not folders:
+        raise SystemExit("trial needs --agents=FOLDER[,FOLDER]")
     out = Path(cfg.out or Path(folders[-1]).parent)
     with writing(out):  # before any work
         out.mkdir(parents=True, exist_ok=True)

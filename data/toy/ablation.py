@@ -134,22 +134,22 @@ def make_worlds(out: Path, sft: str) -> dict[str, World]:
 
 
 def try_out(world: World, agents: list[str], out: Path) -> list[dict]:
-    """The figures of the agents on the world's held-out questions, at temperatures 1 and .3."""
+    """The figures of the agents on the world's held-out questions, at temperature 1, and of their
+    first attempts at .3."""
     command = [
         sys.executable,
         "data/trial.py",
         "config/trial_toy.py",
         f"--agents={','.join(agents)}",
-        f"--rrm={world.rrm}",
         f"--data={world.data}/rl_test.jsonl",
         f"--tools={world.tools}",
     ]
     found = []
-    for name, temperature in (("warm", 1.0), ("cool", 0.3)):
+    for name, temperature, rrm in (("warm", 1.0, world.rrm), ("cool", 0.3, "")):
         folder = out / name
         if not (folder / "trial.json").is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            options = [f"--temperature={temperature}", f"--out={folder}"]
+            options = [f"--temperature={temperature}", f"--rrm={rrm}", f"--out={folder}"]
             cpu_seconds([*command, *options], out / "run.log")
         found.append(json.loads((folder / "trial.json").read_text()))
     warm, cool = found

@@ -49,7 +49,7 @@ def test_where_nothing_was_fixed_it_says_so(capsys):
     assert "left right by refinement" in told and "fixed 0 of 0 wrong answers" in told
 
 
-def tried(monkeypatch, chains: list[list[Episode]]):
+def tried(monkeypatch, chains: list[list[Episode]], source: str = "r.py"):
     """A trial whose chains ended like these: attempts with critiques, shuffled, closed book."""
     ends, setup = iter(chains), trial.rollout.Setup(None, None, None, None, None)
 
@@ -63,7 +63,8 @@ def tried(monkeypatch, chains: list[list[Episode]]):
     for name in ("run_chains", "refine_with"):
         place = trial if name == "refine_with" else trial.rollout
         monkeypatch.setattr(place, name, lambda *_: None)
-    return trial.trial("agent", trial.Config(closed_book=len(chains) > 2))
+    judge = trial.RewardModelConfig(source)
+    return trial.trial("agent", trial.Config(rrm=judge, closed_book=len(chains) > 2))
 
 
 def fault(name: str) -> Episode:
@@ -91,6 +92,14 @@ def test_it_tells_how_many_first_attempts_call_and_how_often(monkeypatch):
             attempt.calls = [{"name": "search"}] * count
     figures, _ = tried(monkeypatch, [first, first])
     assert (figures["called"][0], figures["calls"][0]) == (0.5, 1.0)
+
+
+def test_without_a_reward_model_first_attempts_alone_are_tried_and_shown(monkeypatch, capsys):
+    figures, episodes = tried(monkeypatch, [[chain("a", True), chain("b", False)]], source="")
+    assert figures["first"][0] == 0.5 and not {"refined", "shuffled"} & set(figures)
+    trial.show_chains(episodes, "out/a", 3)
+    told = capsys.readouterr().out
+    assert told.count("--- out/a\nQuestion") == 2 and "refine" not in told
 
 
 def test_a_trial_of_faults_alone_says_so(monkeypatch):
