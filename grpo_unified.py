@@ -425,8 +425,7 @@ def main(cfg: Config) -> None:
 
     tell_rrm("wake_up")  # a run that died may have left them asleep
     if rrm:
-        question = rows[0]["question"]
-        run.on_first_rank("a first judgment", lambda: runner.run(rrm.try_out(question)))
+        run.on_first_rank("a first judgment", lambda: runner.run(rrm.try_out(rows[0]["question"])))
     if run.only_checks(whole_run(cfg, cfg.steps - run.saved, len(eval_rows))):
         return toolbox.close()
     tell_rrm("sleep?level=1")

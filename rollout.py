@@ -169,10 +169,14 @@ async def refine(
     """Stage 2 of the conversation: a user turn with the critique, another attempt, its score."""
     message = {"role": "user", "content": REFINE_PROMPT.replace("{critique}", critique)}
     room = setup.limits.max_context - setup.limits.final_tokens - 1
+    ids, messages = len(episode.ids), len(episode.messages)
     if not append_fragment(episode, setup, [message], room):
         return
     await run_attempt(episode, row, setup, (*key, 2), until)
-    if setup.rrm and not episode.dropped:
+    if episode.dropped == "time_limit":  # before its first turn: the first attempt stands alone
+        del episode.ids[ids:], episode.mask[ids:], episode.messages[messages:], episode.attempts[1:]
+        episode.dropped = ""
+    elif setup.rrm and not episode.dropped:
         await judge_attempt(episode, setup, (*key, 2))
 
 
@@ -257,8 +261,7 @@ def _append_results(episode, setup, results, limit, end) -> tuple[str, bool]:
         return "", True
     limit = limit or _full(end, setup.limits)
     final = {"role": "user", "content": FINAL_PROMPT}
-    short = [{**message, "content": LEFT_OUT} for message in results]
-    for told in (results, short):
+    for told in (results, [{**message, "content": LEFT_OUT} for message in results]):
         if append_fragment(episode, setup, [*told, final], end - 1):
             return limit, True
     return limit, False

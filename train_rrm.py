@@ -333,8 +333,7 @@ def main(cfg: Config) -> None:
             group["lr"] = lr
 
         # ------------------------------------------------------------ batch
-        picked = batch_indices(step, cfg.judgments_per_step, len(rows), cfg.seed)
-        chosen = [rows[i] for i in picked]
+        chosen = [rows[i] for i in batch_indices(step, cfg.judgments_per_step, len(rows), cfg.seed)]
         if cfg.stage == "sft":
             sequences, total_weight, line = sft_batch(chat, chosen, cfg)
         else:

@@ -484,8 +484,7 @@ def _answer(loop, done, result) -> None:
         else:
             ids, reason = list(result.token_ids), result.finish_reason
             logps = [entry[token].logprob for entry, token in zip(result.logprobs or [], ids)]
-            reason = reason if reason in ("stop", "length") else "abort"
-            done.set_result(Sample(ids, logps, reason))
+            done.set_result(Sample(ids, logps, reason if reason in ("stop", "length") else "abort"))
 
     with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
         loop.call_soon_threadsafe(settle)

@@ -562,12 +562,18 @@ def test_a_chain_that_stalls_in_a_tool_ends_in_time(monkeypatch):
     assert episode.attempts[0].termination == "time_limit" and not episode.attempts[0].calls
 
 
-@pytest.mark.parametrize("done", [0, 1])
-def test_an_attempt_without_a_turn_when_its_time_is_over_is_none_to_train(done):
-    engine, rrm = Stalls(done, "\\boxed{here}"), RewardModel(judge_now)
+def test_a_first_attempt_without_a_turn_when_its_time_is_over_is_none_to_train():
+    engine, rrm = Stalls(0, "\\boxed{here}"), RewardModel(judge_now)
     episode = episode_of(engine=engine, rrm=rrm, refine=True, max_seconds_per_chain=0.3)
-    assert episode.dropped == "time_limit" and len(episode.attempts) == done + 1
-    assert episode.attempts[done].rule_reward is None and episode.attempts[done].score is None
+    assert episode.dropped == "time_limit" and len(episode.attempts) == 1
+    assert episode.attempts[0].rule_reward is None and episode.attempts[0].score is None
+
+
+def test_a_refinement_without_a_turn_when_its_time_is_over_leaves_the_first_attempt():
+    alone = vars(episode_of("\\boxed{here}", rrm=RewardModel(judge_now)))
+    engine, rrm = Stalls(1, "\\boxed{here}"), RewardModel(judge_now)
+    episode = episode_of(engine=engine, rrm=rrm, refine=True, max_seconds_per_chain=0.3)
+    assert vars(episode) == alone and alone["attempts"][0].score == 0.5
 
 
 def test_time_that_is_over_during_the_judgment_leaves_the_first_attempt():
