@@ -198,6 +198,11 @@ def test_a_call_that_stands_only_in_the_thoughts_is_told(form, end):
     assert "thoughts" in read.problem
 
 
+@pytest.mark.parametrize("made", [call("{}"), call("7"), "<tool_call>[]</tool_call>"])
+def test_a_call_in_thoughts_that_were_opened_elsewhere_is_told(made):
+    assert "thoughts" in only(f"plan {made}</think>\n\nI will search.").problem
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -262,6 +262,33 @@ def test_no_judgment_of_the_test_set_stands_in_training():
         assert not {json.dumps([row["question"], row["trajectory"]]), text} & trained
 
 
+def test_the_toys_test_set_is_drawn_anew_where_either_training_set_has_it(monkeypatch, tmp_path):
+    """Rows are numbers here: of the first set's nearly two thirds stand in training by chance."""
+    written = {}
+
+    def number(rng, i):
+        return {"n": rng.randrange(20_000)}
+
+    def write(path, rows):
+        written[path.stem] = list(rows)
+        return len(written[path.stem])
+
+    for name, fake in dict(rrm_row=number, rrm_test_row=number, write=write).items():
+        monkeypatch.setattr(toy, name, fake)
+    monkeypatch.setattr(toy, "texts_of", lambda row: {row["n"]})
+    monkeypatch.setattr(toy, "sft_row", lambda rng, hard: rng.random())
+    monkeypatch.setattr(toy, "rl_row", lambda rng, i, split, hard: (split, rng.random()))
+    monkeypatch.setattr(toy, "make_model", lambda *_: 0)
+    monkeypatch.setattr("sys.argv", ["prepare.py", f"--out={tmp_path}"])
+    toy.main()
+    numbers = {name: {row["n"] for row in written[name]} for name in written if "rrm" in name}
+    assert not numbers["rrm_test"] & (numbers["rrm_sft"] | numbers["rrm_rl"])
+    assert numbers["rrm_sft"] & numbers["rrm_rl"] and len(written["rrm_test"]) == 512
+    assert {split for split, _ in written["rl_test"]} == {"test"}
+    assert not set(written["rl_test"]) & set(written["rl_train"])
+    assert written["rl_test"][0][1] != written["rl_train"][0][1]  # a stream of its own
+
+
 def test_every_phrase_is_one_token():
     for phrase in toy.toy_phrases():
         if (

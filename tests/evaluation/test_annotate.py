@@ -4,14 +4,17 @@ lift; paired bootstrap.
 
 import copy
 import dataclasses
+import functools
 import json
 import random
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import evaluate
 import rollout
 from data import annotate as annotation
 from data import at_work, compare_rrm
@@ -107,11 +110,12 @@ def test_a_judgment_that_tells_the_answer_is_left_out_and_asked_for_again(world,
         said = f"It is {gold}." if int(gold[-1]) % 2 else "Look again."
         return f"<think>It should say {gold}.</think><critique>{said}</critique><score>0.5</score>"
 
-    with judge_server(indiscreet) as (url, seen):
+    with judge_server(indiscreet, whole=True) as (url, seen):
         rows = annotate(world, tmp_path, url, data)
         told = capsys.readouterr().out
         assert len(seen) == 12 and len(rows) == 6
         assert annotate(world, tmp_path, url, data) == rows and len(seen) == 18
+        assert len({request["seed"] for request in seen}) == 18  # what failed is asked afresh
     assert {row["critique"] for row in rows} == {"Look again."}
     assert "6 leak the answer" in told and "call it again" in told
 
@@ -348,3 +352,71 @@ def test_report_says_when_it_has_no_tokenizer_to_count_with(tmp_path):
                 ["--rrm=data/toy/prepare.py", f"--eval_data={tmp_path}/rrm.jsonl"],
             )
         )
+
+
+def test_a_difference_is_the_own_figure_minus_the_others(tmp_path, monkeypatch, capsys):
+    """The one that is asked about is always right, the other one always says .5."""
+    rng = random.Random(0)
+    rows = [toy.rrm_row(rng, i) for i in range(30)]
+    toy.write(tmp_path / "held.jsonl", rows)
+    asked, closed = [], []
+
+    def open_rrm(config, chat, *, engine):
+        asked.append((config.source, config.memory_share))
+
+        async def judge(question, trajectory, key):
+            told = next(row for row in rows if row["trajectory"] == trajectory)
+            exact = config.source.endswith("own")
+            return Judgment("a", "b", told["score"] if exact else 0.5)
+
+        judge.engine = config.source
+        return judge
+
+    for name in ("own", "other"):
+        (tmp_path / name).mkdir()
+    chat = SimpleNamespace(text=list)
+    monkeypatch.setattr("reagent.policy.load_chat", lambda *_, **__: chat)
+    monkeypatch.setattr(compare_rrm.reward_model, "open_rrm", open_rrm)
+    monkeypatch.setattr(compare_rrm.engines, "close", closed.append)
+    few = functools.partial(compare_rrm.paired_bootstrap, draws=50)
+    monkeypatch.setattr(compare_rrm, "paired_bootstrap", few)
+    keys = [f"--rrm={tmp_path}/own", f"--against={tmp_path}/other", "--engine.memory_share=0.7"]
+    keys += [f"--eval_data={tmp_path}/held.jsonl", f"--out_dir={tmp_path}/out"]
+    compare_rrm.main(parse_config(compare_rrm.Config, keys))
+    assert asked == [(f"{tmp_path}/own", 0.7), (f"{tmp_path}/other", 0.7)]
+    assert closed == [f"{tmp_path}/own", f"{tmp_path}/other"]
+    told = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    own, other = told
+    assert [line["rrm"] for line in told] == closed and "difference/mae" not in other
+    for name, sign in (("mae", -1), ("auc/correct", 1), ("auc/grounded", 1)):
+        middle, low, high = own[f"difference/{name}"]
+        assert middle == pytest.approx(own[name] - other[name], abs=2e-4) and sign * middle > 0
+        assert low <= middle <= high
+    assert capsys.readouterr().out.count("\ndifference/") == 3
+
+
+def test_an_agent_at_work_has_the_limits_and_the_server_that_were_asked_for(tmp_path, monkeypatch):
+    """Each option has a value of its own, so that none can stand in for another."""
+    asked = []
+
+    def served_agent(cfg, runner):
+        asked.append(cfg)
+        return evaluate.Agent("engine", "chat", positions, "", {})
+
+    monkeypatch.setattr(evaluate, "served_agent", served_agent)
+    toy.write(tmp_path / "rl.jsonl", [toy.rl_row(random.Random(0), i, "train") for i in range(5)])
+    own = dict(max_turns=3, max_new_tokens_per_turn=70, max_tokens_per_attempt=400)
+    own |= dict(max_context=900, temperature=0.25, limit=2, patience_s=7.0)
+    own |= dict(tokenizer="tok", endpoint="chat", tools="search,none")
+    keys = [f"--{key}={value}" for key, value in own.items()] + ["--engine.max_live_chains=9"]
+    config = parse_config(at_work.Common, [f"--data={tmp_path}/rl.jsonl", *keys])
+    for positions, context in ((4000, 900), (800, 800)):
+        with at_work.agent_at_work(config, "https://a/v1#name") as (setup, rows, _):
+            assert setup.limits == rollout.Limits(3, 70, 400, context, final_tokens=70)
+            assert (setup.engine, setup.chat, setup.temperature) == ("engine", "chat", 0.25)
+            assert setup.rrm is None and setup.toolbox.names == ["search"]
+            assert [row["id"] for row in rows] == ["toy-train-0", "toy-train-1"]
+    told = asked[0]
+    assert (told.model, told.served_model, told.tools) == ("https://a/v1", "name", "search,none")
+    assert (told.tokenizer, told.endpoint, told.patience_s) == ("tok", "chat", 7.0)
+    assert (told.max_context, told.engine.max_live_chains) == (900, 9)

@@ -287,6 +287,16 @@ def test_a_row_that_changed_in_its_file_is_run_again(tmp_path):
     journal.close()
 
 
+def test_a_row_is_another_where_anything_that_decides_its_answer_changed(tmp_path):
+    docs, row = [{"title": "t", "text": "x"}], row_of("1", files=["a.csv"])
+    changes = [dict(question="p?"), dict(answer="b"), dict(files=["b.csv"]), dict(docs=docs)]
+    changes.append(dict(docs=[docs[0] | {"text": "y"}]))
+    digests = [task_of(tmp_path, [row | change]).rows[0]["digest"] for change in [{}, *changes]]
+    assert len(set(digests)) == 6
+    for same in (dict(id="2"), dict(meta={"level": 3})):
+        assert task_of(tmp_path, [row | same]).rows[0]["digest"] == digests[0]
+
+
 def test_a_fault_is_forgotten_when_the_chain_is_finished(tmp_path):
     task = task_of(tmp_path, [row_of("1")])
     journal = Journal(tmp_path / "out")
@@ -442,6 +452,19 @@ WORKED = {  # (question, rollout): attempts, tokens; () the prompt was too long;
     ("4", 0): None,
     ("4", 1): None,
 }
+
+
+@pytest.mark.parametrize(("kinds", "told"), [(1, 0), (2, 2), (24, 24), (25, 0)])
+def test_groups_are_told_where_a_set_has_several_and_not_too_many(kinds, told, tmp_path):
+    """Of 50 questions, each asked twice; those of kind 0 are right once of the two."""
+    rows = [row_of(str(i), f"q{i}?", meta={"hops": i % kinds, "own": i % 2}) for i in range(50)]
+    task = task_of(tmp_path, rows, rollouts=2)
+    grid = [[Chain(None, i % kinds == 0), Chain(None, False)] for i in range(50)]
+    found = statistics.by_meta(task, grid)
+    assert set(found) == ({"hops"} if told else set()) and len(found.get("hops", {})) == told
+    for kind, group in found.get("hops", {}).items():
+        assert group["questions"] == sum(str(i % kinds) == kind for i in range(50))
+        assert group["all"][0] == (0.5 if kind == "0" else 0.0)
 
 
 def test_figures_of_a_hand_worked_set_with_refinement(tmp_path):
@@ -811,7 +834,7 @@ def test_a_disk_that_is_full_where_a_verdict_is_kept_is_told_in_a_sentence(tmp_p
     assert decided == [True] and not seen
 
 
-def test_the_cache_is_keyed_by_judge_question_reference_and_answer(tmp_path):
+def test_the_cache_is_keyed_by_judge_prompt_question_reference_and_answer(tmp_path, monkeypatch):
     def right(text, request):
         return "VERDICT: CORRECT"
 
@@ -827,6 +850,9 @@ def test_the_cache_is_keyed_by_judge_question_reference_and_answer(tmp_path):
     # a name behind which another model was put, and a model that got another name
     assert judged(tmp_path, wrong, [ASK], served="org/b")[0] == [False]
     assert judged(tmp_path, right, [ASK], served="org/b", model="new")[0] == [False]
+    monkeypatch.setattr(verdicts, "PROMPT_VERSION", "another")
+    decided, judge, _ = judged(tmp_path, wrong, [ASK])
+    assert decided == [False] and judge.name == "judge/another"
 
 
 @pytest.mark.parametrize(
@@ -979,6 +1005,26 @@ def test_a_completion_that_ended_otherwise_is_no_answer(reason):
     body = json.dumps({"choices": [{"text": "a", "token_ids": [97], "finish_reason": reason}]})
     turn = sample(body.encode(), served.TextChat(), "ids")[0]
     assert turn.finish_reason == (reason if reason in ("stop", "length") else "abort")
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 7, 8, 9, 30])  # of the text; 8 tokens are asked for
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_a_turn_that_is_encoded_here_is_no_longer_than_asked_for_and_closed_where_it_ended(
+    pieces, reason, monkeypatch
+):
+    chat = served.TextChat()
+    text = "".join(f"{n:04}" for n in range(pieces))  # four characters are a token of this chat
+
+    async def answered(endpoints, once, **patience):
+        return [], [], text, reason
+
+    monkeypatch.setattr(served, "insist", answered)
+    engine = served.ServedEngine(None, served.Served("m", "text", "m", 4096, "m"), chat)
+    options = dict(max_new_tokens=8, temperature=1.0, seed=1)
+    turn = asyncio.run(engine.generate([1], **options))
+    closed = [chat.closer_id] * (reason == "stop")
+    assert turn.ids == chat.text(text)[:7] + closed and len(turn.ids) <= 8
+    assert (turn.finish_reason, turn.logps) == (reason, [])
 
 
 # --------------------------------------------------------------------------------------------------

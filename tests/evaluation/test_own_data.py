@@ -80,6 +80,17 @@ def test_held_out_rows_stand_beside_the_others_and_ids_are_unique(tmp_path):
     assert (len(rows), len(test)) == (6, 3) and len({r["id"] for r in rows + test}) == 9
 
 
+def test_held_out_rows_are_drawn_by_their_ids_and_the_seed_whatever_the_order(tmp_path):
+    def held(*keys, order=1):
+        rows = [dict(id=f"{i:02}", question=f"Q{i}?", answer="a") for i in range(40)][::order]
+        made(tmp_path, "q.jsonl", "\n".join(map(json.dumps, rows)), "--held_out=10", *keys)
+        return {row["id"] for row in lines(tmp_path / "rl_test.jsonl")}
+
+    drawn, names = held(), [f"{i:02}" for i in range(40)]
+    assert len(drawn) == 10 and drawn not in (set(names[:10]), set(names[-10:]))
+    assert held(order=-1) == drawn != held("--seed=1")
+
+
 # --------------------------------------------------------------------------------------------------
 # rows of agents behind URLs
 

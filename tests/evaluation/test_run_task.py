@@ -1,6 +1,7 @@
 """The chains of an evaluation: who runs which, how often, with which seeds, and what is written."""
 
 import asyncio
+import json
 from dataclasses import replace
 
 import pytest
@@ -70,6 +71,16 @@ def test_a_limit_takes_the_first_questions_and_ids_those_that_are_named(task, tm
     assert chosen("--limit=2") == (["0", "1"], 1)
     assert chosen("--ids=4,1", "--rollouts=3") == (["1", "4"], 3)
     assert chosen("--ids=4,1", "--limit=1") == (["1"], 1)
+
+
+def test_the_room_for_prompts_goes_by_the_longest_questions_of_a_set(tmp_path):
+    texts = ["x" * n for n in (5, 30, *range(6, 28))]
+    rows = [row_of(str(i), text) for i, text in enumerate(texts)]
+    rows.append(row_of("f", "short", files=["a-long-name-of-a-file.csv"]))
+    toy.write(tmp_path / "rows.jsonl", rows)
+    made = load_task(f"{tmp_path}/rows.jsonl", parse_config(evaluate.Config, ["--limit=1"]))
+    wanted = [*texts, "short\nFile: a-long-name-of-a-file.csv"]
+    assert sorted(made.longest, key=len) == sorted(wanted, key=len)[-20:]
 
 
 def test_ranks_share_the_questions_and_every_chain_is_run_by_one(task, tmp_path):
@@ -145,6 +156,83 @@ def test_sets_of_other_seconds_or_tools_have_toolboxes_of_their_own(tmp_path):
         ("search", 7.0): (7.0, ["search"]),
         ("search,browse", 30.0): (30.0, ["search", "browse"]),
     }
+
+
+def test_what_tools_are_told_reaches_every_toolbox(tmp_path, monkeypatch):
+    """Each option has its own value, so that none can stand in for another."""
+    seen = []
+
+    class Noted:
+        def __init__(self, names, **options):
+            seen.append((names, options))
+
+        def check_rows(self, rows, what):
+            seen.append((rows, what))
+
+    monkeypatch.setattr(evaluate, "Toolbox", Noted)
+    own = dict(corpus="a", block="b", cache="c", allow="d", files_dir="e")
+    keys = [f"--{key}={value}" for key, value in own.items()] + ["--replay", "--unsafe_python"]
+    tasks = [task_of(tmp_path, [row_of("1")], name=name) for name in ("plain", "files")]
+    tasks[1].spec = replace(tasks[1].spec, tools="file_reader,none", seconds_per_call=7.0)
+    evaluate.make_toolboxes(parse_config(evaluate.Config, keys), tasks)
+    told = own | dict(replay=True, unsafe_python=True)
+    assert seen == [
+        (["search"], told | dict(files_dir="", seconds_per_call=30.0)),
+        (tasks[0].rows, "plain"),
+        (["file_reader"], told | dict(seconds_per_call=7.0)),
+        (tasks[1].rows, "files"),
+    ]
+
+
+@pytest.mark.parametrize(("ranks", "tp"), [(1, 1), (3, 1), (4, 2), (6, 3)])
+def test_engines_of_several_ranks_share_the_questions_and_their_other_ranks_follow(
+    ranks, tp, task, tmp_path, monkeypatch
+):
+    shares, followed, finished = [], [], []
+
+    class Engine(Says):
+        def follow(self):
+            followed.append(rank)
+
+        def finish(self):
+            finished.append(rank)
+
+    async def share(cfg, task, setup, journal, place, places):
+        shares.append((place, places))
+
+    monkeypatch.setattr(evaluate, "run_task", share)
+    keys = [f"--engine.tensor_parallel={tp}", f"--out_dir={tmp_path}"]
+    keys += ["--corpus=pages.jsonl"] * (ranks == 3)
+    cfg = parse_config(evaluate.Config, keys)
+    agent = evaluate.Agent(Engine("a"), CHAT, 4096, "how it is asked", {"model": "what answers"})
+    setups = [evaluate.setup_of(cfg, task, agent, Toolbox(["search"]))] * 2
+    with asyncio.Runner() as runner:
+        for rank in range(ranks):
+            whole = dict(rank=rank, world=ranks, group=None)
+            evaluate.run_missing(cfg, [task] * 2, None, runner, agent, None, setups, **whole)
+    engines = ranks // tp
+    assert shares == [(place, engines) for place in range(engines) for _ in range(2)]
+    assert followed == [rank for rank in range(ranks) if rank % tp]
+    assert finished == [rank for rank in range(ranks) if not rank % tp] * (tp > 1)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert (facts["agent"], facts["served"]) == (agent.how, agent.served)
+    assert facts["subsets"] == {"rows": task.subset}
+    assert facts["search"] == ("local pages pages.jsonl" if ranks == 3 else "no provider")
+
+
+@pytest.mark.parametrize("live", [3, 200])
+def test_a_server_is_asked_by_as_many_chains_as_may_live(live, monkeypatch):
+    made = []
+
+    def endpoint(url, key, most):
+        made.append((url, key, most))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("reagent.served.endpoint_of", endpoint)
+    keys = ["--model=http://a/v1", f"--engine.max_live_chains={live}"]
+    with pytest.raises(ZeroDivisionError):
+        evaluate.served_agent(parse_config(evaluate.Config, keys), None)
+    assert made == [("http://a/v1", "MODEL_API_KEY", live)]
 
 
 def test_limits_are_those_that_were_asked_for_where_they_fit(task):

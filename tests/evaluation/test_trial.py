@@ -76,13 +76,53 @@ def fault(name: str) -> Episode:
 def test_a_question_whose_chain_ended_by_a_fault_counts_nowhere_and_is_told(monkeypatch, capsys):
     first = [chain("a", True, True), fault("b"), chain("c", False, True), chain("d", False, False)]
     shuffled = [chain("a", True, True), chain("c", False, True), fault("d")]
-    closed = [chain("a", False), fault("c"), chain("d", False)]
+    closed = [chain("a", False), fault("c"), fault("d")]
     figures, episodes = tried(monkeypatch, [first, shuffled, closed])
     assert [episode.id for episode in episodes] == ["a", "c"]
     means = {name: figure[0] for name, figure in figures.items()}
     assert (means["first"], means["refined"], means["shuffled"]) == (0.5, 1.0, 1.0)
     assert means["closed"] == 0.0
-    assert "agent: 2 of 4 questions left out, ended by faults" in capsys.readouterr().out
+    assert "agent: 3 of 4 questions left out, ended by faults" in capsys.readouterr().out
+
+
+def test_every_arm_of_a_trial_is_run_as_it_was_asked_for(monkeypatch, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Look it up.")
+    seen, chains = {}, [chain("a", True, True), chain("b", False, True), fault("c")]
+    rows, judge = [{"id": each.id} for each in chains], SimpleNamespace(engine="its engine")
+
+    @contextlib.contextmanager
+    def at_work(cfg, folder):
+        setup = trial.rollout.Setup("engine", "chat", "toolbox", "limits", None)
+        yield setup, rows, lambda chains: chains
+
+    def run_chains(jobs, setup):
+        seen["refined" if setup.refine else "closed"] = [job for job in jobs], setup
+        return chains if setup.refine else chains[:2]
+
+    def refine_with(episodes, rows, critiques, setup, key):
+        seen["shuffled"] = [e.id for e in episodes], rows, critiques, setup, key
+        return episodes
+
+    monkeypatch.setattr(memory, "plan_engines", lambda *given: seen.update(plan=given))
+    monkeypatch.setattr(trial, "agent_at_work", at_work)
+    monkeypatch.setattr(trial, "open_rrm", lambda *a, **b: seen.update(rrm=(*a, b)) or judge)
+    monkeypatch.setattr(trial.rollout, "run_chains", run_chains)
+    monkeypatch.setattr(trial, "refine_with", refine_with)
+    monkeypatch.setattr(trial.engines, "close", lambda engine: seen.update(closes=engine))
+    chains[0].attempts[0].critique, chains[1].attempts[0].critique = "of a", None
+    more = dict(prompt_file=f"{tmp_path}/prompt.txt", seed=5, closed_book=True)
+    cfg = trial.Config(rrm=trial.RewardModelConfig("r.py"), **more)
+    trial.trial("agent", cfg)
+    assert seen["plan"] == (cfg.engine, "agent", cfg.rrm) and seen["closes"] == "its engine"
+    assert seen["rrm"] == (cfg.rrm, "chat", {"engine": cfg.engine})
+    jobs, setup = seen["refined"]
+    assert jobs == [(row, (5, "trial", 0)) for row in rows] and setup.rrm is judge
+    alone = seen["closed"][1]
+    assert seen["closed"][0] == jobs[:2] and not alone.toolbox.names and alone.rrm is None
+    ids, of, critiques, shuffled, key = seen["shuffled"]
+    assert (ids, of, critiques) == (["a", "b"], rows[:2], ["", "of a"])
+    assert shuffled.toolbox == "toolbox" and key == (5, "shuffled")
+    assert {each.system_prompt for each in (setup, alone, shuffled)} == {"Look it up."}
 
 
 def test_it_tells_how_many_first_attempts_call_and_how_often(monkeypatch):

@@ -165,6 +165,14 @@ def test_eight_ranks_share_what_is_sharded():
     assert eight["activations"] == one["activations"]
 
 
+def test_ranks_that_share_a_copy_hold_what_so_many_ranks_alone_would(card, monkeypatch, capsys):
+    told = []
+    for world, more in ((2, []), (8, []), (8, ["--policy.shard_ranks=2"])):
+        planned(monkeypatch, "sft.py", more, "17b", world)
+        told.append(capsys.readouterr().out.partition("; host")[0])
+    assert told[2] == told[0] != told[1]
+
+
 def test_the_headline_recipe_fits_and_the_old_share_did_not():
     """Eight cards of 80 GB, Qwen3-8B: a rollout beside shards and moments, a step while the engine
     sleeps.

@@ -309,6 +309,10 @@ def test_the_report_tells_critiques_of_their_trajectory_from_those_that_fit_any(
     assert told["critique/named"] == told["critique/names_f1"] == told["critique/prose"] == 1.0
     assert moved["critique/named"] < 0.4 and told["critique/named_in_next"] < 0.4
     assert moved["critique/names_f1"] < 0.3
+    bare = [{key: row[key] for key in row if key not in ("think", "critique")} for row in rows]
+    wordless = [Judgment("So it is.", "look again at all of it.", 0.5)] * len(bare)
+    both = judging.judgment_report(own + wordless, rows + bare, [])
+    assert both["critique/names_f1"] == 1.0 and both["critique/named"] == 0.5  # none to agree with
 
 
 @pytest.mark.parametrize(

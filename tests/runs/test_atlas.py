@@ -161,3 +161,41 @@ def test_the_real_world_has_the_counts_of_the_card():
     assert real["Kenya"]["capital"] == "Nairobi" and real["Kenya"]["neighbour"] == "Ethiopia"
     assert "currency" not in real["Croatia"]  # the sources have HRK and EUR
     assert prepare.search_schema()[0]["function"]["name"] == "search"
+
+
+def test_the_command_draws_every_file_from_its_own_split_with_what_it_was_told(
+    monkeypatch, tmp_path
+):
+    made, written = {}, {}
+
+    class Noted(Rows):
+        def __init__(self, world, names, hops, split, follows=prepare.FOLLOWS):
+            super().__init__(world, names, hops, split, follows)
+            made[split] = names, hops, follows
+
+    def write(path, make, size, rng):
+        row = draws(lambda _, i: make(rng, i), 1)[0]
+        written[path.stem] = make.__self__.split if hasattr(make, "__self__") else row, size
+        return 0, 0.0
+
+    split = world.split(WORLD, 3, share=0.3)
+    monkeypatch.setattr(prepare, "Rows", Noted)
+    monkeypatch.setattr(prepare, "write", write)
+    monkeypatch.setattr(prepare, "search_schema", lambda: ["schema"])
+    monkeypatch.setattr(world, "gather", lambda: (WORLD, {}))
+    monkeypatch.setattr(world, "split", lambda _, seed: split if seed == 3 else None)
+    keys = ["--hops=1", "--one_hop=0.35", "--seed=3", "--sizes=sft=7,rrm_test=5"]
+    monkeypatch.setattr("sys.argv", ["prepare.py", f"--out={tmp_path}", *keys])
+    prepare.main()
+    assert made == {
+        "train": (split[0], [1], prepare.FOLLOWS | {1: 0.35}),
+        "test": (split[1], [1], prepare.FOLLOWS),
+    }
+    demonstration, size = written.pop("sft")
+    assert demonstration["tools"] == ["schema"] and size == 7
+    sizes = prepare.SIZES | {"rrm_test": 5}
+    split_of = dict(rl_train="train", rl_test="test", rrm_sft="train", rrm_rl="train")
+    split_of["rrm_test"] = "test"
+    assert written == {name: (split_of[name], sizes[name]) for name in split_of}
+    assert (tmp_path / "prompt.txt").read_text() == prepare.SYSTEM_PROMPT
+    assert world.load(tmp_path).keys() == WORLD.keys()

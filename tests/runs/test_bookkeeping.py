@@ -1,6 +1,8 @@
 """What a trainer keeps beside its loop, without a loop: skips, sums, what may change."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -83,3 +85,79 @@ def test_a_run_that_goes_on_knows_its_step_its_log_and_its_best(tmp_path):
     made.cfg, made.facts = SimpleNamespace(), {"config": {"lr": 1.0}, "wandb": None}
     assert made.find_newest().name == "step-000004" and made.saved == 4
     assert made.best == {"step": 3, "accuracy": 0.5} and made.log == [{"step": 4}]
+
+
+@pytest.mark.parametrize(
+    "asked, done, saved, saves",
+    [(0, 3, 0, []), (1, 3, 0, [3]), (1, 3, 2, [3]), (1, 3, 3, []), (1, 0, 0, []), (2, 1, 0, [1])],
+)
+def test_a_stop_in_mid_step_ends_all_ranks_and_saves_what_is_done_if_it_is_not_saved(
+    asked, done, saved, saves, tmp_path
+):
+    """As many ranks were asked to stop, this one was not."""
+    made, written = bare(tmp_path, saved=saved, stop_asked=[]), []
+    made.sum = lambda numbers: [number + asked for number in numbers]
+    made.save = lambda step, *_: written.append(step)
+    assert made.gives_up(done, None, None, None) == made.stopping() == bool(asked)
+    assert written == saves
+
+
+def test_what_a_write_in_the_background_raised_is_raised_by_the_next_and_the_order_kept(tmp_path):
+    made, order = bare(tmp_path, writer=ThreadPoolExecutor(1), writing=None), []
+
+    def write(what, seconds=0.0):
+        time.sleep(seconds)
+        order.append(what)
+        if what == "full":
+            raise OSError("no space left")
+
+    made.in_background(write, "slow", 0.05)
+    made.in_background(write, "full")
+    with pytest.raises(OSError, match="no space left"):
+        made.in_background(write, "next")
+    made.writing = None
+    made.in_background(write, "last", 0.05)
+    made.finish_writing()
+    assert order == ["slow", "full", "last"] and made.writing is None
+
+
+class Read(Exception):
+    """All of a checkpoint was checked."""
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_ranks_check_every_shard_once_whatever_their_number_was(
+    shards, ranks, tmp_path, monkeypatch
+):
+    folder = run.state_of(tmp_path / "step-000001")
+    folder.mkdir(parents=True)
+    names = [f"__{rank}_0.distcp" for rank in range(shards)]
+    for name in names:
+        (folder / name).touch()
+    seen = []
+
+    def stop(*_):
+        raise Read
+
+    monkeypatch.setattr(run, "PlainReader", lambda _: None)
+    monkeypatch.setattr(run, "check_digest", lambda path: seen.append(path.name))
+    monkeypatch.setattr(run, "trained_state", stop)
+    monkeypatch.setattr(run.dist, "get_world_size", lambda: ranks)
+    for rank in range(ranks):
+        monkeypatch.setattr(run.dist, "get_rank", lambda: rank)
+        with pytest.raises(Read):
+            run.load_checkpoint(tmp_path / "step-000001", None, None, lambda *_: None)
+    assert sorted(seen) == sorted([*names, *[".metadata"] * ranks])
+
+
+def test_a_model_card_tells_the_step_the_commit_what_it_came_from_and_its_last_figures():
+    config = {"out_dir": "out/own", "model": "a/base", "data": "some/rows.jsonl", "lr": 0.25}
+    log = [{"step": n, "loss": n / 4, "skipped": "", "gone": None} for n in (1, 2, 3)]
+    facts = {"config": config, "log": log, "git": "abc123", "command": ["./there/sft.py", "--x"]}
+    card = run.model_card(3, facts)
+    source = "`sft.py` of Reagent (commit abc123) from `a/base` on\n`some/rows.jsonl`."
+    for told in ("# out/own, step 3\n", source, "| step | 3 |\n| loss | 0.75 |\n", '"lr": 0.25'):
+        assert told in card, told
+    assert "gone" not in card and "skipped" not in card
+    assert run.model_card(1, {})  # of a checkpoint that tells nothing of itself

@@ -53,7 +53,7 @@ def checked(name, world, out, *more):
     script = SCRIPTS[name]
     files = [f"--model={world}/model", f"--data={world}/{DATA[name]}.jsonl", f"--out_dir={out}"]
     own = {"grpo_unified": [*AGENT, "--rrm=data/toy/prepare.py"], "train_rrm": ["--engine=hf"]}
-    given = [*SMALL, *files, *own.get(name, []), *more, "--check"]
+    given = [*SMALL, *files, *own.get(name, []), "--check", *more]
     try:
         script.main(parse_config(script.Config, given))
     finally:
@@ -124,6 +124,54 @@ def test_a_resumed_agent_announces_the_steps_that_are_left(
     sizes = ["--steps=10", "--prompts_per_step=4", "--prompts_per_minibatch=2", "--group_size=3"]
     checked("grpo_unified", world, tmp_path / "out", *sizes, "--variant=r")
     assert f"7 steps, {7 * 4 * 3} attempts, {7 * 4 * 3} judgments" in capsys.readouterr().out
+
+
+class Left(Exception):
+    """Leaves a main() at the seam where a test has seen enough."""
+
+
+PLANNED = [  # the longest row that may stand alone; what runs beside the policy on its card
+    ("sft", ["--max_tokens_per_row=777"], dict(longest=777)),
+    ("train_rrm", ["--stage=sft"], dict(longest=500, engine=False, group=1)),
+    ("train_rrm", ["--stage=sft", "--eval_data={data}"], dict(longest=500, engine=True, group=1)),
+    ("train_rrm", [], dict(longest=540, engine=True, group=3)),  # a prompt and its judgments
+    ("grpo_unified", ["--variant=u"], dict(longest=500, engine=True, rrm=True)),
+    ("grpo_unified", ["--variant=rule"], dict(longest=500, engine=True, rrm=False)),
+]
+
+
+@pytest.mark.parametrize(("name", "more", "wanted"), PLANNED)
+def test_the_memory_plan_and_the_engine_are_told_what_the_run_will_need(
+    name, more, wanted, world, tmp_path, monkeypatch
+):
+    planned, made = [], []
+
+    def plan(cfg, run, **told):
+        parts = dict(engine=cfg.engine, rrm=getattr(cfg, "rrm", None)) if "engine" in told else {}
+        given = {key: told[key] is parts[key] for key in parts if told.get(key)}
+        planned.append({key: given.get(key, False) if key in parts else told[key] for key in told})
+
+    def make(config, folder, stop_ids, **told):
+        made.append((config.max_live_chains, folder, told))
+        raise Left
+
+    def load(cfg, *_):
+        made.append(None)
+        raise Left
+
+    script, shared = SCRIPTS[name], ["--engine.max_live_chains=3", "--max_context=500"]
+    if name == "train_rrm":
+        shared += ["--max_judgment_tokens=20", "--group_size=3", "--max_tokens_per_row=444"]
+    monkeypatch.setattr(script, "plan_memory", plan)
+    monkeypatch.setattr(train_rrm, "make_engine", make)
+    monkeypatch.setattr("reagent.engines.make_engine", make)
+    monkeypatch.setattr(script, "make_policy", load)
+    keys = [*more, *(shared if name != "sft" else []), "--check=false"]
+    with pytest.raises(Left):
+        checked(name, world, tmp_path / "out", *(k.format(data=world / "rrm.jsonl") for k in keys))
+    assert planned == [wanted]
+    of = {"max_context": 500} | ({"tp_group": None} if name == "grpo_unified" else {})
+    assert made == [(3, f"{world}/model", of) if wanted.get("engine") else None]
 
 
 def test_rows_are_shown_by_the_template_of_a_file(world, tmp_path, no_loading, capsys):

@@ -334,7 +334,9 @@ def test_a_turn_may_be_marked_as_not_trained(key):
     ],
 )
 def test_tools_as_schemas_bare_or_wrapped_or_json(tools):
-    assert sft_tools({"tools": tools}) == [{"type": "function", "function": SCHEMA}]
+    for key, other in (("tools", "functions"), ("functions", "tools")):
+        row = {key: tools, other: None}
+        assert sft_tools(row) == [{"type": "function", "function": SCHEMA}]
 
 
 @pytest.mark.parametrize("tools", [None, "", "[]", []])

@@ -370,8 +370,14 @@ def test_ranks_share_the_sampling_of_judgments_and_all_get_all_in_the_order_of_r
         assert [[sample.ids for sample in of] for of in got] == [wanted] * ranks
 
 
-async def keys_of_chains(jobs, *_):
-    """In place of `run_chains`: each episode is the key of its chain."""
+async def keys_of_chains(jobs, setup, most, *more):
+    """In place of `run_chains`: each episode is the key of its chain. What they share is as the
+    config says, and at most 5 live at a time.
+    """
+    ends = dict(max_seconds_per_chain=1800.0, final_tokens=12)
+    assert most == 5 and setup.limits == grpo_unified.rollout.Limits(2, 12, 100, 700, **ends)
+    assert (setup.refine, setup.temperature, setup.top_p) == (True, 0.8, 1.0)
+    assert (setup.fixed_critique, setup.policy_version) == ("Look again at Rome.", 0)
     return [SimpleNamespace(packed=partial(str, key)) for _, key in jobs]
 
 
@@ -407,7 +413,8 @@ def test_engines_of_two_ranks_share_the_questions_and_all_get_all_in_order(
     monkeypatch.setattr(grpo_unified, "set_rewards", leave)
     for rank in (0, 1, 2, 3, 2):
         with pytest.raises(Left):
-            run_u(world, tmp_path / f"{len(shares)}", "--engine.tensor_parallel=2", "--eval_data=")
+            engine = ("--engine.tensor_parallel=2", "--engine.max_live_chains=5")
+            run_u(world, tmp_path / f"{len(shares)}", *engine, "--eval_data=")
     chains = [[str((7, 0, question, g)) for g in range(2)] for question in range(4)]
     assert shares == [[*chains[0], *chains[2]], [], [*chains[1], *chains[3]], []]
     assert followed == [1, 3] and got == sum(chains, [])
@@ -648,6 +655,13 @@ def test_a_run_that_is_asked_to_stop_saves_the_step_that_it_has_done(
     run = runs[trainer](world, tmp_path)
     assert [line["step"] for line in run.log if line["step"]] == [1]
     assert run.seen.of("save") == [(1,)]
+
+
+def test_a_stop_while_judgments_are_sampled_saves_the_steps_before(world, tmp_path, monkeypatch):
+    asked = iter([False, False, True])  # in the first step, behind it, in the second
+    monkeypatch.setattr(Run, "stopping", lambda _: next(asked))
+    run = run_rrm("grpo", world, tmp_path)
+    assert [line["step"] for line in run.log] == [1] and run.seen.of("save") == [(1,)]
 
 
 @pytest.mark.parametrize("trainer", ["cold", "rrm", "agent"])

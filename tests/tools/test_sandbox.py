@@ -352,3 +352,25 @@ def test_without_any_rung_it_refuses(monkeypatch):
     monkeypatch.setattr("toolkit.sandbox.RUNGS", ())
     with pytest.raises(SandboxUnavailable, match="apt-get install bubblewrap"):
         Sandbox()
+
+
+@pytest.mark.parametrize(
+    ("kept", "total", "exit_status", "stopped", "text", "status"),
+    [
+        (b"abc", 3, 0, "", "abc", "ok"),
+        (b"abcde", 5, 0, "", "abcde", "ok"),
+        (b"abcdefgh", 20, 0, "", "abcde\n[output cut: 15 more bytes]", "ok"),
+        ("ñandú".encode() * 3, 21, 0, "", "ñandú\n[output cut: 14 more bytes]", "ok"),
+        (b"abc\n", 4, 1, "", "abc\n", "error"),
+        (b"abc\n", 4, -11, "", "abc\n[crashed (signal 11)]", "error"),
+        (b"", 0, 0, "too many files", "Stopped: too many files.", "error"),
+        (b"abc", 3, -9, "the code ran longer than 1 s", "abc\n@", "timeout"),
+        (b"abcdefgh", 9, -9, "the code ran longer than 1 s", "abcde\n[output cut: 4@", "timeout"),
+    ],
+)
+def test_what_a_call_is_told_of_its_end(kept, total, exit_status, stopped, text, status):
+    box = object.__new__(Sandbox)
+    box.output_chars = 5
+    seen = box._result(kept, total, exit_status, stopped, 0.25)
+    text = text.replace("4@", "4 more bytes]\n@").replace("@", f"Stopped: {stopped}.")
+    assert (seen.text, seen.status, seen.seconds) == (text, status, 0.25)

@@ -305,6 +305,7 @@ def test_085_a_tool_that_hangs_ends_at_its_deadline_and_takes_no_place(added):
         assert [(await toolbox.call("works", {})).text for _ in range(3)] == ["done"] * 3
         hung = await asyncio.gather(*[toolbox.call("hangs", {}) for _ in range(5)])
         assert hung[-1].status == "fault" and "never come back" in hung[-1].text
+        assert (await toolbox.call("works", {})).text == "done"  # each tool has places of its own
         never.set()
         await asyncio.sleep(0.2)
         return await toolbox.call("hangs", {})
@@ -833,6 +834,39 @@ def test_a_summariser_answers_from_the_whole_page(monkeypatch):
         assert call(toolbox, "browse", {"url": server.url}).text.startswith(
             "Ports\n\nHarbour 0 has"
         )
+
+
+class Pages:
+    """A web of one page with a summariser that says what it was given."""
+
+    settings = {"summary": "small"}
+
+    def __init__(self, text):
+        self.text = text
+
+    def page(self, url, seconds):
+        return "Title", self.text
+
+    def answer(self, url, text, query, seconds):
+        return f"{url}|{query}|{text}"
+
+
+@pytest.mark.parametrize("size", [999, 1000, 1001, 9000])
+@pytest.mark.parametrize("query", ["tides", "zebra"])
+def test_a_summariser_gets_the_whole_page_else_what_matches_else_its_beginning(
+    size, query, monkeypatch
+):
+    monkeypatch.setattr(tools, "SUMMARY_CHARS", 1000)
+    text = "".join(f"sand {i}\n" for i in range(size))[: size - 12] + "\nof tides now"[:12]
+    said = tools.browse(Context(web=Pages(text)), " http://a.org ", query)
+    head, _, given = said.rpartition("|")
+    assert head == f"Title\n\nhttp://a.org|{query}"
+    if size <= 1000:
+        assert given == text
+    elif query == "tides":
+        assert "tides" in given and given.removeprefix("[…]\n") in text and len(given) <= 1000
+    else:
+        assert given == text[:1000]
 
 
 @pytest.mark.parametrize(

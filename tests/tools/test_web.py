@@ -840,6 +840,22 @@ def test_074_blocked_results_and_pages_are_left_out_and_counted(tmp_path):
         assert mine.blocklist.count == 3 and mine.page(pages.url + "/", 20)[0] == "The harbour"
 
 
+@pytest.mark.parametrize("path", ["/gaia/1", "/moved", "/free"])
+def test_074_a_page_is_blocked_by_where_a_reader_found_it_too(path, tmp_path):
+    """The reader follows redirects of its own and says where it ended."""
+    ended = {"/gaia/1": "/gaia/1", "/moved": "/gaia/2", "/free": "/free"}[path]
+    data = {"title": "t", "url": f"http://1.1.1.1{ended}", "content": "Read by a service."}
+    with web_server({"*": answer({"data": data})}) as server:
+        environ = {"JINA_API_KEY": KEY, "JINA_URL": server.url}
+        mine = Web(environ, block=blocked(tmp_path, "/gaia/"))
+        if path == "/free":
+            assert mine.page(f"http://1.1.1.1{path}", 5) == ("t", "Read by a service.")
+        else:
+            with pytest.raises(ToolError, match="block list"):
+                mine.page(f"http://1.1.1.1{path}", 5)
+    assert len(server.seen) == (path != "/gaia/1") and mine.blocklist.count == (path != "/free")
+
+
 def test_a_missing_block_list_is_an_error_at_the_start():
     with pytest.raises(SystemExit, match="no block list"):
         Web({}, block="no/such/file")
