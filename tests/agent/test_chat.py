@@ -338,6 +338,7 @@ def test_a_template_of_ones_own_comes_from_a_file_and_goes_with_the_checkpoint(t
     (tmp_path / "own.jinja").write_text(THINKING)
     with pytest.raises(SystemExit, match="model: its chat template shows no tools"):
         load_chat(str(tmp_path / "model"))
+    assert load_chat(str(tmp_path / "model"), tools=False).calls == HERMES  # of a reward model
     with pytest.raises(SystemExit, match="chat_template = .*none.jinja"):
         load_chat(str(tmp_path / "model"), str(tmp_path / "none.jinja"))
     chat = load_chat(str(tmp_path / "model"), str(tmp_path / "own.jinja"))

@@ -13,7 +13,8 @@ import types
 import pytest
 import torch
 
-from reagent.engines import EngineThread, VLLMEngine
+from reagent import engines
+from reagent.engines import EngineThread, Sample, VLLMEngine
 from tests.helpers.tiny import ROOT, tiny_model
 from tests.loss.test_model import torchrun
 
@@ -369,3 +370,20 @@ def test_a_process_that_ends_in_mid_step_lets_the_step_finish(folder, tmp_path):
     assert done.returncode == 1 and "the run failed" in done.stderr
     assert "step ended" in done.stdout and "Traceback" not in done.stderr
     assert time.monotonic() - began < 50
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [("stop", "stop"), ("length", "length"), ("abort", "abort"), ("error", "abort"), (None,) * 2],
+)
+def test_a_sample_of_vllm_has_its_ids_their_log_probs_and_says_how_it_ended(told, reason):
+    entries = [{7: types.SimpleNamespace(logprob=-1.5), 3: types.SimpleNamespace(logprob=-0.2)}]
+    entries.append({4: types.SimpleNamespace(logprob=-2.5)})
+    output = types.SimpleNamespace(token_ids=[7, 4], logprobs=entries, finish_reason=told)
+
+    async def settled():
+        done = asyncio.get_running_loop().create_future()
+        engines._answer(asyncio.get_running_loop(), done, output)
+        return await done
+
+    assert asyncio.run(settled()) == Sample([7, 4], [-1.5, -2.5], reason or "abort")

@@ -7,13 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import data.ask
+import evaluate
+from reagent.reward_model import RewardModelConfig
+from reagent.served import TextChat
 from tests.helpers.chat_server import chat_server
 from tests.helpers.judge_server import judge_server
 from tests.helpers.tiny import ROOT
+from tools import Toolbox
 
 CALL = '<tool_call>\n{"name": "search", "arguments": {"queries": ["Kiel"]}}\n</tool_call>'
 REPLIES = [
@@ -133,3 +138,43 @@ def test_ctrl_c_ends_a_command_without_a_traceback():
         silent.accept()[0].recv(1)  # it asks, and would wait
         child.send_signal(signal.SIGINT)
         assert "Traceback" not in child.communicate(timeout=60)[1] and child.returncode == 130
+
+
+def test_what_a_question_is_asked_with_reaches_its_place(corpus, tmp_path, monkeypatch):
+    """Each option has a value of its own, so that none can stand in for another."""
+    seen, prompt = {}, tmp_path / "prompt.txt"
+    prompt.write_text("Look it up.")
+    engine, judge, chat = object(), SimpleNamespace(), TextChat()
+
+    async def run_chains(jobs, setup):
+        seen.update(jobs=jobs, setup=setup)
+        return ["the chain"]
+
+    def opened(cfg, runner):
+        seen["agent"] = cfg
+        return evaluate.Agent(engine, chat, 3000, "", {})
+
+    def open_rrm(config, chat, *, engine):
+        seen["rrm"] = config, engine
+        return judge
+
+    monkeypatch.setattr(data.ask, "open_agent", opened)
+    monkeypatch.setattr(data.ask.reward_model, "open_rrm", open_rrm)
+    monkeypatch.setattr(data.ask.rollout, "run_chains", run_chains)
+    monkeypatch.setattr(data.ask, "Toolbox", lambda *a, **b: seen.update(box=(a, b)) or Toolbox([]))
+    own = dict(seconds_per_call=7.0, temperature=0.25, top_p=0.75, max_turns=4, seed=9)
+    own |= dict(max_tokens_per_attempt=800, max_new_tokens_per_turn=60, max_context=2000)
+    own |= dict(corpus=str(corpus), allow="d", prompt_file=str(prompt), tools="search,none")
+    cfg = data.ask.Config(model="http://a/v1", refine=True, unsafe_python=True, **own)
+    cfg.rrm = RewardModelConfig("r.py")
+    assert data.ask.answer("Which code?", cfg) == "the chain" and seen["agent"] is cfg
+    (((row, key),), setup) = seen["jobs"], seen["setup"]
+    assert (row["question"], key) == ("Which code?", (9, "ask"))
+    assert (setup.temperature, setup.top_p, setup.refine) == (0.25, 0.75, True)
+    assert setup.system_prompt == "Look it up." and setup.engine is setup.rrm
+    assert (setup.engine.engine, setup.engine.rrm, setup.chat) == (engine, judge, chat)
+    limits = evaluate.rollout.Limits(4, 60, 800, 2000, final_tokens=200)
+    assert setup.limits == limits
+    assert seen["rrm"] == (cfg.rrm, cfg.engine) and judge.must_answer
+    options = dict(corpus=str(corpus), allow="d", unsafe_python=True, seconds_per_call=7.0)
+    assert seen["box"] == ((["search"],), options | {"files_dir": ""})

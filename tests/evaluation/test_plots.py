@@ -15,6 +15,7 @@ from data.report.plots import (
     panel_svg,
     picture_svg,
     share_axes,
+    thin,
     ticks,
 )
 
@@ -68,6 +69,16 @@ def test_few_points_are_points_and_many_have_their_running_mean(count, lines, do
     drawn = panel_svg(Panel("loss", {"loss": Line([(i, i % 3) for i in range(count)])}))
     assert (len(marks(drawn, "line")), len(marks(drawn, "dot"))) == (lines, dots)
     assert len(marks(drawn, "faint")) == lines - 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 299, 300, 301, 599, 600, 601, 4000])
+def test_a_long_line_is_thinned_evenly_and_keeps_its_ends(count):
+    points = [(i, -i) for i in range(count)]
+    kept = thin(points)
+    assert len(kept) <= 301 and kept == sorted(set(kept) & set(points))
+    assert kept[:1] + kept[-1:] == points[:1] + points[-1:]
+    apart = [b[0] - a[0] for a, b in zip(kept, kept[1:])]
+    assert len(set(apart[:-1])) <= 1 and max(apart, default=0) <= -(-count // 300)
 
 
 def test_panels_that_share_their_axes_put_the_same_value_at_the_same_place():

@@ -52,6 +52,29 @@ def test_rows_of_other_tools_are_scored_by_the_rule_that_is_named(tmp_path, caps
     assert "| 3 | 3 | 33.3 [" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("row", "file", "keys", "scorer"),
+    [
+        ({"scorer": "math"}, "hotpotqa", {"scorer": "choice"}, "math"),
+        ({"dataset": "musique"}, "hotpotqa", {"scorer": "choice"}, "musique"),
+        ({}, "hotpotqa", {"scorer": "choice"}, "hotpotqa"),
+        ({"kind": "gaia"}, "mine", {"scorer": "choice"}, "gaia"),
+        ({"kind": "gaia"}, "musique", {}, "musique"),
+        ({}, "mine", {"scorer": "choice"}, "choice"),
+        ({"correct": True}, "mine", {"scorer": "choice"}, "choice"),
+        ({"correct": True}, "mine", {}, "judge"),
+        ({"scorer": "math"}, "hotpotqa", {"judged": "all"}, "judge"),
+        ({}, "hle", {"scorer": "choice"}, "judge"),
+    ],
+)
+def test_the_rule_of_a_row_is_its_own_its_sets_its_kinds_or_the_one_that_is_named(
+    row, file, keys, scorer
+):
+    whole = {"question": "Q", "pred": "a", "gold": "b"} | row
+    found = score.answer_of(whole, f"{file}.jsonl", 0, score.Config(**keys))
+    assert (found.scorer, found.before) == (scorer, row.get("correct"))
+
+
 def test_files_of_the_release_keep_their_judges_score(tmp_path, capsys):
     """Their get_score reads {"question", "auto_judge": {"score"}} of each file."""
     for n, scores in enumerate(((1, 0), (1, 1))):

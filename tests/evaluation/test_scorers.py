@@ -456,3 +456,14 @@ def test_f1_counts_a_word_as_often_as_both_have_it():
 def test_a_letter_that_is_denied_is_not_chosen(pred):
     assert not score("choice", pred, ["B"])["correct"]
     assert score("choice", "I would choose B", ["B"])["correct"]
+
+
+@pytest.mark.parametrize("word", ["yes", "no", "noanswer"])
+@pytest.mark.parametrize("other", ["yes", "no", "noanswer", "it is {}", "{} sir"])
+def test_a_verdict_of_hotpotqa_is_equal_or_worth_nothing_on_either_side(word, other):
+    other = other.format(word)
+    for pred, gold in ((word, other), (other, word)):
+        assert scorers.token_f1(pred, gold, True) == float(pred == gold)
+        shared = len(set(pred.split()) & set(gold.split()))
+        f1 = 2 * shared / len((pred + " " + gold).split())
+        assert scorers.token_f1(pred, gold, False) == pytest.approx(f1)  # MuSiQue's

@@ -17,6 +17,7 @@ from reagent.engines import EngineConfig
 from reagent.lora import add_lora
 from reagent.memory import (
     CONTEXT,
+    engine_size,
     lora_size,
     memory_plan,
     model_sizes,
@@ -336,6 +337,23 @@ def test_a_model_whose_shapes_are_not_understood_has_no_plan_and_runs(monkeypatc
 def test_a_share_that_does_not_hold_the_weights_is_refused(card, monkeypatch):
     with pytest.raises(SystemExit, match="memory_share = 0.1 of 85.1 GB does not hold its weights"):
         planned(monkeypatch, "grpo_unified.py", ["--engine.memory_share=0.1"], "8b", 8)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_an_engine_takes_its_share_of_a_card_or_its_part_of_the_weights(ranks):
+    """In bf16 on a card, in fp32 on the host; adjacent ranks share them."""
+    config = qwen3("8b")
+    weights = model_sizes(config)[2] / ranks
+
+    def size(kind, share, card):
+        shape = dict(memory_share=share, tensor_parallel=ranks)
+        return engine_size(EngineConfig(kind, **shape), config, card)
+
+    assert size("vllm", 0.6, CARD) == 0.6 * CARD and size("hf", 0.6, CARD) == 2 * weights
+    assert size("vllm", 0.6, 0) == size("hf", 0.6, 0) == 4 * weights
+    assert size("vllm", 1.01 * 2 * weights / CARD, CARD) > 2 * weights
+    with pytest.raises(SystemExit, match="does not hold its weights"):
+        size("vllm", 0.99 * 2 * weights / CARD, CARD)
 
 
 def test_shards_on_the_host_must_fit_the_host(card, monkeypatch):

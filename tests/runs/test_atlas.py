@@ -199,3 +199,14 @@ def test_the_command_draws_every_file_from_its_own_split_with_what_it_was_told(
     assert written == {name: (split_of[name], sizes[name]) for name in split_of}
     assert (tmp_path / "prompt.txt").read_text() == prepare.SYSTEM_PROMPT
     assert world.load(tmp_path).keys() == WORLD.keys()
+
+
+def test_half_of_the_other_pages_are_of_the_countries_of_the_trail(rows):
+    rng = random.Random(0)
+    for path in (["Avoport"], ["Avoport", "Avonia"], ["Avoport", "Avonia", "Brenland"]):
+        homes = {WORLD[name]["country"] for name in path}
+        near = sum(page["country"] in homes for page in WORLD.values()) - len(path)
+        titles = [doc["title"] for doc in docs_of(WORLD, NAMES, path, rng)]
+        others = [name for name in titles if name not in path]
+        assert titles == sorted(set(titles)) and len(others) == 12 - len(path)
+        assert sum(WORLD[n]["country"] in homes for n in others) >= min(near, len(others) // 2)

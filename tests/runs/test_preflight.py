@@ -17,7 +17,7 @@ import train_rrm
 from reagent import run
 from reagent.config import parse_config
 from reagent.folder import claim
-from reagent.policy import load_tokenizer
+from reagent.policy import load_chat, load_tokenizer
 from tests.helpers.judge_server import judge_server
 from tests.helpers.tiny import ROOT, toy, toy_world
 from tests.helpers.trainers import run_here
@@ -181,6 +181,10 @@ def test_rows_are_shown_by_the_template_of_a_file(world, tmp_path, no_loading, c
         checked("sft", world, tmp_path / "out", "--show=2", *more)
         told = capsys.readouterr().out
         assert told.count("Once upon a time:") == times and told.count("--- ") == 2
+        chat = load_chat(f"{world}/model", more[0].partition("=")[2] if more else "")
+        rows = [sft.render(chat, json.loads(line)) for line in open(world / "sft.jsonl")][:2]
+        sizes = [f"--- {len(row.ids)} tokens, {sum(row.mask)} trained\n" for row in rows]
+        assert told.index(sizes[0]) < told.rindex(sizes[1])
 
 
 @pytest.mark.parametrize("weight", [1.0, 2.0])

@@ -174,6 +174,7 @@ def run_rrm(stage, world, out, *more):
         seen.note(train_rrm, "rest", lambda engine: ("rest",))
         seen.note(train_rrm, "make_policy", told_seed)
         seen.note(train_rrm, "judgment_report", told_report, after=True)
+        seen.note(train_rrm, "update", lambda _, __, rows, *___: ("rows", [r.ids for r in rows]))
         own.append(f"--eval_data={world}/held.jsonl")
         log = run_here(train_rrm, [*COMMON, *RRM, *own, *more], seen.reads)
     return SimpleNamespace(seen=seen, log=log, out=out, stage=stage)
@@ -556,6 +557,11 @@ def test_the_reward_model_is_evaluated_on_the_held_out_rows_and_its_report_is_of
         assert all(line[f"eval/{name}"] == value for name, value in report.items())
     final = reports[-1][0] | {"too_long": 0}
     assert (rrm.out / "report.md").read_text() == report_table(final)
+
+
+def test_the_tokens_of_a_step_are_those_of_its_prompts_and_judgments(rrm):
+    taken = [sum(map(len, rows)) for (rows,) in rrm.seen.of("rows")]
+    assert [line["tokens"] for line in rrm.log] == taken and len(taken) == 3
 
 
 def test_the_kl_term_measures_how_far_the_policy_has_moved(u):

@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers.search_server import KEY, answer, web_server
 from toolkit import http
-from toolkit.http import Endpoint, Refused, Unavailable
+from toolkit.http import Endpoint, Refused, Unavailable, complete
 
 COMPLETION = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": "yes"}}]}
 
@@ -488,3 +488,21 @@ def test_another_400_is_not_asked_twice():
         with pytest.raises(Refused):
             http.now(http.complete(Endpoint(server.url), {}, 5, seconds=2))
     assert len(server.seen) == 1
+
+
+def test_a_completion_has_one_deadline_however_often_a_key_is_refused():
+    """Each try takes a twentieth of a second."""
+    given = []
+
+    class Picky(Endpoint):
+        async def ask(self, path, body, *, seconds):
+            given.append(seconds)
+            await asyncio.sleep(0.05)
+            if key := next((key for key in ("seed", "temperature") if key in body), ""):
+                raise Refused(f"{key} is not supported", 400)
+            return {"choices": [{"message": {"content": "x"}}]}
+
+    body = {"seed": 1, "temperature": 0.5}
+    asyncio.run(complete(Picky("http://a/v1"), body, 9, seconds=3.0))
+    assert len(given) == 3 and 2.9 < given[0] <= 3.0
+    assert all(before - after >= 0.049 for before, after in zip(given, given[1:]))

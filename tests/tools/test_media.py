@@ -17,6 +17,7 @@ import pytest
 
 from tests.helpers.media_server import MediaServer
 from tests.tools.test_files import SECRET
+from toolkit import media
 from toolkit.media import describe_image, image_size, transcribe_audio
 from toolkit.readers import audio_length
 from toolkit.sandbox import ToolError, ToolFault
@@ -380,3 +381,24 @@ def test_a_long_recording_that_is_noise_is_the_models_error(folder, server):
     with pytest.raises(ToolError, match="damaged"):
         transcribe_audio(str(folder), "a.flac", seconds=20)
     assert server.seen == []
+
+
+def test_pieces_of_a_recording_share_its_deadline_and_say_what_they_are(folder, monkeypatch):
+    (folder / "a.m4a").write_bytes(b"x" * 50)
+    asked = []
+
+    def heard(name, form, seconds):
+        asked.append((name, form["file"], form["response_format"], seconds))
+        time.sleep(0.02)
+        return f"words {len(asked)}"
+
+    pieces = iter([("wav", b"one"), ("wav", b"two"), ("wav", b"three")])
+    monkeypatch.setattr(media, "asked", heard)
+    monkeypatch.setattr(media, "in_child", lambda *_: {"kind": "m4a", "seconds": 1300.0})
+    monkeypatch.setattr(media, "_ffmpeg_pieces", lambda *_: pieces)
+    told = transcribe_audio(str(folder), "a.m4a", seconds=9)
+    assert told == "words 1\nwords 2\nwords 3"
+    files = [("recording.wav", body, "audio/wav") for body in (b"one", b"two", b"three")]
+    assert [each[:3] for each in asked] == [("speech", file, "json") for file in files]
+    left = [seconds for *_, seconds in asked]
+    assert 8 < left[0] <= 9 and all(a - b >= 0.019 for a, b in zip(left, left[1:]))
