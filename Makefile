@@ -95,8 +95,10 @@ test-slow: .venv/test-installed
 	$(MAKE) atlas-smoke MODEL=package
 
 test-gpu:
+	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
+	  { echo "make test-gpu needs a card and what make gpu installs: torch sees no GPU here"; exit 1; }
 	$(PY) -m pip install -q pytest==9.2.0
-	$(PY) -m pytest -q -s tests/gpu
+	$(PY) -m pytest -q -s -m "not slow" tests/gpu
 
 mutants: .venv/test-installed
 	$(PY) tests/mutants.py

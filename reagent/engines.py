@@ -303,8 +303,7 @@ class VLLMEngine:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         cuda = torch.cuda.is_available()
-        if not cuda:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB, where there is no card
         options = dict(
             dtype="bfloat16" if cuda else "float32",
             max_model_len=max_context,
@@ -319,8 +318,9 @@ class VLLMEngine:
         if "RANK" in os.environ:
             options["distributed_executor_backend"] = "external_launcher"
         gpu = dict(gpu_memory_utilization=config.memory_share, enable_sleep_mode=config.sleep)
-        # the head's products in fp32, as the trainer has them
-        gpu["hf_overrides"] = dict(head_dtype="float32")
+        # the head's products in fp32, as the trainer has them; vLLM's own all-reduce works by
+        # CUDA's IPC, which ends the process where memory sleeps or its segments grow
+        gpu |= dict(hf_overrides=dict(head_dtype="float32"), disable_custom_all_reduce=True)
         options |= gpu if cuda else dict(enforce_eager=True)
         own = dict(trust_remote_code=False)
         with torch.device("meta"):

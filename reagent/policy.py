@@ -345,12 +345,12 @@ def _placed(policy: Policy, cfg, device: torch.device) -> Policy:
 
 def compile_blocks(policy: Policy, backend: str = "inductor") -> None:
     """Compiles each block's forward, without the hooks of FSDP and of recomputation around it."""
-    # with and without gradient, with either kernel, without adapters: one graph each
-    torch._dynamo.config.recompile_limit = 32
+    # with and without gradient, with either kernel, without adapters: one graph each. torch's
+    # config would not do: a thread has its own, and a GPU's backward computes in another
     # compiled code is kept between runs, and calls our operation as it was declared then
     torch.compiler.config.cache_key_tag = str(row_attention_backward._opoverload._schema)
     for block in policy.hf.model.layers:
-        block.forward = torch.compile(block.forward, backend=backend)
+        block.forward = torch.compile(block.forward, backend=backend, recompile_limit=32)
 
 
 @cache

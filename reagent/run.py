@@ -57,6 +57,13 @@ def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
     device = local_device()
     cuda = device.type == "cuda"
     if cuda:
+        if device.index >= (cards := torch.cuda.device_count()):
+            raise SystemExit(f"LOCAL_RANK {device.index} has no card here: a rank each, of {cards}")
+        if "OMP_NUM_THREADS" not in os.environ:
+            # as under torchrun. vLLM would set it in its own thread and that of backward alone, for
+            # which blocks compiled with another number of threads would be compiled again
+            os.environ["OMP_NUM_THREADS"] = "1"
+            torch.set_num_threads(1)
         # packed batches differ in length; vLLM switches this off around the memory that sleeps
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
@@ -88,7 +95,6 @@ def say(what: str) -> None:
 def meet(phase: str, group, timeout_s: float, error: BaseException | None = None) -> None:
     """All ranks meet on the gloo `group` after `phase`; whoever is missing after `timeout_s` is
     named, by rank.
-
     A rank that failed passes its `error`: it prints where that happened, and all stop together with
     its text instead of waiting for a dead peer."""
     if error is not None and not isinstance(error, SystemExit):
@@ -158,7 +164,6 @@ def save_checkpoint(
 ) -> Path:
     """Writes both parts of step-NNNNNN beside their final names, flushes, renames: a kill at any
     instant leaves only whole ones.
-
     `facts` goes to trainer.json; `meet_all(phase, error)` stops all ranks together when one could
     not write; dtype: of the Hugging Face folder, fp32 unless given."""
     final, dtype = Path(folder) / f"step-{step:06d}", dtype or torch.float32
@@ -300,10 +305,7 @@ def prune(folder, keep_last: int, best_step: int | None) -> None:
     """Deletes what a kill left, and all steps but the newest `keep_last` (0: all) and the best."""
     found = checkpoints(folder)
     kept = {path.name for path in found[-keep_last:]} | {f"step-{best_step or 0:06d}"}
-    for path in found:
-        if path.name not in kept:
-            shutil.rmtree(path)
-    left = [path for path in Path(folder).glob("trainer/*") if path.name not in kept]
+    left = [path for path in [*found, *Path(folder).glob("trainer/*")] if path.name not in kept]
     for path in [*left, *Path(folder).glob("step-*.tmp")]:
         shutil.rmtree(path)
 
@@ -311,7 +313,6 @@ def prune(folder, keep_last: int, best_step: int | None) -> None:
 def asked_to_stop() -> list[bool]:
     """Empty until SIGTERM (preemption) or a Ctrl-C: the phase of the step then ends, what is done
     is saved, and the run ends. A second Ctrl-C kills.
-
     torchrun passes both on to its ranks and kills those that are still there 30 s later, or after
     its --shutdown-timeout."""
     asked: list[bool] = []
@@ -338,7 +339,6 @@ MAY_CHANGE = set(
 
 class Run:
     """What a trainer keeps beside its loop: ranks, folder, log, checkpoints, the wish to stop.
-
     The loop calls it; it never calls the loop. `cfg` is the trainer's config, `may_change` its keys
     besides MAY_CHANGE that a resumed run may change; `steps` too where no schedule hangs on it."""
 
@@ -458,8 +458,8 @@ class Run:
         if not quiet:
             known = [key for key in shown if isinstance(line.get(key), (int, float))]
             text = "  ".join(f"{key} {line[key]:.4g}" for key in known)
-            text += f"  SKIPPED: {line['skipped']}" if line.get("skipped") else ""
-            text += f"  ALARM: {line['alarm']}" if line.get("alarm") else ""
+            alarms = [key for key in ("skipped", "alarm") if line.get(key)]
+            text += "".join(f"  {key.upper()}: {line[key]}" for key in alarms)
             tqdm.write(f"step {line['step']:5d}  {text}  {line['seconds/step']:.1f} s")
 
     def count_skip(self, step: int, why: str) -> None:

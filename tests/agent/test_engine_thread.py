@@ -166,6 +166,8 @@ def test_vllm_samples_as_it_was_asked_and_tells_log_probs_of_that_distribution(e
     built = engine.llm.options
     assert built["logprobs_mode"] == "processed_logprobs" and built["max_model_len"] == 64
     assert built["generation_config"] == "vllm" and built["trust_remote_code"] is False
+    # https://github.com/vllm-project/vllm/issues/42609: else tensor-parallel ranks end at start
+    assert built["enable_sleep_mode"] and built["disable_custom_all_reduce"]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
+importlib.import_module("tests.gpu.older")  # what an older torch lacks, before it is used
 import grpo_unified
 import rollout
 from data.report import plots

@@ -185,10 +185,27 @@ def test_without_a_card_the_table_of_a_card_says_so():
             bench.main(bench.Config(device="cuda"))
 
 
+def test_a_row_that_fails_is_told_and_the_next_one_begins(monkeypatch, capsys):
+    def stepper(case, config, run):
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setattr(card, "CASES", card.CASES[:2])
+    monkeypatch.setattr(card, "stepper", stepper)
+    card.main(dry=True)
+    assert capsys.readouterr().out.count("| RuntimeError: no kernel image |") == 2
+
+
+def test_a_row_of_a_kernel_that_is_dropped_has_no_figures_of_another(monkeypatch, capsys):
+    flash = next(case for case in card.CASES if case.attention == "flash")
+    monkeypatch.setattr(card, "CASES", [flash])
+    card.main(dry=True)
+    assert "flash was dropped for torch's" in capsys.readouterr().out
+
+
 def test_after_its_time_no_row_is_begun(monkeypatch, capsys):
     monkeypatch.setattr(card, "LIMIT", -1.0)
     card.main(dry=True)
-    assert capsys.readouterr().out.count("not begun after") == len(card.CASES)
+    assert capsys.readouterr().out.count("not begun: ") == len(card.CASES)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is not None, reason="TRL is installed")

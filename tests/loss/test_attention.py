@@ -312,6 +312,23 @@ def test_twenty_ragged_batches_do_not_compile_twenty_times(
     assert not counters["graph_break"], dict(counters["graph_break"])
 
 
+def test_the_thread_of_backward_may_compile_as_often_as_the_main_one(folder, dynamo):
+    """torch's config is a thread's own since 2.13: on a GPU, where backward has a thread and blocks
+    are computed again in it, it would go on without what is compiled after eight graphs."""
+    policy, batch, before = calls_a_row(folder, "eager"), batches(3)[0], torch.get_num_threads()
+
+    def compute():
+        for threads in range(1, 13):  # what a graph is compiled for, among much else
+            torch.set_num_threads(threads)
+            policy(batch)
+        torch.set_num_threads(before)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    thread.join()
+    assert dynamo["unique_graphs"] == 12
+
+
 def test_trees_do_not_compile_again_and_leave_cudnn_to_plain_rows(
     folder,
     dynamo,

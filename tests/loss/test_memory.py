@@ -364,10 +364,16 @@ def test_shards_on_the_host_must_fit_the_host(card, monkeypatch):
         planned(monkeypatch, "sft.py", ["--policy.cpu_offload"], "8b", 8)
 
 
-def test_segments_of_a_cards_memory_may_grow_unless_the_user_says_otherwise(monkeypatch):
+@pytest.fixture
+def one_card(monkeypatch):
+    """A process that believes to have one card, on which nothing is computed."""
     init_distributed(60)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+
+def test_segments_of_a_cards_memory_may_grow_unless_the_user_says_otherwise(one_card, monkeypatch):
     for given, kept in ((None, "expandable_segments:True"), ("max_split_size_mb:64",) * 2):
         monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
         if given:
@@ -375,6 +381,28 @@ def test_segments_of_a_cards_memory_may_grow_unless_the_user_says_otherwise(monk
         init_distributed(60)
         assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == kept
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+
+
+def test_a_rank_without_a_card_of_its_own_is_told_so(one_card, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit, match="LOCAL_RANK 1 has no card here: a rank each, of 1"):
+        init_distributed(60)
+
+
+@pytest.mark.parametrize("given, kept", [(None, "1"), ("8", "8")])
+def test_all_threads_of_a_process_with_a_card_have_as_many_threads(
+    one_card, given, kept, monkeypatch
+):
+    """vLLM sets one for the engine's and later ones: backward's would compile blocks again."""
+    told = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    init_distributed(60)
+    assert os.environ["OMP_NUM_THREADS"] == kept and told == ([] if given else [1])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def test_two_engines_on_one_card_must_leave_room(card, tmp_path, monkeypatch, capsys):
