@@ -53,7 +53,7 @@ from results.page import make_page
 from results.statistics import summarise
 from results.verdicts import open_judge, open_verdicts
 from toolkit.http import Refused, Unavailable
-from tools import Toolbox
+from tools import FILE_READERS, Toolbox
 
 AT_WORK = EngineConfig(sleep=False, memory_share=0.85, max_live_chains=64)
 
@@ -249,7 +249,7 @@ def make_toolboxes(cfg: Config, tasks: list[Task]) -> dict[tuple, object]:
         names = [name for name in task.spec.tools.split(",") if name != "none"]
         key = (task.spec.tools, task.spec.seconds_per_call)
         if key not in boxes:
-            files_dir = cfg.files_dir if "file_reader" in names else ""
+            files_dir = cfg.files_dir if FILE_READERS & set(names) else ""
             own = dict(files_dir=files_dir, unsafe_python=cfg.unsafe_python)
             boxes[key] = Toolbox(names, seconds_per_call=key[1], **own, **shared)
         boxes[key].check_rows(task.rows, task.name)

@@ -379,7 +379,7 @@ class Toolbox:
         found = self.corpus or self.web.settings["search"] or "search" not in self.names
         readers = self.cfg.files_dir and FILE_READERS & set(self.names)
         for row in rows:
-            if not found and "docs" not in row:
+            if not found and row.get("docs") is None:
                 missing = "nothing to search: give --corpus=FILE or a search provider"
                 raise SystemExit(f"{what}: {missing}; {KEYS}")
             if row.get("files") and not readers:

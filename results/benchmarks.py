@@ -131,10 +131,10 @@ def read_rows(path: str, hint: str = "") -> list[dict]:
 
 def check_files(rows: list[dict], spec: DataSet, path: str, files_dir: str) -> None:
     """Every attachment must lie inside files_dir, whatever links lead out of it."""
-    if "file_reader" not in spec.tools:
+    if not {"file_reader", "image2text", "audio2text"} & {*spec.tools.split(",")}:
         return
     base, missing = os.path.realpath(files_dir), []
-    for name, row_id in ((name, row["id"]) for row in rows for name in row.get("files", [])):
+    for name, row_id in ((name, row["id"]) for row in rows for name in row.get("files") or []):
         real = os.path.realpath(os.path.join(base, name))
         if not (os.path.isfile(real) and os.path.commonpath([base, real]) == base):
             missing.append(f"{name} (row {row_id})")

@@ -4,6 +4,7 @@ hand-worked case or an oracle.
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -147,7 +148,12 @@ def test_attachments_must_lie_inside_their_folder(tmp_path):
     assert str(stopped.value).startswith(
         f"gaia.jsonl: 4 files are not in {files}: gone.pdf (row 1), ../secret.txt (row 2)"
     )
-    benchmarks.check_files(rows[:1], spec, "gaia.jsonl", str(files))
+    for tool in ("file_reader", "image2text", "audio2text"):
+        alone = dataclasses.replace(spec, tools=f"search,{tool}")
+        with pytest.raises(SystemExit, match="4 files are not in"):
+            benchmarks.check_files(rows, alone, "gaia.jsonl", str(files))
+    bare = [row_of("5", files=None), row_of("6")]  # nulls are absent
+    benchmarks.check_files([*rows[:1], *bare], spec, "gaia.jsonl", str(files))
     benchmarks.check_files(
         rows, benchmarks.DATASETS["gaia_text"], "x", str(files)
     )  # no tool that reads files
@@ -357,6 +363,9 @@ def chain(answer, correct, first=None):
         # the scorer's own equality: signs and values of numbers, not their text
         ([chain("-3", False), chain("-3", False), chain("3", True)], "gaia", False),
         ([chain("3", False), chain("2.0", True), chain("2", True)], "gaia", True),
+        # either may be the one that is read as a number
+        ([chain("3", False), chain("1,000", True), chain("1000", True)], "gaia", True),
+        ([chain("3", False), chain("1000", True), chain("1,000", True)], "gaia", True),
         ([chain("3", False), chain("1,2", True), chain("2, 1", True)], "math", True),
         ([chain("C", False), chain("(b)", True), chain("B. Rome", True)], "choice", True),
         # what a judge left unscored votes, and a scored one of its group decides

@@ -172,16 +172,17 @@ def test_what_tools_are_told_reaches_every_toolbox(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "Toolbox", Noted)
     own = dict(corpus="a", block="b", cache="c", allow="d", files_dir="e")
     keys = [f"--{key}={value}" for key, value in own.items()] + ["--replay", "--unsafe_python"]
-    tasks = [task_of(tmp_path, [row_of("1")], name=name) for name in ("plain", "files")]
-    tasks[1].spec = replace(tasks[1].spec, tools="file_reader,none", seconds_per_call=7.0)
+    names = ("plain", "file_reader", "image2text", "audio2text")
+    tasks = [task_of(tmp_path, [row_of("1")], name=name) for name in names]
+    for task in tasks[1:]:
+        task.spec = replace(task.spec, tools=f"{task.name},none", seconds_per_call=7.0)
     evaluate.make_toolboxes(parse_config(evaluate.Config, keys), tasks)
     told = own | dict(replay=True, unsafe_python=True)
-    assert seen == [
-        (["search"], told | dict(files_dir="", seconds_per_call=30.0)),
-        (tasks[0].rows, "plain"),
-        (["file_reader"], told | dict(seconds_per_call=7.0)),
-        (tasks[1].rows, "files"),
-    ]
+    wanted = [(["search"], told | dict(files_dir="", seconds_per_call=30.0))]
+    wanted.append((tasks[0].rows, "plain"))
+    for task in tasks[1:]:
+        wanted += [([task.name], told | dict(seconds_per_call=7.0)), (task.rows, task.name)]
+    assert seen == wanted
 
 
 @pytest.mark.parametrize(("ranks", "tp"), [(1, 1), (3, 1), (4, 2), (6, 3)])

@@ -977,7 +977,9 @@ def test_a_file_is_read_through_the_toolbox(tmp_path):
     ("tools", "row", "told"),
     [
         ("search", {}, "nothing to search"),
+        ("search", {"docs": None}, "nothing to search"),  # nulls are absent
         ("search", {"docs": []}, None),
+        ("search", {"docs": [], "files": None}, None),
         ("python", {}, None),
         ("search,file_reader", {"docs": [], "files": ["a.txt"]}, None),
         ("search", {"docs": [], "files": ["a.txt"]}, "row q has files"),
