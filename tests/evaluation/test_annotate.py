@@ -19,10 +19,11 @@ import rollout
 from data import annotate as annotation
 from data import at_work, compare_rrm
 from reagent import reward_model
-from reagent.config import parse_config
+from reagent.config import flat, parse_config
 from reagent.reward_model import Judgment, RewardModelConfig
 from tests.helpers.judge_server import hashed_judgment, judge_server
 from tests.helpers.tiny import ROOT, toy, toy_world
+from tests.helpers.trainers import note_reads
 
 LIMITS = [
     "--engine=hf",
@@ -420,3 +421,19 @@ def test_an_agent_at_work_has_the_limits_and_the_server_that_were_asked_for(tmp_
     assert (told.model, told.served_model, told.tools) == ("https://a/v1", "name", "search,none")
     assert (told.tokenizer, told.endpoint, told.patience_s) == ("tok", "chat", 7.0)
     assert (told.max_context, told.engine.max_live_chains) == (900, 9)
+
+
+def test_every_key_of_a_config_is_read_where_one_of_its_makes_has_a_use_for_it(world, tmp_path):
+    reads = set()
+    with judge_server() as (url, _):
+        for make, teacher in (("rrm", url), ("sft", ""), ("rl", "")):
+            keys = [f"--agents={world}/model", f"--data={world}/rl.jsonl", f"--make={make}"]
+            keys += [f"--out={tmp_path}/{make}.jsonl", "--limit=1", "--samples_per_question=1"]
+            keys += [f"--teacher={teacher}"] * (make == "rrm")
+            cfg = parse_config(annotation.AnnotateConfig, [*keys, *LIMITS, "--share_correct=0"])
+            note_reads(cfg, reads)
+            annotation.annotate(cfg)
+    # of vLLM or of a policy that trains; a teacher has the engine's share; no agent here is right
+    unread = {"engine.sleep", "engine.tensor_parallel", "teacher.sleep", "teacher.max_failures"}
+    unread |= {"teacher.memory_share", "rows_per_question"}
+    assert set(flat(dataclasses.asdict(annotation.AnnotateConfig()))) - reads == unread

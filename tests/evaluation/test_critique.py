@@ -126,6 +126,27 @@ def test_a_list_of_rows_with_texts_is_no_list_of_turns(key, tmp_path):
     assert [(w.question, w.turns) for w in works] == [(f"Q{i}", "I searched.") for i in range(3)]
 
 
+@pytest.mark.parametrize(
+    ("roles", "asked", "begins"),
+    [
+        ("usua", "0\n\n2", 3),  # what a system turn says is nobody's question
+        ("uaua", "0", 1),
+        ("suuau", "1\n\n2", 3),
+        ("auau", "1", 0),  # the agent greets first
+        ("sauu", "2", 1),
+    ],
+)
+def test_the_question_is_all_that_the_user_says_before_the_agent_or_what_it_says_first(
+    roles, asked, begins
+):
+    names = dict(s="system", u="user", a="assistant")
+    turns = [{"role": names[role], "content": str(i)} for i, role in enumerate(roles)]
+    for own, question in ((None, asked), ("Who?", "Who?")):
+        (work,) = works_of({"messages": turns} | ({"question": own} if own else {}), "f")
+        assert work.question == question
+        assert [turn["content"] for turn in work.turns] == [t["content"] for t in turns[begins:]]
+
+
 def test_a_question_may_be_a_number():
     (work,) = works_of({"question": 5, "messages": CHAT}, "f")
     assert work.question == "5" and [turn["content"] for turn in work.turns] == ["Ada."]

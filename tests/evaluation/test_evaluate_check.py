@@ -1,16 +1,18 @@
 """evaluate.py --check: everything is looked at, nothing heavy loads, nothing is written."""
 
 import types
+from dataclasses import asdict
 
 import pytest
 
 import evaluate
-from reagent.config import parse_config
+from reagent.config import flat, parse_config
 from reagent.policy import load_tokenizer
 from tests.evaluation.test_evaluate_jobs import knows
 from tests.helpers.chat_server import chat_server
 from tests.helpers.judge_server import judge_server
 from tests.helpers.tiny import tiny_model, toy
+from tests.helpers.trainers import note_reads
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +157,31 @@ def test_hours_are_of_the_chains_that_are_left_at_the_pace_of_those_that_are_don
         run(folder, tmp_path, *more)
     assert "4.0 hours at 3600.0 s each\n" in capsys.readouterr().out
     assert "pace" not in (tmp_path / "results.jsonl").read_text()
+
+
+def test_every_key_of_a_config_is_read_by_a_run_that_has_a_use_for_it(
+    folder, tmp_path, monkeypatch
+):
+    """One that is served, with a reward model and a judge, and one in this process."""
+    monkeypatch.undo()  # what loads may load here
+    tokenizer, reads = load_tokenizer(f"{folder}/model"), set()
+    (folder / "hotpotqa.jsonl").write_bytes((folder / "cities.jsonl").read_bytes())
+
+    def noted(out, *more):
+        given = ["--tools=search", "--rollouts=1", "--limit=1"]
+        given += ["--dataset=hotpotqa", f"--data_dir={folder}"]
+        given += [f"--out_dir={out}", f"--judge_cache={out}/cache.sqlite", "--patience_s=5"]
+        cfg = parse_config(evaluate.Config, [*given, *more])
+        note_reads(cfg, reads)
+        evaluate.main(cfg)
+
+    with chat_server(knows, tokenizer) as (url, _), judge_server() as (rrm, _):
+        with judge_server(lambda text: "VERDICT: CORRECT") as (judge, _):
+            more = [f"--tokenizer={folder}/model", "--judged=all", f"--judge={judge}"]
+            more += ["--refine", f"--rrm={rrm}", "--rrm.seconds=20"]
+            noted(tmp_path / "served", f"--model={url}", *more)
+    small = ["--max_tokens_per_attempt=80", "--max_turns=1", "--max_context=700"]
+    noted(tmp_path / "here", f"--model={folder}/model", "--engine=hf", *small)
+    # where there is a card, or where the policy trains
+    unread = {"engine.sleep", "engine.memory_share", "rrm.max_failures"}
+    assert set(flat(asdict(evaluate.Config()))) - reads == unread
