@@ -211,11 +211,11 @@ def leave_flash() -> None:
 def choose_attention(asked: str, heads: tuple[int, int, int], device: torch.device) -> float:
     """Tokens a row, on average, from which cuDNN computes (inf: never); FlashAttention-4 is
     activated where it is taken. heads: of queries, of keys, and their width.
-    asked: torch | flash | cudnn | auto, which takes what is faster on this card when it starts. A
-    kernel that fails here or differs from dense fp32 is dropped, with a sentence. All ranks take
-    the same: what fails on one is dropped by all, and the slowest one's seconds count."""
-    timed = asked == "auto"
-    if asked == "torch" or (timed and device.type == "cpu"):
+    asked: see PolicyConfig. A kernel that fails here or differs from dense fp32 is dropped, with a
+    sentence; without torch's own nothing starts on a GPU. All ranks take the same: what fails on
+    one is dropped by all, and the slowest one's seconds count."""
+    timed, dropped = asked == "auto", {}
+    if device.type == "cpu" and asked in ("auto", "torch"):
         return math.inf
 
     def clock(kernel: str) -> list[float]:
@@ -226,16 +226,16 @@ def choose_attention(asked: str, heads: tuple[int, int, int], device: torch.devi
     def fault(kernel: str) -> str:
         return next(filter(None, of_all_ranks(problem(kernel, heads, device))), "")
 
-    best, dropped = clock("torch"), {}
-    if asked != "cudnn":
-        dropped["flash"] = fault("flash")
-        own = best if dropped["flash"] else clock("torch")
-        dropped["flash"] = dropped["flash"] or _slower(own, best)
+    if device.type == "cuda" and (why := fault("torch")).startswith("it fails"):
+        raise SystemExit(f"attention: torch's kernel, which trees and short rows need: {why}")
+    best = clock("torch")
+    if asked in ("auto", "flash"):
+        dropped["flash"] = fault("flash") or _slower(own := clock("torch"), best)
         if dropped["flash"]:
             leave_flash()
         else:
             best = own
-    if asked != "flash":
+    if asked in ("auto", "cudnn"):
         dropped["cudnn"] = fault("cudnn") or _slower(clock("cudnn")[1:], best[1:])
     for name, why in dropped.items():
         if not dist.is_initialized() or dist.get_rank() == 0:

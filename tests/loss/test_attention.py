@@ -218,6 +218,27 @@ def test_auto_takes_what_was_faster(torchs, flash, cudnn, taken, cudnn_from, mon
         assert "flash is dropped for torch's: 14.00 ms against 13.00" in printed
 
 
+@pytest.mark.parametrize("asked", ["auto", "torch", "flash", "cudnn"])
+def test_a_card_that_torchs_kernel_is_not_built_for_is_told_at_the_start(asked, monkeypatch):
+    """Before Ampere, or with heads of a width that FlashAttention has not."""
+
+    def distance(kernel, *_):
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+    monkeypatch.setattr(attention, "distance", distance)
+    told = (
+        r"attention: torch's kernel, .* it fails here \(RuntimeError: FlashAttention only supports"
+    )
+    with pytest.raises(SystemExit, match=told):
+        choose_attention(asked, HEADS, torch.device("cuda"))
+
+
+def test_torchs_kernel_asked_for_is_taken_without_a_word(monkeypatch, capsys):
+    monkeypatch.setattr(attention, "distance", lambda *_: 0.03)  # of a GPU with rough numbers
+    assert choose_attention("torch", HEADS, torch.device("cuda")) == math.inf
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_ranks_that_time_kernels_differently_take_the_same(fails, monkeypatch):
     """Alone rank 0 would take FlashAttention-4, rank 1 torch's and cuDNN's."""
