@@ -60,7 +60,7 @@ def search(context: Context, queries: list[str], top_k: int = 5) -> str:
 
     queries: one or several search queries
     top_k: how many results for each query, 1 to 20"""
-    local, most = _local(context), max(1, min(top_k, 20))
+    local, most, blocks = _local(context), max(1, min(top_k, 20)), []
 
     def hits_of(query: str) -> list[tuple[str, str, str]]:
         if local is not None:
@@ -68,7 +68,7 @@ def search(context: Context, queries: list[str], top_k: int = 5) -> str:
             return [hit for hit in hits if not _blocked(context, hit[2])]
         return context.web.search(query[:1000], most, context.left()) if query.strip() else []
 
-    asked, blocks = queries[:MOST_QUERIES], []
+    asked = [re.sub(r"\s", " ", query) for query in queries[:MOST_QUERIES]]  # one line: no result
     with ThreadPoolExecutor(max_workers=5) as pool:  # the web side by side: each query waits for it
         found = list((pool.map if local is None else map)(hits_of, asked))
     for query, hits in zip(asked, found):

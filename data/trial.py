@@ -42,13 +42,15 @@ class Config(Common):
 
 
 def grounded(episode) -> bool:
-    """The first attempt is right and its answer stood in a tool result before."""
+    """The first attempt is right and its answer, in its own or a right spelling (1,234 and 1234),
+    stood in a tool result before."""
     attempt = episode.attempts[0]
     if not attempt.correct:
         return False
-    answer = re.compile(rf"(?<!\w){re.escape(attempt.answer)}(?!\w)")
+    spellings = "|".join(map(re.escape, [attempt.answer, *episode.gold]))
     results = [m for m in episode.messages[: attempt.messages[1]] if m["role"] == "tool"]
-    return any(answer.search(message["content"]) for message in results)
+    stood = re.compile(rf"(?<!\w)(?:{spellings})(?!\w)")
+    return any(stood.search(message["content"]) for message in results)
 
 
 def sound(others: list, chains: list) -> tuple[list, list]:

@@ -52,8 +52,7 @@ class RewardModelConfig:
 
     def check_folder(self) -> None:
         if self.in_process and not Path(self.source).is_dir():
-            cure = "train one with train_rrm.py, or give a URL (--rrm=http://…/v1) or a FILE.py"
-            cure += " with annotate(question, messages)"
+            cure = "train one with train_rrm.py, or give --rrm=http://…/v1 or a FILE.py (annotate)"
             raise SystemExit(f"no reward model in {self.source}: {cure}")
 
     def check(self, timeout_s: float) -> None:
@@ -397,18 +396,20 @@ def fit_trajectory(trajectory: str | list, room: int, size: Callable[[str], int]
 
 
 def scripted_rrm(path: str, seconds: float) -> RewardModel:
-    """The reward model is a Python file: annotate(question, turns) writes the three blocks."""
+    """The reward model is a Python file: annotate(question, turns) -> three blocks | ValueError."""
     annotate = getattr(load_script(path), "annotate", None)
     if not callable(annotate):
         raise SystemExit(f"{path} has no annotate(question, messages)")
 
     async def ask(question, trajectory, text, seed, seconds):
-        said = annotate(question, plain_turns(trajectory))
-        if inspect.isawaitable(said):
-            try:
+        try:
+            said = annotate(question, plain_turns(trajectory))
+            if inspect.isawaitable(said):
                 said = await asyncio.wait_for(said, seconds)
-            except TimeoutError as error:
-                raise Unavailable(f"{path} took too long", late=True) from error
+        except TimeoutError as error:
+            raise Unavailable(f"{path} took too long", late=True) from error
+        except ValueError as error:  # a question of another world
+            raise Refused(f"{path}: {error}", 422) from error
         if not isinstance(said, str):
             raise Unavailable(f"annotate returned {said!r:.80}, not a text", late=True)
         return {"message": {"content": said}}
@@ -427,8 +428,7 @@ def engine_rrm(engine, chat, config: RewardModelConfig, prompt: RRMPrompt = OURS
         return {"message": {"content": said}, "finish_reason": sample.finish_reason}
 
     room = config.max_context - config.max_tokens - len(prompt_ids(chat, "", "", prompt))
-    name = config.source
-    rrm = RewardModel(ask, size=lambda text: len(chat.outside(text)), room=room, name=name)
+    rrm = RewardModel(ask, size=lambda text: len(chat.outside(text)), room=room, name=config.source)
     rrm.engine = engine
     return rrm
 

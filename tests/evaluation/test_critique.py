@@ -243,6 +243,13 @@ def test_a_file_with_judgments_of_another_model_is_refused(tmp_path):
     assert not seen
 
 
+def test_an_annotator_that_knows_no_question_of_a_file_is_told_in_a_sentence(tmp_path):
+    path, judge = write(tmp_path / "runs.jsonl", rows(2)), tmp_path / "rule.py"
+    judge.write_text("def annotate(question, turns):\n    raise ValueError('another world')\n")
+    with pytest.raises(SystemExit, match="rule.py: another world; 0 of 2 are judged"):
+        critique.main([f"--rrm={judge}", path])
+
+
 def test_a_server_that_goes_away_ends_the_call_with_what_is_done(tmp_path):
     path, out = write(tmp_path / "runs.jsonl", rows(6)), tmp_path / "judged.jsonl"
     asked = []

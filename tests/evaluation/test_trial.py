@@ -43,6 +43,18 @@ def test_it_ends_with_a_chain_that_refinement_fixed_and_names_the_page(
     assert told.endswith(f"{tmp_path}/report.html\n") and "0.500 ±0.100" in told
 
 
+@pytest.mark.parametrize("answer", ["1234", "1,234", "**1234**"])
+def test_a_right_answer_is_grounded_in_any_spelling_and_only_where_it_stood(answer):
+    episode = chain("a", True)
+    episode.gold, episode.attempts[0].answer = ["1234"], answer
+    assert not trial.grounded(episode)
+    for shown, stood in (("It has 12345 people.", False), ("It has 1234 people.", True)):
+        episode.messages = [{"role": "tool", "content": shown}, *episode.messages[:1]]
+        episode.attempts[0].messages = (0, 2)
+        assert trial.grounded(episode) == stood
+        episode.messages = episode.messages[1:]
+
+
 def test_where_nothing_was_fixed_it_says_so(capsys):
     trial.show_chains([chain("ok", True, True)], "out/a", 3)
     told = capsys.readouterr().out

@@ -1,16 +1,27 @@
 """The atlas: its questions, pages, demonstrations and critiques, on a small world of our own."""
 
+import asyncio
+import json
 import random
+import re
+import shutil
+from collections import Counter
 from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from data.atlas import prepare, world
-from data.atlas.annotator import judgment, read_attempt
 from data.atlas.prepare import Astray, Rows, attempt_of, docs_of, final, leads
+from data.atlas.rule import judgment, read_attempt
 from reagent.chat import check_messages
+from reagent.config import load_script
 from reagent.reward_model import check_rrm_row, parse_judgment
 from reagent.rows import check_rl_row
+from reagent.scorers import score
+from toolkit.text import last_boxed
+from tools import Toolbox
 
 COUNTRIES = "Avonia Brenland Corvia Dorland Estmark Fenria Galdia Hestia Istria Jorvik".split()
 HOPS = [1, 2, 3]
@@ -74,7 +85,7 @@ def test_a_chain_meets_no_entity_twice_and_its_answer_is_none_of_them():
 def test_held_out_regions_share_no_page_with_training():
     train, test, regions = world.split(WORLD, 0, share=0.3)
     assert regions == ["Southland"] and not set(train) & set(test)
-    for row in draws(Rows(WORLD, train, [1], "train").rl):
+    for row in draws(Rows(world.part(WORLD, train), train, [1], "train").rl):
         assert {doc["title"] for doc in row["docs"]} <= set(train)
 
 
@@ -148,6 +159,214 @@ def test_a_critique_that_names_another_place_is_obeyed_only_where_its_pages_are(
     titles = {"Avonia", "Brenland"}
     assert leads(WORLD, titles, "Avonia", ("neighbour", "people"))
     assert not leads(WORLD, titles, "Brenland", ("neighbour", "people"))
+    assert not leads(WORLD, titles, "Avonia", ("country",))  # no country lies in itself
+
+
+def test_no_critique_of_a_demonstration_holds_an_answer(rows):
+    for row in draws(lambda rng, i: rows.sft(rng, i, []), 300):
+        turns = [message["content"] for message in row["messages"]]
+        _, gold = world.trail(WORLD, *world.parse_question(turns[1]))
+        for critique in (m["content"] for m in row["messages"][2:] if m["role"] == "user"):
+            assert gold not in critique and last_boxed(turns[-1]) not in critique
+
+
+def attempts_at(question: str, answers: list) -> list[list[dict]]:
+    """Attempts with each answer, without a look-up and after that of the last page of the trail."""
+    path, _ = world.trail(WORLD, *world.parse_question(question))
+    page = {"role": "tool", "content": f'Results for "x":\n1. {path[-1]} (doc:{path[-1]})\nText'}
+    boxes = [f"\\boxed{{{answer}}}" if answer else "No." for answer in answers]
+    said = [{"role": "assistant", "content": box} for box in boxes]
+    return [[*before, each] for before in ([], [page]) for each in said]
+
+
+@pytest.mark.parametrize("domain", [".is", ".at", ".no", ".in", ".to", ".as"])
+def test_no_critique_holds_an_answer_that_is_also_a_word(domain, monkeypatch):
+    monkeypatch.setitem(WORLD, "Avonia", WORLD["Avonia"] | {"domain": domain})
+    question = "What is the internet domain of Avonia?"
+    for attempt in attempts_at(question, [domain, "Brenland", None]):
+        for seed in range(4):
+            said = parse_judgment(judgment(WORLD, question, attempt, random.Random(seed))).critique
+            assert domain[1:] not in re.findall(r"\w+", said.lower())
+
+
+def test_a_place_that_has_the_answer_in_its_name_is_neither_asked_about_nor_named(monkeypatch):
+    for city, country in (("Avonia City", "Avonia"), ("Brénland-Nord", "Brenland")):
+        monkeypatch.setitem(WORLD, city, WORLD["Avoport"] | {"country": country})
+        every = set(world.chains(WORLD, list(WORLD), 1))
+        assert (city, ("country",)) not in every and (city, ("people",)) in every
+        question = f"In which country does {city} lie?"
+        for attempt in attempts_at(question, [country, "Corvia", None]):
+            said = parse_judgment(judgment(WORLD, question, attempt, random.Random(0))).critique
+            assert country not in said and city not in said
+
+
+@pytest.mark.parametrize("answer", ["7001", "7,001", "\\text{7001}", "**7001**", "7001 people"])
+def test_the_annotator_calls_right_what_the_scorer_calls_right(answer):
+    question = "How many people live in Avonia?"
+    seen = read_attempt(WORLD, question, attempts_at(question, [answer])[1])
+    assert seen["right"] == seen["grounded"] == score("hotpotqa", answer, "7001")["correct"]
+
+
+def test_a_name_counts_without_its_accents_in_the_rows_and_for_the_annotator(monkeypatch):
+    monkeypatch.setitem(WORLD, "Avonia", WORLD["Avonia"] | {"capital": "Łódź-Ørsk‘a"})
+    question = "What is the capital of Avonia?"
+    assert world.answers_of("Łódź-Ørsk‘a")[1:] == ["Lodz-Orsk'a", "Lodz Orsk'a"]
+    for answer in ("Łódź-Ørsk‘a", "lodz-orsk'a", "Lodz Orska"):
+        assert read_attempt(WORLD, question, attempts_at(question, [answer])[1])["right"]
+
+
+def test_an_attempt_without_an_answer_is_told_so_after_the_last_page():
+    question = "What is the capital of Avonia?"
+    said = parse_judgment(judgment(WORLD, question, attempts_at(question, [None])[1], random))
+    assert said.score == 0.45 and "no answer was given" in said.critique
+
+
+def test_a_query_that_poses_as_a_result_looks_nothing_up():
+    toolbox = Toolbox(["search"])
+    for query in ("x. Avonia (y", "x\n1. Avonia (doc:Avonia)\nAvonia lies", "x\r1. Avonia (doc:"):
+        shown = asyncio.run(toolbox.call("search", {"queries": [query]}, docs=[])).text
+        turns = [{"role": "tool", "content": shown}, final("Avoport", "")]
+        assert read_attempt(WORLD, "What is the capital of Avonia?", turns)["looked"] == [False]
+    docs = [{"title": "Avonia", "text": "A country."}]
+    for name, asked in (("search", {"queries": ["avonia"]}), ("browse", {"url": "doc:Avonia"})):
+        shown = asyncio.run(Toolbox([name]).call(name, asked, docs=docs)).text
+        turns = [{"role": "tool", "content": shown}, final("Avoport", "")]
+        assert read_attempt(WORLD, "What is the capital of Avonia?", turns)["looked"] == [True]
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["Who is it?", "What is the capital of Narnia?", "What is the capital of Avoport?"],
+)
+def test_what_the_atlas_does_not_know_is_refused(question):
+    with pytest.raises(ValueError, match="atlas"):
+        judgment(WORLD, question, [final("x", "")], random.Random(0))
+
+
+def test_a_trajectory_that_is_one_text_is_refused():
+    with pytest.raises(ValueError, match="one text"):
+        turns = [{"role": "", "content": "\\boxed{Avoport}"}]
+        judgment(WORLD, "What is the capital of Avonia?", turns, random.Random(0))
+
+
+def test_an_annotator_without_its_world_is_told_before_any_work(tmp_path):
+    shutil.copy(Path(world.__file__).with_name("annotator.py"), tmp_path)
+    with pytest.raises(SystemExit, match=r"no .*world.json: run python data/atlas/prepare.py"):
+        load_script(f"{tmp_path}/annotator.py")
+
+
+def test_a_call_of_a_demonstration_gives_what_it_shows(monkeypatch):
+    shown, toolbox = [], Toolbox(["search"])
+    honest = prepare.docs_of
+    monkeypatch.setattr(prepare, "docs_of", lambda *a: shown.append(honest(*a)) or shown[-1])
+    rows = Rows(WORLD, NAMES, HOPS, "train")
+    for row in draws(lambda rng, i: rows.sft(rng, i, []) | {"docs": shown[-1]}, 30):
+        for said, told in zip(row["messages"], row["messages"][1:]):
+            if told["role"] == "tool":
+                call = json.loads(said["content"].split("<tool_call>")[1].split("</tool_call>")[0])
+                result = toolbox.call(call["name"], call["arguments"], docs=row["docs"])
+                assert asyncio.run(result).text == told["content"]
+
+
+def test_no_row_to_train_on_names_a_held_out_place():
+    train, held, _ = world.split(WORLD, 0, share=0.3)
+    rows = Rows(world.part(WORLD, train), train, [1], "train")
+    makers = (rows.rl, rows.rrm, lambda rng, i: rows.sft(rng, i, []))
+    texts = [json.dumps(row) for make in makers for row in draws(make, 150)]
+    assert not [text for text in texts if any(name in text for name in held)]
+    assert "borders" in texts[0] + texts[1] and "neighbour is" in "".join(texts)
+
+
+SIDES = {"AA": ("AAA", 50), "BB": ("BBB", 100), "CC": ("CCC", 95), "DD": ("DDD", 200)}
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, largest",
+    [
+        ("BB,DD", "BBB DDD", "DD"),
+        ("BB,DD", "BBB", None),  # the sources differ
+        ("BB,CC", "BBB CCC", None),  # a near tie
+        ("BB", "BBB XKX", "BB"),
+        ("", "", None),
+    ],
+)
+def test_the_largest_neighbour_is_asked_for_where_both_sources_name_it(ours, theirs, largest):
+    countries = {code: dict(iso3=iso3, population=n) for code, (iso3, n) in SIDES.items()}
+    info = {"borders": theirs.split()}
+    assert world._largest_neighbour({"neighbours": ours}, countries, info) == largest
+
+
+def build(monkeypatch, out, *options):
+    """prepare.py on the made-up world."""
+    monkeypatch.setattr(world, "gather", lambda: (WORLD, Counter()))
+    few = "--sizes=" + ",".join(f"{name}=12" for name in prepare.SIZES)
+    monkeypatch.setattr("sys.argv", ["prepare.py", f"--out={out}", few, *options])
+    prepare.main()
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_two_builds_are_alike_to_the_byte(tmp_path, monkeypatch):
+    first = build(monkeypatch, tmp_path / "a", "--hops=1")
+    assert first == build(monkeypatch, tmp_path / "b", "--hops=1,1") and len(first) == 8
+
+
+def test_hops_that_these_places_have_too_few_of_are_named(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="of 2 hops has eight answers"):
+        build(monkeypatch, tmp_path, "--hops=1,2")
+
+
+def test_an_interrupted_build_leaves_no_rows_of_the_one_before(tmp_path, monkeypatch):
+    build(monkeypatch, tmp_path, "--hops=1")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Rows, "rrm", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build(monkeypatch, tmp_path, "--hops=1", "--seed=1")
+    assert {path.stem for path in tmp_path.glob("*.jsonl")} == {"sft", "rl_train", "rl_test"}
+
+
+@pytest.mark.parametrize(
+    "option, told",
+    {
+        "--hops=5": "--hops=5: numbers from 1 to 4",
+        "--hops=": "--hops=: numbers",
+        "--hops=12": "--hops=12: numbers",
+        "--hops=one": "--hops=one: numbers",
+        "--sizes=foo=3": "--sizes=foo=3: foo=3 is not NAME=ROWS, with one of sft, rl_train",
+        "--sizes=sft": "sft is not NAME=ROWS",
+        "--sizes=sft=0": "sft=0 is not .* at least one row",
+        "--sizes=sft=-1": "sft=-1 is not",
+        "--one_hop=1.5": "--one_hop=1.5: a share, from 0 to 1",
+        "--one_hop=nan": "--one_hop=nan: a share",
+        "--out=/proc/none": "/proc/none cannot be written",
+        "--model=/nowhere/at/all": "--model=/nowhere/at/all: hub, package, or a folder",
+    }.items(),
+    ids=lambda value: value[:20],
+)
+def test_a_wrong_option_is_named(option, told, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit) as stopped:
+        build(monkeypatch, tmp_path, option)
+    assert re.search(told, str(stopped.value)) and not list(tmp_path.iterdir())
+
+
+def test_a_model_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    def save(folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").touch()
+
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    parts = [SimpleNamespace(save_pretrained=each, parameters=list) for each in (save, full)]
+    monkeypatch.setattr(prepare, "read_model", lambda _: parts)
+    with pytest.raises(SystemExit, match="No space left"):
+        prepare.make_model("hub", tmp_path)
+    assert not (tmp_path / "model").exists()
+    parts[1].save_pretrained = save
+    prepare.make_model("hub", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.skipif(
@@ -158,8 +377,23 @@ def test_the_real_world_has_the_counts_of_the_card():
     real, _ = world.gather()
     kinds = [page["kind"] for page in real.values()]
     assert (kinds.count("country"), kinds.count("city")) == (188, 1449)
+    card = Path(world.__file__).with_name("README.md").read_text()
+    train, test, regions = world.split(real, 0)
+    rows = Rows(world.part(real, train), train, [1, 2], "train")
+    held = Rows(real, test, [1, 2, 3, 4], "test")
+    for hops in (1, 2):
+        assert f"| {hops} | {rows.counts[hops]:,} | {held.counts[hops]:,} |" in card
+    assert ", ".join(regions) in " ".join(card.split())
+    rng = random.Random("0/rl_test")
+    first = [held.rl(rng, i) for i in range(10)]
+    assert "".join(f"- {row['question']} ({row['answer'][0]})\n" for row in first) in card
     assert real["Kenya"]["capital"] == "Nairobi" and real["Kenya"]["neighbour"] == "Ethiopia"
     assert "currency" not in real["Croatia"]  # the sources have HRK and EUR
+    assert "neighbour" not in real["Thailand"]  # Myanmar is left out
+    assert "neighbour" not in real["Kuwait"]  # one of the sources lacks Iraq
+    for start, relations in world.chains(real, list(real), 2):
+        path, answer = world.trail(real, start, relations)
+        assert not any(world.holds(name, answer) for name in path)
     assert prepare.search_schema()[0]["function"]["name"] == "search"
 
 
