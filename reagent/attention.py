@@ -142,9 +142,7 @@ def row_attention_backward(
             found = work(*parts, part, 0.0, True, scale=scale)
         for whole, row in zip(grads, found):
             whole[a:b] = row[0].transpose(0, 1)
-    dq, *rest = grads
-    dk, dv = (x.unflatten(1, (keys, -1)).sum(2) for x in rest)
-    return dq, dk, dv
+    return grads[0], *(x.unflatten(1, (keys, -1)).sum(2) for x in grads[1:])
 
 
 def _repeated(q, k, v) -> list[torch.Tensor]:
@@ -219,8 +217,7 @@ def choose_attention(asked: str, heads: tuple[int, int, int], device: torch.devi
         return math.inf
 
     def clock(kernel: str) -> list[float]:
-        rows = (SHORT_ROWS, LONG_ROW) if timed else ()
-        own = [seconds(kernel, lengths, heads, device) for lengths in rows]
+        own = [seconds(kernel, n, heads, device) for n in (SHORT_ROWS, LONG_ROW) if timed]
         return [max(each) for each in zip(*of_all_ranks(own))]
 
     def fault(kernel: str) -> str:
@@ -258,10 +255,13 @@ def _slower(own: list[float], other: list[float]) -> str:
 
 def problem(name: str, heads: tuple[int, int, int], device: torch.device) -> str:
     """Why a kernel cannot be taken, or "": it is tried on a small ragged batch with trees."""
+    kernel = "torch" if name == "flash" else name
     try:
         if name == "flash":
             use_flash()
-        far = distance("torch" if name == "flash" else name, heads, device)
+        far = distance(kernel, heads, device)
+        if device.type == "cuda":  # what fails in a long row alone is told here
+            seconds(kernel, LONG_ROW, heads, device)
     except Exception as error:  # foreign kernels fail in any way
         text = str(error).strip().splitlines() or [""]
         return f"it fails here ({type(error).__name__}: {text[0]})"
@@ -279,7 +279,7 @@ def distance(kernel: str, heads: tuple[int, int, int], device: torch.device) -> 
     dense = [side.detach().float().requires_grad_() for side in sides]
     expected = F.scaled_dot_product_attention(*dense, attn_mask=mask, enable_gqa=True)
     expected, got = expected.transpose(1, 2), attend()
-    towards = torch.randn_like(expected)
+    towards = torch.randn(expected.shape, device=device)
     expected = [expected, *torch.autograd.grad(expected, dense, towards)]
     got = [got, *torch.autograd.grad(got, sides, towards.to(got.dtype))]
     return max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, expected))
@@ -292,17 +292,17 @@ def seconds(kernel: str, lengths: list[int], heads, device: torch.device) -> flo
     for _ in range(4):
         torch.cuda.synchronize(device)
         began = time.perf_counter()
-        torch.autograd.grad(attend().sum(), sides)
+        torch.autograd.grad(out := attend(), sides, out.detach())
         torch.cuda.synchronize(device)
         found.append(time.perf_counter() - began)
     return min(found[1:])
 
 
 def trial(kernel: str, lengths: list[int], heads, device: torch.device, prefixes=()):
-    """Random queries, keys and values (1, heads, T, D) of rows, and what attends to them."""
-    (queries, keys, width), total = heads, sum(lengths)
+    """Random sides (1, heads, T, D), T outermost in memory as a block has them, and what attends."""
+    (q, k, width), total = heads, sum(lengths)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     options = dict(device=device, dtype=dtype, requires_grad=True)
-    sides = [torch.randn(1, n, total, width, **options) for n in (queries, keys, keys)]
+    sides = [torch.randn(1, total, n, width, **options).transpose(1, 2) for n in (q, k, k)]
     more = dict(kernel=kernel, **row_ends(lengths, device, prefixes))
     return sides, lambda: varlen_attention(torch.nn.Module(), *sides, None, **more)[0]

@@ -235,8 +235,32 @@ def test_a_card_that_torchs_kernel_is_not_built_for_is_told_at_the_start(asked, 
 
 def test_torchs_kernel_asked_for_is_taken_without_a_word(monkeypatch, capsys):
     monkeypatch.setattr(attention, "distance", lambda *_: 0.03)  # of a GPU with rough numbers
+    monkeypatch.setattr(attention, "seconds", lambda *_: 0.0)
     assert choose_attention("torch", HEADS, torch.device("cuda")) == math.inf
     assert not capsys.readouterr().out
+
+
+def test_a_kernel_that_fails_in_a_long_row_alone_is_dropped_with_a_sentence(monkeypatch, capsys):
+    def seconds(kernel, lengths, *_):
+        if kernel == "cudnn" and len(lengths) == 1:
+            raise RuntimeError("No valid execution plans built.")
+        return 0.0
+
+    monkeypatch.setattr(attention, "distance", lambda *_: 0.0)
+    monkeypatch.setattr(attention, "seconds", seconds)
+    assert choose_attention("cudnn", HEADS, torch.device("cuda")) == math.inf
+    told = (
+        "cudnn is dropped for torch's: it fails here (RuntimeError: No valid execution plans built"
+    )
+    assert told in capsys.readouterr().out
+
+
+def test_kernels_are_tried_on_numbers_that_lie_as_a_block_has_them():
+    """In memory a token after the other; cuDNN's plan of a backward goes by that of queries, not by
+    that of the gradient: both must be as in training."""
+    sides, attend = trial("torch", [5, 9], HEADS, CPU)
+    assert all(side.transpose(1, 2).is_contiguous() for side in sides)
+    assert attend().is_contiguous()
 
 
 @pytest.mark.parametrize("fails", [False, True])
