@@ -299,7 +299,7 @@ def seconds(kernel: str, lengths: list[int], heads, device: torch.device) -> flo
 
 
 def trial(kernel: str, lengths: list[int], heads, device: torch.device, prefixes=()):
-    """Random sides (1, heads, T, D), T outermost in memory as a block has them, and what attends."""
+    """Random sides (1, heads, T, D), T outermost in memory as in a block, and what attends."""
     (q, k, width), total = heads, sum(lengths)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     options = dict(device=device, dtype=dtype, requires_grad=True)
