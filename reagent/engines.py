@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -166,12 +167,9 @@ class HFEngine:
         return samples
 
     def load_weights(self, pairs) -> None:
-        import torch
-
         own = self.model.state_dict()
-        with torch.no_grad():
-            for name, value in _all_names(pairs, set(own)):
-                own[name].copy_(value)
+        for name, value in _all_names(pairs, set(own)):
+            own[name].copy_(value)
 
     def close(self) -> None:
         self.model = None
@@ -258,10 +256,9 @@ class EngineThread(threading.Thread):
             try:
                 result = work(*args)
                 _finish_kernels()
+                done.set_result(result)
             except BaseException as error:
                 done.set_exception(error)
-            else:
-                done.set_result(result)
 
         _finish_kernels()
         self.jobs.put(job)
@@ -514,6 +511,8 @@ async def run_together(coroutines, max_live: int = 0, on_done=None) -> list:
 def engine_class(kind: str):
     """vllm | hf | path/to/file.py:Class -> the class; SystemExit for anything else."""
     known = {"vllm": VLLMEngine, "hf": HFEngine}
+    if kind == "vllm" and not find_spec("vllm"):
+        raise SystemExit("engine = 'vllm': it is not installed (make gpu); --engine=hf needs none")
     if kind in known:
         return known[kind]
     path, _, name = kind.partition(".py:")

