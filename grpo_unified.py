@@ -453,6 +453,7 @@ def main(cfg: Config) -> None:
     setup = rollout.Setup(**parts, rule_reward=rule_reward)
 
     def sync():
+        torch.cuda.empty_cache()  # what training kept of the card: servers wake up beside it
         engine.load_weights(full_weights(policy, run.sampler_dtype))
 
     def sample(jobs: list, version: int, what: str) -> list:

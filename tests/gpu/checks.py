@@ -146,6 +146,9 @@ def dense(small: bool) -> tuple[dict, list[str]]:
     worst = min(cosines, key=cosines.get)
     found = dict(dlogp_mean=gaps.mean().item(), dlogp_max=gaps.max().item())
     found |= dict(parameters=len(cosines), worst_cosine=cosines[worst], worst=worst)
+    if run.device.type == "cuda":  # set once torch is imported: does it count?
+        settings = torch.cuda.memory._snapshot()["allocator_settings"]
+        found["expandable_segments"] = settings.get("expandable_segments")
     faults = []
     if found["dlogp_mean"] > 0.02 or found["dlogp_max"] > 0.15:
         faults.append("log-probs in bf16 are far from fp32")

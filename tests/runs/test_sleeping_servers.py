@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 
 import pytest
+import torch
 
 import grpo_unified
 from reagent.memory import memory_plan, too_large
@@ -61,12 +62,16 @@ def world(tmp_path_factory):
 def test_servers_sleep_while_the_policy_trains_and_are_awake_in_every_rollout(world, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         seen = Seen(patch)
+        patch.setattr(torch.cuda, "empty_cache", lambda: seen.events.append(("emptied", "")))
         files = [f"--model={world}/model", f"--data={world}/rl.jsonl", f"--out_dir={tmp_path}"]
         files += ["--rrm.sleep", "--rrm.seconds=20", "--steps=2", "--fixed_critique="]
         with sleepy_server(seen.events, "a") as a, sleepy_server(seen.events, "b") as b:
             run_here(grpo_unified, [*COMMON, *U, *files, f"--rrm={a},{b}"])
     asleep, judged, steps = {"a": False, "b": False}, 0, 0
+    keeps = False  # the trainer memory that a step took, which servers that wake up need
     for event in seen.events:
+        keeps = event[0] == "step" or (keeps and event[0] != "emptied")
+        assert not (keeps and event[1] == "wake_up")
         if event[0] in asleep and event[1] != "v1/chat/completions":
             asleep[event[0]] = event[1] == "sleep?level=1"
         elif event[0] in asleep:
