@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from reagent import engines
-from reagent.engines import EngineThread, Sample, VLLMEngine
+from reagent.engines import EngineConfig, EngineThread, Sample, VLLMEngine
 from tests.helpers.tiny import ROOT, tiny_model
 from tests.loss.test_model import torchrun
 
@@ -138,6 +138,32 @@ def engine(folder, monkeypatch):
     yield made
     made.thread.stop()
     assert not made.thread.is_alive()
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("sleep", [False, True])
+@pytest.mark.parametrize("rank", ["", "1"])
+def test_what_an_engine_is_told_reaches_vllm(folder, cuda, sleep, rank, monkeypatch):
+    built = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(EngineThread, "shared", lambda: "thread")
+    monkeypatch.setattr(VLLMEngine, "_build", lambda _, *told: built.append(told))
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    config = EngineConfig(tensor_parallel=2, memory_share=0.35, sleep=sleep)
+    made = VLLMEngine(folder, iter([7, 9]), config=config, max_context=77, tp_group="group")
+    ((of, options),) = built
+    wanted = dict(max_model_len=77, tensor_parallel_size=2, seed=0, enable_prefix_caching=True)
+    wanted |= dict(logprobs_mode="processed_logprobs", generation_config="vllm")
+    wanted |= dict(trust_remote_code=False, dtype="bfloat16" if cuda else "float32")
+    wanted |= dict(distributed_executor_backend="external_launcher") if rank else {}
+    gpu = dict(gpu_memory_utilization=0.35, enable_sleep_mode=sleep)
+    gpu |= dict(hf_overrides={"head_dtype": "float32"}, disable_custom_all_reduce=True)
+    wanted |= gpu if cuda else dict(enforce_eager=True)
+    assert of == folder and options == wanted | {"use_tqdm_on_load": False}
+    assert (made.stop_ids, made.group, made.asleep) == ([7, 9], "group", False)
+    assert made.sleeps is (sleep and cuda) and "lm_head.weight" in made.names
 
 
 def ask(engine, new, ids=(1, 2)):

@@ -19,6 +19,7 @@ from data.trajectories import Unread, Work, read_works, works_of
 from tests.helpers.judge_server import hashed_judgment, judge_server
 from tests.helpers.search_server import answer, web_server
 from tests.helpers.tiny import ROOT
+from tests.helpers.trainers import note_parsed, unread
 
 FOREIGN = [
     json.loads(line) for line in Path(__file__).with_name("foreign.jsonl").read_text().splitlines()
@@ -304,6 +305,17 @@ def test_a_server_that_takes_no_seed_and_one_temperature_is_asked_without(tmp_pa
     assert len(server.seen) == 1 + 2 + 3
     told = capsys.readouterr().err
     assert told.count("takes no temperature") == told.count("takes no seed") == 1
+
+
+def test_every_key_of_the_command_is_read(tmp_path, monkeypatch):
+    reads, path = set(), write(tmp_path / "runs.jsonl", rows(2))
+    note_parsed(monkeypatch, critique, reads)
+    with judge_server() as (url, _):
+        critique.main([f"--rrm={url}", path, f"--out={tmp_path}/out.jsonl"])
+    left = unread(critique.Config, reads)
+    # of an engine in this process, and of a training run
+    trains = {"rrm.memory_share", "rrm.sleep", "rrm.max_failures"}
+    assert left == trains | {key for key in left if key.startswith("engine.")}
 
 
 # --------------------------------------------------------------------------------------------------

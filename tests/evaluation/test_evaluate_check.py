@@ -1,18 +1,17 @@
 """evaluate.py --check: everything is looked at, nothing heavy loads, nothing is written."""
 
 import types
-from dataclasses import asdict
 
 import pytest
 
 import evaluate
-from reagent.config import flat, parse_config
+from reagent.config import parse_config
 from reagent.policy import load_tokenizer
 from tests.evaluation.test_evaluate_jobs import knows
 from tests.helpers.chat_server import chat_server
 from tests.helpers.judge_server import judge_server
 from tests.helpers.tiny import tiny_model, toy
-from tests.helpers.trainers import note_reads
+from tests.helpers.trainers import note_reads, unread
 
 
 @pytest.fixture(scope="module")
@@ -183,5 +182,5 @@ def test_every_key_of_a_config_is_read_by_a_run_that_has_a_use_for_it(
     small = ["--max_tokens_per_attempt=80", "--max_turns=1", "--max_context=700"]
     noted(tmp_path / "here", f"--model={folder}/model", "--engine=hf", *small)
     # where there is a card, or where the policy trains
-    unread = {"engine.sleep", "engine.memory_share", "rrm.max_failures"}
-    assert set(flat(asdict(evaluate.Config()))) - reads == unread
+    left = {"engine.sleep", "engine.memory_share", "rrm.max_failures"}
+    assert unread(evaluate.Config, reads) == left

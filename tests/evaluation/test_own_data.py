@@ -13,6 +13,7 @@ from reagent.reward_model import check_rrm_row
 from reagent.rows import check_rl_row, sft_messages
 from tests.helpers.chat_server import chat_server
 from tests.helpers.judge_server import judge_server
+from tests.helpers.trainers import note_parsed, unread
 
 CALL = '<tool_call>\n{"name": "search", "arguments": {"queries": ["Kiel"]}}\n</tool_call>'
 
@@ -193,3 +194,10 @@ def test_an_agent_that_goes_away_ends_the_call_and_the_next_goes_on(tmp_path, ca
     with chat_server(agent, completions=False, port=port) as (url, _):
         annotate.annotate(config(tmp_path, url, *keys))
     assert done == 2 and len(lines(tmp_path / "out/rows.trajectories.jsonl")) == 8
+
+
+def test_every_key_of_the_command_is_read(tmp_path, monkeypatch):
+    reads = set()
+    note_parsed(monkeypatch, questions, reads)
+    made(tmp_path, "q.csv", "question,answer\nQ?,a\n")
+    assert not unread(questions.Config, reads)

@@ -11,6 +11,8 @@ from data import score
 from reagent.config import parse_config
 from results import benchmarks
 from tests.helpers.chat_server import chat_server
+from tests.helpers.judge_server import judge_server
+from tests.helpers.trainers import note_parsed, unread
 
 COMMITS = ("66", "67", "68")
 
@@ -147,3 +149,17 @@ def test_a_set_has_a_prompt_of_its_own(tmp_path, monkeypatch):
     systems = {r["messages"][1]["content"]: r["messages"][0]["content"] for r in seen}
     assert systems["Sum gsm8k?"] == "Compute with care." != systems["Sum math500?"]
     assert f"prompt {tmp_path}/maths.txt" in (tmp_path / "out/report.md").read_text()
+
+
+def test_every_key_of_the_command_is_read(tmp_path, monkeypatch):
+    reads = set()
+    note_parsed(monkeypatch, score, reads)
+    write(tmp_path / "mine.jsonl", [{"id": "1", "question": "Q", "pred": "a", "gold": "b"}])
+    with judge_server(lambda text: "VERDICT: CORRECT") as (url, _):
+        keys = ["--judged=all", f"--judge={url}", f"--judge_cache={tmp_path}/cache.sqlite"]
+        score.main([str(tmp_path / "mine.jsonl"), *keys])
+        monkeypatch.setattr(score, "open_judge", lambda *_: None)
+        with pytest.raises(SystemExit, match="cannot be asked"):
+            score.main([str(tmp_path / "mine.jsonl"), *keys])
+    score.main([str(tmp_path / "mine.jsonl"), "--scorer=math"])
+    assert not unread(score.Config, reads)

@@ -3,7 +3,7 @@
 import json
 import signal
 import sys
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from reagent.config import parse_config
+from reagent.config import flat, parse_config
 from reagent.engines import HFEngine
 from reagent.run import Run
 
@@ -34,6 +34,22 @@ def note_reads(cfg, reads: set[str], prefix: str = "") -> None:
 
     noting = type(plain.__name__, (plain,), {"__getattribute__": look})
     object.__setattr__(cfg, "__class__", noting)
+
+
+def note_parsed(patch, module, reads: set[str]) -> None:
+    """From here on `reads` gets the keys that are read of what `module` parses."""
+
+    def parsed(cls, argv):
+        cfg = parse_config(cls, argv)
+        note_reads(cfg, reads)
+        return cfg
+
+    patch.setattr(module, "parse_config", parsed)
+
+
+def unread(cls, reads: set[str]) -> set[str]:
+    """The keys of a config that no run has read."""
+    return set(flat(asdict(cls()))) - reads
 
 
 def run_here(script, arguments: list[str], reads: set[str] | None = None) -> list[dict]:

@@ -273,6 +273,11 @@ def test_what_a_run_lacks_is_told_before_anything_heavy_loads(
         held.close()
 
 
+def test_two_judgments_of_a_chain_must_fit_the_time_that_ranks_wait(world, tmp_path, no_loading):
+    with pytest.raises(SystemExit, match="two judgments .* timeout_s = 100, so at most 50"):
+        checked("grpo_unified", world, tmp_path / "out", "--rrm=http://a/v1", "--rrm.seconds=51")
+
+
 @pytest.mark.parametrize("reply", ["Fine.", 503, 404, 400])
 def test_a_server_that_gives_no_judgment_is_told_before_anything_heavy_loads(
     reply, world, tmp_path, no_loading

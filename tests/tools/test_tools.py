@@ -968,6 +968,44 @@ def test_a_file_is_read_through_the_toolbox(tmp_path):
     assert call(toolbox, "file_reader", {"file_path": "../a.txt"}).status == "error"
 
 
+def test_what_a_toolbox_is_told_reaches_its_parts_and_every_call(added, monkeypatch, tmp_path):
+    """Each option has a value of its own, so that none can stand in for another."""
+    parts, seen = {}, []
+
+    def part(name):
+        def make(*args, **options):
+            parts[name] = args, options
+            return name
+
+        return make
+
+    def looks(context) -> str:
+        """Looks."""
+        seen.append((context, context.left()))
+        return "x" * 999
+
+    for name in ("Corpus", "Web", "Sandbox"):
+        monkeypatch.setattr(tools, name, part(name))
+    added(looks)
+    own = dict(corpus="c", seconds_per_call=7.0, output_chars=300, unsafe_python=True, block="b")
+    own |= dict(files_dir=str(tmp_path), cache="d", replay=True, allow="a")
+    toolbox = Toolbox(["python", "looks"], **own)
+    assert parts["Corpus"] == (("c",), {})
+    assert parts["Web"] == ((), dict(allow="a", block="b", cache="d", replay=True))
+    assert parts["Sandbox"] == ((), dict(seconds=7.0, output_chars=300, unsafe=True))
+    docs = [{"title": "t", "text": "x"}]
+    for given, held in (
+        ({}, (None, None)),
+        (dict(docs=docs, files=["f"]), ((("t", "x"),), ("f",))),
+    ):
+        told = call(toolbox, "looks", {}, **given)
+        context, left = seen.pop()
+        assert (context.docs, context.files) == held
+        assert (context.corpus, context.web, context.sandbox) == ("Corpus", "Web", "Sandbox")
+        assert (context.files_dir, context.output_chars) == (str(tmp_path), 300)
+        assert 6 < left <= 7 and told.text == capped("x" * 999, 300)
+
+
 # --------------------------------------------------------------------------------------------------
 # python through the toolbox, and the command line
 

@@ -823,6 +823,13 @@ def test_074_a_blocked_address_is_known_in_every_spelling(tmp_path, url, hidden)
     assert listed.blocks(url) == hidden and listed.count == hidden
 
 
+def test_074_comments_and_empty_lines_of_a_block_list_block_nothing(tmp_path):
+    listed = web.Blocklist(blocked(tmp_path, "# a.org", "#c.org/x", "", "  ", " https://B.org/ "))
+    for url, hidden in (("http://a.org/", False), ("https://c.org/x", False), ("c.com", False)):
+        assert listed.blocks(url) is hidden
+    assert listed.blocks("http://x.org/", "http://b.org/") and listed.count == 1
+
+
 def test_074_blocked_results_and_pages_are_left_out_and_counted(tmp_path):
     routes = {"/": HTML, "/short": (302, {"Location": "/gaia/1"}, ""), "/gaia/1": HTML}
     with web_server(SPOKEN["serper"](HITS)) as server, web_server(routes) as pages:
