@@ -16,6 +16,7 @@ import pytest
 
 from data import critique
 from data.trajectories import Unread, Work, read_works, works_of
+from reagent.reward_model import Judgment
 from tests.helpers.judge_server import hashed_judgment, judge_server
 from tests.helpers.search_server import answer, web_server
 from tests.helpers.tiny import ROOT
@@ -305,6 +306,17 @@ def test_a_server_that_takes_no_seed_and_one_temperature_is_asked_without(tmp_pa
     assert len(server.seen) == 1 + 2 + 3
     told = capsys.readouterr().err
     assert told.count("takes no temperature") == told.count("takes no seed") == 1
+
+
+def test_a_line_says_what_was_judged_and_what_the_judgment_holds():
+    judgment = Judgment("the analysis", "the critique", 0.25)
+    told = dict(score=0.25, critique="the critique", think="the analysis", rrm="m", work="d")
+    whole = critique.line_of(Work("f:3", "t7", "Q", "turns", 2), "d", judgment, "m")
+    assert whole == dict(row="f:3", id="t7", attempt=2) | told
+    assert critique.line_of(Work("f:3", "", "Q", "turns"), "d", judgment, "m") == {
+        "row": "f:3",
+        **told,
+    }
 
 
 def test_every_key_of_the_command_is_read(tmp_path, monkeypatch):

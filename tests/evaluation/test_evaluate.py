@@ -274,6 +274,19 @@ def test_088_a_journal_cut_at_any_byte_keeps_the_whole_lines_and_goes_on(tmp_pat
         assert (tmp_path / "a" / "journal-0.jsonl").read_bytes() == data
 
 
+def test_what_statistics_need_of_a_chain_is_what_its_line_says():
+    """Every value is its own, so that none can stand in for another."""
+    first = dict(answer="a", correct=None, termination="answered", f1=0.5, calls=[{}] * 2)
+    second = dict(answer="b", correct=True, termination="turn_limit", calls=[{}])
+    line = dict(row="digest", status="no_answer", tokens=70, pace=1.5, attempts=[first, second])
+    lists = dict(answers=["a", "b"], correct=[None, True], f1=[0.5, None])
+    lists |= dict(ended=["answered", "turn_limit"], calls=3, tokens=70, pace=1.5)
+    made = Entry("path", 9, "digest", "no_answer", **lists)
+    assert journal.entry_of(line, "path", 9) == made
+    bare = {key: line[key] for key in line if key != "pace"}
+    assert journal.entry_of(bare, "path", 9).pace is None
+
+
 def test_a_damaged_line_of_a_journal_is_named(tmp_path):
     (tmp_path / "journal-0.jsonl").write_text(
         '{"dataset": "x", "id": "1", "rollout": 0, "fault": "f"}\n{"id": \n{}\n'

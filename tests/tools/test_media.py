@@ -401,4 +401,4 @@ def test_pieces_of_a_recording_share_its_deadline_and_say_what_they_are(folder, 
     files = [("recording.wav", body, "audio/wav") for body in (b"one", b"two", b"three")]
     assert [each[:3] for each in asked] == [("speech", file, "json") for file in files]
     left = [seconds for *_, seconds in asked]
-    assert 8 < left[0] <= 9 and all(a - b >= 0.019 for a, b in zip(left, left[1:]))
+    assert 5 < left[0] <= 9 and all(a - b >= 0.019 for a, b in zip(left, left[1:]))

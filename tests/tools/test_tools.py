@@ -1003,7 +1003,7 @@ def test_what_a_toolbox_is_told_reaches_its_parts_and_every_call(added, monkeypa
         assert (context.docs, context.files) == held
         assert (context.corpus, context.web, context.sandbox) == ("Corpus", "Web", "Sandbox")
         assert (context.files_dir, context.output_chars) == (str(tmp_path), 300)
-        assert 6 < left <= 7 and told.text == capped("x" * 999, 300)
+        assert 1 < left <= 7 and told.text == capped("x" * 999, 300)
 
 
 # --------------------------------------------------------------------------------------------------
