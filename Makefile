@@ -71,18 +71,25 @@ ATLAS := out/atlas
 	$(PY) -m pip install -q --no-deps -r requirements-atlas.lock
 	touch $@
 
-data/atlas/model/config.json: .venv/atlas-installed
+# the last file that it writes
+data/atlas/rrm_test.jsonl: .venv/atlas-installed $(wildcard data/atlas/*.py)
 	$(PY) data/atlas/prepare.py
+
+data/atlas/model/config.json: .venv/atlas-installed
 	$(PY) data/atlas/prepare.py --model=$(MODEL)
 
-atlas: data/atlas/model/config.json
+# before data and weights are fetched
+atlas-gpu: .venv/installed
 	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
 	  { echo "make atlas needs one GPU (15 minutes there, untried; about a day on two CPU cores); make atlas-smoke is its CPU form"; exit 1; }
+	@$(PY) -c "import sys, importlib.util as u; sys.exit(not u.find_spec('vllm'))" || { echo "make atlas needs vLLM: make gpu"; exit 1; }
+
+atlas: atlas-gpu data/atlas/rrm_test.jsonl data/atlas/model/config.json
 	$(PY) sft.py config/sft_atlas_135m.py --out_dir=$(ATLAS)/sft
 	$(PY) grpo_unified.py config/grpo_unified_atlas_135m.py --model=$(ATLAS)/sft/step-000100 --out_dir=$(ATLAS)/u
 	$(PY) data/trial.py config/trial_atlas_135m.py --agents=$(ATLAS)/sft/step-000100,$(ATLAS)/u/step-000040 --closed_book
 
-atlas-smoke: data/atlas/model/config.json
+atlas-smoke: data/atlas/rrm_test.jsonl data/atlas/model/config.json
 	$(PY) sft.py config/sft_atlas_135m.py --steps=3 --rows_per_step=2 --warmup_steps=1 --policy.tokens_per_microbatch=1536 --out_dir=$(ATLAS)/smoke/sft
 	$(PY) grpo_unified.py config/grpo_unified_atlas_135m.py --model=$(ATLAS)/smoke/sft/step-000003 --engine=hf --eval_data= --policy.tokens_per_microbatch=2560 \
 	  --steps=1 --prompts_per_step=2 --prompts_per_minibatch=2 --group_size=2 --max_turns=2 --max_new_tokens_per_turn=48 --out_dir=$(ATLAS)/smoke/u
@@ -110,4 +117,4 @@ mutants: .venv/test-installed
 clean:
 	rm -rf out data/toy/*.jsonl data/toy/model
 
-.PHONY: atlas atlas-smoke gpu locks lint demo ablation mutants test test-slow test-gpu clean
+.PHONY: atlas atlas-gpu atlas-smoke gpu locks lint demo ablation mutants test test-slow test-gpu clean

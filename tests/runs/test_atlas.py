@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +23,7 @@ from reagent.config import load_script
 from reagent.reward_model import check_rrm_row, parse_judgment
 from reagent.rows import check_rl_row
 from reagent.scorers import score
+from tests.helpers.tiny import ROOT
 from toolkit.text import last_boxed
 from tools import Toolbox
 
@@ -349,6 +353,15 @@ def test_a_wrong_option_is_named(option, told, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         build(monkeypatch, tmp_path, option)
     assert re.search(told, str(stopped.value)) and not list(tmp_path.iterdir())
+
+
+def test_make_atlas_names_the_gpu_that_it_lacks_before_it_fetches_anything():
+    stamps = [arg for name in ("installed", "atlas-installed") for arg in ("-o", f".venv/{name}")]
+    command = ["make", "--no-print-directory", "atlas", f"PY={sys.executable}", *stamps]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
+    assert ended.returncode and "prepare.py" not in ended.stdout
+    assert "needs one GPU (15 minutes there" in ended.stdout and "make atlas-smoke" in ended.stdout
 
 
 def test_a_model_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
