@@ -67,6 +67,8 @@ def init_distributed(timeout_s: float) -> tuple[int, int, torch.device]:
         # packed batches differ in length; vLLM switches this off around the memory that sleeps
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
+    elif Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        say("there is a card, but torch cannot use it (CUDA 13: driver 580): this runs on the CPU")
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -370,8 +372,7 @@ class Run:
 
     def find_newest(self) -> Path | None:
         """The checkpoint to go on from; SystemExit where a key that changes the math differs."""
-        found = checkpoints(self.out)
-        if not found:
+        if not (found := checkpoints(self.out)):
             return None
         if not state_of(found[-1]).is_dir():
             raise SystemExit(f"{found[-1]} has no {state_of(found[-1])} to go on from")
@@ -477,8 +478,7 @@ class Run:
     def gives_up(self, done: int, policy: Policy, optimizer, tokenizer) -> bool:
         """Between the phases of a step: whether a rank was asked to stop. The `done` steps before
         it are saved then; the step itself is repeated when the run goes on."""
-        stopping = self.stopping()
-        if stopping and done > self.saved:
+        if (stopping := self.stopping()) and done > self.saved:
             self.save(done, policy, optimizer, tokenizer)
         return stopping
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -381,6 +382,20 @@ def test_segments_of_a_cards_memory_may_grow_unless_the_user_says_otherwise(one_
         init_distributed(60)
         assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == kept
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_card_that_torch_cannot_use_is_no_silent_cpu(hidden, monkeypatch, capsys):
+    """As with a driver that is older than the CUDA of torch; an empty list means the CPU."""
+    init_distributed(60)
+    there = types.SimpleNamespace(exists=lambda: True)
+    monkeypatch.setattr("reagent.run.Path", lambda path: there)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    init_distributed(60)
+    assert ("there is a card, but torch cannot use it" in capsys.readouterr().out) is not hidden
 
 
 def test_a_rank_without_a_card_of_its_own_is_told_so(one_card, monkeypatch):
