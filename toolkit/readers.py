@@ -68,7 +68,7 @@ def _file(stream, given: dict) -> dict:
     for piece in READERS[kind_of(stream, name)](stream, chars):
         text.append(piece[: chars - length])
         length += len(text[-1])
-        if length >= chars or time.monotonic() > until:
+        if len(piece) > len(text[-1]) or time.monotonic() > until:
             text.append(f"\n[Cut here, after {length:,} characters: there is more in the file.]")
             break
     whole = "".join(text).encode("utf-8", "replace").decode() if length else "(an empty file)"

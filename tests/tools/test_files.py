@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit import files
+from toolkit import files, readers
 from toolkit.files import file_to_text
 from toolkit.sandbox import ToolError, ToolFault
 
@@ -767,3 +767,13 @@ def test_a_reader_that_does_not_start_is_a_fault(folder, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ToolFault, match="exit 1"):
         file_to_text(str(folder), "a.txt")
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "東", "\U0001f600"])  # of one to four bytes
+@pytest.mark.parametrize("more", [-1, 0, 1, 2, 500])
+def test_a_text_is_cut_where_it_has_more_characters_than_asked_for(letter, more):
+    text = letter * (100 + more)
+    given = dict(name="a.txt", members=[], chars=100, seconds=9)
+    found = readers._file(io.BytesIO(text.encode()), given)["text"]
+    note = "\n[Cut here, after 100 characters: there is more in the file.]"
+    assert found == text[:100] + note * (more > 0)
