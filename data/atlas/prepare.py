@@ -305,6 +305,21 @@ def pool(world: dict, names: list[str], hops: list[int]) -> tuple[Callable, dict
     return draw, counts
 
 
+def once(make: Callable) -> Callable:
+    """`make` drawn anew until the question is another one: a repeated test row tells nothing."""
+    asked: set[str] = set()
+
+    def draw(rng: random.Random, i: int) -> dict:
+        for _ in range(200):
+            row = make(rng, i)
+            if row["question"] not in asked:
+                asked.add(row["question"])
+                return row
+        raise SystemExit(f"only {len(asked)} test questions differ: ask for fewer with --sizes")
+
+    return draw
+
+
 def write(path: Path, make: Callable, size: int, rng: random.Random) -> tuple[int, float]:
     """Writes `size` rows; (rows that went astray, share of the commonest answer)."""
     astray, answers = 0, Counter()
@@ -446,10 +461,10 @@ def main() -> None:
     makers = dict(
         sft=lambda rng, i: rows.sft(rng, i, tools),
         rl_train=rows.rl,
-        rl_test=held.rl,
+        rl_test=once(held.rl),
         rrm_sft=rows.rrm,
         rrm_rl=rows.rrm,
-        rrm_test=held.rrm,
+        rrm_test=once(held.rrm),
     )
     for name, make in makers.items():
         rng = random.Random(f"{args.seed}/{name}")

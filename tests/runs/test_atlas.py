@@ -314,6 +314,17 @@ def test_two_builds_are_alike_to_the_byte(tmp_path, monkeypatch):
     assert first == build(monkeypatch, tmp_path / "b", "--hops=1,1") and len(first) == 8
 
 
+def test_test_rows_ask_different_questions_and_too_many_are_refused(tmp_path, monkeypatch):
+    rows = build(monkeypatch, tmp_path, "--hops=1", "--sizes=rl_test=20,rrm_test=20")
+    for name in ("rl_test", "rrm_test"):
+        asked = [json.loads(line)["question"] for line in rows[f"{name}.jsonl"].splitlines()]
+        assert len(asked) == len(set(asked)) == 20
+    draw = prepare.once(lambda rng, i: {"question": rng.choice("abc")})
+    assert {draw(random, i)["question"] for i in range(3)} == set("abc")
+    with pytest.raises(SystemExit, match="only 3 test questions differ: .*--sizes"):
+        draw(random, 3)
+
+
 def test_hops_that_these_places_have_too_few_of_are_named(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="of 2 hops has eight answers"):
         build(monkeypatch, tmp_path, "--hops=1,2")
