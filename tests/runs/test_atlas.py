@@ -315,7 +315,8 @@ def test_two_builds_are_alike_to_the_byte(tmp_path, monkeypatch):
 
 
 def test_test_rows_ask_different_questions_and_too_many_are_refused(tmp_path, monkeypatch):
-    rows = build(monkeypatch, tmp_path, "--hops=1", "--sizes=rl_test=20,rrm_test=20")
+    sizes = "--sizes=" + ",".join(f"{name}=20" for name in prepare.SIZES)
+    rows = build(monkeypatch, tmp_path, "--hops=1", sizes)
     for name in ("rl_test", "rrm_test"):
         asked = [json.loads(line)["question"] for line in rows[f"{name}.jsonl"].splitlines()]
         assert len(asked) == len(set(asked)) == 20
