@@ -39,6 +39,7 @@ LANGCHAIN = {kind: ROLES[kind] for kind in ("human", "ai", "system", "tool", "fu
 LANGCHAIN |= {"AIMessageChunk": "assistant", "HumanMessageChunk": "user"}
 TURN_KEYS = set("role from type lc step_number action observation rawItem raw_item".split())
 TURN_KEYS |= set("step_id llm_message invocation_id invocationId".split())
+OPAQUE = "image audio video media file document".split()  # in the type of a part: never text
 MEDIA = "inlineData inline_data fileData file_data image document video".split()
 
 
@@ -419,7 +420,7 @@ def parts_read(part) -> list[tuple[str, object]]:
         return []
     if not kind and not isinstance(part.get("text"), str) and not set(MEDIA) & set(part):
         refuse(f"a part with the keys {sorted(part)}")
-    return [("", part)]
+    return [("", shown(part) if kind == "document" else part)]
 
 
 def result(told) -> tuple[str, dict]:
@@ -430,8 +431,20 @@ def as_content(told):
     """What a tool returned as the content of a message."""
     if isinstance(told, dict) and isinstance(told.get("text", told.get("value")), str):
         return told.get("text", told.get("value"))
-    parts = isinstance(told, list) and all(isinstance(p, dict) and "type" in p for p in told)
-    return told if isinstance(told, str) or parts else json.dumps(told, ensure_ascii=False)
+    if isinstance(told, list) and all(isinstance(p, dict) and "type" in p for p in told):
+        return [*map(shown, told)]
+    return told if isinstance(told, str) else json.dumps(told, ensure_ascii=False)
+
+
+def shown(part: dict) -> dict:
+    """A part of a tool's result: one without a text of its own that is no picture, recording or
+    file (such as a search result) is shown as JSON, without what only its provider can read."""
+    kind, source = part["type"], part.get("source")
+    as_text = isinstance(source, dict) and source.get("type") in ("text", "content")
+    if isinstance(part.get("text"), str) or not as_text and any(word in kind for word in OPAQUE):
+        return part
+    open_to_all = {k: v for k, v in part.items() if not k.startswith("encrypted")}
+    return {"type": "text", "text": json.dumps(open_to_all, ensure_ascii=False)}
 
 
 def item_of(turn: dict, kind: str) -> list[dict]:

@@ -83,6 +83,23 @@ def test_a_log_of_inspect_is_read_out_of_its_zip(tmp_path):
     assert "not a zip" in torn.problem
 
 
+TYPED = "search_result title words", "web_search_result url page", "resource resource"
+
+
+@pytest.mark.parametrize("told", TYPED)
+def test_parts_of_a_result_that_are_no_text_are_shown_whole(told):
+    kind, *keys = told.split()
+    part = {"type": kind, "encrypted_content": "Eqgf"} | {key: f"the {key}" for key in keys}
+    document = {"type": "document", "source": {"type": "text", "data": "in the document"}}
+    scan = {"type": "document", "source": {"type": "base64", "data": "JVBE"}}
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [part, document, scan]}
+    turns = [*CHAT, {"role": "user", "content": [result]}]
+    (work,) = works_of({"messages": turns}, "f:1")
+    text = work.turns[-1]["content"]
+    assert all(f"the {key}" in text for key in keys) and "in the document" in text
+    assert "Eqgf" not in text and "JVBE" not in text and text.endswith("(document)")
+
+
 def test_each_attempt_of_an_episode_is_a_work_of_its_own():
     messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A1"}]
     messages += [{"role": "user", "content": "review"}, {"role": "assistant", "content": "A2"}]
