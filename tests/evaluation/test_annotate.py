@@ -2,6 +2,8 @@
 lift; paired bootstrap.
 """
 
+import asyncio
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -421,6 +423,32 @@ def test_an_agent_at_work_has_the_limits_and_the_server_that_were_asked_for(tmp_
     assert (told.model, told.served_model, told.tools) == ("https://a/v1", "name", "search,none")
     assert (told.tokenizer, told.endpoint, told.patience_s) == ("tok", "chat", 7.0)
     assert (told.max_context, told.engine.max_live_chains) == (900, 9)
+
+
+def test_attempts_that_are_lost_are_counted_and_tried_again_the_next_time(tmp_path, monkeypatch):
+    asked, lost = [], {"q1", "q2"}
+
+    @contextlib.contextmanager
+    def at_work(*_):
+        yield None, [{"id": f"q{i}"} for i in range(3)], asyncio.run
+
+    async def chain(row, setup, key):
+        asked.append(row["id"])
+        ids = dict(ids=[], mask=[], logps=[], messages=[], policy_version=0)
+        episode = rollout.Episode(row["id"], "Q", ["A"], **ids)
+        episode.dropped = "fault" if row["id"] in lost else ""
+        episode.attempts = [rollout.Attempt((0, 0), (0, 0), None, "answered", 0)]
+        return episode
+
+    monkeypatch.setattr(annotation, "agent_at_work", at_work)
+    monkeypatch.setattr(rollout, "run_chain", chain)
+    cfg, why = annotation.AnnotateConfig(agents="a", samples_per_question=1), Counter()
+    kept = annotation.sample_trajectories(cfg, tmp_path / "t.jsonl", why)
+    assert [row["row"] for row in kept] == ["q0"] and why == {"attempts lost: fault": 2}
+    lost.clear()
+    kept = annotation.sample_trajectories(cfg, tmp_path / "t.jsonl", why)
+    assert [row["row"] for row in kept] == ["q0", "q1", "q2"]
+    assert asked == ["q0", "q1", "q2", "q1", "q2"] and why.total() == 2
 
 
 def test_every_key_of_a_config_is_read_where_one_of_its_makes_has_a_use_for_it(world, tmp_path):
