@@ -284,7 +284,7 @@ def _read(loader, folder: str, what: str, **options):
     if path.exists() and not (path / "config.json").is_file():
         raise SystemExit(f"{folder} is not a model folder: it has no config.json")
     if not path.exists() and (len(path.parts) > 2 or Path(path.parts[0]).is_dir()):
-        raise SystemExit(f"no model in {folder}: run the stage that makes it (README, stages)")
+        raise SystemExit(f"no model in {folder}: run the stage or prepare.py for it (README)")
     refuse_code(path)
     options["local_files_only"] = not path.exists() and not hub_answers()
     try:
