@@ -7,6 +7,7 @@
 # make mutants   small faults planted one at a time: does the fast suite notice? An hour, by hand
 # make test-gpu  what only a card can show: one card, under 10 minutes; after make gpu
 PY := .venv/bin/python
+SEES_A_CARD = $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
 export OMP_NUM_THREADS := 1
 export VLLM_ENABLE_V1_MULTIPROCESSING := 0
 export TOKENIZERS_PARALLELISM := false
@@ -80,7 +81,7 @@ data/atlas/model/config.json: .venv/atlas-installed
 
 # before data and weights are fetched
 atlas-gpu: .venv/installed
-	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
+	@$(SEES_A_CARD) || \
 	  { echo "make atlas needs one GPU (15 minutes there, untried; about a day on two CPU cores); make atlas-smoke is its CPU form"; exit 1; }
 	@$(PY) -c "import sys, importlib.util as u; sys.exit(not u.find_spec('vllm'))" || { echo "make atlas needs vLLM: make gpu"; exit 1; }
 
@@ -106,7 +107,7 @@ test-slow: .venv/test-installed
 	$(MAKE) atlas-smoke MODEL=package
 
 test-gpu:
-	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
+	@$(SEES_A_CARD) || \
 	  { echo "make test-gpu needs a card and what make gpu installs: torch sees no GPU here"; exit 1; }
 	$(PY) -m pip install -q pytest==9.2.0
 	$(PY) -m pytest -q -s -m "not slow" tests/gpu

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reagent.config import parse_config
-from toolkit.files import file_to_text
+from toolkit.files import FILE_READERS, file_to_text
 from toolkit.media import describe_image, transcribe_audio
 from toolkit.sandbox import Observation, Sandbox, SandboxUnavailable, ToolError, ToolFault
 from toolkit.search import Corpus, Index, docs_index, passages
@@ -146,7 +146,6 @@ def audio2text(context: Context, audio_path: str) -> str:
 
 TOOLS = [search, browse, python, file_reader, image2text, audio2text]
 TOOLS = {tool.__name__: tool for tool in TOOLS}
-FILE_READERS = {"file_reader", "image2text", "audio2text"}
 
 
 def _local(context: Context) -> Index | None:

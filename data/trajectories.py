@@ -439,7 +439,7 @@ def as_content(told):
 def shown(part: dict) -> dict:
     """A part of a tool's result: one without a text of its own that is no picture, recording or
     file (such as a search result) is shown as JSON, without what only its provider can read."""
-    kind, source = part["type"], part.get("source")
+    kind, source = str(part.get("type", part.get("block_type"))), part.get("source")
     as_text = isinstance(source, dict) and source.get("type") in ("text", "content")
     if isinstance(part.get("text"), str) or not as_text and any(word in kind for word in OPAQUE):
         return part

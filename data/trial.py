@@ -89,7 +89,7 @@ def trial(folder: str, cfg: Config) -> tuple[dict, list]:
         chains, jobs, episodes, shuffled = attempts(cfg, jobs, setup, run)
         closed = []
         if cfg.closed_book:
-            alone = replace(setup, toolbox=Toolbox([]), refine=False)
+            alone = replace(setup, toolbox=Toolbox([]))
             closed = [c for c in run(rollout.run_chains(jobs, alone)) if not c.dropped]
     left_out = len(chains) - min(map(len, filter(None, (episodes, closed))))
     if left_out:

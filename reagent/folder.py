@@ -111,8 +111,7 @@ def write_digest(path: Path) -> None:
 def check_digest(path: Path) -> None:
     """SystemExit where a file is not what it was when it was written."""
     try:
-        kept = path.with_name(f"{path.name}.sha256").read_text().split()[:1]
-        changed = kept != [_digest(path)]
+        changed = path.with_name(f"{path.name}.sha256").read_text().split()[:1] != [_digest(path)]
     except (OSError, ValueError) as error:
         raise SystemExit(f"{path} cannot be checked: {error}") from error
     if changed:

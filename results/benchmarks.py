@@ -14,6 +14,7 @@ from reagent.config import read_prompt
 from reagent.folder import read_json
 from reagent.rows import JsonlRows, check_rl_row, shown_question
 from results.journal import unsealed
+from toolkit.files import FILE_READERS
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def read_rows(path: str, hint: str = "") -> list[dict]:
 
 def check_files(rows: list[dict], spec: DataSet, path: str, files_dir: str) -> None:
     """Every attachment must lie inside files_dir, whatever links lead out of it."""
-    if not {"file_reader", "image2text", "audio2text"} & {*spec.tools.split(",")}:
+    if not FILE_READERS & set(spec.tools.split(",")):
         return
     base, missing = os.path.realpath(files_dir), []
     for name, row_id in ((name, row["id"]) for row in rows for name in row.get("files") or []):

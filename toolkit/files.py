@@ -18,6 +18,7 @@ from toolkit.sandbox import ToolError, ToolFault
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MOST_PAGE = 10 << 20  # bytes of a page of the web, before and after unpacking
 MEMORY = 2 << 30  # bytes of address space of a reader
+FILE_READERS = {"file_reader", "image2text", "audio2text"}  # tools that open a question's files
 CHILD = f"import json, sys; sys.path.insert(0, {ROOT!r}); from toolkit.readers import child; "
 CHILD += "child(json.loads(sys.argv[1]))"
 

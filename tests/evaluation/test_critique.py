@@ -100,6 +100,20 @@ def test_parts_of_a_result_that_are_no_text_are_shown_whole(told):
     assert "Eqgf" not in text and "JVBE" not in text and text.endswith("(document)")
 
 
+@pytest.mark.parametrize("kind", [None, 3])
+def test_rows_that_a_tool_returned_may_call_anything_their_type(kind):
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": kind}]}
+    (work,) = works_of({"messages": [*CHAT, {"role": "user", "content": [result]}]}, "f:1")
+    assert work.turns[-1]["content"] == json.dumps({"type": kind})
+
+
+def test_a_document_of_llamaindex_is_named():
+    document = {"block_type": "document", "data": "JVBE", "url": "https://a/b.pdf"}
+    asked = {"role": "user", "blocks": [{"block_type": "text", "text": "Who?"}, document]}
+    (work,) = works_of({"messages": [asked, CHAT[1]]}, "f:1")
+    assert work.question.startswith("Who?") and work.turns[0]["content"] == "Ada."
+
+
 def test_each_attempt_of_an_episode_is_a_work_of_its_own():
     messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A1"}]
     messages += [{"role": "user", "content": "review"}, {"role": "assistant", "content": "A2"}]
