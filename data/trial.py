@@ -112,6 +112,14 @@ def trial(folder: str, cfg: Config) -> tuple[dict, list]:
     return {name: figure for name, figure in figures.items() if figure}, episodes
 
 
+def shown(figure: list | None) -> str:
+    """[mean, low, high] in a cell of the table."""
+    if figure is None:
+        return "-"
+    mean, low, high = figure
+    return f"{mean:.3f} ±{(high - low) / 2:.3f}"
+
+
 def transcript(episode) -> str:
     """One chain for a terminal: attempt, critique, refined attempt."""
     lines = [f"Question: {episode.question}   (answer: {', '.join(episode.gold)})"]
@@ -162,12 +170,12 @@ def main(cfg: Config) -> None:
     with writing(out):  # before any work
         out.mkdir(parents=True, exist_ok=True)
     table = {folder: trial(folder, cfg) for folder in folders}
-    figures, episodes = table[folders[-1]]
+    episodes = table[folders[-1]][1]
     print(f"\n{len(episodes)} held-out questions; ± half of the 95 % interval")
-    print(f"{'':32}" + "".join(f"{name:>14}" for name in figures))
-    for folder, (of, _) in table.items():
-        cells = [f"{mean:.3f} ±{(high - low) / 2:.3f}" for mean, low, high in of.values()]
-        print(f"{folder:32}" + "".join(f"{cell:>14}" for cell in cells))
+    names = list(dict.fromkeys(name for of, _ in table.values() for name in of))
+    print(f"{'':32}" + "".join(f"{name:>14}" for name in names))
+    for folder, (of, _) in table.items():  # faults may have left one agent without a column
+        print(f"{folder:32}" + "".join(f"{shown(of.get(name)):>14}" for name in names))
     kept = {folder: of for folder, (of, _) in table.items()}
     write_whole(out / "trial.json", json.dumps(kept, indent=1))
     show_chains(episodes, folders[-1], cfg.transcripts)

@@ -43,6 +43,18 @@ def test_it_ends_with_a_chain_that_refinement_fixed_and_names_the_page(
     assert told.endswith(f"{tmp_path}/report.html\n") and "0.500 ±0.100" in told
 
 
+def test_each_figure_stands_under_its_name_where_an_agent_lacks_one(tmp_path, monkeypatch, capsys):
+    one, other = [0.5, 0.4, 0.6], [0.25, 0.05, 0.45]
+    of = {"a": {"first": one, "closed": other, "2 hops": one}, "b": {"first": other, "limit": one}}
+    monkeypatch.setattr(trial, "trial", lambda folder, _: (of[folder], CHAINS))
+    trial.main(trial.Config(agents="a,b", out=str(tmp_path)))
+    rows = capsys.readouterr().out.splitlines()[2:5]
+    cells = [[row[i : i + 14].strip() for i in range(32, len(row), 14)] for row in rows]
+    assert cells[0] == ["first", "closed", "2 hops", "limit"]
+    assert cells[1] == ["0.500 ±0.100", "0.250 ±0.200", "0.500 ±0.100", "-"]
+    assert cells[2] == ["0.250 ±0.200", "-", "-", "0.500 ±0.100"]
+
+
 @pytest.mark.parametrize("answer", ["1234", "1,234", "**1234**"])
 def test_a_right_answer_is_grounded_in_any_spelling_and_only_where_it_stood(answer):
     episode = chain("a", True)
