@@ -27,7 +27,7 @@ from reagent import engines
 from reagent.config import parse_config, read_prompt
 from reagent.folder import write_whole, writing
 from reagent.reward_model import RewardModelConfig, open_rrm
-from results.statistics import mean_interval
+from results.statistics import LIMITS, mean_interval
 from tools import Toolbox
 
 
@@ -102,7 +102,7 @@ def trial(folder: str, cfg: Config) -> tuple[dict, list]:
         "calls": [len(attempt.calls) for attempt in firsts],
         "refined": [e.attempts[-1].correct for e in episodes if cfg.rrm.source],
         "shuffled": [episode.attempts[-1].correct for episode in shuffled],
-        "limit": [attempt.termination.endswith("_limit") for attempt in firsts],
+        "limit": [attempt.termination in LIMITS for attempt in firsts],
         "closed": [episode.attempts[0].correct for episode in closed],
     }
     for episode, attempt in zip(episodes, firsts):

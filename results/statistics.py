@@ -132,7 +132,7 @@ def judges_of(task, journal: Journal, judge: str) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-LIMITS = {"turn_limit", "turn_tokens", "token_limit", "context_limit"}
+LIMITS = {"turn_limit", "turn_tokens", "token_limit", "context_limit", "time_limit"}
 
 
 def counts(task, chains: list[Chain], journal: Journal) -> dict:

@@ -91,6 +91,15 @@ def tried(monkeypatch, chains: list[list[Episode]], source: str = "r.py"):
     return trial.trial("agent", trial.Config(rrm=judge, closed_book=len(chains) > 2))
 
 
+def test_every_limit_that_ends_a_first_attempt_counts_as_one(monkeypatch):
+    ends = "answered turn_limit turn_tokens token_limit context_limit time_limit no_answer".split()
+    chains = [chain(ended, False) for ended in ends]
+    for episode, ended in zip(chains, ends):
+        episode.attempts[0].termination = ended
+    figures, _ = tried(monkeypatch, [chains], source="")
+    assert figures["limit"][0] == round(5 / 7, 4)
+
+
 def fault(name: str) -> Episode:
     broken = chain(name, True)
     broken.dropped, broken.attempts[0].correct = "fault", None
