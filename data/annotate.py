@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import rollout
 from data.at_work import Common, agent_at_work
 from data.growing import whole_rows
+from data.questions import asked
 from reagent import engines, reward_model
 from reagent.config import check_values, parse_config
 from reagent.critiques import leaks
@@ -222,10 +223,10 @@ def sft_rows(cfg: AnnotateConfig, sampled: list[dict], why: Counter) -> list[dic
             why[f"right, but ended by {row['termination']}"] += 1
         elif problem := sft_problem(whole):
             why[problem] += 1
-        elif of[row["question"]] >= cfg.rows_per_question:
+        elif of[row["row"]] >= cfg.rows_per_question:
             why[f"right, beyond {cfg.rows_per_question} of a question"] += 1
         else:
-            of[row["question"]] += 1
+            of[row["row"]] += 1
             kept.append(whole)
     return sorted(kept, key=by_id)
 
@@ -252,12 +253,11 @@ def rl_rows(cfg: AnnotateConfig, sampled: list[dict], rows: list[dict], why: Cou
     attempts: dict[str, list[bool]] = {}
     for row in sampled:
         attempts.setdefault(str(row["row"]), []).append(row["correct"])
-    kept, asked = [], set()
+    kept, before = [], set()
     for row in rows:
         right = attempts.get(str(row["id"]), [])
-        question = re.sub(r"\W+", " ", row["question"].casefold()).strip()
         gold = row["answer"] if isinstance(row["answer"], str) else row["answer"][0]
-        if question in asked:
+        if asked(row) in before:
             why["asked before"] += 1
         elif not rule_reward(row, gold)[1]:
             why["the rule does not accept its own answer"] += 1
@@ -270,7 +270,7 @@ def rl_rows(cfg: AnnotateConfig, sampled: list[dict], rows: list[dict], why: Cou
         else:
             meta = (row.get("meta") or {}) | {"solved": [sum(right), len(right)]}
             kept.append(row | {"meta": meta})
-        asked.add(question)
+        before.add(asked(row))
     return kept
 
 

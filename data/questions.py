@@ -124,13 +124,13 @@ def kind_of(question: str, answers: list[str]) -> str:
 
 def row_of(record: dict, name: str, cfg: Config) -> dict:
     """The RL row of a record; ValueError says why it is none."""
-    asked, told = column(record, cfg.question, QUESTION), column(record, cfg.answer, ANSWER)
-    for what, key, option in (("question", asked, "question"), ("answer", told, "answer")):
+    ask, told = column(record, cfg.question, QUESTION), column(record, cfg.answer, ANSWER)
+    for what, key, option in (("question", ask, "question"), ("answer", told, "answer")):
         if not key:
             known = ", ".join(map(str, record))
             raise ValueError(f"no column of the {what} (--{option}=COLUMN); there are {known}")
     answers = answers_of(record[told], cfg.separator)
-    question = str(record[asked] or "").strip()
+    question = str(record[ask] or "").strip()
     if not question or not answers:
         raise ValueError("no question" if not question else "no answer")
     kind = cfg.kind or record.get("kind")
@@ -145,6 +145,13 @@ def row_of(record: dict, name: str, cfg: Config) -> dict:
     return row
 
 
+def asked(row: dict) -> str:
+    """What two rows share that ask the same of the same pages and files: case, spaces and marks at
+    the end of a word tell nothing (2+2 and 2-2 differ)."""
+    question = re.sub(r"[.,:;?]+(?=\s|$)", " ", row["question"].casefold())
+    return json.dumps([question.split(), row.get("docs"), row.get("files")])
+
+
 def is_rich(value) -> bool:
     return isinstance(value, (list, dict)) and bool(value)
 
@@ -157,7 +164,7 @@ def main(argv: list[str]) -> None:
     cfg = parse_config(Config, keys)
     if not files or cfg.kind not in ("", *KINDS):
         raise SystemExit(f"questions needs files, and --kind= is one of {', '.join(KINDS)}")
-    rows, names, asked, why, read = [], Counter(), set(), Counter(), 0
+    rows, names, before, why, read = [], Counter(), set(), Counter(), 0
     for path in files:
         for line, record in records(path):
             read += 1
@@ -165,14 +172,13 @@ def main(argv: list[str]) -> None:
                 if isinstance(record, str):
                     raise ValueError(record)
                 row = row_of(record, f"{Path(path).stem}-{line}", cfg)
-                question = re.sub(r"\s+", " ", row["question"].casefold())
-                if question in asked:
+                if asked(row) in before:
                     raise ValueError("asked before")
             except ValueError as error:
                 print(f"{path}:{line}: {error}", file=sys.stderr)
                 why[str(error).partition(";")[0].partition(" (")[0]] += 1
                 continue
-            asked.add(question)
+            before.add(asked(row))
             names[row["id"]] += 1
             row["id"] += f"#{names[row['id']]}" if names[row["id"]] > 1 else ""
             rows.append(row)

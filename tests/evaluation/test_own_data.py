@@ -166,6 +166,33 @@ def test_questions_asked_twice_and_golds_that_score_nothing_are_no_rl_rows():
     assert len(kept) + sum(why.values()) == 4
 
 
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ("What is 2+2?", "What is 2-2?", False),
+        ("Solve x^2 = 1.5.", "Solve x^2 = 15.", False),
+        ("Is it 5! or 5?", "Is it 5 or 5?", False),
+        ("Easy: which one", "easy,  WHICH one?", True),
+        ("谁写的？", "谁写的？", True),
+    ],
+)
+def test_marks_at_the_end_of_words_make_no_other_question(one, other, same):
+    assert (questions.asked({"question": one}) == questions.asked({"question": other})) == same
+
+
+@pytest.mark.parametrize("key", ["docs", "files"])
+def test_one_question_about_two_pages_or_files_is_asked_twice(tmp_path, key):
+    values = [["a.png"], ["b.png"], ["a.png"]]
+    if key == "docs":
+        values = [[{"title": name, "text": "t"}] for (name,) in values]
+    records = [{"question": "What is it?", "answer": str(i), key: v} for i, v in enumerate(values)]
+    rows = made(tmp_path, "q.jsonl", "".join(json.dumps(each) + "\n" for each in records))
+    assert [row[key] for row in rows] == values[:2]
+    sampled = [{"row": row["id"], "correct": c} for row in rows for c in (True, False)]
+    kept = annotate.rl_rows(config_of_nothing(), sampled, rows, annotate.Counter())
+    assert [row["id"] for row in kept] == [row["id"] for row in rows]
+
+
 def config_of_nothing():
     return annotate.AnnotateConfig(make="rl")
 
