@@ -1,12 +1,14 @@
-"""Trajectories of any agent, as the question and the turns that a reward model reads.
+"""Trajectories of any agent, as the question and the turns that a reward model reads; the layouts
+of a turn: data/turns.py.
 
 What is read: OpenAI messages (tool_calls, function_call, parts), Anthropic, Bedrock and Gemini
 messages, items of the Responses API and the OpenAI Agents SDK, LangChain, LangGraph and LlamaIndex
 dumps, smolagents' steps, AutoGen, Pydantic AI and ADK runs, the AI SDK's messages, SWE-agent's and
-mini-swe-agent's .traj, OpenHands' events, ATIF, Inspect's logs, sessions of Claude Code and Codex,
-tau-bench, sharegpt, our episodes, RRM rows, plain text; in json, jsonl or text. Where a row names
-no question, what the user says before the agent's first turn is it, or what the user says first;
-what else stands before that turn, system turns too, is not the agent's work.
+mini-swe-agent's .traj, OpenHands' events, ATIF, Inspect's logs, sessions of Claude Code, Codex and
+Gemini CLI, DSPy's ReAct, messages of Haystack, Semantic Kernel, OpenTelemetry and Assistants, a
+request with its reply, tau-bench, sharegpt, our episodes, RRM rows, plain text; in json, jsonl or
+text. Where a row names no question, what the user says before the agent's first turn is it, or what
+the user says first; what else stands before that turn, system turns too, is not the agent's work.
 """
 
 import json
@@ -18,29 +20,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from data.turns import as_content, call, first_of, is_openhands, is_pydantic, messages_of
 from reagent.reward_model import plain_turns
-from toolkit.text import spoken
 
 QUESTION = "question task problem_statement instruction query problem prompt input".split()
 QUESTION += "original_input originalInput".split()
 TURNS = "trajectory messages conversations history steps traj new_items items output".split()
-TURNS += "newItems generated_items generatedItems completion response events".split()
+TURNS += "newItems generated_items generatedItems completion response events contents".split()
 # keys of a list of rows
 ROWS = "trajectories episodes samples simulations results rows data".split()
 NAMES = "id instance_id task_id run_id name".split()  # what a row may call itself
 # that a folder is searched for; a text is named itself
 SUFFIXES = (".json", ".jsonl", ".traj", ".eval")
-ROLES = {"human": "user", "gpt": "assistant", "ai": "assistant", "model": "assistant"}
-ROLES |= {"bot": "assistant", "agent": "assistant", "developer": "system", "exit": "tool"}
-ROLES |= {"tool-call": "assistant", "tool_call": "assistant", "function_call": "assistant"}
-ROLES |= dict.fromkeys("function observation tool-response tool_response".split(), "tool")
-ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
-LANGCHAIN = {kind: ROLES[kind] for kind in ("human", "ai", "system", "tool", "function")}
-LANGCHAIN |= {"AIMessageChunk": "assistant", "HumanMessageChunk": "user"}
 TURN_KEYS = set("role from type lc step_number action observation rawItem raw_item".split())
 TURN_KEYS |= set("step_id llm_message invocation_id invocationId".split())
-OPAQUE = "image audio video media file document".split()  # in the type of a part: never text
-MEDIA = "inlineData inline_data fileData file_data image document video".split()
 
 
 @dataclass(frozen=True)
@@ -161,10 +154,6 @@ def session_turns(lines: list) -> list[dict]:
     return turns
 
 
-def is_openhands(event: dict) -> bool:
-    return str(event.get("kind", "")).endswith("Event") and "source" in event
-
-
 def listed_rows(value) -> list | None:
     """The rows that one JSON value holds; None where it is a row of its own."""
     if isinstance(value, list):
@@ -195,8 +184,12 @@ def turns_in(row: dict) -> list | str | None:
     history = row.get("history")
     if isinstance(history, list) and any(isinstance(t, dict) and "role" in t for t in history):
         return history
+    if exchange := asked_and_answered(row):
+        return exchange
     for key in TURNS:
         value = row.get(key)
+        if isinstance(value, dict) and "tool_name_0" in value:
+            return react_turns(row, value)
         value = json.loads(value) if isinstance(value, str) and value[:2] == "[{" else value
         if isinstance(value, str) and value.strip() or isinstance(value, list) and value:
             return value
@@ -205,6 +198,48 @@ def turns_in(row: dict) -> list | str | None:
         if isinstance(inner, dict) and isinstance(inner.get("messages"), list):
             return inner["messages"]
     return None
+
+
+def asked_and_answered(row: dict) -> list | None:
+    """The messages of a request to a model and its reply, as logs of servers, Langfuse and
+    OpenAI's batches keep them; None of another row."""
+    reply, sent = first_of(row, "output", "response", "choices"), row
+    for key in ("body", "choices", 0, "message"):
+        if (
+            isinstance(reply, dict)
+            and key in reply
+            or reply
+            and isinstance(reply, list)
+            and not key
+        ):
+            reply = reply[key]
+    for key in ("request", "body"):
+        sent = sent[key] if isinstance(sent.get(key), dict) else sent
+    before = first_of(sent, "messages", "input", "prompt")
+    if not isinstance(reply, dict) or "role" not in reply or not before:
+        return None
+    before = before if isinstance(before, list) else [{"role": "user", "content": before}]
+    said = [
+        [m.get(key) for key in ("content", "tool_calls")] for m in before if isinstance(m, dict)
+    ]
+    if [reply.get(key) for key in ("content", "tool_calls")] in said:  # Inspect's stands there
+        return None
+    return [*before, reply]
+
+
+def react_turns(row: dict, steps: dict) -> list[dict]:
+    """The steps of DSPy's ReAct; then, where the row is its prediction, the answer."""
+    turns = []
+    for i in range(sum(key.startswith("tool_name_") for key in steps)):
+        called = call(steps[f"tool_name_{i}"], steps.get(f"tool_args_{i}") or {})
+        said = {"role": "assistant", "content": steps.get(f"thought_{i}") or ""}
+        told = as_content(steps.get(f"observation_{i}", ""))
+        turns += [said | {"tool_calls": [called]}, {"role": "tool", "content": told}]
+    if isinstance(row.get("reasoning"), str):  # ends a prediction, before its outputs
+        rest = {key: v for key, v in row.items() if key not in {*QUESTION, *TURNS, *NAMES}}
+        final = {"role": "assistant", "reasoning_content": rest.pop("reasoning")}
+        turns.append(final | {"content": "\n".join(map(str, rest.values()))})
+    return turns
 
 
 def works_of(row, name: str, question: str = "") -> Iterator[Work]:
@@ -260,330 +295,3 @@ def split(turns: list[dict], question: str) -> tuple[str, list[dict]]:
     if not users:  # the agent greets first
         users = [turn["content"] for turn in turns if turn["role"] == "user"][:1]
     return question or "\n\n".join(users), turns[first:]
-
-
-# --------------------------------------------------------------------------------------------------
-# turns
-
-
-def messages_of(turns: list) -> list[dict]:
-    """Turns of any layout as {"role", "content"}, calls in the turn that made them. ValueError."""
-    messages: list[dict] = []
-    for number, turn in enumerate(as_the_agent_saw(turns)):
-        try:
-            for message in converted(turn):
-                last = messages[-1] if messages else {}
-                if message.pop("item", False) and last.get("role") == "assistant":
-                    join(last, message)
-                else:
-                    messages.append(message)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"turn {number} is not understood ({error})") from error
-    return plain_turns(messages)
-
-
-def as_the_agent_saw(turns: list) -> list:
-    """AutoGen 0.2 writes a chat as its user proxy saw it, which calls itself the assistant."""
-    first = turns[0] if isinstance(turns[0], dict) else {}
-    if first.get("role") != "assistant" or "user" not in str(first.get("name")).lower():
-        return turns
-    other = {"assistant": "user", "user": "assistant"}
-    return [turn | {"role": other.get(turn["role"], turn["role"])} for turn in turns]
-
-
-def join(last: dict, message: dict) -> None:
-    """Reasoning, words and calls that one reply of a model sent as items, in one turn."""
-    texts, thoughts = zip(spoken(last), spoken(message))
-    last["content"] = "\n".join(filter(None, texts))
-    last["reasoning_content"] = "\n".join(filter(None, thoughts))
-    last["tool_calls"] = [*(last.get("tool_calls") or []), *(message.get("tool_calls") or [])]
-
-
-def converted(turn: dict) -> list[dict]:
-    """One turn, step, event or item as OpenAI messages."""
-    if not isinstance(turn, dict):
-        raise ValueError(f"an object is expected, not {turn!r:.40}")
-    if inner := turn.get("rawItem") or turn.get("raw_item"):  # the Agents SDK's run items
-        return converted(inner)
-    if "invocation_id" in turn or "invocationId" in turn:  # an event of the ADK
-        role = "user" if turn.get("author") == "user" else "model"
-        return converted({"role": role} | turn["content"]) if turn.get("content") else []
-    if is_pydantic(turn):
-        return parts_of(turn)
-    if is_openhands(turn):
-        return new_event_of(turn)
-    if "step_id" in turn:
-        return atif_of(turn)
-    if turn.get("is_demo"):  # SWE-agent's demonstration is not of this task
-        return []
-    if "lc" in turn and "kwargs" in turn:  # LangChain's dumpd
-        kind = str(turn["id"][-1]).removesuffix("Chunk").removesuffix("Message").lower()
-        return converted({**turn["kwargs"], "role": kind})
-    if isinstance(turn.get("data"), dict) and "type" in turn:  # LangChain's messages_to_dict
-        return converted({**turn["data"], "role": turn["type"]})
-    kind = str(turn.get("type", ""))
-    role = turn.get("role", turn.get("from"))
-    if role is None and kind in LANGCHAIN:
-        role = LANGCHAIN[kind]
-    if role is not None:
-        return message_of(turn, ROLES.get(str(role)) or refuse(f"the role {role!r}"))
-    if kind.endswith(("Message", "Event")) and "source" in turn:
-        return autogen_of(turn, kind)
-    if kind:
-        return item_of(turn, kind)
-    if "source" in turn or "observation" in turn and "extras" in turn:
-        return event_of(turn)
-    return step_of(turn)
-
-
-def refuse(what: str):
-    raise ValueError(f"{what} is not known")
-
-
-def call(name, arguments) -> dict:
-    """A tool call; arguments that are no object stand under "input"."""
-    arguments = arguments if isinstance(arguments, (dict, str)) else {"input": arguments}
-    return {"function": {"name": name, "arguments": arguments}}
-
-
-def message_of(turn: dict, role: str) -> list[dict]:
-    """A message of a chat; results inside a turn (Anthropic, Gemini) are tool turns, and what the
-    agent says after them is a turn of its own."""
-    held = (turn[key] for key in ("content", "value", "parts", "blocks") if key in turn)
-    content, extra = next(held, None), turn.get("additional_kwargs") or {}
-    message = {"role": role, "content": content, "item": turn.get("type") == "message"}
-    calls = turn.get("tool_calls") or [turn[k] for k in ("function_call",) if turn.get(k)]
-    calls = calls or extra.get("tool_calls") or []
-    thoughts = extra.get("reasoning_content")
-    for key in ("reasoning_content", "reasoning"):
-        thoughts = turn[key] if isinstance(turn.get(key), str) else thoughts
-    if not isinstance(content, list):
-        if isinstance(content, dict):
-            message["content"] = json.dumps(content, ensure_ascii=False)
-        said = {"tool_calls": [*map(call_of, calls)], "reasoning_content": thoughts or ""}
-        return [message | said if role == "assistant" else message]
-    runs: list[dict[str, list]] = [{"": [], "call": [], "result": []}]
-    for kind, inner in [piece for part in content for piece in parts_read(part)]:
-        if kind != "result" and runs[-1]["result"]:
-            runs.append({"": [], "call": [], "result": []})
-        runs[-1][kind].append(inner)
-    if role != "assistant":
-        kept = [part for run in runs for part in run[""]]
-        results = [told for run in runs for told in run["result"]]
-        return [*results, *([message | {"content": kept}] if kept else [])]
-    runs[-1]["call"] += map(call_of, calls)
-    messages = []
-    for run in runs:
-        messages += [message | {"content": run[""], "tool_calls": run["call"]}, *run["result"]]
-    messages[0]["reasoning_content"] = thoughts or ""
-    return messages
-
-
-def call_of(told: dict) -> dict:
-    """A call as OpenAI, LangChain ("args") or Inspect ("function" is the name) write it."""
-    function = told.get("function", told)
-    if isinstance(function, str):
-        return call(function, told.get("arguments") or {})
-    return call(function["name"], function.get("arguments", function.get("args")) or {})
-
-
-def parts_read(part) -> list[tuple[str, object]]:
-    """("call", call) | ("result", tool message) | ("", text part) for what a part of a message
-    holds: one, but for a tool's part of the AI SDK, which is call and result."""
-    part = part if isinstance(part, dict) else {"type": "text", "text": str(part)}
-    kind = part.get("type", part.get("block_type", ""))
-    name, given = part.get("name", part.get("toolName")), part.get("input", part.get("args"))
-    if kind.startswith(("tool-", "dynamic-tool")) and "state" in part:
-        called = ("call", call(name or kind.removeprefix("tool-"), given or {}))
-        told = part.get("output", part.get("errorText"))
-        return [called] if told is None else [called, result(told)]
-    if kind in ("tool_use", "server_tool_use", "tool-call"):
-        return [("call", call(name, given or {}))]
-    if inner := part.get("toolUse"):  # Bedrock
-        return [("call", call(inner["name"], inner.get("input") or {}))]
-    if inner := part.get("functionCall") or part.get("function_call"):
-        return [("call", call(inner["name"], inner.get("args") or {}))]
-    if kind.endswith(("tool_result", "tool-result")):
-        return [result(next((part[k] for k in ("content", "output", "result") if k in part), ""))]
-    if inner := part.get("toolResult"):
-        told = [piece.get("text", piece.get("json", piece)) for piece in inner.get("content") or []]
-        return [result(told[0] if len(told) == 1 else told)]
-    if inner := part.get("functionResponse") or part.get("function_response"):
-        return [result(inner.get("response"))]
-    if inner := part.get("reasoningContent"):
-        return [("", {"thinking": inner.get("reasoningText", {}).get("text", "")})]
-    if kind in ("reasoning", "thinking") and isinstance(told := part.get("text"), str):
-        return [("", {"thinking": told})]
-    if kind == "refusal":
-        return [("", {"type": "text", "text": part["refusal"]})]
-    if kind == "step-start":
-        return []
-    if not kind and not isinstance(part.get("text"), str) and not set(MEDIA) & set(part):
-        refuse(f"a part with the keys {sorted(part)}")
-    return [("", shown(part) if kind == "document" else part)]
-
-
-def result(told) -> tuple[str, dict]:
-    return "result", {"role": "tool", "content": as_content(told)}
-
-
-def as_content(told):
-    """What a tool returned as the content of a message."""
-    if isinstance(told, dict) and isinstance(told.get("text", told.get("value")), str):
-        return told.get("text", told.get("value"))
-    if isinstance(told, list) and all(isinstance(p, dict) and "type" in p for p in told):
-        return [*map(shown, told)]
-    return told if isinstance(told, str) else json.dumps(told, ensure_ascii=False)
-
-
-def shown(part: dict) -> dict:
-    """A part of a tool's result: one without a text of its own that is no picture, recording or
-    file (such as a search result) is shown as JSON, without what only its provider can read."""
-    kind, source = str(part.get("type", part.get("block_type"))), part.get("source")
-    as_text = isinstance(source, dict) and source.get("type") in ("text", "content")
-    if isinstance(part.get("text"), str) or not as_text and any(word in kind for word in OPAQUE):
-        return part
-    open_to_all = {k: v for k, v in part.items() if not k.startswith("encrypted")}
-    return {"type": "text", "text": json.dumps(open_to_all, ensure_ascii=False)}
-
-
-def item_of(turn: dict, kind: str) -> list[dict]:
-    """An item of the Responses API, other than its messages."""
-    if kind == "reasoning":
-        parts = [*(turn.get("summary") or []), *(turn.get("content") or [])]
-        thoughts = "\n".join(p["text"] for p in parts if isinstance(p.get("text"), str))
-        thinking = {"role": "assistant", "content": "", "reasoning_content": thoughts}
-        return [thinking | {"item": True}] if thoughts else []
-    if kind.endswith(("_output", "_result")):
-        return [{"role": "tool", "content": as_content(turn.get("output"))}]
-    if not kind.endswith("_call"):
-        refuse(f"the type {kind!r}")
-    hidden = ("id", "call_id", "type", "status", "name", "output", "results", "outputs")
-    given = next((turn[k] for k in ("arguments", "input", "action") if k in turn), None)
-    given = {k: v for k, v in turn.items() if k not in hidden} if given is None else given
-    name = turn.get("name") or kind.removesuffix("_call")
-    called = {"role": "assistant", "content": "", "tool_calls": [call(name, given)], "item": True}
-    told = turn.get("output") or turn.get("results") or turn.get("outputs")
-    return [called, *([{"role": "tool", "content": as_content(told)}] if told else [])]
-
-
-def is_pydantic(turn: dict) -> bool:
-    return turn.get("kind") in ("request", "response") and isinstance(turn.get("parts"), list)
-
-
-def parts_of(turn: dict) -> list[dict]:
-    """A request or a response of Pydantic AI: parts of several roles."""
-    messages, calls, words, thoughts = [], [], [], []
-    for part in turn["parts"]:
-        kind, told = part["part_kind"], part.get("content")
-        if kind in ("tool-call", "builtin-tool-call"):
-            calls.append(call(part["tool_name"], part.get("args") or {}))
-        elif kind in ("tool-return", "retry-prompt", "builtin-tool-return"):
-            messages.append(result(told)[1])
-        elif kind in ("system-prompt", "user-prompt"):
-            messages += message_of({"content": told}, kind.removesuffix("-prompt"))
-        elif kind in ("text", "thinking"):
-            (words if kind == "text" else thoughts).append(told or "")
-        else:
-            refuse(f"the part {kind!r}")
-    if turn["kind"] == "request":
-        return messages
-    said = {"role": "assistant", "content": "\n".join(words), "tool_calls": calls}
-    return [said | {"reasoning_content": "\n".join(thoughts)}, *messages]
-
-
-def autogen_of(turn: dict, kind: str) -> list[dict]:
-    """A message or an event of AutoGen's AgentChat."""
-    told, said = turn.get("content"), {"role": "assistant", "content": ""}
-    if kind == "ToolCallRequestEvent":
-        return [said | {"tool_calls": [*map(call_of, told)], "item": True}]
-    if kind in ("ToolCallExecutionEvent", "CodeExecutionEvent"):
-        results = told if isinstance(told, list) else [{"content": turn["result"]["output"]}]
-        return [result(of["content"])[1] for of in results]
-    if kind == "ThoughtEvent":
-        return [said | {"reasoning_content": told, "item": True}]
-    if kind.endswith("Event") and kind != "CodeGenerationEvent":
-        return []  # its own bookkeeping
-    return message_of({"content": told}, "user" if "user" in turn["source"] else "assistant")
-
-
-def atif_of(turn: dict) -> list[dict]:
-    """A step of the Agent Trajectory Interchange Format, as Harbor and Terminal-Bench write it."""
-    role = {"agent": "assistant"}.get(turn["source"], turn["source"])
-    calls = [
-        call(c["function_name"], c.get("arguments") or {}) for c in turn.get("tool_calls") or []
-    ]
-    said = {
-        "content": turn.get("message") or "",
-        "reasoning_content": turn.get("reasoning_content"),
-    }
-    (message, *_) = message_of(said, role)
-    told = (turn.get("observation") or {}).get("results") or []
-    results = [result(of.get("content") or "")[1] for of in told]
-    return [message | ({"tool_calls": calls} if calls else {}), *results]
-
-
-def new_event_of(turn: dict) -> list[dict]:
-    """An event of the OpenHands SDK (V1)."""
-    kind, told = turn["kind"], turn.get("observation") or {}
-    if kind == "MessageEvent":
-        return converted(turn["llm_message"])
-    if kind == "ActionEvent":
-        given = turn.get("tool_call") or {"name": turn["tool_name"], "arguments": turn["action"]}
-        thoughts = {"reasoning_content": turn.get("reasoning_content") or ""}
-        said = message_of({"content": turn.get("thought") or ""} | thoughts, "assistant")[0]
-        return [said | {"tool_calls": [call_of(given)], "item": True}]
-    if kind == "ObservationEvent":
-        rest = {key: value for key, value in told.items() if key != "kind"}
-        return [result(told.get("content", rest))[1]]
-    if kind in ("AgentErrorEvent", "UserRejectObservationEvent"):
-        return [result(f"Error: {turn.get('error', turn.get('rejection_reason', ''))}")[1]]
-    return []  # its own bookkeeping
-
-
-def event_of(turn: dict) -> list[dict]:
-    """An event of OpenHands: an action of the agent, what came back, a message of the user."""
-    given = turn.get("args") or {}
-    kind = turn.get("action", turn.get("observation"))
-    if kind in ("recall", "agent_state_changed", "change_agent_state", "system", "null", None):
-        return []  # its own bookkeeping
-    if "observation" in turn:
-        return [{"role": "tool", "content": as_content(turn.get("content", ""))}]
-    words = given.get("content") or turn.get("message") or ""
-    if turn.get("source") != "agent":
-        return [{"role": "user", "content": words}]
-    if kind == "message":
-        return [{"role": "assistant", "content": words}]
-    hidden = ("thought", "hidden", "confirmation_state", "security_risk")
-    calls = [
-        call(kind, {k: v for k, v in given.items() if k not in hidden and v not in (None, "")})
-    ]
-    return [{"role": "assistant", "content": given.get("thought") or "", "tool_calls": calls}]
-
-
-def step_of(turn: dict) -> list[dict]:
-    """A step of smolagents' memory or of SWE-agent's trajectory."""
-    for key, role in (("system_prompt", "system"), ("task", "user"), ("plan", "assistant")):
-        if isinstance(turn.get(key), str) and "step_number" not in turn:
-            return [{"role": role, "content": turn[key]}]
-    if "action" in turn:  # SWE-agent
-        said = turn.get("response") or f"{turn.get('thought') or ''}\n{turn['action']}".strip()
-        said = {"role": "assistant", "content": said}
-        return [said, {"role": "tool", "content": turn.get("observation") or ""}]
-    if "step_number" not in turn:
-        refuse(f"a turn with the keys {sorted(turn)}")
-    said = turn.get("model_output") or (turn.get("model_output_message") or {}).get("content")
-    text, _ = spoken({"content": said})
-    calls = (
-        [] if turn.get("code_action") and turn["code_action"] in text else turn.get("tool_calls")
-    )
-    messages = [{"role": "assistant", "content": text, "tool_calls": [*map(call_of, calls or [])]}]
-    if turn.get("observations"):
-        messages.append({"role": "tool", "content": turn["observations"]})
-    if error := turn.get("error"):
-        told = error.get("message", error) if isinstance(error, dict) else error
-        messages.append({"role": "tool", "content": f"Error: {told}"})
-    if turn.get("is_final_answer") and turn.get("action_output") is not None:
-        final = as_content(turn["action_output"])
-        messages.append({"role": "assistant", "content": f"Final answer: {final}"})
-    return messages

@@ -48,6 +48,8 @@ def test_a_trajectory_of_another_framework_is_read(case, form, tmp_path):
     assert work.turns[0]["role"] == "assistant" and "tool" in {t["role"] for t in work.turns}
     text = "\n".join(turn["content"] for turn in work.turns)
     assert all(words in text for words in case["words"]), text
+    assert all(text.count(words) == 1 for words in case.get("once", [])), text
+    assert not any(words in text for words in case.get("absent", [])), text
 
 
 SESSIONS = [
