@@ -1,14 +1,18 @@
 """A file of questions and answers as RL rows, by one command.
 
-    python data/questions.py FILE.csv|tsv|jsonl|json --out=data/own/rl_train.jsonl [--held_out=100]
+    python data/questions.py FILE.csv|tsv|jsonl|json|parquet --out=data/own/rl_train.jsonl \
+      [--held_out=100]
 
 The columns are found by their usual names, or named: --question=COLUMN --answer=COLUMN. Several
-accepted answers are a list, or one text with --separator="|". `kind` decides the rule that scores:
-a column of that name, --kind=, or by the answer: a letter with options in the question is a choice,
-numbers and formulas are maths, the rest is qa. Ends with a table; what is left out is named.
+accepted answers are a list, one text with --separator="|", or an object as SQuAD and TriviaQA have
+it. Options in a column of their own go into the question, their answer (letter, place or text)
+becomes a letter; a context becomes the row's page. `kind` decides the rule that scores: a column of
+that name, --kind=, or by the answer: a letter with options in the question is a choice, numbers and
+formulas are maths, the rest is qa. Ends with a table; what is left out is named.
 Then: grpo_unified.py --data=data/own/rl_train.jsonl, evaluate.py --dataset=own.
 """
 
+import ast
 import csv
 import json
 import re
@@ -26,11 +30,14 @@ from reagent.rows import check_rl_row, seed_of
 from reagent.scorers import rule_reward
 from toolkit.text import last_boxed
 
-QUESTION = "question problem query prompt instruction input frage".split()
-ANSWER = "answer answers final_answer ground_truth gold golds golden_answers target label".split()
-ANSWER += "expected solution output response antwort".split()
+QUESTION = "question question_stem problem query prompt instruction input frage".split()
+ANSWER = "answer answers answerkey answer_key correct_answer possible_answers final_answer".split()
+ANSWER += "ground_truth gold golds golden_answers target label expected solution output".split()
+ANSWER += "response antwort".split()
+CONTEXT = ("context", "passage")
 KINDS = ("math", "qa", "gaia", "choice")
 _NUMBER = re.compile(r"[-+−]?[\d.,\s]*\d\s*%?|.*(?:\\frac|\\sqrt|\\pi|\^|\$.*\\).*", re.S)
+_LIST = re.compile(r"\s*\[['\"]")
 _OPTIONS = re.compile(r"^\W*\(?B[).:]", re.M)
 
 
@@ -51,6 +58,9 @@ def records(path: str) -> Iterator[tuple[int, dict | str]]:
     if not Path(path).is_file():
         raise SystemExit(f"no file {path}")
     kind = Path(path).suffix.lower()
+    if kind == ".parquet":
+        yield from enumerate(parquet_records(path), 1)
+        return
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -62,7 +72,10 @@ def records(path: str) -> Iterator[tuple[int, dict | str]]:
             whole = json.loads(text)
         except ValueError as error:
             raise SystemExit(f"{path}: not JSON ({error})") from error
-        rows = whole if isinstance(whole, list) else next(filter(is_list, whole.values()), [whole])
+        rows = whole
+        if isinstance(whole, dict):
+            rows = next(filter(is_list, whole.values()), [whole])
+        rows = rows if isinstance(rows, list) else [rows]
         for n, row in enumerate(rows, 1):
             yield n, row if isinstance(row, dict) else "not an object"
     else:
@@ -73,6 +86,16 @@ def records(path: str) -> Iterator[tuple[int, dict | str]]:
                 except ValueError as error:
                     row = f"not a JSON line ({error})"
                 yield n, row if isinstance(row, (dict, str)) else "not an object"
+
+
+def parquet_records(path: str) -> list[dict]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise SystemExit(f"{path}: not parquet ({str(error).splitlines()[0]})") from error
 
 
 def is_list(value) -> bool:
@@ -104,16 +127,62 @@ def column(record: dict, named: str, usual: list[str]) -> str:
     return next((keys[name] for name in usual if name in keys), "")
 
 
-def answers_of(value, separator: str) -> list[str]:
-    """The accepted answers in a field: the end of a solution (GSM8K's ####, \\boxed{}) counts."""
-    if isinstance(value, str) and value.lstrip().startswith('["'):
-        value = json.loads(value)
+def listed(text: str) -> list:
+    """The list of texts that a table's cell holds, as JSON or Python writes it. ValueError."""
+    try:
+        found = json.loads(text) if '["' in text else ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        found = None
+    if not isinstance(found, list) or re.search(r"['\"]\s+['\"]", text):  # numpy leaves commas out
+        raise ValueError("its list cannot be read: neither JSON nor Python's")
+    return found
+
+
+def answers_of(value, separator: str = "") -> list[str]:
+    """The accepted answers in a field: the end of a solution (GSM8K's ####, \\boxed{}) counts, and
+    all that an object holds (SQuAD's "text", TriviaQA's "value" and "aliases")."""
+    if isinstance(value, str) and _LIST.match(value):
+        value = listed(value)
     if isinstance(value, str):
         value = last_boxed(value) or value.rpartition("####")[2]
-        value = value.split(separator) if separator else [value]
-    values = value if isinstance(value, list) else [value]
-    texts = (format(v, "g") if isinstance(v, float) else str(v) for v in values if v is not None)
-    return [text.strip() for text in texts if text.strip()]
+        texts = value.split(separator) if separator else [value]
+        return [text.strip() for text in texts if text.strip()]
+    if isinstance(value, dict):
+        found = [value[key] for key in ("value", "text", "aliases") if key in value]
+        if not found:
+            raise ValueError(f"an answer with the keys {', '.join(map(str, value))}")
+        value = found
+    if isinstance(value, list):
+        return list(dict.fromkeys(text for each in value for text in answers_of(each)))
+    if isinstance(value, bool):
+        return ["yes", "true"] if value else ["no", "false"]
+    if value is None or value != value:  # a table's empty cell is not a number
+        return []
+    whole = isinstance(value, float) and value.is_integer()
+    return [str(int(value) if whole else value)]
+
+
+def options_of(record: dict) -> tuple[list[str], list[str]]:
+    """(their own labels, texts) of the options in a column of their own: MMLU's and MMLU-Pro's
+    lists (no labels), ARC's {"label", "text"}, MedQA's {"A": text}; ([], []) without one."""
+    given = next((record[key] for key in ("choices", "options") if record.get(key)), [])
+    given = listed(given) if isinstance(given, str) and _LIST.match(given) else given
+    if isinstance(given, dict):
+        labels, texts = given.get("label", [*given]), given.get("text", [*given.values()])
+    else:
+        labels, texts = [], given if isinstance(given, list) else []
+    return [*map(str, labels)], [str(text).strip() for text in texts]
+
+
+def choice_of(labels: list[str], texts: list[str], answer) -> str:
+    """The letter of the option that an answer means: its label, its place from 0, its text."""
+    letters, told = [chr(ord("A") + i) for i in range(len(texts))], str(answer).strip()
+    for own in (labels, [] if isinstance(answer, str) else [*map(str, range(len(texts)))], letters):
+        if told in own:
+            return letters[own.index(told)]
+    if texts.count(told) != 1:
+        raise ValueError("its answer is none of the options, or several")
+    return letters[texts.index(told)]
 
 
 def kind_of(question: str, answers: list[str]) -> str:
@@ -129,8 +198,11 @@ def row_of(record: dict, name: str, cfg: Config) -> dict:
         if not key:
             known = ", ".join(map(str, record))
             raise ValueError(f"no column of the {what} (--{option}=COLUMN); there are {known}")
-    answers = answers_of(record[told], cfg.separator)
-    question = str(record[ask] or "").strip()
+    question, (labels, options) = str(record[ask] or "").strip(), options_of(record)
+    if options and not _OPTIONS.search(question):
+        question += "".join(f"\n{chr(ord('A') + i)}) {text}" for i, text in enumerate(options))
+    given = choice_of(labels, options, record[told]) if options else record[told]
+    answers = answers_of(given, cfg.separator)
     if not question or not answers:
         raise ValueError("no question" if not question else "no answer")
     kind = cfg.kind or record.get("kind")
@@ -138,6 +210,9 @@ def row_of(record: dict, name: str, cfg: Config) -> dict:
     row["answer"] = answers if len(answers) > 1 else answers[0]
     row["kind"] = kind if kind in KINDS else kind_of(question, answers)
     row |= {key: record[key] for key in ("docs", "files", "meta") if is_rich(record.get(key))}
+    read = next((record[key] for key in CONTEXT if isinstance(record.get(key), str)), "").strip()
+    if read and "docs" not in row:
+        row["docs"] = [{"title": str(record.get("title") or "context"), "text": read}]
     if problem := check_rl_row(row):
         raise ValueError(problem)
     if not all(rule_reward(row, answer)[1] for answer in answers):

@@ -5,7 +5,9 @@ behind URLs.
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from data import annotate, questions
 from reagent.config import parse_config
@@ -49,6 +51,87 @@ def test_the_answer_decides_the_rule(tmp_path, question, answer, kind, kept):
     text = json.dumps({"problem": question, "solution": answer}) + "\n"
     (row,) = made(tmp_path, "q.jsonl", text)
     assert (row["kind"], row["answer"]) == (kind, kept)
+
+
+LETTERS = ["Mercury", "Venus", "Earth", "Mars"]
+
+
+@pytest.mark.parametrize(
+    "record, answer",
+    [
+        ({"choices": LETTERS, "answer": 3}, "D"),  # MMLU
+        ({"choices": ["4", "3", "2", "1"], "answer": 1}, "B"),  # the place, not the text
+        ({"choices": ["4", "3", "2", "1"], "answer": "1"}, "D"),
+        ({"options": LETTERS, "answer": "C", "answer_index": 2}, "C"),  # MMLU-Pro
+        ({"choices": {"text": LETTERS, "label": list("1234")}, "answerKey": "2"}, "B"),  # ARC
+        ({"options": dict(zip("ABCD", LETTERS)), "answer": "Earth", "answer_idx": "C"}, "C"),
+        ({"choices": str(LETTERS), "answer": "Mars"}, "D"),  # a table's cell
+    ],
+)
+def test_options_in_a_column_make_a_choice(tmp_path, record, answer):
+    (row,) = made(tmp_path, "q.jsonl", json.dumps({"question": "Which planet?"} | record) + "\n")
+    assert (row["kind"], row["answer"]) == ("choice", answer)
+    lines = row["question"].split("\n")
+    assert lines[0] == "Which planet?" and [line[:2] for line in lines[1:]] == "A) B) C) D)".split()
+
+
+def test_an_answer_that_is_no_option_is_left_out(tmp_path, capsys):
+    bad = {"question": "Which?", "choices": LETTERS, "answer": 4}
+    good = {"question": "Which one?", "choices": LETTERS, "answer": 0}
+    made(tmp_path, "q.jsonl", json.dumps(bad) + "\n" + json.dumps(good) + "\n")
+    assert "q.jsonl:1: its answer is none of the options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "answer, kept",
+    [
+        ({"text": ["Ada", "Ada", "A. Lovelace"], "answer_start": [1, 9]}, ["Ada", "A. Lovelace"]),
+        ({"value": "Ada", "aliases": ["Lovelace"], "normalized_value": "ada"}, ["Ada", "Lovelace"]),
+        ('["Ada", "Lovelace"]', ["Ada", "Lovelace"]),
+        ("['Ada', 'Lovelace']", ["Ada", "Lovelace"]),
+        (1234567.0, "1234567"),
+        (3.14159265, "3.14159265"),
+        (True, ["yes", "true"]),
+    ],
+)
+def test_answers_are_read_as_publishers_write_them(tmp_path, answer, kept):
+    record = {"question": "Who?", "answer": answer, "context": "Ada wrote it.", "title": "Notes"}
+    (row,) = made(tmp_path, "q.jsonl", json.dumps(record) + "\n")
+    assert row["answer"] == kept
+    assert row["docs"] == [{"title": "Notes", "text": "Ada wrote it."}]
+
+
+@pytest.mark.parametrize(
+    "answer, problem",
+    [
+        ({"spans": []}, "an answer with the keys spans"),
+        ("['Ada' 'Lovelace']", "its list cannot be read"),
+        (float("nan"), "no answer"),
+        ({"text": [], "answer_start": []}, "no answer"),  # SQuAD 2
+    ],
+)
+def test_an_answer_that_cannot_be_read_is_left_out_and_named(tmp_path, capsys, answer, problem):
+    good = {"question": "Whose?", "answer": "Ada's"}
+    text = json.dumps({"question": "Who?", "answer": answer}) + "\n" + json.dumps(good)
+    assert len(made(tmp_path, "q.jsonl", text)) == 1
+    assert f"q.jsonl:1: {problem}" in capsys.readouterr().err
+
+
+def test_a_parquet_file_is_read_and_a_broken_one_named(tmp_path):
+    table = {"question": ["Who?", "Where?"], "answer": [["Ada"], ["Paris", "City of Paris"]]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "q.parquet")
+    questions.main([str(tmp_path / "q.parquet"), f"--out={tmp_path}/rl.jsonl"])
+    assert [row["answer"] for row in lines(tmp_path / "rl.jsonl")] == ["Ada", table["answer"][1]]
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(SystemExit, match="bad.parquet: not parquet"):
+        questions.main([str(tmp_path / "bad.parquet")])
+
+
+@pytest.mark.parametrize("text", ['"text"', "5", "null"])
+def test_json_that_is_no_row_is_a_sentence(tmp_path, text):
+    (tmp_path / "q.json").write_text(text)
+    with pytest.raises(SystemExit, match="no row of 1"):
+        questions.main([str(tmp_path / "q.json"), f"--out={tmp_path}/rl.jsonl"])
 
 
 def test_a_table_is_read_as_a_spreadsheet_writes_it(tmp_path, capsys):
