@@ -59,8 +59,7 @@ class JsonlRows:
         except (ValueError, RecursionError) as error:
             raise SystemExit(f"{self.path}:{number}: not a JSON line ({error})") from error
         if not isinstance(row, dict):
-            what = f"a row is a JSON object, not {type(row).__name__}"
-            raise SystemExit(f"{self.path}:{number}: {what}")
+            raise SystemExit(f"{self.path}:{number}: a row is an object, not {type(row).__name__}")
         return row
 
     def __len__(self) -> int:
@@ -133,7 +132,8 @@ def _deeper(value, depth: int) -> bool:
 # ---------------------------------------------------------------- SFT rows
 
 _ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
-_ROLES |= dict.fromkeys(("observation", "function", "function_response"), "tool")
+_ROLES |= dict.fromkeys("observation function function_response tool_response".split(), "tool")
+_ROLES |= {"ipython": "tool", "environment": "tool", "tool_call": "function_call"}
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _MARKS = ("loss", "loss_mask", "weight", "train", "trainable")  # false: a turn is not trained
 _KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *_THOUGHTS, *_MARKS}
@@ -148,24 +148,24 @@ def sft_messages(row: dict) -> list[dict]:
     if other := [key for key in ("images", "videos", "audios") if row.get(key)]:
         raise ValueError(f"{other[0]!r}: only texts are trained on")
     turns = row.get("messages", row.get("conversations"))
+    turns = json.loads(turns) if isinstance(turns, str) and turns[:1] == "[" else turns
     if turns is None and "instruction" in row and "output" in row:
         question = row["instruction"] + ("\n" + row["input"] if row.get("input") else "")
         pairs = [*row.get("history", []), (question, row["output"])]
         said = (turn for a, b in pairs for turn in (("user", a), ("assistant", b)))
         turns = [dict(role=role, content=text) for role, text in said]
     if not isinstance(turns, list):
-        known = "neither messages, conversations nor instruction/output"
-        raise ValueError(f"{known}; found the keys {sorted(row)}")
+        raise ValueError(f"no messages, conversations, instruction/output; found {sorted(row)}")
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     messages: list[dict] = []
     for i, turn in enumerate(turns):
         try:
-            message, role = _message(turn), turn.get("from", turn.get("role"))
+            message, is_call = _message(turn)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"message {i}: cannot be read ({error})") from error
         if system and message["role"] == "system":
             raise ValueError(f"message {i}: a system turn beside 'system'")
-        if role == "function_call" and messages and messages[-1]["role"] == "assistant":
+        if is_call and messages and messages[-1]["role"] == "assistant":
             last = messages[-1]  # what was said before the call
             last["content"] = "\n".join(filter(None, (last["content"], message["content"])))
             last["tool_calls"] += message["tool_calls"]
@@ -174,24 +174,24 @@ def sft_messages(row: dict) -> list[dict]:
     return system + messages
 
 
-def _message(turn: dict) -> dict:
-    """One turn of any layout."""
+def _message(turn: dict) -> tuple[dict, bool]:
+    """One turn of any layout; whether it is calls alone, which belong to the turn before."""
     if unread := [key for key in turn if key not in _KEYS and turn[key]]:
         raise ValueError(f"the key {unread[0]!r} is not understood")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    role = _ROLES.get(role, role)
     if isinstance(content, list):
         if any(part.get("type", "text") != "text" for part in content):
             raise ValueError("a part of its content is no text")
         content = "".join(part["text"] for part in content)
     calls = turn.get("tool_calls") or list(filter(None, [turn.get("function_call")]))
-    if role == "function_call":  # the turn is its calls, as JSON or raw, behind any thoughts
+    if is_call := role == "function_call":  # as JSON or raw, behind any thoughts
         role, raw = "assistant", "<tool_call>" in content
         head, closer, text = (content, "", "[]") if raw else content.rpartition("</think>")
         content, calls = head + closer, without_nulls(json.loads(text))
         calls = calls if isinstance(calls, list) else [calls]
-    role = _ROLES.get(role, role)
     if role != "assistant":
-        return {"role": role, "content": content}
+        return {"role": role, "content": content}, False
     thoughts = {turn[key] for key in _THOUGHTS if turn.get(key)}
     if len(thoughts) > 1 or content is None and not calls and not thoughts:
         raise ValueError("its reasoning stands there twice" if thoughts else "it holds nothing")
@@ -200,7 +200,7 @@ def _message(turn: dict) -> dict:
         raise ValueError(f"whether it is trained is told by true or false, 1 or 0, not {marks}")
     calls = [{"arguments": {}, **call.get("function", call)} for call in calls]
     message = dict(role=role, content=content, tool_calls=calls, trained=all(marks))
-    return message | {"reasoning_content": "".join(thoughts)}
+    return message | {"reasoning_content": "".join(thoughts)}, is_call
 
 
 def sft_tools(row: dict) -> list[dict]:

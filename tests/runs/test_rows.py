@@ -57,7 +57,7 @@ def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_no_rows(write):
         ('{"id": 1}\n\n{"id": 2, "te', "rows.jsonl:3: not a JSON line"),
         (b'{"id": 1}\n{"id": "\xff"}\n', "rows.jsonl:2: not a JSON line"),
         ("[" * 100_000, "rows.jsonl:1: not a JSON line"),
-        ('{"id": 1}\n[2]\n', "rows.jsonl:2: a row is a JSON object, not list"),
+        ('{"id": 1}\n[2]\n', "rows.jsonl:2: a row is an object, not list"),
         ('{"id": "x"}\n{"id": "y"}\n{"id": "x"}\n', "rows.jsonl:3: id 'x' stands in line 1 too"),
         ('{"id": [1]}\n{"id": [1]}\n', "rows.jsonl:2: id .1. stands in line 1 too"),
     ],
@@ -233,6 +233,33 @@ LAYOUTS = {
             {"from": "gpt", "value": "done"},
         ]
     },
+    "a text of turns": {
+        "messages": json.dumps(
+            [
+                ASKED,
+                {"role": "assistant", "content": "", "tool_calls": [{"function": SEARCH}]},
+                {"role": "environment", "content": "r"},
+                {"role": "assistant", "content": "done"},
+            ]
+        )
+    },
+    "ms-swift": {
+        "tools": json.dumps([{"type": "function", "function": SCHEMA}]),
+        "messages": [
+            ASKED,
+            {"role": "tool_call", "content": json.dumps(SEARCH)},
+            {"role": "tool_response", "content": "r"},
+            {"role": "assistant", "content": "done"},
+        ],
+    },
+    "Llama": {
+        "messages": [
+            ASKED,
+            {"role": "assistant", "tool_calls": [{"type": "function", "function": SEARCH}]},
+            {"role": "ipython", "content": "r"},
+            {"role": "assistant", "content": "done"},
+        ]
+    },
     "the call of before": {
         "messages": [
             ASKED,
@@ -286,6 +313,17 @@ def test_what_is_said_before_a_sharegpt_call_stands_in_its_turn():
     assert text == "<think>\nhm\n</think>" and len(made) == 2
     raw = {"from": "function_call", "value": "<tool_call>{}</tool_call>"}
     assert said({"conversations": [turns[0], raw]})[1][1] == "<tool_call>{}</tool_call>"
+
+
+def test_turns_of_calls_one_after_another_are_one_turn():
+    calls = [{"role": "tool_call", "content": json.dumps(SEARCH)}] * 2
+    results = [{"role": "tool_response", "content": text} for text in ("r", "s")]
+    first = {"role": "assistant", "content": "<think>hm</think>"}
+    for before in ([], [first]):
+        turns = said({"messages": [ASKED, *before, *calls, *results, ASKED | {"content": "w"}]})
+        assert [turn[0] for turn in turns] == ["user", "assistant", "tool", "tool", "user"]
+        assert turns[1][1] == "".join(turn["content"] for turn in before)
+        assert [made["name"] for made in turns[1][3]] == ["search", "search"]
 
 
 @pytest.mark.parametrize("key", ["reasoning", "reasoning_content", "thinking"])
