@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from data.hotpotqa.prepare import read_parquet
 from reagent.config import parse_config
 from reagent.folder import write_whole
 from reagent.rows import check_rl_row, seed_of
@@ -59,7 +60,10 @@ def records(path: str) -> Iterator[tuple[int, dict | str]]:
         raise SystemExit(f"no file {path}")
     kind = Path(path).suffix.lower()
     if kind == ".parquet":
-        yield from enumerate(parquet_records(path), 1)
+        try:
+            yield from enumerate((record for _, record in read_parquet(path)), 1)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
         return
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -86,16 +90,6 @@ def records(path: str) -> Iterator[tuple[int, dict | str]]:
                 except ValueError as error:
                     row = f"not a JSON line ({error})"
                 yield n, row if isinstance(row, (dict, str)) else "not an object"
-
-
-def parquet_records(path: str) -> list[dict]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise SystemExit(f"{path}: not parquet ({str(error).splitlines()[0]})") from error
 
 
 def is_list(value) -> bool:

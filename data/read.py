@@ -15,7 +15,7 @@ from reagent.rows import JsonlRows
 from results.verdicts import parse_verdict
 from tools import TOOLS, schema_of
 
-JUDGMENT_KEYS = {"content", "reasoning_content", "reasoning"}
+JUDGMENT_KEYS = {"content", "reasoning_content", "reasoning", "thinking"}
 
 
 @dataclass

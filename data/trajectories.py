@@ -6,9 +6,10 @@ messages, items of the Responses API and the OpenAI Agents SDK, LangChain, LangG
 dumps, smolagents' steps, AutoGen, Pydantic AI and ADK runs, the AI SDK's messages, SWE-agent's and
 mini-swe-agent's .traj, OpenHands' events, ATIF, Inspect's logs, sessions of Claude Code, Codex and
 Gemini CLI, DSPy's ReAct, messages of Haystack, Semantic Kernel, OpenTelemetry and Assistants, a
-request with its reply, tau-bench, sharegpt, our episodes, RRM rows, plain text; in json, jsonl or
-text. Where a row names no question, what the user says before the agent's first turn is it, or what
-the user says first; what else stands before that turn, system turns too, is not the agent's work.
+request with its reply, tau-bench, sharegpt, our episodes, RRM rows, plain text; in json, jsonl,
+parquet or text. Where a row names no question, what the user says before the agent's first turn is
+it, or what the user says first; what else stands before that turn, system turns too, is not the
+agent's work.
 """
 
 import json
@@ -20,8 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from data.hotpotqa.prepare import read_parquet
 from data.turns import as_content, call, first_of, is_openhands, is_pydantic, messages_of
 from reagent.reward_model import plain_turns
+from reagent.rows import without_nulls
 
 QUESTION = "question task problem_statement instruction query problem prompt input".split()
 QUESTION += "original_input originalInput".split()
@@ -31,7 +34,7 @@ TURNS += "newItems generated_items generatedItems completion response events con
 ROWS = "trajectories episodes samples simulations results rows data".split()
 NAMES = "id instance_id task_id run_id name".split()  # what a row may call itself
 # that a folder is searched for; a text is named itself
-SUFFIXES = (".json", ".jsonl", ".traj", ".eval")
+SUFFIXES = (".json", ".jsonl", ".traj", ".eval", ".parquet")
 TURN_KEYS = set("role from type lc step_number action observation rawItem raw_item".split())
 TURN_KEYS |= set("step_id llm_message invocation_id invocationId".split())
 
@@ -81,8 +84,8 @@ def rows_of(path: str) -> Iterator[tuple[str, object]]:
         if not found:
             yield path, Unread(path, f"a folder without {', '.join(SUFFIXES)}")
         return
-    if path.endswith(".eval"):
-        yield from samples_of(path)
+    if path.endswith((".eval", ".parquet")):
+        yield from samples_of(path) if path.endswith(".eval") else parquet_rows(path)
         return
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
@@ -101,6 +104,14 @@ def rows_of(path: str) -> Iterator[tuple[str, object]]:
         yield path, value
     for n, row in enumerate(rows or [], 1):
         yield f"{path}#{n}", row
+
+
+def parquet_rows(path: str) -> Iterator[tuple[str, object]]:
+    """The rows of a parquet file, where a turn has the keys of all others, null if not its own."""
+    try:
+        yield from ((place, without_nulls(row)) for place, row in read_parquet(path))
+    except ValueError as error:
+        yield path, Unread(path, str(error))
 
 
 def samples_of(path: str) -> Iterator[tuple[str, object]]:

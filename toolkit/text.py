@@ -116,8 +116,8 @@ def plain(text: str) -> str:
 
 def spoken(message: dict) -> tuple[str, str]:
     """(text, thoughts) of a message in a chat. The text is one string or parts (an image is named
-    only); thoughts stand in `reasoning_content`, in `reasoning` or in parts of their own."""
-    given = (message.get(key) for key in ("reasoning_content", "reasoning"))
+    only); thoughts stand in `reasoning_content`, `reasoning`, `thinking` or in their own parts."""
+    given = (message.get(key) for key in ("reasoning_content", "reasoning", "thinking"))
     thoughts = next((text for text in given if isinstance(text, str) and text), "")
     content, text = message.get("content"), ""
     if isinstance(content, str):

@@ -81,7 +81,7 @@ READ = {
 
 
 @pytest.mark.parametrize("kind", READ)
-@pytest.mark.parametrize("field", [None, "reasoning", "reasoning_content"])
+@pytest.mark.parametrize("field", [None, "reasoning", "reasoning_content", "thinking"])
 def test_a_judgment_is_read_by_what_it_holds(kind, field):
     message = {"content": READ[kind]} | ({field: "native"} if field else {})
     judgment = read_judgment(message)
@@ -93,7 +93,7 @@ def test_a_judgment_is_read_by_what_it_holds(kind, field):
 @pytest.mark.parametrize("kind", [k for k in READ if isinstance(READ[k], str)])
 @pytest.mark.parametrize("content", [None, "", "\n"])
 def test_a_server_that_takes_all_for_thoughts_is_read_too(kind, content):
-    for field in ("reasoning", "reasoning_content"):
+    for field in ("reasoning", "reasoning_content", "thinking"):
         assert read_judgment({"content": content, field: READ[kind]}).score == 0.7
 
 

@@ -12,7 +12,9 @@ import types
 import zipfile
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from data import critique
 from data.trajectories import Unread, Work, read_works, works_of
@@ -83,6 +85,22 @@ def test_a_log_of_inspect_is_read_out_of_its_zip(tmp_path):
         ("2", "Capital of France?"),
     ]
     assert "not a zip" in torn.problem
+
+
+def test_rows_of_a_parquet_file_are_read_without_the_nulls_of_other_turns(tmp_path):
+    call = {"id": "1", "type": "function", "function": {"name": "search", "arguments": "{}"}}
+    turns = [CHAT[0], {"role": "assistant", "tool_calls": [call]}]
+    turns += [{"role": "tool", "content": "told", "tool_call_id": "1"}, CHAT[1]]
+    keys = ("role", "content", "tool_calls", "tool_call_id")
+    messages = [{key: turn.get(key) for key in keys} for turn in turns]
+    table = pyarrow.Table.from_pylist([{"messages": messages, "history": None}] * 2)
+    parquet.write_table(table, tmp_path / "runs.parquet")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    *works, torn = read_works([str(tmp_path)])
+    assert [work.row for work in works] == [f"{tmp_path}/runs.parquet:{n}" for n in (1, 2)]
+    assert [turn["role"] for turn in works[1].turns] == ["assistant", "tool", "assistant"]
+    assert '{"name": "search"' in works[0].turns[0]["content"] and works[0].question == "Who?"
+    assert isinstance(torn, Unread) and "not a parquet file" in torn.problem
 
 
 TYPED = "search_result title words", "web_search_result url page", "resource resource"

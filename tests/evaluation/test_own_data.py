@@ -123,7 +123,7 @@ def test_a_parquet_file_is_read_and_a_broken_one_named(tmp_path):
     questions.main([str(tmp_path / "q.parquet"), f"--out={tmp_path}/rl.jsonl"])
     assert [row["answer"] for row in lines(tmp_path / "rl.jsonl")] == ["Ada", table["answer"][1]]
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(SystemExit, match="bad.parquet: not parquet"):
+    with pytest.raises(SystemExit, match="bad.parquet: not a parquet file"):
         questions.main([str(tmp_path / "bad.parquet")])
 
 
