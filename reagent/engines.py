@@ -318,17 +318,17 @@ class VLLMEngine:
         # the head's products in fp32, as the trainer has them; vLLM's own all-reduce works by
         # CUDA's IPC, which ends the process where memory sleeps or its segments grow
         gpu |= dict(hf_overrides=dict(head_dtype="float32"), disable_custom_all_reduce=True)
-        options |= gpu if cuda else dict(enforce_eager=True)
+        # a CPU's generator cannot take back what half a prompt has drawn, as vLLM then asks of it
+        options |= gpu if cuda else dict(enforce_eager=True, enable_chunked_prefill=False)
         own = dict(trust_remote_code=False)
         with torch.device("meta"):
             shape = AutoConfig.from_pretrained(folder, **own)
             self.names = set(AutoModelForCausalLM.from_config(shape, **own).state_dict())
         self.stop_ids, self.group = list(stop_ids), tp_group
-        self.sleeps, self.asleep = config.sleep and cuda, False
+        self.sleeps, self.asleep, self.count = config.sleep and cuda, False, 0  # of requests
         # by name what joins at the next step; None: nobody waits for that request any more
         self.added: list[tuple[str, Request | None]] = []
         self.waiting: dict[str, tuple] = {}  # name -> (event loop, future) of its chain
-        self.count = 0  # of requests, which are named by it
         self.thread = EngineThread.shared()
         self._build(folder, options)
 

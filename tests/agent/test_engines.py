@@ -137,8 +137,9 @@ engine = VLLMEngine({folder!r}, [258], max_context=512)
 policy = shard(load_policy({folder!r}, False), device)
 optimizer = torch.optim.AdamW(policy.parameters(), lr=0.05)
 
-# the long one fills blocks of the prefix cache, which a sync must throw away
-prompts = PROMPTS + [[7 + i % 90 for i in range(300)]]
+# the long ones fill blocks of the prefix cache, which a sync must throw away, and are more than a
+# step of vLLM takes (4,096 tokens on a CPU)
+prompts = PROMPTS + [[7 + k + i % 90 for i in range(400)] for k in range(12)]
 
 def gap():
     async def go():
