@@ -1,4 +1,5 @@
-# The atlas's reward model, second half: a short GRPO on its own judgments. Untried at this size.
+# The atlas's reward model, second half: a short GRPO on its own judgments. Untried at this size;
+# what a smaller one did: docs/measured.md.
 model = "out/atlas/rrm_sft/step-000250"
 data = "data/atlas/rrm_rl.jsonl"
 eval_data = "data/atlas/rrm_test.jsonl"

@@ -29,6 +29,7 @@ from data.atlas.rule import judgment, read_attempt
 from data.atlas.world import OF, RELATIONS, answers_of, holds
 from reagent.folder import hub_answers, write_whole, writing
 from reagent.reward_model import parse_judgment
+from reagent.scorers import score
 from toolkit.search import docs_index
 
 SYSTEM_PROMPT = (
@@ -264,13 +265,15 @@ class Rows:
         return row | {"docs": docs, "meta": meta}
 
     def rrm(self, rng: random.Random, i: int) -> dict:
-        """A judged attempt: three fifths follow the chain, three in ten answer something else."""
+        """A judged attempt: three fifths follow the chain; of these two in five misread its last
+        page, in the words of those that read it well: only the page tells them apart."""
         start, relations, answer, docs, question = self._question(rng)
         follows = rng.random() < 0.6
         attempt = attempt_of(self.world, self.names, docs, start, relations, follows, rng)
-        if rng.random() < 0.3:
-            wrong = guess(self.world, self.names, relations[-1], rng)
-            attempt[-1] = final(wrong, f"The {RELATIONS[relations[-1]].label} is {wrong}.")
+        if follows and rng.random() < 0.4:
+            wrong = self._misread(start, relations, rng)
+            head = attempt[-1]["content"].rpartition(" is ")[0]
+            attempt[-1] = final(wrong, f"{head} is {wrong}.")
         seen = read_attempt(self.world, question, attempt)
         found = parse_judgment(judgment(self.world, question, attempt, rng))
         row = {
@@ -281,6 +284,25 @@ class Rows:
         }
         row |= {"think": found.think, "critique": found.critique, "score": found.score}
         return row | {"correct": seen["right"], "grounded": seen["grounded"]}
+
+    def _misread(self, start: str, relations, rng: random.Random) -> str:
+        """A wrong answer at the end of the chain: another fact of its last page, an answer of the
+        right kind from anywhere, or a slip of the pen."""
+        path, gold = atlas.trail(self.world, start, relations)
+        page = self.world[path[-1]]
+        facts = [page[relation] for relation in RELATIONS if page.get(relation)]
+        while True:
+            other = guess(self.world, self.names, relations[-1], rng)
+            wrong = rng.choice([slip(gold, rng), rng.choice(facts), other])
+            if wrong.strip() and not score("hotpotqa", wrong, answers_of(gold))["correct"]:
+                return wrong
+
+
+def slip(text: str, rng: random.Random) -> str:
+    """One character is left out, doubled or exchanged with the next."""
+    at = rng.randrange(len(text))
+    one, two = text[at], text[at + 1 : at + 2]
+    return text[:at] + rng.choice([two, one + one + two, two + one]) + text[at + 2 :]
 
 
 def pool(world: dict, names: list[str], hops: list[int]) -> tuple[Callable, dict]:

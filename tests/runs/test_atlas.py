@@ -140,6 +140,23 @@ def test_no_critique_holds_the_answer_or_names_what_was_not_seen(rows):
         assert all(name in seen for name in path if name in row["critique"])
 
 
+def test_a_misread_answer_is_told_from_a_right_one_by_the_page_alone(rows):
+    kinds = Counter()
+    for row in draws(rows.rrm, 300):
+        start, relations = world.parse_question(row["question"])
+        path, _ = world.trail(WORLD, start, relations)
+        seen = read_attempt(WORLD, row["question"], row["trajectory"])
+        if not all(seen["looked"]):
+            continue
+        last, page = (row["trajectory"][at]["content"] for at in (-1, -2))
+        said, here = f"The {world.RELATIONS[relations[-1]].label} of {path[-1]} is", seen["answer"]
+        assert last.endswith(f"{said} {here}.\n\\boxed{{{here}}}")  # of right and wrong alike
+        known = {of.get(relations[-1]) for of in WORLD.values()}
+        kinds["right" if seen["right"] else "page" if here in page else here in known] += 1
+    assert set(kinds) == {"right", "page", True, False} and min(kinds.values()) > 5
+    assert 0.3 < 1 - kinds["right"] / kinds.total() < 0.5
+
+
 def test_the_annotator_scores_a_grounded_answer_one_and_a_guess_less():
     rng = random.Random(3)
     start, relations = "Avoport", ("country", "neighbour", "people")
