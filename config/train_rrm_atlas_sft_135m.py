@@ -1,5 +1,5 @@
 # A reward model of the agent's size on 8,000 judgments of the atlas's annotator, by SFT. Untried on
-# a GPU; on a CPU 4,800 of them sufficed, docs/measured.md.
+# a GPU; what 4,800 of them did on a CPU, and what they hid: docs/measured.md.
 stage = "sft"
 model = "data/atlas/model"
 data = "data/atlas/rrm_sft.jsonl"

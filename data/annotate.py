@@ -257,7 +257,7 @@ def rl_rows(cfg: AnnotateConfig, sampled: list[dict], rows: list[dict], why: Cou
     for row in rows:
         right = attempts.get(str(row["id"]), [])
         gold = row["answer"] if isinstance(row["answer"], str) else row["answer"][0]
-        if asked(row) in before:
+        if (ask := asked(row)) in before:
             why["asked before"] += 1
         elif not rule_reward(row, gold)[1]:
             why["the rule does not accept its own answer"] += 1
@@ -270,7 +270,7 @@ def rl_rows(cfg: AnnotateConfig, sampled: list[dict], rows: list[dict], why: Cou
         else:
             meta = (row.get("meta") or {}) | {"solved": [sum(right), len(right)]}
             kept.append(row | {"meta": meta})
-        before.add(asked(row))
+        before.add(ask)
     return kept
 
 

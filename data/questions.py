@@ -76,11 +76,8 @@ def records(path: str) -> Iterator[tuple[int, dict | str]]:
             whole = json.loads(text)
         except ValueError as error:
             raise SystemExit(f"{path}: not JSON ({error})") from error
-        rows = whole
-        if isinstance(whole, dict):
-            rows = next(filter(is_list, whole.values()), [whole])
-        rows = rows if isinstance(rows, list) else [rows]
-        for n, row in enumerate(rows, 1):
+        held = whole.values() if isinstance(whole, dict) else [whole]
+        for n, row in enumerate(next(filter(is_list, held), [whole]), 1):
             yield n, row if isinstance(row, dict) else "not an object"
     else:
         for n, line in enumerate(text.split("\n"), 1):
@@ -241,13 +238,13 @@ def main(argv: list[str]) -> None:
                 if isinstance(record, str):
                     raise ValueError(record)
                 row = row_of(record, f"{Path(path).stem}-{line}", cfg)
-                if asked(row) in before:
+                if (ask := asked(row)) in before:
                     raise ValueError("asked before")
             except ValueError as error:
                 print(f"{path}:{line}: {error}", file=sys.stderr)
                 why[str(error).partition(";")[0].partition(" (")[0]] += 1
                 continue
-            before.add(asked(row))
+            before.add(ask)
             names[row["id"]] += 1
             row["id"] += f"#{names[row['id']]}" if names[row["id"]] > 1 else ""
             rows.append(row)

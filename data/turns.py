@@ -261,8 +261,7 @@ def shown(part: dict) -> dict:
 def item_of(turn: dict, kind: str) -> list[dict]:
     """An item of the Responses API, other than its messages."""
     if kind == "reasoning":
-        parts = [*(turn.get("summary") or []), *(turn.get("content") or [])]
-        thoughts = "\n".join(p["text"] for p in parts if isinstance(p.get("text"), str))
+        thoughts = words_of([turn.get("summary"), turn.get("content")])
         thinking = {"role": "assistant", "content": "", "reasoning_content": thoughts}
         return [thinking | {"item": True}] if thoughts else []
     if kind.endswith(("_output", "_result")):
