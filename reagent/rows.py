@@ -155,7 +155,7 @@ def sft_messages(row: dict) -> list[dict]:
         said = (turn for a, b in pairs for turn in (("user", a), ("assistant", b)))
         turns = [dict(role=role, content=text) for role, text in said]
     if not isinstance(turns, list):
-        raise ValueError(f"no messages, conversations, instruction/output; found {sorted(row)}")
+        raise ValueError(f"no messages, conversations or instruction/output: {sorted(row)}")
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     messages: list[dict] = []
     for i, turn in enumerate(turns):

@@ -160,7 +160,7 @@ def test_what_an_engine_is_told_reaches_vllm(folder, cuda, sleep, rank, monkeypa
     wanted |= dict(distributed_executor_backend="external_launcher") if rank else {}
     gpu = dict(gpu_memory_utilization=0.35, enable_sleep_mode=sleep)
     gpu |= dict(hf_overrides={"head_dtype": "float32"}, disable_custom_all_reduce=True)
-    wanted |= gpu if cuda else dict(enforce_eager=True)
+    wanted |= gpu if cuda else dict(enforce_eager=True, enable_chunked_prefill=False)
     assert of == folder and options == wanted | {"use_tqdm_on_load": False}
     assert (made.stop_ids, made.group, made.asleep) == ([7, 9], "group", False)
     assert made.sleeps is (sleep and cuda) and "lm_head.weight" in made.names

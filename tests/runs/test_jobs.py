@@ -333,7 +333,7 @@ def test_an_empty_file_and_a_bad_sft_row_are_clear_errors(tmp_path):
     with pytest.raises(SystemExit, match="sft.jsonl is empty"):
         JsonlRows(str(path), sft.check_row)
     path.write_text('{"text": "hello"}\n')
-    with pytest.raises(SystemExit, match=r"sft.jsonl:1: neither messages.*\['text'\]"):
+    with pytest.raises(SystemExit, match=r"sft.jsonl:1: no messages,.*\['text'\]"):
         JsonlRows(str(path), sft.check_row)
 
 
