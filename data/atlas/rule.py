@@ -56,13 +56,16 @@ def critiques_of(seen: dict, rng: random.Random) -> list[str]:
 
 def judgment(world: dict, question: str, messages: list[dict], rng: random.Random) -> str:
     """think, critique and score of one attempt, in the three blocks. No critique names what the
-    agent has not seen, or holds the answer.
+    agent has not seen, or holds the answer; the think, which no agent sees, quotes it where it was
+    shown.
     """
     seen = read_attempt(world, question, messages)
     looked = seen["looked"]
     steps = [f"Page of {name}: read." for name, was in zip(seen["path"], looked) if was]
     if looked[-1]:
-        verdict = "as the page says." if seen["grounded"] else "not what the page says."
+        # what is there, then what was said: a small judge compares what it has written down
+        steps.append(f"Its {RELATIONS[seen['relations'][-1]].label}: {seen['gold']}.")
+        verdict = "the same." if seen["grounded"] else "not the same."
     else:
         steps.append(f"Page of {seen['path'][looked.index(False)]}: not read.")
         verdict = "not looked up."
