@@ -176,6 +176,15 @@ def test_the_annotator_scores_a_grounded_answer_one_and_a_guess_less():
     assert not read_attempt(WORLD, question, lucky)["grounded"]
 
 
+def test_the_think_quotes_what_was_shown_beside_the_answer_and_nothing_else():
+    question = "What is the capital of Avonia?"
+    for attempt, shown in zip(attempts_at(question, ["Avoport", "7001"]), (0, 0, 1, 1)):
+        said = parse_judgment(judgment(WORLD, question, attempt, random.Random(0))).think
+        assert ("Its capital: Avoport." in said) == bool(shown)
+        verdict = f"{'the' if said.count('Avoport') == 2 else 'not the'} same."
+        assert said.endswith(verdict if shown else "not looked up.")
+
+
 def test_a_critique_that_names_another_place_is_obeyed_only_where_its_pages_are():
     titles = {"Avonia", "Brenland"}
     assert leads(WORLD, titles, "Avonia", ("neighbour", "people"))
