@@ -30,13 +30,14 @@ QUESTION = "question task problem_statement instruction query problem prompt inp
 QUESTION += "original_input originalInput".split()
 TURNS = "trajectory messages conversations history steps traj new_items items output".split()
 TURNS += "newItems generated_items generatedItems completion response events contents".split()
+TURNS += "entries chat_history".split()  # Mistral, Cohere
 # keys of a list of rows
 ROWS = "trajectories episodes samples simulations results rows data".split()
 NAMES = "id instance_id task_id run_id name".split()  # what a row may call itself
 # that a folder is searched for; a text is named itself
 SUFFIXES = (".json", ".jsonl", ".traj", ".eval", ".parquet")
 TURN_KEYS = set("role from type lc step_number action observation rawItem raw_item".split())
-TURN_KEYS |= set("step_id llm_message invocation_id invocationId".split())
+TURN_KEYS |= set("step_id llm_message invocation_id invocationId Role _role step_details".split())
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,8 @@ def is_turn(value) -> bool:
     """Whether a value of a list is a turn of one trajectory rather than a row of its own."""
     if not isinstance(value, dict) or {"trajectory", "messages"} & set(value):
         return False
+    if isinstance(value.get("state"), dict):  # a session
+        return False
     if any(isinstance(value.get(key), list) for key in TURNS[:6]):
         return False
     if TURN_KEYS & set(value) or is_pydantic(value) or is_openhands(value):
@@ -206,8 +209,12 @@ def turns_in(row: dict) -> list | str | None:
             return value
     for key in ("outputs", "output", "values", "channel_values", "state", "data", "kwargs"):
         inner = row.get(key)
-        if isinstance(inner, dict) and isinstance(inner.get("messages"), list):
-            return inner["messages"]
+        if isinstance(inner, list) and inner and all(map(is_turn, inner)):  # a page of a list
+            return inner
+        inner = inner if isinstance(inner, dict) else {}
+        for deep in (inner, *inner.values()):  # a session has one for each of its stores
+            if isinstance(deep, dict) and isinstance(deep.get("messages"), list):
+                return deep["messages"]
     return None
 
 

@@ -1,12 +1,14 @@
 """A turn, step, event or item of any framework as OpenAI messages; which: data/trajectories.py."""
 
 import json
+import re
 
 from reagent.reward_model import plain_turns
 from toolkit.text import spoken
 
 ROLES = {"human": "user", "gpt": "assistant", "ai": "assistant", "model": "assistant"}
 ROLES |= {"bot": "assistant", "agent": "assistant", "developer": "system", "exit": "tool"}
+ROLES |= {"chatbot": "assistant"}  # Cohere's v1 API, in capitals
 ROLES |= {"tool-call": "assistant", "tool_call": "assistant", "function_call": "assistant"}
 ROLES |= dict.fromkeys("function observation tool-response tool_response ipython".split(), "tool")
 ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
@@ -15,11 +17,13 @@ LANGCHAIN |= {"AIMessageChunk": "assistant", "HumanMessageChunk": "user", "user"
 OPAQUE = "image audio video media file document screenshot".split()  # in a part's type: no text
 MEDIA = "inlineData inline_data fileData file_data image document video".split()
 CALLS = ("tool_use", "tool-call", "tool_call", "function_call")  # what the type of a part ends in
+GIVEN = ("input", "args", "arguments", "parameters", "inputs", "commands")  # to a tool
 RESULTS = ("tool_result", "tool-result", "tool_call_response", "function_result")
 # parts and items that say nothing to a reader, and keys of such parts
 SILENT = set("step-start redacted_thinking reference mcp_list_tools mcp_approval_request".split())
 SILENT |= set("mcp_approval_response item_reference compaction ghost_snapshot".split())
 SILENT |= {"cachePoint", "cache_point", "info", "warning", "error"}  # the last three: Gemini CLI's
+SILENT |= {"usage", "tool_reference", "agent_handoff", "message_creation"}
 
 
 def messages_of(turns: list) -> list[dict]:
@@ -27,7 +31,7 @@ def messages_of(turns: list) -> list[dict]:
     messages: list[dict] = []
     if any(isinstance(turn, list) for turn in turns):  # pairs, as OpenHands wrote them
         turns = [turn for pair in turns for turn in (pair if isinstance(pair, list) else [pair])]
-    for number, turn in enumerate(as_the_agent_saw(turns)):
+    for number, turn in enumerate(as_the_agent_saw(oldest_first(turns))):
         try:
             for message in converted(turn):
                 last = messages[-1] if messages else {}
@@ -38,6 +42,14 @@ def messages_of(turns: list) -> list[dict]:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"turn {number} is not understood ({error})") from error
     return plain_turns(messages)
+
+
+def oldest_first(turns: list) -> list:
+    """OpenAI lists the messages of a thread, and the steps of a run, the newest first."""
+    if not all(isinstance(t, dict) and str(t.get("object")).startswith("thread.") for t in turns):
+        return turns
+    turns = turns[::-1] if turns[0]["created_at"] > turns[-1]["created_at"] else turns
+    return sorted(turns, key=lambda turn: turn["created_at"])
 
 
 def as_the_agent_saw(turns: list) -> list:
@@ -79,13 +91,15 @@ def converted(turn: dict) -> list[dict]:
         return converted({**turn["kwargs"], "role": kind})
     if isinstance(turn.get("data"), dict) and "type" in turn:  # LangChain's messages_to_dict
         return converted({**turn["data"], "role": turn["type"]})
+    turn = plain_keys(turn) if {"Role", "_role"} & set(turn) else turn
     kind = str(turn.get("type", ""))
     role = turn.get("role", turn.get("from"))
+    role = plain_keys(role) if isinstance(role, dict) else role
     role = first_of(role, "value", "label") if isinstance(role, dict) else role
     if role is None and kind in LANGCHAIN:
         role = LANGCHAIN[kind]
     if role is not None:
-        return message_of(turn, ROLES.get(str(role)) or refuse(f"the role {role!r}"))
+        return message_of(turn, ROLES.get(str(role).lower()) or refuse(f"the role {role!r}"))
     if kind == "gemini":
         return gemini_cli_of(turn)
     if kind.endswith(("Message", "Event")) and "source" in turn:
@@ -95,6 +109,15 @@ def converted(turn: dict) -> list[dict]:
     if "source" in turn or "observation" in turn and "extras" in turn:
         return event_of(turn)
     return step_of(turn)
+
+
+def plain_keys(told: dict) -> dict:
+    """A message or part of .NET ("Role", "$type": "FunctionCallContent") or of Haystack 2.9
+    ("_role") with the keys that others write."""
+    keys = {key: key.lstrip("_$") for key in told}
+    told = {key[:1].lower() + key[1:]: told[own] for own, key in keys.items()}
+    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(told.get("type", ""))).lower()
+    return told | ({"type": kind.removesuffix("_content")} if kind else {})
 
 
 def refuse(what: str):
@@ -115,7 +138,8 @@ def first_of(told: dict, *keys: str):
 def message_of(turn: dict, role: str) -> list[dict]:
     """A message of a chat; results inside a turn (Anthropic, Gemini) are tool turns, and what the
     agent says after them is a turn of its own."""
-    content = first_of(turn, "content", "value", "parts", "blocks", "items", "contents")
+    keys = ("content", "value", "parts", "blocks", "items", "contents", "message", "tool_results")
+    content = first_of(turn, *keys)
     extra = turn.get("additional_kwargs") or {}
     message = {"role": role, "content": content, "item": turn.get("type") == "message"}
     calls = turn.get("tool_calls") or [turn[k] for k in ("function_call",) if turn.get(k)]
@@ -136,6 +160,8 @@ def message_of(turn: dict, role: str) -> list[dict]:
     if role != "assistant":
         kept = [part for run in runs for part in run[""]]
         results = [told for run in runs for told in run["result"]]
+        told = [of["content"] for of in results]  # Semantic Kernel's stand there as text too
+        kept = [part for part in kept if role != "tool" or part.get("text") not in told]
         return [*results, *([message | {"content": kept}] if kept else [])]
     in_parts = [called for run in runs for called in run["call"]]  # LangChain's stand twice
     runs[-1]["call"] += [c for c in map(call_of, calls) if not any(same(c, of) for of in in_parts)]
@@ -162,7 +188,7 @@ def call_of(told: dict) -> dict:
     name = first_of(function, "name", "tool_name")
     return call(
         name or refuse("a call without a name"),
-        first_of(function, "arguments", "args", "input") or {},
+        first_of(function, *GIVEN) or {},
         own_id,
     )
 
@@ -173,7 +199,7 @@ def words_of(told) -> str:
     if isinstance(told, list):
         return "\n".join(filter(None, map(words_of, told)))
     if isinstance(told, dict):
-        keys = ("text", "thinking", "reasoning", "content", "value", "summary")
+        keys = "text thinking reasoning reasoning_text content value summary".split()
         return next(filter(None, (words_of(told.get(key)) for key in keys)), "")
     return told if isinstance(told, str) else ""
 
@@ -182,19 +208,22 @@ def parts_read(part) -> list[tuple[str, object]]:
     """("call", call) | ("result", tool message) | ("", text part) for what a part of a message
     holds: one, but for a tool's part of the AI SDK, which is call and result."""
     part = part if isinstance(part, dict) else {"type": "text", "text": str(part)}
+    part = plain_keys(part) if "$type" in part else part
     kind = str(first_of(part, "type", "block_type", "content_type") or "")
-    name, given = (
-        part.get("name", part.get("toolName")),
-        first_of(part, "input", "args", "arguments"),
-    )
+    name = first_of(part, "name", "toolName", "tool_name", "functionName")
+    given = first_of(part, *GIVEN)
     if kind.startswith(("tool-", "dynamic-tool")) and "state" in part:
         called = ("call", call(name or kind.removeprefix("tool-"), given or {}))
         told = part.get("output", part.get("errorText"))
         return [called] if told is None else [called, result(told)]
-    if kind.endswith(CALLS) and name:
-        return [("call", call(name, given or {}, part.get("call_id", part.get("id"))))]
-    if kind.endswith(RESULTS):
-        return [result(first_of(part, "content", "output", "result", "response") or "")]
+    if kind.endswith(CALLS) and kind not in CALLS:  # the Agent Framework's hosted tools
+        name = name or kind.removesuffix("_call").removesuffix("_tool")
+        given = {"input": words_of(given)} if isinstance(given, list) else given
+    if name and (kind.endswith(CALLS) or not kind and given is not None):
+        return [("call", call(name, given or {}, first_of(part, "call_id", "callId", "id")))]
+    if kind.endswith(RESULTS) or not kind and "result" in part or "outputs" in part:
+        told = first_of(part, "content", "output", "result", "response", "outputs")
+        return [result(told or "")]
     if inner := first_of(part, "toolUse", "functionCall", "function_call", "tool_call"):
         return [("call", call_of(inner))]  # Bedrock; Gemini; Haystack
     if inner := part.get("toolResult"):
@@ -208,7 +237,12 @@ def parts_read(part) -> list[tuple[str, object]]:
         return [result(inner.get("output") or inner)]
     if inner := part.get("reasoningContent"):
         return [("", {"thinking": inner.get("reasoningText", {}).get("text", "")})]
-    if kind in ("reasoning", "thinking") or part.get("thought") is True:
+    thought = {"reasoning", "reasoning_text"} & set(part) and not kind  # Haystack's
+    if (
+        kind in ("reasoning", "text_reasoning", "thinking")
+        or part.get("thought") is True
+        or thought
+    ):
         return [("", {"thinking": words_of(part)})]
     if kind == "refusal":
         return [("", {"type": "text", "text": part["refusal"]})]
@@ -242,9 +276,13 @@ def as_content(told):
         return told.get("text", told.get("value"))
     if isinstance(told, dict) and "image_url" in told:  # a screenshot
         told = [told]
-    if isinstance(told, list) and all(isinstance(p, dict) and "type" in p for p in told):
+    if isinstance(told, list) and all(isinstance(p, dict) and is_part(p) for p in told):
         return [*map(shown, told)]
     return told if isinstance(told, str) else json.dumps(told, ensure_ascii=False)
+
+
+def is_part(told: dict) -> bool:
+    return "type" in told or [*told] == ["text"] and isinstance(told["text"], str)
 
 
 def shown(part: dict) -> dict:
@@ -259,16 +297,20 @@ def shown(part: dict) -> dict:
 
 
 def item_of(turn: dict, kind: str) -> list[dict]:
-    """An item of the Responses API, other than its messages."""
+    """An item of the Responses API, an entry of Mistral's conversations or a step of a run of the
+    Assistants, other than their messages."""
+    kind = kind.replace(".", "_")
+    if isinstance(calls := (turn.get("step_details") or {}).get("tool_calls"), list):
+        return [message for called in calls for message in run_call_of(called)]
     if kind == "reasoning":
         thoughts = words_of([turn.get("summary"), turn.get("content")])
         thinking = {"role": "assistant", "content": "", "reasoning_content": thoughts}
         return [thinking | {"item": True}] if thoughts else []
     if kind.endswith(("_output", "_result")):
-        return [{"role": "tool", "content": as_content(turn.get("output"))}]
+        return [{"role": "tool", "content": as_content(first_of(turn, "output", "result"))}]
     if kind in SILENT:
         return []
-    if not kind.endswith("_call"):
+    if not kind.endswith(("_call", "tool_execution")):
         refuse(f"the type {kind!r}")
     hidden = "id call_id type status name output results outputs result".split()  # an image's, last
     given = first_of(turn, "arguments", "input", "action")
@@ -277,6 +319,17 @@ def item_of(turn: dict, kind: str) -> list[dict]:
     called = {"role": "assistant", "content": "", "tool_calls": [call(name, given)], "item": True}
     told = turn.get("output") or turn.get("results") or turn.get("outputs")
     return [called, *([{"role": "tool", "content": as_content(told)}] if told else [])]
+
+
+def run_call_of(told: dict) -> list[dict]:
+    """A call in a step of a run of OpenAI's Assistants, which holds its result."""
+    inner = told[told["type"]]
+    hidden = ("name", "output", "outputs", "results", "ranking_options")
+    given = inner.get("arguments", {k: v for k, v in inner.items() if k not in hidden})
+    called = {"role": "assistant", "content": "", "item": True}
+    called["tool_calls"] = [call(inner.get("name") or told["type"], given, told.get("id"))]
+    came = first_of(inner, "output", "outputs", "results")
+    return [called, *([] if came is None else [result(came)[1]])]
 
 
 def is_openhands(event: dict) -> bool:

@@ -1,6 +1,8 @@
 """Agent-RRM as a tool: trajectories of other frameworks (foreign.jsonl holds dumps that those
 frameworks wrote, shortened; from "AutoGen 0.2" on, but for Pydantic AI, rows after the forms that
-they publish, as in sessions.jsonl), rows that cannot be read, servers that fail, going on, docs.
+they publish, as in sessions.jsonl; Haystack, Semantic Kernel, the Agent Framework, Mistral and
+Cohere after what their serialisers write), rows that cannot be read, servers that fail, going on,
+docs.
 """
 
 import io
@@ -101,6 +103,27 @@ def test_rows_of_a_parquet_file_are_read_without_the_nulls_of_other_turns(tmp_pa
     assert [turn["role"] for turn in works[1].turns] == ["assistant", "tool", "assistant"]
     assert '{"name": "search"' in works[0].turns[0]["content"] and works[0].question == "Who?"
     assert isinstance(torn, Unread) and "not a parquet file" in torn.problem
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_thread_and_the_steps_of_a_run_are_listed_newest_first(alike, tmp_path):
+    call = {"name": "search", "arguments": '{"q": "x"}', "output": "there are two"}
+    calls = [{"id": "c1", "type": "function", "function": call}]
+    details = {"type": "tool_calls", "tool_calls": calls}
+    step = {"object": "thread.run.step", "type": "tool_calls", "step_details": details}
+    said = [
+        {"object": "thread.message", "role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", {"value": "How many?"}), ("assistant", {"value": "Two."}))
+    ]
+    times = [1, 1, 2] if alike else [1, 2, 3]  # in whole seconds
+    turns = [turn | {"created_at": t} for turn, t in zip([said[0], step, said[1]], times)]
+    page = {"object": "list", "data": turns[::-1], "first_id": "m2", "has_more": False}
+    for name, row in (("page.json", page), ("turns.json", turns), ("other.json", turns[::-1])):
+        (tmp_path / name).write_text(json.dumps(row))
+        (work,) = read_works([str(tmp_path / name)])
+        assert work.question == "How many?"
+        assert [turn["role"] for turn in work.turns] == ["assistant", "tool", "assistant"]
+        assert work.turns[1]["content"] == "there are two"
 
 
 TYPED = "search_result title words", "web_search_result url page", "resource resource"
