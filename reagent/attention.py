@@ -11,25 +11,26 @@ integer and the kernel's name, so that no batch makes it compile again.
 import functools
 import math
 import time
-from collections.abc import Sequence
 from itertools import groupby, pairwise
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import library
+from torch import Tensor, library
 from torch.nn import attention as flash
 from torch.nn.attention._fa4 import register_flash_attention_fa4
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 LONG = 8192  # tokens a row, on average, from which auto takes cuDNN: its calls are one a row
+ROUND = 512  # a length of cuDNN is a multiple: torch keeps a plan a length for good, and makes each
 LIMIT = 0.02  # relative distance from dense fp32 that bf16 may have
 RAGGED, SHORT_ROWS, LONG_ROW = [70, 2, 300, 47, 300], [512] * 32, [16_384]
 BEFORE = [slice(0), slice(70), slice(40), slice(0), slice(40)]  # what RAGGED reads as a tree
 DEVICES = ("cuda",)  # that torch's varlen kernel is built for
 LACKING = {"softcap": "a softcap", "s_aux": "sinks"}
 aten = torch.ops.aten
+Two, Three = tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]
 
 
 def varlen_attention(
@@ -64,7 +65,7 @@ def varlen_attention(
 AttentionInterface.register("varlen", varlen_attention)
 
 
-def row_ends(lengths: list[int], device: torch.device, prefixes: Sequence[slice] = ()) -> dict:
+def row_ends(lengths: list[int], device: torch.device, prefixes: list[slice] | tuple = ()) -> dict:
     """What attention must know of a batch: where rows begin and end in T (rows + 1,), on the device
     and on the CPU, and the tokens of the longest. prefixes: what of T each row reads before its
     own; then `read` holds the places in T of all rows' keys, which end at `key_ends`."""
@@ -105,48 +106,48 @@ def run_attention(query, key, value, lengths: list[tuple], *, window: int | None
 
 
 @library.custom_op("reagent::row_attention", mutates_args=())
-def row_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, host_ends: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def row_attention(q: Tensor, k: Tensor, v: Tensor, host_ends: Tensor, scale: float) -> Two:
     """q, k, v (T, heads, D) -> out (T, heads, D) and the log of the softmax's sum (heads, T)."""
     out, lse = _outputs(q, k, v)
-    k, v = _repeated(q, k, v)
     for a, b in pairwise(host_ends.tolist()):
-        parts = [x[a:b].transpose(0, 1)[None] for x in (q, k, v)]
+        parts = [_row(x[a:b], q.shape[1]) for x in (q, k, v)]
         options = dict(is_causal=True, scale=scale)
         if q.is_cuda:
             found = aten._scaled_dot_product_cudnn_attention(*parts, None, True, **options)
         else:
             found = aten._scaled_dot_product_flash_attention_for_cpu(*parts, **options)
-        out[a:b], lse[:, a:b] = found[0][0].transpose(0, 1), found[1].reshape(-1, b - a)
+        out[a:b] = found[0][0, :, : b - a].transpose(0, 1)
+        lse[:, a:b] = found[1][0, :, : b - a].flatten(1)
     return out, lse
 
 
 @library.custom_op("reagent::row_attention_backward", mutates_args=())
-def row_attention_backward(
-    grad: torch.Tensor, saved: list[torch.Tensor], scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def row_attention_backward(grad: Tensor, saved: list[Tensor], scale: float) -> Three:
     """saved: q, k, v, host_ends, out and the log of the softmax's sum."""
     q, k, v, host_ends, out, lse = saved
-    keys, (k, v) = k.shape[1], _repeated(q, k, v)
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    heads, keys = q.shape[1], k.shape[1]
+    grads = [x.new_empty(len(x), heads, x.shape[2]) for x in (q, k, v)]
     for a, b in pairwise(host_ends.tolist()):
-        parts = [x[a:b].transpose(0, 1)[None] for x in (grad, q, k, v, out)]
-        part = lse[None, :, a:b].contiguous()
+        parts = [_row(x[a:b], heads) for x in (grad, q, k, v, out)]
+        length = parts[0].shape[2]
+        part = F.pad(lse[None, :, a:b], (0, length - b + a))
         if q.is_cuda:
             none = torch.zeros((), dtype=torch.long, device=q.device)  # of a dropout's generator
-            more = (part[..., None], none, none, None, None, None, b - a, b - a, 0.0, True)
+            more = (part[..., None], none, none, None, None, None, length, length, 0.0, True)
             found = aten._scaled_dot_product_cudnn_attention_backward(*parts, *more, scale=scale)
         else:
             work = aten._scaled_dot_product_flash_attention_for_cpu_backward
             found = work(*parts, part, 0.0, True, scale=scale)
         for whole, row in zip(grads, found):
-            whole[a:b] = row[0].transpose(0, 1)
+            whole[a:b] = row[0, :, : b - a].transpose(0, 1)
     return grads[0], *(x.unflatten(1, (keys, -1)).sum(2) for x in grads[1:])
 
 
-def _repeated(q, k, v) -> list[torch.Tensor]:
-    return [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]
+def _row(x: Tensor, heads: int) -> Tensor:
+    """A row (n, some heads, D) -> (1, heads, L, D): heads repeated, zeros behind."""
+    x = x[:, :, None].expand(-1, -1, heads // x.shape[1], -1).flatten(1, 2)
+    rest = -len(x) % ROUND
+    return (F.pad(x, (0, 0, 0, 0, 0, rest)) if rest else x).transpose(0, 1)[None]
 
 
 def _outputs(q, k, v, *_):
@@ -207,11 +208,10 @@ def leave_flash() -> None:
 
 
 def choose_attention(asked: str, heads: tuple[int, int, int], device: torch.device) -> float:
-    """Tokens a row, on average, from which cuDNN computes (inf: never); FlashAttention-4 is
-    activated where it is taken. heads: of queries, of keys, and their width.
-    asked: see PolicyConfig. A kernel that fails here or differs from dense fp32 is dropped, with a
-    sentence; without torch's own nothing starts on a GPU. All ranks take the same: what fails on
-    one is dropped by all, and the slowest one's seconds count."""
+    """Tokens a row, on average, from which cuDNN computes (inf: never); FlashAttention-4 is on
+    where it is taken. heads: of queries, of keys, their width. asked: see PolicyConfig. A kernel
+    that fails or differs from dense fp32 is dropped, with a sentence; without torch's own no run
+    starts on a GPU. What fails on one rank is dropped by all, and the slowest one's time counts."""
     timed, dropped = asked == "auto", {}
     if device.type == "cpu" and asked in ("auto", "torch"):
         return math.inf

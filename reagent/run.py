@@ -95,10 +95,8 @@ def say(what: str) -> None:
 
 
 def meet(phase: str, group, timeout_s: float, error: BaseException | None = None) -> None:
-    """All ranks meet on the gloo `group` after `phase`; whoever is missing after `timeout_s` is
-    named, by rank.
-    A rank that failed passes its `error`: it prints where that happened, and all stop together with
-    its text instead of waiting for a dead peer."""
+    """All ranks meet on the gloo `group` after `phase`; who is missing after `timeout_s` is named.
+    A rank that failed passes its `error`, prints where that was, and all stop with its text."""
     if error is not None and not isinstance(error, SystemExit):
         traceback.print_exception(error)
     try:
@@ -233,6 +231,8 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, meet_all) -> dict:
     states = trained_state(policy, optimizer)
     with together(f"loading {folder}", meet_all):
         dcp.load(states, storage_reader=reader, planner=PlainPlanner())
+    for saved, own in zip(states["optimizer"]["param_groups"], optimizer.param_groups):
+        saved["fused"] = own.get("fused")  # as this device computes, not the one that saved
     found = dict(model_state_dict=states["model"], optim_state_dict=states["optimizer"])
     set_state_dict(policy, optimizer, **found, options=TRAINED)
     return read_json(Path(folder) / "trainer.json", "step")

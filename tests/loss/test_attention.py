@@ -64,7 +64,7 @@ def by_hand(q, k, v, lengths):
 
 
 @pytest.mark.parametrize("kernel", ["torch", "cudnn"])
-@pytest.mark.parametrize("lengths", [[7], [5, 5, 1, 12, 5], [33, 2]])
+@pytest.mark.parametrize("lengths", [[7], [5, 5, 1, 12, 5], [33, 2], [512, 515]])
 def test_a_kernel_is_attention_within_rows(kernel, lengths):
     torch.manual_seed(0)
     sides, attend = trial(kernel, lengths, HEADS, CPU)
@@ -109,6 +109,28 @@ def test_a_gpu_is_told_rows_prefixes_and_windows_as_a_cpu_computes_them(
         options = dict(kernel="torch", sliding_window=window, scaling=0.3)
         found.append(attention.varlen_attention(torch.nn.Module(), *sides, None, **options, **told))
     assert torch.allclose(found[0][0], found[1][0], atol=1e-6)
+
+
+def test_cudnn_is_asked_for_few_lengths(monkeypatch):
+    """torch keeps the plan that cuDNN makes for a length as long as the process lives: with one a
+    row of a run, steps are slow and the host's memory fills."""
+    ragged, seen, aten = [3, 70, 411, 512, 700, 1024], set(), attention.aten
+
+    def kernel(q, *more, **options):
+        seen.add(q.shape[2])
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, *more, **options)
+
+    def backward(grad, q, *more, **options):
+        seen.add(q.shape[2])
+        work = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return work(grad, q, *more, **options)
+
+    spy = types.SimpleNamespace(_scaled_dot_product_flash_attention_for_cpu=kernel)
+    spy._scaled_dot_product_flash_attention_for_cpu_backward = backward
+    monkeypatch.setattr(attention, "aten", spy)
+    sides, attend = trial("cudnn", ragged, HEADS, CPU)
+    torch.autograd.grad(attend().sum(), sides)
+    assert seen == {512, 1024}
 
 
 def test_the_operation_of_a_call_a_row_is_what_it_says_it_is():

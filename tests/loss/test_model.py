@@ -389,6 +389,35 @@ def test_moments_made_ahead_change_no_step(folder):
     assert all(torch.equal(a, b) for a, b in zip(ahead, lazy))
 
 
+@pytest.mark.parametrize("saved_on, goes_on", [(False, True), (True, False)])
+def test_a_run_that_goes_on_elsewhere_steps_as_this_device_does(
+    folder, tmp_path, monkeypatch, saved_on, goes_on
+):
+    """On a GPU fused, with cpu_offload too, whatever the checkpoint says of the device it was made
+    on; the step is the same."""
+    policy = policy_of(folder)
+
+    def make(on_gpu):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+            return make_optimizer(policy, lr=1e-2, weight_decay=0.1)
+
+    optimizer = make(saved_on)
+
+    def step():
+        gradients(policy, [random_rows([9, 4])])
+        optimizer.step()
+        return [p.full_tensor().clone() for p in policy.parameters()]
+
+    step()
+    parts = (policy, optimizer, load_tokenizer(folder), {}, lambda *_: None)
+    saved, straight = run.save_checkpoint(tmp_path, 1, *parts), step()
+    optimizer = make(goes_on)
+    run.load_checkpoint(saved, policy, optimizer, lambda *_: None)
+    assert optimizer.param_groups[0]["fused"] is (goes_on or None)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(step(), straight))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_checkpoint_restores_parameters_optimizer_and_facts_to_the_bit(folder, tmp_path, dtype):
     policy = policy_of(folder)
