@@ -9,7 +9,10 @@ import gc
 import io
 import math
 import os
+import queue
+import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -23,12 +26,13 @@ from reagent.attention import choose_attention, leave_flash
 from reagent.lora import add_lora
 from reagent.policy import Policy, PolicyConfig, balance, compile_blocks, make_optimizer, shard
 from tests.bench.bench import forward_flops
-from tests.gpu.checks import Alone, sequences_of, shape_of
+from tests.gpu.checks import ROOT, Alone, sequences_of, shape_of
 
 BEFORE = "one NVIDIA H200, torch 2.11.0+cu130, commit 5a89d1f, 2026-11-26"
 PEAK_FLOPS = 989e12  # bf16 of an H100 or H200, dense
 EIGHT_B = dict(hidden_size=4096, intermediate_size=12_288, num_attention_heads=32)
-LIMIT = float(os.environ.get("BENCH_SECONDS", 570))  # no row is begun that may end after it
+LIMIT = float(os.environ.get("BENCH_SECONDS", 540))  # no row is begun that may end after it
+QUIET = 180.0  # seconds of a row: the first compiles everything
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def measure(case: Case, run, dry: bool) -> dict:
             seconds.append(time.perf_counter() - began)
         if dropped:
             return dict(note=f"{dropped} was dropped for torch's")
-    except Exception as error:  # of a row, not of the table
+    except (Exception, SystemExit) as error:  # of a row, not of the table
         text = str(error).strip().splitlines() or [""]
         return dict(note=f"{type(error).__name__}: {text[0][:80]}")
     finally:
@@ -168,18 +172,64 @@ def line(case: Case, found: dict) -> str:
     return f"| {case.name} | {before} | {now} | {times} |"
 
 
-def main(dry: bool = False) -> None:
-    if not dry and not torch.cuda.is_available():
-        raise SystemExit("--device=cuda: there is no GPU here; --device=dry runs the same steps")
+def rows(first: int, dry: bool = False) -> None:
+    """Prints the table from that case on; a process whose card failed ends after its row."""
     began, run, longest = time.monotonic(), Alone(), 0.0
-    card = torch.cuda.get_device_name() if run.device.type == "cuda" else "a CPU, tiny shapes"
-    print(f"now: {card}, torch {torch.__version__}; before: {BEFORE}")
-    head = "what | before, tokens/s | peak GB | now, tokens/s | MFU of 989 | peak GB | times"
-    print(f"| {head} |\n|{'---|' * 7}", flush=True)
-    for case in map(small, CASES) if dry else CASES:
+    if first == 0:
+        card = torch.cuda.get_device_name() if run.device.type == "cuda" else "a CPU, tiny shapes"
+        print(f"now: {card}, torch {torch.__version__}; before: {BEFORE}")
+        head = "what | before, tokens/s | peak GB | now, tokens/s | MFU of 989 | peak GB | times"
+        print(f"| {head} |\n|{'---|' * 7}", flush=True)
+    for case in [small(case) if dry else case for case in CASES[first:]]:
         row_began = time.monotonic()
         if row_began - began + longest > LIMIT:
             print(f"| {case.name} | not begun: {LIMIT:.0f} s are over |", flush=True)
             continue
-        print(line(case, measure(case, run, dry)), flush=True)
+        found = measure(case, run, dry)
+        print(line(case, found), flush=True)
         longest = max(longest, time.monotonic() - row_began)
+        if "CUDA error" in found.get("note", ""):  # all that this process asked of it would fail
+            return
+
+
+def drive(command: list[str], names: list[str], limit: float, quiet: float) -> None:
+    """Prints what a process prints, a row a name, begun as `command` and the number of a row: again
+    at the next one where it has ended, or said nothing for `quiet` seconds. No row is lost by a
+    kernel that hangs in another, or takes the process with it."""
+    began, at = time.monotonic(), 0
+    while at < len(names) and (left := limit - time.monotonic() + began) > 0:
+        environment = os.environ | {"BENCH_SECONDS": str(left)}
+        first, told, lines = at, "ended without a row", queue.SimpleQueue()
+        pipe = dict(stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+        child = subprocess.Popen([*command, str(at)], **pipe)
+        reader = threading.Thread(target=read, args=(child.stdout, lines), daemon=True)
+        reader.start()
+        try:
+            while (text := lines.get(timeout=min(quiet, left + 30))) is not None:
+                print(text, end="", flush=True)
+                at += at < len(names) and text.startswith(f"| {names[at]} |")
+        except queue.Empty:
+            first, told = at, f"not done in {quiet:.0f} s"
+        child.kill()
+        child.wait()
+        if at == first:
+            print(f"| {names[at]} | {told} |", flush=True)
+            at += 1
+    for name in names[at:]:
+        print(f"| {name} | not begun: {limit:.0f} s are over |", flush=True)
+
+
+def read(stream, lines: queue.SimpleQueue) -> None:
+    """Passes on each line, then None."""
+    for text in stream:
+        lines.put(text)
+    lines.put(None)
+
+
+def main(dry: bool = False) -> None:
+    if dry:
+        return rows(0, dry)
+    if not torch.cuda.is_available():
+        raise SystemExit("--device=cuda: there is no GPU here; --device=dry runs the same steps")
+    start = "import sys, tests.gpu.older; from tests.bench import card; card.rows(int(sys.argv[1]))"
+    drive([sys.executable, "-c", start], [case.name for case in CASES], LIMIT, QUIET)

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import random
 import re
+import sys
 
 import pytest
 import torch
@@ -200,6 +201,33 @@ def test_a_row_of_a_kernel_that_is_dropped_has_no_figures_of_another(monkeypatch
     monkeypatch.setattr(card, "CASES", [flash])
     card.main(dry=True)
     assert "flash was dropped for torch's" in capsys.readouterr().out
+
+
+def test_a_row_that_hangs_or_kills_its_process_is_told_and_the_next_one_begins(capsys):
+    """a is measured, b hangs, c kills, d is measured; e fails the card, and f has a new process."""
+    script = """
+import os, sys, time
+for name in "abcdef"[int(sys.argv[1]):]:
+    if name == "b":
+        time.sleep(60)
+    if name == "c":
+        os.abort()
+    print("|", name, "| 1 |", os.getpid(), flush=True)
+    if name == "e":
+        break
+"""
+    card.drive([sys.executable, "-c", script], [*"abcdef"], limit=60.0, quiet=8.0)
+    rows = capsys.readouterr().out.splitlines()
+    told = [row.split(" | ")[1] for row in rows]
+    assert [row[2] for row in rows] == [*"abcdef"]
+    assert told[:3] == ["1", "not done in 8 s |", "ended without a row |"]
+    pids = [rows[i].split()[-1] for i in (3, 4, 5)]
+    assert pids[0] == pids[1] != pids[2]
+
+
+def test_when_the_time_of_the_table_is_over_its_other_rows_are_told(capsys):
+    card.drive(["no such command"], ["a", "b"], limit=-1.0, quiet=1.0)
+    assert capsys.readouterr().out.count("not begun: ") == 2
 
 
 def test_after_its_time_no_row_is_begun(monkeypatch, capsys):
