@@ -1,6 +1,7 @@
 """What an older torch or vLLM of a borrowed machine needs, and nothing else does: imported first by
-the checks. torch 2.11: varlen_attn takes grouped heads as they are and has no `enable_gqa`, and
-torch.compile no `recompile_limit`. vLLM 0.25: its client has no finalizer that `close` detaches.
+the checks and by the table of a card. torch 2.11: varlen_attn takes grouped heads as they are and
+has no `enable_gqa`, and torch.compile no `recompile_limit`. vLLM 0.25: its client has no finalizer
+that `close` detaches.
 """
 
 import inspect
@@ -13,6 +14,8 @@ import torch.nn.attention.varlen as varlen
 from reagent.engines import VLLMEngine
 
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # its kernels would be compiled first
+# each check is a process: what one has compiled of flash-attn-4 the others read
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 if "enable_gqa" not in inspect.signature(varlen.varlen_attn).parameters:
     newer = varlen.varlen_attn
