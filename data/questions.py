@@ -5,10 +5,12 @@
 
 The columns are found by their usual names, or named: --question=COLUMN --answer=COLUMN. Several
 accepted answers are a list, one text with --separator="|", or an object as SQuAD and TriviaQA have
-it. Options in a column of their own go into the question, their answer (letter, place or text)
-becomes a letter; a context becomes the row's page. `kind` decides the rule that scores: a column of
-that name, --kind=, or by the answer: a letter with options in the question is a choice, numbers and
-formulas are maths, the rest is qa. Ends with a table; what is left out is named.
+it; MuSiQue's aliases count. Options in a column of their own go into the question, their answer
+(letter, place or text) becomes a letter; a context or paragraphs become the row's pages, GAIA's
+file its file. `kind` decides the rule that scores: a column of that name, --kind=, or by the
+answer: a letter with options in the question is a choice, numbers and formulas are maths, what has
+GAIA's keys is gaia, the rest is qa. Ends with a table; what is left out is named, so what its
+publisher encrypts and what has no answer.
 Then: grpo_unified.py --data=data/own/rl_train.jsonl, evaluate.py --dataset=own.
 """
 
@@ -24,7 +26,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data.hotpotqa.prepare import read_parquet
+from data.benchmarks.prepare import looks_sealed
+from data.hotpotqa.prepare import documents, read_parquet, unpacked
 from reagent.config import parse_config
 from reagent.folder import write_whole
 from reagent.rows import check_rl_row, seed_of
@@ -36,6 +39,7 @@ ANSWER = "answer answers answerkey answer_key correct_answer possible_answers fi
 ANSWER += "ground_truth gold golds golden_answers target label expected solution output".split()
 ANSWER += "response antwort".split()
 CONTEXT = ("context", "passage")
+ID = "id _id qid question_id task_id unique_id".split()
 KINDS = ("math", "qa", "gaia", "choice")
 _NUMBER = re.compile(r"[-+−]?[\d.,\s]*\d\s*%?|.*(?:\\frac|\\sqrt|\\pi|\^|\$.*\\).*", re.S)
 _LIST = re.compile(r"\s*\[['\"]")
@@ -78,7 +82,7 @@ def records(path: str) -> Iterator[tuple[int, dict | str]]:
             raise SystemExit(f"{path}: not JSON ({error})") from error
         held = whole.values() if isinstance(whole, dict) else [whole]
         for n, row in enumerate(next(filter(is_list, held), [whole]), 1):
-            yield n, row if isinstance(row, dict) else "not an object"
+            yield from ((n, each) for each in unrolled(row))
     else:
         for n, line in enumerate(text.split("\n"), 1):
             if line.strip():
@@ -87,6 +91,18 @@ def records(path: str) -> Iterator[tuple[int, dict | str]]:
                 except ValueError as error:
                     row = f"not a JSON line ({error})"
                 yield n, row if isinstance(row, (dict, str)) else "not an object"
+
+
+def unrolled(row) -> list[dict | str]:
+    """The questions of an article of SQuAD's own file, else the row alone."""
+    if not isinstance(row, dict):
+        return ["not an object"]
+    pages = row["paragraphs"] if is_list(row.get("paragraphs")) else []
+    found = []
+    for page in pages:
+        for qa in page.get("qas") or [] if isinstance(page, dict) else []:
+            found.append(row | {"context": page.get("context"), "paragraphs": None} | qa)
+    return found or [row]
 
 
 def is_list(value) -> bool:
@@ -139,7 +155,8 @@ def answers_of(value, separator: str = "") -> list[str]:
         texts = value.split(separator) if separator else [value]
         return [text.strip() for text in texts if text.strip()]
     if isinstance(value, dict):
-        found = [value[key] for key in ("value", "text", "aliases") if key in value]
+        own = {str(key).casefold(): told for key, told in value.items()}  # TriviaQA's own: capitals
+        found = [own[key] for key in ("value", "text", "aliases") if key in own]
         if not found:
             raise ValueError(f"an answer with the keys {', '.join(map(str, value))}")
         value = found
@@ -155,9 +172,12 @@ def answers_of(value, separator: str = "") -> list[str]:
 
 def options_of(record: dict) -> tuple[list[str], list[str]]:
     """(their own labels, texts) of the options in a column of their own: MMLU's and MMLU-Pro's
-    lists (no labels), ARC's {"label", "text"}, MedQA's {"A": text}; ([], []) without one."""
+    lists (no labels), ARC's {"label", "text"} of lists or list of such, MedQA's {"A": text}; ([],
+    []) without one."""
     given = next((record[key] for key in ("choices", "options") if record.get(key)), [])
     given = listed(given) if isinstance(given, str) and _LIST.match(given) else given
+    if is_list(given) and given and all(isinstance(option, dict) for option in given):
+        given = {key: [option.get(key) for option in given] for key in ("label", "text")}
     if isinstance(given, dict):
         labels, texts = given.get("label", [*given]), given.get("text", [*given.values()])
     else:
@@ -182,6 +202,33 @@ def kind_of(question: str, answers: list[str]) -> str:
     return "math" if all(_NUMBER.fullmatch(answer) for answer in answers) else "qa"
 
 
+def asked_text(value) -> tuple[str, dict]:
+    """(the text of a question, what else its object holds): a text, ARC's own {"stem", "choices"},
+    or the one user turn of a prompt. ValueError."""
+    if isinstance(value, dict) and isinstance(value.get("stem"), str):
+        return value["stem"].strip(), value
+    if is_list(value) and all(isinstance(turn, dict) for turn in value):
+        users = [turn.get("content") for turn in value if turn.get("role") == "user"]
+        value = users[0] if len(users) == 1 else value
+    if isinstance(value, (dict, list)):
+        raise ValueError("its question is no text")
+    return str(value or "").strip(), {}
+
+
+def docs_of(record: dict) -> list[dict]:
+    """The pages of a record: one text, or what HotpotQA, 2Wiki and MuSiQue have. ValueError."""
+    read = next((record[key] for key in CONTEXT if record.get(key)), None)
+    read = unpacked(read)
+    if isinstance(read, str):
+        text = read.strip()
+        return [{"title": str(record.get("title") or "context"), "text": text}] if text else []
+    held = {"context": read, "paragraphs": record.get("paragraphs")}
+    try:
+        return documents({key: value for key, value in held.items() if value}) or []
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"its context cannot be read ({error})") from error
+
+
 def row_of(record: dict, name: str, cfg: Config) -> dict:
     """The RL row of a record; ValueError says why it is none."""
     ask, told = column(record, cfg.question, QUESTION), column(record, cfg.answer, ANSWER)
@@ -189,21 +236,33 @@ def row_of(record: dict, name: str, cfg: Config) -> dict:
         if not key:
             known = ", ".join(map(str, record))
             raise ValueError(f"no column of the {what} (--{option}=COLUMN); there are {known}")
-    question, (labels, options) = str(record[ask] or "").strip(), options_of(record)
+    question, more = asked_text(record[ask])
+    labels, options = options_of(record | more)
+    if looks_sealed(question) and "canary" in record:  # BrowseComp, xbench
+        raise ValueError("its texts are encrypted")
+    if record.get("image"):  # HLE
+        raise ValueError("its question has an image")
+    if record.get("answerable") is False or record.get("is_impossible") is True:
+        raise ValueError("not answerable")
     if options and not _OPTIONS.search(question):
         question += "".join(f"\n{chr(ord('A') + i)}) {text}" for i, text in enumerate(options))
     given = choice_of(labels, options, record[told]) if options else record[told]
-    answers = answers_of(given, cfg.separator)
-    if not question or not answers:
+    aliases = answers_of(record.get("answer_aliases"))
+    answers = list(dict.fromkeys(answers_of(given, cfg.separator) + aliases))
+    if not question or answers in ([], ["?"]):  # of GAIA's test
         raise ValueError("no question" if not question else "no answer")
-    kind = cfg.kind or record.get("kind")
-    row = {"id": str(record.get("id") or name), "question": question}
+    own, gaia = column(record, "", ID), {"Final answer", "Level"} <= set(record)
+    kind = cfg.kind or record.get("kind") or ("gaia" if gaia else None)
+    row = {"id": str(record.get(own) or name), "question": question}
     row["answer"] = answers if len(answers) > 1 else answers[0]
     row["kind"] = kind if kind in KINDS else kind_of(question, answers)
+    if row["kind"] == "qa" and not kind and "\\boxed" in str(record.get("solution")):
+        row["kind"] = "math"  # MATH: "p - q" is no number
     row |= {key: record[key] for key in ("docs", "files", "meta") if is_rich(record.get(key))}
-    read = next((record[key] for key in CONTEXT if isinstance(record.get(key), str)), "").strip()
-    if read and "docs" not in row:
-        row["docs"] = [{"title": str(record.get("title") or "context"), "text": read}]
+    if gaia and record.get("file_name"):
+        row["files"] = [record["file_name"]]
+    if "docs" not in row and (docs := docs_of(record)):
+        row["docs"] = docs
     if problem := check_rl_row(row):
         raise ValueError(problem)
     if not all(rule_reward(row, answer)[1] for answer in answers):

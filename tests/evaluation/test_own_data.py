@@ -117,6 +117,109 @@ def test_an_answer_that_cannot_be_read_is_left_out_and_named(tmp_path, capsys, a
     assert f"q.jsonl:1: {problem}" in capsys.readouterr().err
 
 
+PAGES = [{"title": "Ada", "text": "Ada wrote it. In 1843."}, {"title": "Bo", "text": "Bo did."}]
+ASKED = {"question": "Who wrote it?", "answer": "Ada"}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"_id": "7", "context": [["Ada", ["Ada wrote it.", " In 1843."]], ["Bo", ["Bo did."]]]},
+        {
+            "_id": "7",  # 2Wiki in parquet
+            "context": '[["Ada", ["Ada wrote it.", " In 1843."]], ["Bo", ["Bo did."]]]',
+        },
+        {
+            "id": "7",
+            "context": {
+                "title": ["Ada", "Bo"],
+                "sentences": [["Ada wrote it.", " In 1843."], ["Bo did."]],
+            },
+        },
+        {
+            "id": "7",
+            "answerable": True,
+            "paragraphs": [
+                {"idx": i, "title": page["title"], "paragraph_text": page["text"]}
+                for i, page in enumerate(PAGES)
+            ],
+        },
+    ],
+)
+def test_the_pages_of_hotpotqa_2wiki_and_musique_come_along(tmp_path, more):
+    (row,) = made(tmp_path, "q.jsonl", json.dumps(ASKED | more) + "\n")
+    assert row["docs"] == PAGES and row["id"] == "7"
+
+
+def test_other_names_of_an_answer_in_a_column_of_their_own_are_accepted(tmp_path):
+    more = {"answer_aliases": ["Lovelace", "Ada"], "paragraphs": [], "answerable": True}
+    (row,) = made(tmp_path, "q.jsonl", json.dumps(ASKED | more) + "\n")
+    assert row["answer"] == ["Ada", "Lovelace"] and "docs" not in row
+
+
+def test_the_articles_of_squad_are_read_question_by_question(tmp_path, capsys):
+    answers = [{"answer_start": 0, "text": "Ada"}, {"answer_start": 0, "text": "Ada"}]
+    right = {"id": "a", "question": "Who wrote it?", "answers": answers, "is_impossible": False}
+    none = {"id": "b", "question": "Who not?", "answers": [], "is_impossible": True}
+    none["plausible_answers"] = [{"answer_start": 0, "text": "Ada"}]
+    pages = [{"context": "Ada wrote it.", "qas": [right, none]}]
+    pages.append({"context": "Bo did.", "qas": [right | {"id": "c", "question": "Who did?"}]})
+    whole = {"version": "v2.0", "data": [{"title": "Notes", "paragraphs": pages}]}
+    rows = made(tmp_path, "q.json", json.dumps(whole))
+    assert [(row["id"], row["answer"], row["docs"][0]["text"]) for row in rows] == [
+        ("a", "Ada", "Ada wrote it."),
+        ("c", "Ada", "Bo did."),
+    ]
+    assert "q.json:1: not answerable" in capsys.readouterr().err
+
+
+def test_triviaqa_and_arc_are_read_as_their_own_files_have_them(tmp_path):
+    answer = {"Aliases": ["Lovelace"], "Value": "Ada", "NormalizedValue": "ada", "Type": "X"}
+    asked = {"Answer": answer, "Question": "Who?", "QuestionId": "tc_1"}
+    (row,) = made(tmp_path, "q.json", json.dumps({"Data": [asked], "Domain": "Web"}))
+    assert row["answer"] == ["Ada", "Lovelace"]
+    choices = [{"text": text, "label": label} for text, label in zip(LETTERS, "1234")]
+    asked = {"id": "M", "question": {"stem": "Which planet?", "choices": choices}}
+    (row,) = made(tmp_path, "q.jsonl", json.dumps(asked | {"answerKey": "3"}) + "\n")
+    assert row["question"].split("\n")[::3] == ["Which planet?", "C) Earth"]
+    assert (row["kind"], row["answer"]) == ("choice", "C")
+
+
+def test_gaia_keeps_its_rule_and_its_file_and_math_its_rule(tmp_path):
+    asked = {"task_id": "t", "Question": "How many?", "Level": 1, "Final answer": "17"}
+    (row,) = made(tmp_path, "q.jsonl", json.dumps(asked | {"file_name": "a.xlsx"}) + "\n")
+    assert (row["id"], row["kind"], row["files"]) == ("t", "gaia", ["a.xlsx"])
+    (row,) = made(tmp_path, "q.jsonl", json.dumps(asked | {"file_name": ""}) + "\n")
+    assert row["kind"] == "gaia" and "files" not in row
+    asked = {"problem": "Find it.", "solution": "So $\\boxed{p - q}$.", "answer": "p - q"}
+    (row,) = made(tmp_path, "q.jsonl", json.dumps(asked) + "\n")
+    assert (row["kind"], row["answer"]) == ("math", "p - q")
+
+
+@pytest.mark.parametrize(
+    "more, problem",
+    [
+        ({"question": "q83kAAAA", "canary": "c"}, "its texts are encrypted"),  # BrowseComp, xbench
+        ({"answerable": False}, "not answerable"),  # MuSiQue-Full
+        ({"answer": "?"}, "no answer"),  # GAIA's test
+        ({"image": "data:image/png;base64,AAA"}, "its question has an image"),  # HLE
+        ({"context": [{"page": 1}]}, "its context cannot be read"),
+        ({"question": {"text": "Who?"}}, "its question is no text"),
+        ({"question": [{"role": "user", "content": "a"}] * 2}, "its question is no text"),
+    ],
+)
+def test_what_is_no_question_with_an_answer_is_left_out(tmp_path, capsys, more, problem):
+    text = json.dumps(ASKED | more) + "\n" + json.dumps({"question": "Whose?", "answer": "b"})
+    assert len(made(tmp_path, "q.jsonl", text)) == 1
+    assert f"q.jsonl:1: {problem}" in capsys.readouterr().err
+
+
+def test_the_one_turn_of_a_prompt_is_the_question(tmp_path):
+    prompt = [{"role": "system", "content": "Be good."}, {"role": "user", "content": "Who?"}]
+    (row,) = made(tmp_path, "q.jsonl", json.dumps({"prompt": prompt, "answer": "Ada"}) + "\n")
+    assert row["question"] == "Who?"
+
+
 def test_a_parquet_file_is_read_and_a_broken_one_named(tmp_path):
     table = {"question": ["Who?", "Where?"], "answer": [["Ada"], ["Paris", "City of Paris"]]}
     parquet.write_table(pyarrow.table(table), tmp_path / "q.parquet")
