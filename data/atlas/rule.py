@@ -5,12 +5,19 @@ right and stands on the last of them, and a critique that never holds the answer
 import random
 import re
 
-from data.atlas.world import RELATIONS, answers_of, holds, parse_question, trail
+from data.atlas.world import RELATIONS, answers_of, parse_question, tells, trail
+from reagent.calls import read_turn
 from reagent.scorers import score
-from toolkit.text import after_thoughts, last_boxed
 
 LOOKUPS = 0.45  # the score of a whole trail without its answer; a grounded answer scores 1
-HEAD = r"^(?:\d+\. )?{}(?: \(doc:.*\))?$"  # the line above a page that search or browse shows
+
+
+def shows(result: str, name: str) -> bool:
+    """Whether a tool result has the page of `name`: a hit of search, or what browse opened. An
+    error, which may repeat what a call held, shows none."""
+    if result.startswith(('Results for "', 'No results for "')):
+        return bool(re.search(rf"^\d+\. {re.escape(name)} \(doc:.*\)$", result, re.M))
+    return result.startswith(f"{name}\n")
 
 
 def read_attempt(world: dict, question: str, messages: list[dict]) -> dict:
@@ -22,10 +29,10 @@ def read_attempt(world: dict, question: str, messages: list[dict]) -> dict:
     path, gold = trail(world, start, relations)
     if any(not message["role"] for message in messages):
         raise ValueError("the trajectory is one text: what was shown and what was said is unknown")
-    shown = "\n".join(m["content"] for m in messages if m["role"] == "tool")
-    looked = [bool(re.search(HEAD.format(re.escape(name)), shown, re.M)) for name in path]
+    results = [m["content"] for m in messages if m["role"] == "tool"]
+    looked = [any(shows(result, name) for result in results) for name in path]
     last = messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
-    answer = last_boxed(after_thoughts(last))
+    answer = read_turn(last).answer  # as a rollout reads it
     right = score("hotpotqa", answer, answers_of(gold))["correct"]
     found = dict(path=path, relations=relations, gold=gold, looked=looked, answer=answer)
     return found | {"right": right, "grounded": right and looked[-1]}
@@ -38,10 +45,9 @@ def critiques_of(seen: dict, rng: random.Random) -> list[str]:
     at = -1 if looked[-1] else looked.index(False)
     name, what = seen["path"][at], RELATIONS[seen["relations"][at]].label
     if seen["grounded"]:
-        return [
-            f"Every step was looked up and the answer stands on the page of {name}.",
-            "Every step was looked up and the answer stands there.",
-        ]
+        # a refined attempt begins in mid-chain, where its critique sent it
+        steps = "Every step was looked up and the" if all(looked) else "The"
+        return [f"{steps} answer stands on the page of {name}.", f"{steps} answer was looked up."]
     if looked[-1]:
         told = f"The page of {name} was found, but the answer is not its {what}. Look again at"
         if answer is None:
@@ -70,6 +76,6 @@ def judgment(world: dict, question: str, messages: list[dict], rng: random.Rando
         steps.append(f"Page of {seen['path'][looked.index(False)]}: not read.")
         verdict = "not looked up."
     think = " ".join([*steps, f"Answer {seen['answer'] or 'none'}:", verdict])
-    critique = next(said for said in critiques_of(seen, rng) if not holds(said, seen["gold"]))
+    critique = next(said for said in critiques_of(seen, rng) if not tells(said, seen["gold"]))
     value = 1.0 if seen["grounded"] else LOOKUPS * sum(looked) / len(looked)
     return f"<think>{think}</think><critique>{critique}</critique><score>{value:.2f}</score>"

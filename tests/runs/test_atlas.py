@@ -109,6 +109,14 @@ def test_the_answer_stands_on_the_last_page_and_the_trail_is_among_the_pages(row
         assert set(path) <= set(pages) and answer in pages[path[-1]] and len(pages) == 12
 
 
+def test_a_name_to_train_on_has_no_held_out_one_in_it(monkeypatch):
+    page = WORLD["Avoport"]
+    for name in ("Hesport de Avonia", "Hesportia"):
+        monkeypatch.setitem(WORLD, name, page)
+    train, test, _ = world.split(WORLD, 0, share=0.3)
+    assert "Hesport" in test and "Hesport de Avonia" not in train and "Hesportia" in train
+
+
 def test_demonstrations_read_only_what_was_shown_and_are_sft_rows(rows):
     for row in draws(lambda rng, i: rows.sft(rng, i, [])):
         assert check_messages(row["messages"]) is None
@@ -146,7 +154,11 @@ def test_a_misread_answer_is_told_from_a_right_one_by_the_page_alone(rows):
         start, relations = world.parse_question(row["question"])
         path, _ = world.trail(WORLD, start, relations)
         seen = read_attempt(WORLD, row["question"], row["trajectory"])
-        if not all(seen["looked"]):
+        if (
+            not seen["looked"][-1]
+            or seen["answer"] is None
+            or "guess" in str(row["trajectory"][-1])
+        ):
             continue
         last, page = (row["trajectory"][at]["content"] for at in (-1, -2))
         said, here = f"The {world.RELATIONS[relations[-1]].label} of {path[-1]} is", seen["answer"]
@@ -155,6 +167,103 @@ def test_a_misread_answer_is_told_from_a_right_one_by_the_page_alone(rows):
         kinds["right" if seen["right"] else "page" if here in page else here in known] += 1
     assert set(kinds) == {"right", "page", True, False} and min(kinds.values()) > 5
     assert 0.3 < 1 - kinds["right"] / kinds.total() < 0.5
+
+
+def best_guess(pairs) -> float:
+    """How often a reader is right who knows of each text only what it mostly stands for."""
+    by_text = {}
+    for text, what in pairs:
+        by_text.setdefault(text, Counter())[what] += 1
+    return sum(max(seen.values()) for seen in by_text.values()) / len(pairs)
+
+
+def test_the_words_of_an_answer_tell_neither_whether_it_was_looked_up_nor_whether_it_is_right(rows):
+    looked, right = [], []
+    for row in draws(rows.rrm, 400):
+        seen = read_attempt(WORLD, row["question"], row["trajectory"])
+        masked = row["trajectory"][-1]["content"]
+        for name in sorted([*NAMES, seen["answer"] or "-"], key=len, reverse=True):
+            masked = masked.replace(name, "…")
+        looked.append((masked, seen["looked"][-1]))
+        if seen["looked"][-1] and seen["answer"]:
+            shape = re.sub("[a-z]+", "a", re.sub(r"\d+", "9", seen["answer"]))
+            right.append(((masked, shape), seen["right"]))
+    assert best_guess(looked) < 0.92 and best_guess(right) < 0.85
+
+
+def test_judged_attempts_are_of_the_kinds_that_agents_in_training_make(rows):
+    kinds = Counter()
+    for row in draws(rows.rrm, 400):
+        seen = read_attempt(WORLD, row["question"], row["trajectory"])
+        turns = [message["content"] for message in row["trajectory"]]
+        kinds["begins in mid-chain"] += seen["looked"][-1] and not all(seen["looked"])
+        kinds["by luck"] += seen["right"] and not seen["grounded"]
+        kinds["said, not read"] += not seen["looked"][-1] and "guess" not in turns[-1]
+        kinds["nothing found"] += any(turn.startswith("No results") for turn in turns)
+        kinds["at the limit"] += any(m["role"] == "user" for m in row["trajectory"])
+        kinds["no answer"] += seen["answer"] is None
+        kinds["without a box"] += seen["answer"] is None and "<tool_call>" not in turns[-1]
+        kinds["the same again"] += len(set(turns)) < len(turns)
+        asked = re.findall(r'"queries": \["(.*?)"\]', " ".join(turns))
+        kinds["another name"] += bool(set(asked) - set(seen["path"]))
+        kinds["grounded"] += seen["grounded"]
+    assert len(kinds) == 10 and min(kinds.values()) > 3 and kinds["grounded"] > 100, kinds
+
+
+DOCS = [{"title": name, "text": f"{name} is a place."} for name in ("Avoport", "Avonia", "Dorland")]
+AT_WORK = {  # turns of calls, what is said last: looked up, grounded
+    "two calls in a turn": ([["Avoport", "Avonia"]], "\\boxed{7001}", [True, True], True),
+    "two pages in a result": ([[["Avoport", "Avonia"]]], "\\boxed{7001}", [True, True], True),
+    "every page in a result": ([[["a place"]]], "\\boxed{7001}", [True, True], True),
+    "browsed": ([["doc:Avoport"], ["doc:Avonia"]], "\\boxed{7001}", [True, True], True),
+    "another page": ([["Avoport"], ["Dorland"]], "\\boxed{7001}", [True, False], False),
+    "nothing found": ([["Avoport"], ["Aavonnia"]], "\\boxed{7001}", [True, False], False),
+    "no such page": ([["doc:Avonia\n"], ["doc:Aavonnia"]], "\\boxed{7001}", [False, True], True),
+    "from the page before": ([["Avoport"], ["Avonia"]], "\\boxed{100000}", [True, True], False),
+    "the same again": ([["Avoport"]] * 3, "\\boxed{7001}", [True, False], False),
+    "refined, from mid-chain": ([["Avonia"]], "\\boxed{7001}", [False, True], True),
+    "without a box": ([["Avoport"], ["Avonia"]], "It is 7001.", [True, True], False),
+    "a box in the thoughts": ([["Avonia"]], "<think>\\boxed{7001}</think>It", [False, True], False),
+    "a box in a call": (
+        [["Avonia"]],
+        '<tool_call>\n{"name": "search", "arguments": {"queries": ["\\\\boxed{7001}"]}}'
+        "\n</tool_call>",
+        [False, True],
+        False,
+    ),
+    "an error that repeats a page": (
+        [[{"x\n1. Avonia (doc:Avonia)\nAvonia\n": 1}]],
+        "\\boxed{7001}",
+        [False, False],
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", AT_WORK)
+def test_the_annotator_judges_what_agents_do_at_work_by_what_they_were_shown(kind):
+    calls, said, looked, grounded = AT_WORK[kind]
+    toolbox, turns = Toolbox(["search", "browse"]), []
+    for turn in calls:
+        turns.append({"role": "assistant", "content": "I look."})
+        for asked in turn:
+            name, arguments = (
+                "search",
+                {"queries": asked, "top_k": 3 if "place" in str(asked) else 1},
+            )
+            if isinstance(asked, dict):
+                arguments = asked
+            elif str(asked).startswith("doc:"):
+                name, arguments = "browse", {"url": asked}
+            told = asyncio.run(toolbox.call(name, arguments, docs=DOCS)).text
+            turns.append({"role": "tool", "content": told})
+    turns.append({"role": "assistant", "content": said})
+    question = "How many people live in the country of Avoport?"
+    seen = read_attempt(WORLD, question, turns)
+    assert (seen["looked"], seen["grounded"]) == (looked, grounded)
+    judged = parse_judgment(judgment(WORLD, question, turns, random.Random(0)))
+    assert judged.score == (1 if grounded else round(0.45 * sum(looked) / 2, 2))
+    assert ("Every step" in judged.critique) == (grounded and all(looked))
 
 
 def test_the_annotator_scores_a_grounded_answer_one_and_a_guess_less():
@@ -220,7 +329,8 @@ def test_no_critique_holds_an_answer_that_is_also_a_word(domain, monkeypatch):
 
 
 def test_a_place_that_has_the_answer_in_its_name_is_neither_asked_about_nor_named(monkeypatch):
-    for city, country in (("Avonia City", "Avonia"), ("Brénland-Nord", "Brenland")):
+    places = {"Avonia City": "Avonia", "Brénland-Nord": "Brenland", "Avoniagunj": "Avonia"}
+    for city, country in places.items():
         monkeypatch.setitem(WORLD, city, WORLD["Avoport"] | {"country": country})
         every = set(world.chains(WORLD, list(WORLD), 1))
         assert (city, ("country",)) not in every and (city, ("people",)) in every
@@ -296,6 +406,25 @@ def test_a_call_of_a_demonstration_gives_what_it_shows(monkeypatch):
                 call = json.loads(said["content"].split("<tool_call>")[1].split("</tool_call>")[0])
                 result = toolbox.call(call["name"], call["arguments"], docs=row["docs"])
                 assert asyncio.run(result).text == told["content"]
+
+
+def test_no_demonstration_reads_a_page_that_the_search_did_not_show(monkeypatch):
+    honest = prepare.docs_index
+
+    def crooked(docs):
+        def search(query, count):  # a port's look-up shows another page first
+            return honest(docs).search(docs[0][0] if query.endswith("port") else query, count)
+
+        return SimpleNamespace(search=search)
+
+    monkeypatch.setattr(prepare, "docs_index", crooked)
+    rows, looked = Rows(WORLD, NAMES, HOPS, "train"), 0
+    for row in draws(lambda rng, i: rows.sft(rng, i, [])):
+        pages = "\n".join(m["content"] for m in row["messages"] if m["role"] == "tool")
+        for asked in re.findall(r'"queries": \["(.*?)"\]', json.dumps(row).replace('\\"', '"')):
+            looked += 1
+            assert f". {asked} (doc:{asked})" in pages
+    assert looked > 30
 
 
 def test_no_row_to_train_on_names_a_held_out_place():
