@@ -17,8 +17,7 @@ _decode = json.JSONDecoder().decode  # json.loads guesses the encoding first, wh
 
 class JsonlRows:
     """A JSONL file by byte offsets: lines are checked at opening, not kept; `rows[i]` reads one.
-    `check(row)` returns an error text or None. SystemExit names file and line, also of equal ids if
-    they are to be `unique`."""
+    `check(row)`: an error text or None. SystemExit names file and line, also of equal ids."""
 
     def __init__(self, path: str, check: Callable | None = None, hint="", unique=True):
         self.path, self.offsets = str(path), array("q")
@@ -82,9 +81,8 @@ def batch_indices(step: int, batch: int, n: int, seed: int) -> list[int]:
     """Rows of a step, of a stream of seeded permutations of n rows: no state, resume is exact. A
     batch at the seam of two epochs, or one larger than n, can hold a row twice."""
     picked: list[int] = []
-    at = step * batch
     while len(picked) < batch:
-        epoch, start = divmod(at + len(picked), n)
+        epoch, start = divmod(step * batch + len(picked), n)
         picked += _permutation(n, seed, epoch)[start : start + batch - len(picked)]
     return picked
 
@@ -97,8 +95,7 @@ def _permutation(n: int, seed: int, epoch: int) -> array:
 
 
 def check_rl_row(row: dict) -> str | None:
-    """RL row: {"id", "question", "answer", "kind", "docs"?, "files"?, "meta"?} (docs/records.md).
-    Null docs or files are absent."""
+    """What is wrong with an RL row (docs/records.md), or None; null docs or files are absent."""
     for key in ("id", "question", "answer"):
         if row.get(key) in (None, "", []):
             return f"an RL row needs {key!r}; found the keys {sorted(row)}"
@@ -135,7 +132,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
 _ROLES |= dict.fromkeys("observation function function_response tool_response".split(), "tool")
 _ROLES |= {"ipython": "tool", "environment": "tool", "tool_call": "function_call"}
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_MARKS = ("loss", "loss_mask", "weight", "train", "trainable")  # false: a turn is not trained
+_MARKS = "loss loss_mask loss_weight weight train trainable".split()  # false: it is not trained
 _KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *_THOUGHTS, *_MARKS}
 _KEYS |= {"name", "id", "index", "tool_call_id", "timestamp"}  # these may stand in a turn unread
 
@@ -147,6 +144,8 @@ def sft_messages(row: dict) -> list[dict]:
     row = without_nulls(row)
     if other := [key for key in ("images", "videos", "audios") if row.get(key)]:
         raise ValueError(f"{other[0]!r}: only texts are trained on")
+    if row.get("label") is False or row.get("kto_tag") is False:  # KTO
+        raise ValueError("'label' or 'kto_tag' says that its reply is a bad one")
     turns = row.get("messages", row.get("conversations"))
     turns = json.loads(turns) if isinstance(turns, str) and turns[:1] == "[" else turns
     if turns is None and "instruction" in row and "output" in row:
@@ -181,15 +180,17 @@ def _message(turn: dict) -> tuple[dict, bool]:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     role = _ROLES.get(role, role)
     if isinstance(content, list):
-        if any(part.get("type", "text") != "text" for part in content):
-            raise ValueError("a part of its content is no text")
-        content = "".join(part["text"] for part in content)
+        if any(part.get("type", "text") != "text" or {*_MARKS} & {*part} for part in content):
+            raise ValueError("a part of its content is no text, or has a mask of its own")
+        content = "".join(part.get("text", part.get("value")) for part in content)
     calls = turn.get("tool_calls") or list(filter(None, [turn.get("function_call")]))
     if is_call := role == "function_call":  # as JSON or raw, behind any thoughts
         role, raw = "assistant", "<tool_call>" in content
         head, closer, text = (content, "", "[]") if raw else content.rpartition("</think>")
         content, calls = head + closer, without_nulls(json.loads(text))
         calls = calls if isinstance(calls, list) else [calls]
+    if role == "tool" and str(content).strip().startswith("<tool_response>"):  # Hermes
+        content = re.sub(r"\s*</?tool_response>\s*", "\n", content).strip("\n")
     if role != "assistant":
         return {"role": role, "content": content}, False
     thoughts = {turn[key] for key in _THOUGHTS if turn.get(key)}
@@ -214,8 +215,7 @@ def sft_tools(row: dict) -> list[dict]:
             raise TypeError("a name is a text")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"'tools' is a list of schemas, or its JSON text ({error})") from error
-    bare = ({key: tool[key] for key in tool if key != "type"} for tool in tools)
-    return [{"type": "function", "function": tool} for tool in bare]
+    return [{"type": "function", "function": {k: t[k] for k in t if k != "type"}} for t in tools]
 
 
 def without_nulls(value):

@@ -252,6 +252,22 @@ LAYOUTS = {
             {"role": "assistant", "content": "done"},
         ],
     },
+    "LLaMA-Factory's v1": {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "value": "q"}], "loss_weight": 0.0},
+            {"role": "assistant", "tool_calls": [{"function": SEARCH}], "loss_weight": 1.0},
+            {"role": "tool", "content": [{"type": "text", "value": "r"}]},
+            {"role": "assistant", "content": [{"type": "text", "value": "done"}]},
+        ]
+    },
+    "Hermes's tags of results": {
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "function_call", "value": json.dumps(SEARCH)},
+            {"from": "tool", "value": "<tool_response>\nr\n</tool_response>\n"},
+            {"from": "gpt", "value": "done"},
+        ]
+    },
     "Llama": {
         "messages": [
             ASKED,
@@ -350,7 +366,17 @@ def test_a_developer_is_a_system_and_a_system_key_is_its_first_turn():
     assert said({"messages": turns[1:], "system": "s"})[0][:2] == ("system", "s")
 
 
-@pytest.mark.parametrize("key", ["loss", "weight", "loss_mask", "trainable", "train"])
+def test_tags_of_results_go_where_they_enclose_them_alone():
+    both = "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>"
+    page = "It says <tool_response>x</tool_response>."
+    for given, kept in ((both, "1\n2"), (page, page)):
+        turns = [ASKED, {"role": "assistant", "content": "a"}, {"role": "tool", "content": given}]
+        assert said({"messages": turns})[2][:2] == ("tool", kept)
+
+
+@pytest.mark.parametrize(
+    "key", ["loss", "weight", "loss_mask", "loss_weight", "trainable", "train"]
+)
 def test_a_turn_may_be_marked_as_not_trained(key):
     for mark in (0, False, 1, True):
         turns = [ASKED, {"role": "assistant", "content": "a", key: mark}]
@@ -391,6 +417,10 @@ def test_no_tools(tools):
         ({"role": "assistant", "content": None}, "message 1: .*holds nothing"),
         ({"role": "assistant", "content": "a", "audio": {"id": 1}}, "message 1: .*'audio'"),
         ({"role": "assistant", "content": [{"type": "image_url"}]}, "message 1: .*no text"),
+        (
+            {"role": "assistant", "content": [{"type": "text", "text": "a", "train": False}]},
+            "message 1: .*mask of its own",  # axolotl's
+        ),
         ({"role": "assistant", "content": "a", "weight": 0.5}, "message 1: .*0.5"),
         ({"role": "assistant", "content": "a", "loss": "no"}, "message 1: .*'no'"),
         ({"role": "assistant", "tool_calls": [{"function": {}}]}, "message 1: .*'name'"),
@@ -413,6 +443,8 @@ def test_a_turn_that_is_not_understood_is_refused_at_opening(write, turn, proble
     "more",
     [
         {"images": ["a.png"]},
+        {"label": False},
+        {"kto_tag": False},
         {"tools": "search"},
         {"tools": [{"description": "x"}]},
         {"tools": 7},
@@ -427,6 +459,12 @@ def test_a_row_that_is_not_understood_is_refused_at_opening(write, more):
     row = {"messages": [ASKED, {"role": "assistant", "content": "a"}]}
     with pytest.raises(SystemExit, match="rows.jsonl:1: "):
         JsonlRows(write(json.dumps(row | more)), check_row)
+
+
+def test_a_reply_that_is_called_good_is_trained():
+    row = {"messages": [ASKED, {"role": "assistant", "content": "a"}]}
+    for label in (True, 0, 1, "x", None):
+        assert said(row | {"label": label})[1][:2] == ("assistant", "a")
 
 
 # ---------------------------------------------------------------- the cursor
