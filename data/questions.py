@@ -147,7 +147,8 @@ def listed(text: str) -> list:
 
 def answers_of(value, separator: str = "") -> list[str]:
     """The accepted answers in a field: the end of a solution (GSM8K's ####, \\boxed{}) counts, and
-    all that an object holds (SQuAD's "text", TriviaQA's "value" and "aliases")."""
+    all that an object holds (SQuAD's "text", TriviaQA's "value" and "aliases", Search-R1's
+    "target")."""
     if isinstance(value, str) and _LIST.match(value):
         value = listed(value)
     if isinstance(value, str):
@@ -156,7 +157,7 @@ def answers_of(value, separator: str = "") -> list[str]:
         return [text.strip() for text in texts if text.strip()]
     if isinstance(value, dict):
         own = {str(key).casefold(): told for key, told in value.items()}  # TriviaQA's own: capitals
-        found = [own[key] for key in ("value", "text", "aliases") if key in own]
+        found = [own[key] for key in ("value", "text", "aliases", "target") if key in own]
         if not found:
             raise ValueError(f"an answer with the keys {', '.join(map(str, value))}")
         value = found
@@ -231,6 +232,8 @@ def docs_of(record: dict) -> list[dict]:
 
 def row_of(record: dict, name: str, cfg: Config) -> dict:
     """The RL row of a record; ValueError says why it is none."""
+    if isinstance(record.get("reward_model"), dict):  # verl's
+        record = record | record["reward_model"]
     ask, told = column(record, cfg.question, QUESTION), column(record, cfg.answer, ANSWER)
     for what, key, option in (("question", ask, "question"), ("answer", told, "answer")):
         if not key:

@@ -216,6 +216,8 @@ def parts_read(part) -> list[tuple[str, object]]:
         called = ("call", call(name or kind.removeprefix("tool-"), given or {}))
         told = part.get("output", part.get("errorText"))
         return [called] if told is None else [called, result(told)]
+    if kind == "tool_call" and isinstance(part.get("value"), str):  # LLaMA-Factory's v1
+        return [("call", call_of(json.loads(part["value"])))]
     if kind.endswith(CALLS) and kind not in CALLS:  # the Agent Framework's hosted tools
         name = name or kind.removesuffix("_call").removesuffix("_tool")
         given = {"input": words_of(given)} if isinstance(given, list) else given

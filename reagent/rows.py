@@ -190,7 +190,7 @@ def _message(turn: dict) -> tuple[dict, bool]:
         content, calls = head + closer, without_nulls(json.loads(text))
         calls = calls if isinstance(calls, list) else [calls]
     if role == "tool" and str(content).strip().startswith("<tool_response>"):  # Hermes
-        content = re.sub(r"(\s*</?tool_response>\s*)+", "\n", content).strip("\n")
+        content = re.sub(r"\s*(</?tool_response>\s*)+", "\n", content).strip("\n")
     if role != "assistant":
         return {"role": role, "content": content}, False
     thoughts = {turn[key] for key in _THOUGHTS if turn.get(key)}

@@ -214,6 +214,15 @@ def test_what_is_no_question_with_an_answer_is_left_out(tmp_path, capsys, more, 
     assert f"q.jsonl:1: {problem}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("truth, kept", [("72", "72"), ({"target": ["Ada", "A."]}, ["Ada", "A."])])
+def test_rows_of_verl_have_their_answer_in_the_reward(tmp_path, truth, kept):
+    reward = {"style": "rule", "ground_truth": truth}
+    row = {"data_source": "s", "prompt": [{"role": "user", "content": "Who?"}], "ability": "a"}
+    text = json.dumps(row | {"reward_model": reward, "extra_info": {"index": 0}})
+    (row,) = made(tmp_path, "q.jsonl", text + "\n")
+    assert (row["question"], row["answer"]) == ("Who?", kept)
+
+
 def test_the_one_turn_of_a_prompt_is_the_question(tmp_path):
     prompt = [{"role": "system", "content": "Be good."}, {"role": "user", "content": "Who?"}]
     (row,) = made(tmp_path, "q.jsonl", json.dumps({"prompt": prompt, "answer": "Ada"}) + "\n")
