@@ -214,6 +214,6 @@ def prompt_facts(cfg, prefix: str = "") -> dict[str, str]:
 def read_prompt(path: str, default: str) -> str:
     """The prompt in a file, or the default where no file is given."""
     if path and not Path(path).is_file():
-        hint = "data/reagent/prepare.py writes those of the released sets"
-        raise SystemExit(f"no prompt file {path}: {hint}")
+        script = next(Path(path).parent.glob("prepare.py"), "data/reagent/prepare.py")
+        raise SystemExit(f"no prompt file {path}: {script} writes those of its sets")
     return Path(path).read_text(encoding="utf-8") if path else default

@@ -16,7 +16,7 @@ DENSE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_val
 CURES = {
     "rollout": "lower engine.memory_share or rrm.memory_share, or serve the reward model elsewhere",
     "training": "lower policy.tokens_per_microbatch, set policy.checkpoint_activations, add ranks",
-    "host": "take more memory or fewer ranks a host",
+    "host": "more memory, fewer ranks a host, without a card lower policy.tokens_per_microbatch",
 }
 
 

@@ -415,6 +415,9 @@ def test_a_form_of_the_request_that_lacks_a_place_is_named(tmp_path):
         reward_model.read_rrm_prompt("", str(form))
     with pytest.raises(SystemExit, match="no prompt file nowhere.txt: data/reagent/prepare.py"):
         reward_model.read_rrm_prompt("nowhere.txt", "")
+    (tmp_path / "prepare.py").touch()  # the script beside it made it, as that of the atlas
+    with pytest.raises(SystemExit, match=f"none.txt: {tmp_path}/prepare.py writes"):
+        reward_model.read_rrm_prompt(f"{tmp_path}/none.txt", "")
 
 
 def test_loss_and_gradient_of_judgments_equal_a_loop_over_tokens():
