@@ -209,7 +209,7 @@ def turns_in(row: dict) -> list | str | None:
             return value
     for key in ("outputs", "output", "values", "channel_values", "state", "data", "kwargs"):
         inner = row.get(key)
-        if isinstance(inner, list) and inner and all(map(is_turn, inner)):  # a page of a list
+        if row.get("object") == "list" and inner and all(map(is_turn, inner)):  # OpenAI's pages
             return inner
         inner = inner if isinstance(inner, dict) else {}
         for deep in (inner, *inner.values()):  # a session has one for each of its stores

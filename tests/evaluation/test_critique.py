@@ -105,6 +105,13 @@ def test_rows_of_a_parquet_file_are_read_without_the_nulls_of_other_turns(tmp_pa
     assert isinstance(torn, Unread) and "not a parquet file" in torn.problem
 
 
+def test_rows_under_data_are_rows_though_they_have_a_type(tmp_path):
+    row = {"type": "comparison", "prompt": "Who?", "response": "Ada."}
+    (tmp_path / "rows.json").write_text(json.dumps({"data": [row, row]}))
+    works = list(read_works([str(tmp_path / "rows.json")]))
+    assert [(work.question, work.turns) for work in works] == [("Who?", "Ada.")] * 2
+
+
 @pytest.mark.parametrize("alike", [False, True])
 def test_a_thread_and_the_steps_of_a_run_are_listed_newest_first(alike, tmp_path):
     call = {"name": "search", "arguments": '{"q": "x"}', "output": "there are two"}
