@@ -80,7 +80,10 @@ def attempts(cfg: Config, jobs: list, setup, run) -> tuple[list, list, list, lis
 def trial(folder: str, cfg: Config) -> tuple[dict, list]:
     """-> ({column: [mean, low, high]}, episodes with the reward model's own critiques)."""
     from reagent.memory import plan_engines  # torch
+    from reagent.policy import load_config
 
+    for each in filter(None, cfg.agents.split(",")):  # a missing one ends it before any work
+        load_config(each)
     plan_engines(cfg.engine, folder, cfg.rrm)
     with agent_at_work(cfg, folder) as (setup, rows, run):
         prompt = read_prompt(cfg.prompt_file, rollout.SYSTEM_PROMPT)

@@ -315,7 +315,10 @@ def load(folder: str | Path) -> dict:
     path = Path(folder) / "world.json"
     if not path.is_file():
         raise SystemExit(f"no {path}: run python data/atlas/prepare.py")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SystemExit(f"{path}: not JSON ({error}): run python data/atlas/prepare.py") from error
 
 
 # --------------------------------------------------------------------------------------------------

@@ -192,3 +192,15 @@ def test_where_its_figures_cannot_be_written_is_told_before_the_agents_are_tried
     assert not tries
     trial.main(trial.replace(cfg, out=f"{tmp_path}/new/out"))
     assert tries == ["a"] and (tmp_path / "new" / "out" / "trial.json").is_file()
+
+
+def test_an_agent_that_is_missing_is_told_before_any_other_is_tried(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr(trial, "agent_at_work", lambda cfg, folder: tried.append(folder))
+    monkeypatch.setattr(memory, "plan_engines", lambda *_: None)
+    config = tmp_path / "one"
+    config.mkdir()
+    (config / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(SystemExit, match="no model in .*/none: run the stage"):
+        trial.main(trial.Config(agents=f"{config},{tmp_path}/none", out=str(tmp_path)))
+    assert not tried

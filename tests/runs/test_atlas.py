@@ -393,6 +393,9 @@ def test_an_annotator_without_its_world_is_told_before_any_work(tmp_path):
     shutil.copy(Path(world.__file__).with_name("annotator.py"), tmp_path)
     with pytest.raises(SystemExit, match=r"no .*world.json: run python data/atlas/prepare.py"):
         load_script(f"{tmp_path}/annotator.py")
+    (tmp_path / "world.json").write_text('{"Kenya": {"ki')
+    with pytest.raises(SystemExit, match=r"world.json: not JSON .*: run python data/atlas/prep"):
+        load_script(f"{tmp_path}/annotator.py")
 
 
 def test_a_call_of_a_demonstration_gives_what_it_shows(monkeypatch):
