@@ -458,6 +458,23 @@ def test_the_largest_neighbour_is_asked_for_where_both_sources_name_it(ours, the
     assert world._largest_neighbour({"neighbours": ours}, countries, info) == largest
 
 
+@pytest.mark.parametrize("fact", ["currency", "phone", "domain", "capital"])
+def test_a_fact_on_which_the_sources_differ_is_not_asked_for(fact, monkeypatch):
+    ours = dict(name="Avonia", capital="Avoport", currencycode="AVO", phone="310", tld=".av")
+    ours |= dict(population=200_000, areakm2=5.0, neighbours="", iso3="AVO")
+    same = dict(capital="Avoport", currencies=["AVO"], callingCodes=["310"], tld=[".av"])
+    key = dict(currency="currencies", phone="callingCodes", domain="tld").get(fact, fact)
+    cities = [dict(name="Avoport", population=200_000, alternatenames=[])]
+
+    def page(info):
+        monkeypatch.setattr(world, "_info", lambda code: info | {"region": "Northland"})
+        capital, _ = world._capital("AV", ours, cities)
+        chosen = {"AV": ("Avonia", capital)}
+        return world._country_page("AV", {"AV": ours}, chosen, cities) | {"capital": capital}
+
+    assert page(same)[fact] and not page(same | {key: "Other"}).get(fact)
+
+
 def build(monkeypatch, out, *options):
     """prepare.py on the made-up world."""
     monkeypatch.setattr(world, "gather", lambda: (WORLD, Counter()))
