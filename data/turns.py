@@ -185,12 +185,8 @@ def call_of(told: dict) -> dict:
     if isinstance(function, str):
         return call(function, told.get("arguments") or {}, own_id)
     function = told if function is None else function
-    name = first_of(function, "name", "tool_name")
-    return call(
-        name or refuse("a call without a name"),
-        first_of(function, *GIVEN) or {},
-        own_id,
-    )
+    name = first_of(function, "name", "tool_name") or refuse("a call without a name")
+    return call(name, first_of(function, *GIVEN) or {}, own_id)
 
 
 def words_of(told) -> str:
@@ -239,12 +235,9 @@ def parts_read(part) -> list[tuple[str, object]]:
         return [result(inner.get("output") or inner)]
     if inner := part.get("reasoningContent"):
         return [("", {"thinking": inner.get("reasoningText", {}).get("text", "")})]
-    thought = {"reasoning", "reasoning_text"} & set(part) and not kind  # Haystack's
-    if (
-        kind in ("reasoning", "text_reasoning", "thinking")
-        or part.get("thought") is True
-        or thought
-    ):
+    thought = part.get("thought") is True  # Gemini's; Haystack's have no type
+    thought |= not kind and bool({"reasoning", "reasoning_text"} & set(part))
+    if thought or kind in ("reasoning", "text_reasoning", "thinking"):
         return [("", {"thinking": words_of(part)})]
     if kind == "refusal":
         return [("", {"type": "text", "text": part["refusal"]})]
@@ -438,10 +431,9 @@ def event_of(turn: dict) -> list[dict]:
     if kind == "message":
         return [{"role": "assistant", "content": words}]
     hidden = ("thought", "hidden", "confirmation_state", "security_risk")
-    calls = [
-        call(kind, {k: v for k, v in given.items() if k not in hidden and v not in (None, "")})
-    ]
-    return [{"role": "assistant", "content": given.get("thought") or "", "tool_calls": calls}]
+    told = {k: v for k, v in given.items() if k not in hidden and v not in (None, "")}
+    said = {"role": "assistant", "content": given.get("thought") or ""}
+    return [said | {"tool_calls": [call(kind, told)]}]
 
 
 def step_of(turn: dict) -> list[dict]:
@@ -457,10 +449,9 @@ def step_of(turn: dict) -> list[dict]:
         refuse(f"a turn with the keys {sorted(turn)}")
     said = turn.get("model_output") or (turn.get("model_output_message") or {}).get("content")
     text, _ = spoken({"content": said})
-    calls = (
-        [] if turn.get("code_action") and turn["code_action"] in text else turn.get("tool_calls")
-    )
-    messages = [{"role": "assistant", "content": text, "tool_calls": [*map(call_of, calls or [])]}]
+    code = turn.get("code_action")
+    calls = [] if code and code in text else turn.get("tool_calls") or []
+    messages = [{"role": "assistant", "content": text, "tool_calls": [*map(call_of, calls)]}]
     if turn.get("observations"):
         messages.append({"role": "tool", "content": turn["observations"]})
     if error := turn.get("error"):

@@ -326,9 +326,8 @@ class Rows:
             messages += [*again * rounds, limit]
             if rng.random() < 0.7:
                 return [*messages, again[0]]
-        end = (
-            {"role": "assistant", "content": told} if rng.random() < SILENT else final(value, told)
-        )
+        silent = rng.random() < SILENT
+        end = {"role": "assistant", "content": told} if silent else final(value, told)
         return [*messages, end]
 
     def _look_ups(self, docs, path, relations, rng) -> tuple[list[dict], str]:
@@ -362,9 +361,8 @@ class Rows:
         same_kind = [name for name in self.names if self.world[name]["kind"] == page["kind"]]
         while True:
             other = guess(self.world, same_kind, relation, rng)
-            wrong = rng.choice(
-                [slip(gold, rng), rng.choice(near) or other, rng.choice(facts), other]
-            )
+            kinds = [slip(gold, rng), rng.choice(near) or other, rng.choice(facts), other]
+            wrong = rng.choice(kinds)
             if wrong.strip() and not score("hotpotqa", wrong, answers_of(gold))["correct"]:
                 return wrong
 
