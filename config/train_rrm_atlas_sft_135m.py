@@ -1,5 +1,5 @@
 # A reward model of the agent's size on 8,000 judgments of the atlas's annotator, by SFT. Untried on
-# a GPU; what 2,880 of them did on a CPU, and what earlier rows hid: docs/measured.md.
+# a GPU; what 3,648 of them did on a CPU, and what earlier rows hid: docs/measured.md.
 stage = "sft"
 model = "data/atlas/model"
 data = "data/atlas/rrm_sft.jsonl"
