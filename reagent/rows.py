@@ -17,7 +17,7 @@ _decode = json.JSONDecoder().decode  # json.loads guesses the encoding first, wh
 
 class JsonlRows:
     """A JSONL file by byte offsets: lines are checked at opening, not kept; `rows[i]` reads one.
-    `check(row)`: an error text or None. SystemExit names file and line, also of equal ids."""
+    `check(row)`: an error text or None. SystemExit names file and line, equal ids if `unique`."""
 
     def __init__(self, path: str, check: Callable | None = None, hint="", unique=True):
         self.path, self.offsets = str(path), array("q")

@@ -161,17 +161,25 @@ def result(docs: list[dict], name: str) -> dict:
     return message
 
 
-def follow(world: dict, docs: list[dict], start: str, relations) -> tuple[list[dict], str, str]:
-    """Look-ups along the relations -> (messages, the value at the end, what the agent says of
-    it).
-    """
+def other_query(docs: list[dict], name: str, rng: random.Random) -> str:
+    """A misspelt name, or that of another page of the question."""
+    others = [doc["title"] for doc in docs if doc["title"] != name]
+    return rng.choice([slip(name, rng), rng.choice(others)])
+
+
+def follow(
+    world: dict, docs: list[dict], start: str, relations, strays: float = 0.0, rng=None
+) -> tuple[list[dict], str, str]:
+    """Look-ups along the relations, a share `strays` of them after one of another query (then with
+    an `rng`) -> (messages, the value at the end, what the agent says of it)."""
     messages, said, here = [], "", start
     for relation in relations:
         label = RELATIONS[relation].label
-        messages += [
-            call(here, f"{said} I look for the {label} of {here}.".strip()),
-            result(docs, here),
-        ]
+        thought = f"{said} I look for the {label} of {here}.".strip()
+        if strays and rng.random() < strays:
+            query = other_query(docs, here, rng)
+            messages += [call(query, thought), shown(docs, query)[1]]
+        messages += [call(here, thought), result(docs, here)]
         value = world[here][relation]
         said, here = f"The {label} of {here} is {value}.", value
     return messages, here, said
@@ -304,14 +312,15 @@ class Rows:
         reads, asked = rng.random() < READS, RELATIONS[relations[-1]].label
         first = rng.randrange(len(path)) if reads and rng.random() < LATE else 0
         last = len(path) if reads else rng.randrange(len(path))
-        messages, said = self._look_ups(docs, path[first:last], relations[first:last], rng)
+        chain = relations[first:last]
+        messages, _, said = follow(self.world, docs, path[first], chain, STRAYS, rng)
         at = min(last, len(path) - 1)
         here, value = path[at], gold
         thought = f"{said} I look for the {RELATIONS[relations[at]].label} of {here}.".strip()
         if (rng.random() < MISREADS) if reads else (rng.random() > LUCKY):
-            value = self._misread(start, relations, rng)
+            value = self._misread(path, relations[-1], gold, rng)
         if not reads and rng.random() < LOST:  # what stands on the page of another query
-            query = self._other_query(docs, here, rng)
+            query = other_query(docs, here, rng)
             title, found = shown(docs, query)
             messages += [call(query, thought), found]
             value = self.world.get(title, {}).get(relations[-1]) or value
@@ -319,7 +328,7 @@ class Rows:
         if not reads and rng.random() < 0.5:
             told = f"{said} I guess the {asked}.".strip()
         if rng.random() < ROUND:
-            query = here if reads else self._other_query(docs, here, rng)
+            query = here if reads else other_query(docs, here, rng)
             again = [call(query, thought), shown(docs, query)[1]]
             limit = {"role": "user", "content": rollout.FINAL_PROMPT}
             rounds = min(rng.randint(2, 4), TURNS - len(messages) // 2)
@@ -330,30 +339,10 @@ class Rows:
         end = {"role": "assistant", "content": told} if silent else final(value, told)
         return [*messages, end]
 
-    def _look_ups(self, docs, path, relations, rng) -> tuple[list[dict], str]:
-        """Look-ups of the pages of `path`, STRAYS of them after another query -> (messages, what
-        the agent says of the last page)."""
-        messages, said = [], ""
-        for here, relation in zip(path, relations):
-            label = RELATIONS[relation].label
-            thought = f"{said} I look for the {label} of {here}.".strip()
-            if rng.random() < STRAYS:
-                query = self._other_query(docs, here, rng)
-                messages += [call(query, thought), shown(docs, query)[1]]
-            messages += [call(here, thought), result(docs, here)]
-            said = f"The {label} of {here} is {self.world[here][relation]}."
-        return messages, said
-
-    def _other_query(self, docs, name: str, rng: random.Random) -> str:
-        """A misspelt name, or that of another page of the question."""
-        others = [doc["title"] for doc in docs if doc["title"] != name]
-        return rng.choice([slip(name, rng), rng.choice(others)])
-
-    def _misread(self, start: str, relations, rng: random.Random) -> str:
+    def _misread(self, path: list[str], relation: str, gold: str, rng: random.Random) -> str:
         """A wrong answer at the end of the chain: a fact of the same kind of its pages, any fact of
         the last one, an answer of the right kind from anywhere, or a slip of the pen."""
-        path, gold = atlas.trail(self.world, start, relations)
-        page, relation = self.world[path[-1]], relations[-1]
+        page = self.world[path[-1]]
         alike = next((kinds for kinds in ALIKE if relation in kinds), (relation,))
         near = [self.world[name].get(fact) for name in path for fact in alike]
         near += page.get("around", []) if relation == "neighbour" else []
